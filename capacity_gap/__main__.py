@@ -1,0 +1,8 @@
+"""`python -m capacity_gap`."""
+
+import sys
+
+from capacity_gap.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

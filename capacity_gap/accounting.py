@@ -1,0 +1,31 @@
+"""Parameters, FLOPs and memory, each with its convention named. No torch: planning uses this file too.
+
+Conventions (DESIGN): a multiply-add is 2 FLOPs. Let N be the non-embedding parameters plus the output matrix (which
+multiplies every token, tied or not; attention's quadratic part is left out). Then a forward pass costs 2·N per token
+and a training step 6·N per token (Kaplan et al. 2020, §2.1).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from capacity_gap.models.axes import count_params
+
+
+def non_embedding(shape: Mapping[str, Any]) -> int:
+    """Parameters without the embeddings (the input's, an untied output's, learned positions)."""
+    return count_params(shape, non_embedding=True)
+
+
+def multiplied(shape: Mapping[str, Any]) -> int:
+    """N of the conventions: the parameters that multiply each token."""
+    return non_embedding(shape) + shape["vocab_size"] * shape["hidden_size"]
+
+
+def train_flops(shape: Mapping[str, Any], tokens: int) -> float:
+    """6·N·D."""
+    return 6.0 * multiplied(shape) * tokens
+
+
+def forward_flops(shape: Mapping[str, Any], tokens: int) -> float:
+    """2·N·D: a teacher's share of distillation, or an evaluation."""
+    return 2.0 * multiplied(shape) * tokens

@@ -1,0 +1,55 @@
+"""Training checkpoints: parameters and optimiser state as safetensors, the rest as JSON; whole or absent, no pickle."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+STATE = ("exp_avg", "exp_avg_sq", "step")
+
+
+def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict]) -> None:
+    """Writes `folder/step-<step>` and then removes older ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    beside, final = folder / f".step-{step}.tmp", folder / f"step-{step}"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    save_file(_tensors(model, optimizer), beside / "state.safetensors")
+    (beside / "state.json").write_text(json.dumps({"step": step, "history": history}))
+    os.rename(beside, final)
+    for old in folder.glob("step-*"):
+        if old != final:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict]]:
+    """Restores the furthest checkpoint below `folder`; returns the next step and the history, (0, []) without one."""
+    found = sorted(folder.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+    if not found:
+        return 0, []
+    tensors = load_file(found[-1] / "state.safetensors")
+    with torch.no_grad():
+        for name, parameter in _named(model):
+            parameter.copy_(tensors[f"param/{name}"])
+            state = {key: tensors[f"{key}/{name}"] for key in STATE}
+            # A fused optimiser keeps its step counter on the parameter's device.
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+    state = json.loads((found[-1] / "state.json").read_text())
+    return state["step"], state["history"]
+
+
+def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {}
+    for name, parameter in _named(model):
+        tensors[f"param/{name}"] = parameter.detach().contiguous()
+        for key in STATE:
+            tensors[f"{key}/{name}"] = torch.as_tensor(optimizer.state[parameter][key]).contiguous()
+    return tensors

@@ -1,0 +1,69 @@
+"""`python -m capacity_gap COMMAND`: what is done with records once they are there. Heavy imports wait until needed."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from capacity_gap import __version__
+from capacity_gap.errors import UserError
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    root = argparse.ArgumentParser(
+        prog="capacity_gap",
+        description="From which teacher should a student of N parameters be distilled? "
+        "Cells and grids are run by run.py; these commands work on what they recorded.",
+    )
+    root.add_argument("--version", action="version", version=__version__)
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    fit = commands.add_parser("fit", help="locate each student's best teacher, fit the ratio law, draw the curves")
+    fit.add_argument("source", help="a store, a folder of CSV files, a .csv or a .parquet file")
+    fit.add_argument("--axis", choices=("total", "non_embedding"), default="total", help="which parameters are counted")
+    fit.add_argument("--metric", help="column to minimise (default: student_loss, or loss in foreign tables)")
+    fit.add_argument("--by", default="family,init,data_tokens", help="columns that part curves (default: %(default)s)")
+    fit.add_argument("--out", type=Path, help="folder for law.json, optima.csv and the figures; without it, only text")
+    fit.set_defaults(run=run_fit)
+    return root
+
+
+def run_fit(given: argparse.Namespace) -> int:
+    """Prints the summary of a fit, and writes its files if asked."""
+    from capacity_gap import records
+    from capacity_gap.fit.frame import curves
+    from capacity_gap.fit.law import law_of
+
+    frame = records.load(given.source)
+    by = [c for c in given.by.split(",") if c]
+    try:
+        found, notes = curves(frame, metric=given.metric, axis=given.axis, by=by)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    law = law_of(found, axis=given.axis, notes=notes)
+    print(law.summary())
+    if given.out:
+        _write_fit(law, found, given.out)
+    return 0
+
+
+def _write_fit(law, found, out: Path) -> None:  # type: ignore[no-untyped-def]
+    import pandas as pd
+
+    from capacity_gap.report.plots import plot_curves, plot_law, save_figure
+
+    out.mkdir(parents=True, exist_ok=True)
+    law.save(out / "law.json")
+    pd.DataFrame([o.to_dict() for o in law.optima]).to_csv(out / "optima.csv", index=False)
+    figures = [*save_figure(plot_curves(found, law.optima), out / "curves"), *save_figure(plot_law(law), out / "law")]
+    print("\nwritten: " + ", ".join(str(p) for p in (out / "law.json", out / "optima.csv", *figures)))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; a user's error is one paragraph and exit status 2."""
+    given = parser().parse_args(arguments)
+    try:
+        return given.run(given)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,268 @@
+"""Every setting, as dataclasses that Hydra types and this file validates; nothing below `run.py` sees OmegaConf.
+
+Validated when made, before any compute, and never changed afterwards. A field marked `RUNTIME` says how a result is
+made, not which one, and takes no part in its identity (`fingerprint.py`).
+"""
+
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from capacity_gap.errors import ConfigError, choose
+from capacity_gap.fingerprint import RUNTIME
+
+SCHEDULES = ("cosine", "wsd", "constant")
+PRECISIONS = ("fp32", "bf16")
+LOSSES = ("forward_kl",)
+SIGNALS = ("online",)
+METHODS = ("expressive", "random")
+INITS = ("pruned", "random")
+SHAPES = ("common", "per_teacher")
+TRACKING_MODES = ("offline", "online", "disabled")
+
+
+def _runtime(default: Any) -> Any:
+    return field(default=default, metadata=RUNTIME)
+
+
+def _need(given: bool, key: str, value: Any, allowed: str) -> None:
+    if not given:
+        raise ConfigError(f"{key}={value} is out of range. Allowed: {allowed}.")
+
+
+def _positive(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _need(value > 0, f"{section}.{name}", value, "more than zero")
+
+
+def _share(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _need(0 <= value <= 1, f"{section}.{name}", value, "0 to 1")
+
+
+@dataclass
+class OptimConfig:
+    """One training run's optimiser: AdamW with decay on matrices only, a warm-up and a schedule (METHOD §4).
+
+    The peak learning rate is `learning_rate`, or where that is not set `learning_rate_times_width` / hidden size: the
+    best rate falls in proportion to the width, so one number serves a whole ladder.
+    """
+
+    batch_size: int = 16  # sequences in one optimiser step, over all devices
+    learning_rate: float | None = None
+    learning_rate_times_width: float = 0.4
+    schedule: str = "cosine"
+    warmup: float = 0.01  # share of all steps
+    decay: float = 0.2  # share of all steps in which `wsd` falls to its end
+    final: float = 0.1  # learning rate at the end, as a share of the peak (cosine, wsd)
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0  # gradient norm
+
+    def __post_init__(self) -> None:
+        _positive("train", self, "batch_size", "learning_rate_times_width", "epsilon", "clip")
+        _share("train", self, "warmup", "decay", "final", "beta1", "beta2")
+        _need(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "zero or more")
+        _need(
+            self.learning_rate is None or self.learning_rate > 0,
+            "train.learning_rate",
+            self.learning_rate,
+            "more than zero, or null for learning_rate_times_width / hidden size",
+        )
+        choose("train.schedule", self.schedule, SCHEDULES)
+
+    def peak(self, hidden_size: int) -> float:
+        """The peak learning rate for a model of this width."""
+        return self.learning_rate or self.learning_rate_times_width / hidden_size
+
+
+@dataclass
+class TrainConfig(OptimConfig):
+    """How students are trained, and where everything is run."""
+
+    precision: str = "fp32"
+    threads: int = 1  # CPU threads of one process: hashed, because sums depend on it
+    device: str = _runtime("auto")
+    micro_batch_size: int | None = _runtime(None)  # sequences on one device at once; null: the whole batch
+    checkpoint_minutes: float = _runtime(1.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive("train", self, "threads", "checkpoint_minutes")
+        choose("train.precision", self.precision, PRECISIONS)
+        _need(
+            self.micro_batch_size is None or self.micro_batch_size > 0,
+            "train.micro_batch_size",
+            self.micro_batch_size,
+            "more than zero, or null for the whole batch",
+        )
+
+
+@dataclass
+class FamilyConfig:
+    """A ladder of teachers and how those that no one has published are pre-trained."""
+
+    name: str = "pico"
+    teacher_data: str = "1m"  # tokens of a teacher's pre-training: a scale, or `20x` parameters
+    teacher_epochs: int = 1
+    pretrain: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        _positive("family", self, "teacher_epochs")
+
+
+@dataclass
+class CorpusConfig:
+    """Which text, how it is split, and how long the packed sequences are."""
+
+    name: str = "embedded"
+    path: str | None = _runtime(None)  # corpus=text: a file or folder; its content is what is hashed
+    validation: float = 0.05
+    test: float = 0.05
+    sequence_length: int = 128
+
+    def __post_init__(self) -> None:
+        choose("corpus.name", self.name, ("embedded", "text"))
+        _positive("corpus", self, "sequence_length", "validation", "test")
+        _need(
+            self.validation + self.test < 0.9, "corpus.validation + corpus.test", self.validation + self.test, "< 0.9"
+        )
+        if self.name == "embedded" and self.path is not None:
+            raise ConfigError(
+                f"corpus.path={self.path} is given, but corpus=embedded reads no file. Add corpus=text to train on it."
+            )
+        if self.name == "text":
+            self._check_path()
+
+    def _check_path(self) -> None:
+        if self.path is None:
+            raise ConfigError("corpus=text needs corpus.path=FILE_OR_FOLDER (.txt, .jsonl with a `text` field).")
+        if not Path(self.path).expanduser().exists():
+            raise ConfigError(
+                f"corpus.path={self.path} does not exist (seen from {Path.cwd()}). "
+                "Give a .txt or .jsonl file, or a folder of them."
+            )
+
+
+@dataclass
+class PruneConfig:
+    """Where a student starts: pruned from its teacher (METHOD §2, §3) or from random weights."""
+
+    method: str = "expressive"
+    init: str = "pruned"
+    shape: str = "common"
+    batches: int = 32
+    batch_size: int = 8  # the score depends on it: its absolute value comes after the batch's sum
+
+    def __post_init__(self) -> None:
+        choose("prune.method", self.method, METHODS)
+        choose("prune.init", self.init, INITS)
+        choose("prune.shape", self.shape, SHAPES)
+        _positive("prune", self, "batches", "batch_size")
+
+
+@dataclass
+class DistillConfig:
+    """The objective (1 − kd_weight)·CE + kd_weight·KD (METHOD §4); kd_weight = 0 is direct training."""
+
+    loss: str = "forward_kl"
+    kd_weight: float = 0.5
+    temperature: float = 1.0
+    tau_squared: bool = True
+    signal: str = "online"
+
+    def __post_init__(self) -> None:
+        choose("distill.loss", self.loss, LOSSES)
+        choose("distill.signal", self.signal, SIGNALS)
+        _share("distill", self, "kd_weight")
+        _positive("distill", self, "temperature")
+
+
+@dataclass
+class EvaluateConfig:
+    """How much held-out text every model is scored on."""
+
+    tokens: int = 200_000
+    ood_tokens: int = 100_000
+    batch_size: int = _runtime(32)
+
+    def __post_init__(self) -> None:
+        _positive("evaluate", self, "tokens", "ood_tokens", "batch_size")
+
+
+@dataclass
+class TrackingConfig:
+    """Weights & Biases: a mirror of the records, which are the truth."""
+
+    mode: str = "offline"
+    project: str = "capacity_gap"
+    entity: str | None = None
+
+    def __post_init__(self) -> None:
+        choose("tracking.mode", self.mode, TRACKING_MODES)
+
+
+@dataclass
+class RunConfig:
+    """One cell of a grid."""
+
+    student: str = "60k"
+    teacher: str = "120k"
+    data: str = "1m"
+    epochs: int = 1
+    seed: int = 0
+    teacher_seed: int = 0
+    store: str = ""
+    plan: bool = False  # say what would run and what it costs; start nothing
+    only: str = ""  # compute one stage of the chain (`name/digest`), not the cell: set by the grid sweeper
+    family: FamilyConfig = field(default_factory=FamilyConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("seed", "teacher_seed"):
+            _need(getattr(self, name) >= 0, name, getattr(self, name), "zero or more")
+        _positive("", self, "epochs")
+
+    @property
+    def store_path(self) -> Path:
+        """The store's folder, absolute."""
+        return Path(self.store or default_store()).expanduser().absolute()
+
+
+def default_store() -> str:
+    """`$CAPACITY_GAP_STORE`, or `store` beside the project's `run.py`, wherever the command is started."""
+    return os.environ.get("CAPACITY_GAP_STORE") or str(Path(__file__).resolve().parent.parent / "store")
+
+
+def register() -> None:
+    """Tells Hydra the types of all settings, so that an unknown key or a wrong type stops at once."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+
+
+def from_hydra(composed: Any) -> RunConfig:
+    """Returns the validated settings of a composed Hydra config.
+
+    Raises:
+        ConfigError: what is wrong, what is allowed, what to do.
+    """
+    from omegaconf import OmegaConf
+
+    known = {f.name for f in fields(RunConfig)}
+    values = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(values, dict)
+    typed = OmegaConf.merge(OmegaConf.structured(RunConfig), {k: v for k, v in values.items() if k in known})
+    config = OmegaConf.to_object(typed)
+    assert isinstance(config, RunConfig)
+    return config

@@ -1,0 +1,100 @@
+"""Packed tokens: one flat stream per split, memory-mapped; and which sequences a budget sees, in which order."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from capacity_gap.errors import ConfigError
+from capacity_gap.scales import format_scale
+
+BATCH = 1000  # documents encoded at once
+PERMUTATION_SEED = 20231107  # of the one permutation that all budgets are prefixes of
+
+
+def pack(texts: Iterable[str], tokenizer: Any, stem: Path) -> int:
+    """Writes the texts' tokens, each text ended by the end-of-text id, to `stem.bin`; returns how many.
+
+    The file is a flat stream of little-endian uint16 (uint32 for a vocabulary above 65,536), described by `stem.json`.
+    """
+    wide = len(tokenizer) > 2**16
+    total = 0
+    with stem.with_suffix(".bin").open("wb") as file:
+        for group in _batches(texts):
+            for ids in tokenizer(group, add_special_tokens=False, return_attention_mask=False)["input_ids"]:
+                np.asarray([*ids, tokenizer.eos_token_id], dtype="<u4" if wide else "<u2").tofile(file)
+                total += len(ids) + 1
+    stem.with_suffix(".json").write_text(json.dumps({"dtype": "<u4" if wide else "<u2", "tokens": total}))
+    return total
+
+
+def _batches(texts: Iterable[str]) -> Iterable[list[str]]:
+    group: list[str] = []
+    for text in texts:
+        group.append(text)
+        if len(group) == BATCH:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A token stream cut into sequences of T tokens; `batch` reads one token more, which is the last label.
+
+    Sequence i is `stream[i·T : i·T + T + 1]`: inputs are its first T tokens, labels its last T, so every token but the
+    stream's first is predicted once.
+    """
+
+    stem: Path
+    sequence_length: int
+
+    @cached_property
+    def stream(self) -> np.ndarray:
+        """All tokens, memory-mapped."""
+        header = json.loads(self.stem.with_suffix(".json").read_text())
+        return np.memmap(self.stem.with_suffix(".bin"), dtype=header["dtype"], mode="r", shape=(header["tokens"],))
+
+    @cached_property
+    def bytes_per_id(self) -> np.ndarray:
+        """UTF-8 bytes that each token id stands for [V]."""
+        return np.asarray(json.loads((self.stem.parent / "bytes_per_id.json").read_text()), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return max(0, (len(self.stream) - 1) // self.sequence_length)
+
+    def batch(self, indices: np.ndarray) -> np.ndarray:
+        """Tokens [n, T+1], int64, of the sequences named by `indices` [n]."""
+        starts = np.asarray(indices, dtype=np.int64)[:, None] * self.sequence_length
+        return self.stream[starts + np.arange(self.sequence_length + 1)].astype(np.int64)
+
+
+def subset(packed: Packed, tokens: int, *, epochs: int = 1, key: str = "data") -> np.ndarray:
+    """The sequences of a budget: the first `tokens` tokens of one seed-independent permutation, so budgets nest.
+
+    With `epochs` = k the budget is met by k passes over its k-th part.
+
+    Raises:
+        ConfigError: the corpus holds fewer tokens than one pass needs.
+    """
+    each = tokens // (packed.sequence_length * epochs)
+    if each > len(packed):
+        held = len(packed) * packed.sequence_length
+        passes = "family.teacher_epochs" if key.startswith("family") else "epochs"
+        raise ConfigError(
+            f"{key}={format_scale(tokens)} with {passes}={epochs} needs {each * packed.sequence_length:,} tokens a "
+            f"pass, but the training text holds {held:,}. Give at most {key}={held * epochs}, or say how often the "
+            f"text may be repeated: {passes}={-(-tokens // held)}."
+        )
+    return np.random.Generator(np.random.PCG64(PERMUTATION_SEED)).permutation(len(packed))[:each]
+
+
+def order(sequences: np.ndarray, seed: int, *, epochs: int = 1) -> np.ndarray:
+    """The order in which a run sees its sequences: a fresh shuffle for each pass, decided by `seed`."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    return np.concatenate([generator.permutation(sequences) for _ in range(epochs)])

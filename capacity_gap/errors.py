@@ -1,0 +1,37 @@
+"""Errors that a user can mend. They say what was given, what is allowed and what to do, in one paragraph."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user asked for cannot be done; the message is all that is shown, without a traceback."""
+
+
+class ConfigError(UserError, ValueError):
+    """A setting is wrong. Raised before any compute, with nothing written."""
+
+
+class StoreError(UserError, OSError):
+    """The store cannot be read or written as asked."""
+
+
+class StageError(UserError, RuntimeError):
+    """A stage could not be computed; the store holds nothing of it but its checkpoints."""
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str:
+    """Returns " (did you mean 'x'?)" for the allowed name closest to the given one, or nothing."""
+    close = difflib.get_close_matches(str(given), [str(a) for a in allowed], n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def choose(kind: str, given: str, allowed: Iterable[str]) -> None:
+    """Raises a `ConfigError` that lists what is allowed, unless `given` is."""
+    allowed = list(allowed)
+    if given not in allowed:
+        raise ConfigError(f"{kind}={given!r} is not known{nearest(given, allowed)}. Allowed: {', '.join(allowed)}.")
+
+
+class ImpossibleCell(ConfigError):
+    """Student and teacher cannot go together: an error alone, a note in a grid."""

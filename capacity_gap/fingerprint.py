@@ -1,0 +1,65 @@
+"""The identity of a computation: a hash of its name, version, settings and inputs, equal on every machine.
+
+Only types with one canonical spelling are hashed; anything else raises, because an identity that depends on `repr` or
+on memory addresses would silently recompute, or worse, silently reuse. A dataclass field takes part unless its
+metadata says otherwise:
+
+* `RUNTIME` fields (device, paths, tracking) say how a result is made, not which result it is: never hashed;
+* `LATER` fields were added after the first release: left out at their default, so that old results stay found.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+RUNTIME = {"identity": False}
+LATER = {"later": True}
+
+
+def canonical(value: Any) -> Any:
+    """Returns `value` as JSON types with one spelling, or raises `TypeError` for what has none."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise TypeError(f"{value} cannot be part of an identity: only finite numbers are hashed")
+        return {"float": value.hex()}
+    if isinstance(value, list | tuple):
+        return [canonical(v) for v in value]
+    if isinstance(value, Mapping):
+        return _canonical_mapping(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _canonical_mapping(identity_fields(value))
+    raise TypeError(f"a {type(value).__name__} cannot be hashed deterministically: {value!r}")
+
+
+def identity_fields(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass that decide its results, by name."""
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if _counts(f, getattr(value, f.name))}
+
+
+def _counts(field: dataclasses.Field, value: Any) -> bool:
+    if not field.metadata.get("identity", True):
+        return False
+    return not (field.metadata.get("later") and value == _default(field))
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _canonical_mapping(mapping: Mapping) -> dict[str, Any]:
+    if not all(isinstance(k, str) for k in mapping):
+        raise TypeError(f"only string keys are hashed; given {sorted(map(repr, mapping))}")
+    return {k: canonical(mapping[k]) for k in sorted(mapping)}
+
+
+def fingerprint(value: Any) -> str:
+    """Returns 20 hexadecimal digits (80 bits) of the SHA-256 of the canonical JSON of `value`."""
+    text = json.dumps(canonical(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]

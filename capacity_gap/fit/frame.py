@@ -1,0 +1,123 @@
+"""From a tidy table to curves: loss against log teacher scale, one curve a student (and data scale, family, start)."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+AXES = {"total": "", "non_embedding": "_non_embedding"}
+SAME_SIZE = 0.03  # students within 3 % are one student where no nominal scale says so
+BY = ("family", "init", "data_tokens")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One student under several teachers, smallest teacher first. Replicates of a teacher are averaged.
+
+    `loss` [K] means, `count` [K] replicates, `within` the sum of squares of replicates about their means with
+    `within_df` degrees of freedom.
+    """
+
+    key: dict[str, object]
+    student_params: float
+    teacher_params: np.ndarray
+    loss: np.ndarray
+    count: np.ndarray
+    within: float
+    within_df: int
+
+    @property
+    def x(self) -> np.ndarray:
+        """log teacher scale [K]."""
+        return np.log(self.teacher_params)
+
+
+def curves(
+    frame: pd.DataFrame, *, metric: str | None = None, axis: str = "total", by: Sequence[str] = BY
+) -> tuple[list[Curve], list[str]]:
+    """Cuts a table into curves.
+
+    Args:
+        frame: tidy, one row a run: `student_params, teacher_params, loss`; may have `student`, `seed`, `teacher_seed`
+            and whatever `by` names.
+        metric: the column to minimise, by default `loss`, or `student_loss` of our records.
+        axis: count `total` parameters or `non_embedding` ones.
+        by: columns that part curves, where they are there.
+
+    Returns:
+        The curves, and notes on the rows that were left out.
+
+    Raises:
+        ValueError: a column is missing, or a scale is not positive.
+    """
+    if axis not in AXES:
+        raise ValueError(f"axis={axis!r} is not known. Allowed: {', '.join(AXES)}.")
+    student, teacher = "student_params" + AXES[axis], "teacher_params" + AXES[axis]
+    column = metric or default_metric(frame)
+    _require(frame, [student, teacher, column])
+    kept, notes = _usable(frame, student, teacher, column)
+    given = [c for c in by if c in kept and kept[c].notna().any()]
+    kept = kept.assign(_student=_student_label(kept, student))
+    found = []
+    for key, group in kept.groupby([*given, "_student"], dropna=False, sort=True):
+        found.append(_curve(dict(zip([*given, "student"], key, strict=True)), group, student, teacher, column))
+    return sorted(found, key=lambda c: ([str(c.key[k]) for k in given], c.student_params)), notes
+
+
+def default_metric(frame: pd.DataFrame) -> str:
+    """`loss` if it is a number, else `student_loss`: in our records `loss` is the name of the objective."""
+    if "loss" in frame and pd.api.types.is_numeric_dtype(frame["loss"]):
+        return "loss"
+    return "student_loss" if "student_loss" in frame else "loss"
+
+
+def _require(frame: pd.DataFrame, names: Sequence[str]) -> None:
+    missing = [n for n in names if n not in frame]
+    if missing:
+        near = {n: difflib.get_close_matches(n, map(str, frame.columns), n=2, cutoff=0.5) for n in missing}
+        hints = "; ".join(f"{n} (nearest: {', '.join(c) or 'none'})" for n, c in near.items())
+        raise ValueError(f"the table lacks {hints}. It has: {', '.join(map(str, frame.columns))}.")
+
+
+def _usable(frame: pd.DataFrame, student: str, teacher: str, column: str) -> tuple[pd.DataFrame, list[str]]:
+    """The rows that can be used, and why the others cannot."""
+    notes = []
+    bad = frame[(frame[student] <= 0) | (frame[teacher] <= 0)]
+    if len(bad):
+        raise ValueError(f"scales must be positive; {student} or {teacher} is not in rows {list(bad.index)[:10]}")
+    finite = pd.to_numeric(frame[column], errors="coerce").pipe(np.isfinite)
+    finite &= frame[student].notna() & frame[teacher].notna()
+    if "status" in frame:
+        finite &= frame["status"].isin(["done"])
+    if (~finite).any():
+        rows = ", ".join(map(str, frame.index[~finite][:10]))
+        notes.append(f"{int((~finite).sum())} rows left out (failed, or no finite {column}): rows {rows}")
+    return frame[finite], notes
+
+
+def _student_label(frame: pd.DataFrame, column: str) -> pd.Series:
+    """The nominal scale, or a number that students within 3 % of each other share."""
+    if "student" in frame and frame["student"].notna().all():
+        return frame["student"].astype(str)
+    ordered = np.sort(frame[column].unique())
+    starts = np.concatenate([[True], np.diff(np.log(ordered)) > np.log1p(SAME_SIZE)])
+    group = dict(zip(ordered, np.cumsum(starts), strict=True))
+    first = {g: ordered[starts][g - 1] for g in set(group.values())}
+    return frame[column].map(lambda n: f"{first[group[n]]:.0f}")
+
+
+def _curve(key: dict, group: pd.DataFrame, student: str, teacher: str, column: str) -> Curve:
+    per = group.groupby(teacher, sort=True)[column]
+    loss, count = per.mean(), per.size()
+    within = float(((group[column] - group[teacher].map(loss)) ** 2).sum())
+    return Curve(
+        key=key,
+        student_params=float(np.exp(np.log(group[student].astype(float)).mean())),
+        teacher_params=loss.index.to_numpy(float),
+        loss=loss.to_numpy(float),
+        count=count.to_numpy(float),
+        within=within,
+        within_df=int((count - 1).sum()),
+    )

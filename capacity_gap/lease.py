@@ -1,0 +1,131 @@
+"""Who computes a stage: a lease with a heartbeat, judged by the observer's own clock.
+
+Stores live on NFS, where clocks disagree and file locks come and go; so the lease holds an owner and a counter, and an
+observer takes over when the counter has not moved for `PATIENCE_S` of the observer's time. A lease only saves work:
+if two processes ever hold one stage, both compute equal results and the first rename wins.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+BEAT_S = 5.0
+PATIENCE_S = 40.0
+POLL_S = 0.5
+
+
+class Lease:
+    """Held while a stage is computed. On entry either `owned` is true, or `done()` has become true while waiting."""
+
+    def __init__(self, place: Path, done: Callable[[], bool]) -> None:
+        self.file = place / "lease.json"
+        self.done = done
+        self.owner = f"{socket.gethostname().split('.')[0]}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.owned = False
+        self._counter = 0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> "Lease":
+        while not self.done():
+            if self._acquire():
+                self.owned = not self.done()
+                break
+            self._wait_for_owner()
+        if self.owned:
+            self._thread = threading.Thread(target=self._beat, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        if self._thread:
+            self._thread.join()
+        if self._holder() == self.owner:
+            self.file.unlink(missing_ok=True)
+
+    def _acquire(self) -> bool:
+        """Creates the lease file if there is none: the one step that only one process can win."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        beside = self._write_beside()
+        try:
+            os.link(beside, self.file)  # atomic on local disks and NFS alike, unlike O_EXCL on old NFS
+            return True
+        except FileExistsError:
+            return False
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def _wait_for_owner(self) -> None:
+        """Returns when the stage is done, the lease is free, or its owner is dead and the lease was removed."""
+        seen, since = self._read(), time.monotonic()
+        while not self.done():
+            now = self._read()
+            if now is None:
+                return
+            if now != seen:
+                seen, since = now, time.monotonic()
+            if time.monotonic() - since > PATIENCE_S or _dead_here(now):
+                self._evict(now)
+                return
+            time.sleep(POLL_S)
+
+    def _evict(self, dead: dict) -> None:
+        """Removes the lease of a dead owner; a rename first, so that of several observers one succeeds."""
+        aside = self.file.with_name(f".evicted-{self.owner}")
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.file, aside)
+            if json.loads(aside.read_text()).get("owner") != dead.get("owner"):
+                with contextlib.suppress(FileExistsError):
+                    os.link(aside, self.file)  # a new owner came in between: give it back
+            aside.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(BEAT_S):
+            self._counter += 1
+            with contextlib.suppress(OSError):
+                if self._holder() == self.owner:
+                    os.replace(self._write_beside(), self.file)
+
+    def _write_beside(self) -> Path:
+        beside = self.file.with_name(f".lease-{self.owner}")
+        lease = {"owner": self.owner, "counter": self._counter, "boot": _boot_id(), "pid": os.getpid()}
+        beside.write_text(json.dumps(lease))
+        return beside
+
+    def _read(self) -> dict | None:
+        try:
+            return json.loads(self.file.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+
+    def _holder(self) -> str | None:
+        return (self._read() or {}).get("owner")
+
+
+def _boot_id() -> str:
+    """Names this running machine: a process id means something only beside it."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return socket.gethostname()
+
+
+def _dead_here(lease: dict) -> bool:
+    """Whether the owner ran on this very machine and is gone, which needs no patience to know."""
+    if lease.get("boot") != _boot_id():
+        return False
+    try:
+        os.kill(int(lease["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, KeyError, ValueError):
+        return False
+    return False

@@ -1,0 +1,312 @@
+"""The chain of one cell, read top to bottom; nothing else knows the order.
+
+    corpus ─► tokenizer ─► tokens ─┐
+    family ─► teacher ─► scores ─► student ─► distil ─► record
+                 └─► teacher scores ──────────────┘
+
+Building the chain computes nothing and imports no torch: it names the stages, so that a grid knows what its cells have
+in common before anything runs.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from capacity_gap import accounting, steps, tracking
+from capacity_gap.config import RunConfig
+from capacity_gap.errors import ImpossibleCell
+from capacity_gap.fingerprint import identity_fields
+from capacity_gap.models.axes import count_params
+from capacity_gap.models.ladders import Family, family
+from capacity_gap.pruning.shape import student_config
+from capacity_gap.records import RECORD, SCHEMA_VERSION, Record
+from capacity_gap.runtime import Runtime, resolve_device
+from capacity_gap.scales import format_scale, parse_scale, parse_tokens
+from capacity_gap.stage import Stage, Store, closure, write_json
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: its settings with every scale read, and the stages that make its record."""
+
+    config: RunConfig
+    family: Family
+    rung: str
+    student_target: int
+    data_tokens: int
+    teacher_tokens: int
+
+    @property
+    def teacher_shape(self) -> Mapping[str, Any]:
+        """The teacher's config.json."""
+        return self.family.rungs[self.rung]
+
+    @cached_property
+    def student_shape(self) -> Mapping[str, Any]:
+        """The student's config.json: a function of family, scale and policy (DESIGN, *Student*)."""
+        return student_config(
+            self.family.rungs,
+            self.teacher_shape,
+            self.student_target,
+            policy=self.config.prune.shape,
+            multiple=self.family.multiple,
+        )
+
+    @property
+    def learning_rate(self) -> float:
+        """The student's peak learning rate."""
+        return self.config.train.peak(self.student_shape["hidden_size"])
+
+    @property
+    def name(self) -> str:
+        """What people call the cell."""
+        student, tokens = format_scale(self.student_target), format_scale(self.data_tokens)
+        return f"{student} from {self.rung}, {tokens} tokens, seed {self.config.seed}"
+
+    def check_budgets(self, store: Store, runtime: Runtime) -> None:
+        """Raises, before any model is trained, if the corpus holds fewer tokens than teacher or student need."""
+        from capacity_gap.data.packing import Packed, subset
+
+        packed = Packed(store.compute(self.tokens, runtime) / "train", self.config.corpus.sequence_length)
+        subset(packed, self.data_tokens, epochs=self.config.epochs, key="data")
+        subset(packed, self.teacher_tokens, epochs=self.config.family.teacher_epochs, key="family.teacher_data")
+
+    # The chain. Each stage names what decides its result, and nothing else.
+
+    @cached_property
+    def corpus(self) -> Stage:
+        """Clean text, split into train, validation, test and out-of-domain."""
+        c = self.config.corpus
+        given = {"name": c.name, "validation": c.validation, "test": c.test, **steps.corpus_identity(c)}
+        return Stage("corpus", 1, given, {}, steps.corpus, options={"path": c.path})
+
+    @cached_property
+    def tokenizer(self) -> Stage:
+        """Byte-level BPE with the family's vocabulary, trained on the corpus."""
+        given = {"vocab_size": self.teacher_shape["vocab_size"]}
+        return Stage("tokenizer", 1, given, {"corpus": self.corpus}, steps.tokenizer)
+
+    @cached_property
+    def tokens(self) -> Stage:
+        """The corpus as memory-mapped token streams."""
+        inputs = {"corpus": self.corpus, "tokenizer": self.tokenizer}
+        return Stage("tokens", 1, {}, inputs, steps.tokens)
+
+    @cached_property
+    def teacher(self) -> Stage:
+        """The teacher, pre-trained on the spot."""
+        c, shape = self.config, self.teacher_shape
+        given = {
+            "shape": shape,
+            "seed": c.teacher_seed,
+            "tokens": self.teacher_tokens,
+            "epochs": c.family.teacher_epochs,
+            "optim": steps.optim_identity(c.family.pretrain),
+            "learning_rate": c.family.pretrain.peak(shape["hidden_size"]),
+            **self._arithmetic,
+        }
+        cost = accounting.train_flops(shape, self.teacher_tokens)
+        return Stage("teacher", 1, given, {"tokens": self.tokens}, steps.pretrain, cost, self._training)
+
+    @cached_property
+    def scores(self) -> Stage:
+        """Importance of every unit of the teacher."""
+        c = self.config.prune
+        given = {"method": c.method, "batches": c.batches, "batch_size": c.batch_size, **self._arithmetic}
+        if c.method == "random":
+            given["seed"] = self.config.seed
+        length = self.config.corpus.sequence_length
+        cost = accounting.train_flops(self.teacher_shape, c.batches * c.batch_size * length)
+        return Stage("scores", 1, given, {"teacher": self.teacher, "tokens": self.tokens}, steps.scores, cost)
+
+    @cached_property
+    def student(self) -> Stage:
+        """The student before training."""
+        if self.config.prune.init == "random":
+            given = {"shape": self.student_shape, "seed": self.config.seed}
+            return Stage("student", 1, {"init": "random", **given}, {}, steps.random_student)
+        given = {"init": "pruned", "shape": self.student_shape}
+        return Stage("student", 1, given, {"teacher": self.teacher, "scores": self.scores}, steps.pruned_student)
+
+    @cached_property
+    def distilled(self) -> Stage:
+        """The trained student."""
+        c = self.config
+        given = {
+            "tokens": self.data_tokens,
+            "epochs": c.epochs,
+            "seed": c.seed,
+            "optim": steps.optim_identity(c.train),
+            "distill": identity_fields(c.distill),
+            "learning_rate": self.learning_rate,
+            **self._arithmetic,
+        }
+        inputs = {"student": self.student, "tokens": self.tokens}
+        if c.distill.kd_weight > 0:
+            inputs["teacher"] = self.teacher
+        cost = accounting.train_flops(self.student_shape, self.data_tokens) + self.teacher_flops
+        return Stage("distil", 1, given, inputs, steps.distil, cost, self._training)
+
+    @property
+    def teacher_flops(self) -> float:
+        """What the teacher's forward passes cost in this cell."""
+        if self.config.distill.kd_weight == 0:
+            return 0.0
+        return accounting.forward_flops(self.teacher_shape, self.data_tokens)
+
+    def scored(self, model: Stage, shape: Mapping[str, Any]) -> Stage:
+        """Held-out losses of one model."""
+        c = self.config.evaluate
+        given = {**identity_fields(c), **self._arithmetic}
+        cost = accounting.forward_flops(shape, c.tokens + c.ood_tokens)
+        inputs = {"model": model, "tokens": self.tokens}
+        return Stage("evaluate", 1, given, inputs, steps.evaluate, cost, {"batch_size": c.batch_size})
+
+    @cached_property
+    def record(self) -> Stage:
+        """The row of this cell."""
+        inputs = {
+            "corpus": self.corpus,
+            "teacher": self.teacher,
+            "distil": self.distilled,
+            "evaluate_teacher": self.scored(self.teacher, self.teacher_shape),
+            "evaluate_init": self.scored(self.student, self.student_shape),
+            "evaluate": self.scored(self.distilled, self.student_shape),
+        }
+        return Stage("record", 1, self.description, inputs, steps.record)
+
+    @property
+    def waves(self) -> list[list[Stage]]:
+        """Stages that other cells may need too; each wave needs only those before it, and the cell is the last."""
+        start = [self.scored(self.student, self.student_shape)]
+        scored = [self.scored(self.teacher, self.teacher_shape)]
+        if self.config.prune.init == "pruned":
+            scored.append(self.scores)
+        return [[self.tokens], [self.teacher], scored, start]
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """The part of the record that is known before anything has run."""
+        c, shape = self.config, self.student_shape
+        return {
+            "family": c.family.name,
+            "corpus": c.corpus.name,
+            "student": format_scale(self.student_target),
+            "teacher": self.rung,
+            "data_tokens": self.data_tokens,
+            "epochs": c.epochs,
+            "teacher_tokens": self.teacher_tokens,
+            "seed": c.seed,
+            "teacher_seed": c.teacher_seed,
+            "student_params": count_params(shape),
+            "student_params_non_embedding": accounting.non_embedding(shape),
+            "teacher_params": count_params(self.teacher_shape),
+            "teacher_params_non_embedding": accounting.non_embedding(self.teacher_shape),
+            "init": c.prune.init,
+            "prune_method": c.prune.method if c.prune.init == "pruned" else None,
+            "shape": c.prune.shape,
+            "batch": c.train.batch_size,
+            "learning_rate": self.learning_rate,
+            "precision": c.train.precision,
+            "loss": c.distill.loss,
+            "kd_weight": c.distill.kd_weight,
+            "temperature": c.distill.temperature,
+            "signal": c.distill.signal,
+            "train_flops": accounting.train_flops(shape, self.data_tokens),
+            "teacher_flops": self.teacher_flops,
+            "teacher_train_flops": accounting.train_flops(self.teacher_shape, self.teacher_tokens),
+        }
+
+    @property
+    def _training(self) -> dict[str, Any]:
+        """How a training stage is run, which changes nothing in its identity."""
+        return {"micro_batch_size": self.config.train.micro_batch_size}
+
+    @property
+    def _arithmetic(self) -> dict[str, Any]:
+        """What decides the last bits of every computed number."""
+        c = self.config
+        return {
+            "precision": c.train.precision,
+            "threads": c.train.threads,
+            "sequence_length": c.corpus.sequence_length,
+        }
+
+
+def resolve(config: RunConfig) -> Cell:
+    """Reads the scales of `config` and checks that they go together; computes nothing, writes nothing.
+
+    Raises:
+        ImpossibleCell: the student is larger than its teacher, or its shape does not fit into it.
+        ConfigError: anything else that cannot be.
+    """
+    ladder = family(config.family.name)
+    student = parse_scale(config.student, key="student")
+    rung = ladder.rung(config.teacher)
+    params = ladder.params[rung]
+    if student > params * 1.005:
+        raise ImpossibleCell(
+            f"student={config.student} is larger than teacher={config.teacher} ({params:,} parameters). "
+            "A student is pruned from its teacher: give a smaller student or a larger teacher; equal sizes are fine. "
+            f"Rungs of {ladder.name}: {' '.join(ladder.rungs)}."
+        )
+    teacher_tokens = parse_tokens(config.family.teacher_data, params=params, key="family.teacher_data")
+    cell = Cell(config, ladder, rung, student, parse_scale(config.data, key="data"), teacher_tokens)
+    _ = cell.record.digest  # walks the whole chain: the shape must exist, every setting must have one spelling
+    return cell
+
+
+def run(config: RunConfig) -> str:
+    """Computes one cell (or, with `only`, one stage of it) and returns the key of what was made.
+
+    A failure leaves a failed record, with its cause, until the cell is done.
+    """
+    cell = resolve(config)
+    store = Store(config.store_path)
+    runtime = Runtime(resolve_device(config.train.device), config.train.threads, config.train.checkpoint_minutes)
+    store.create()
+    cell.check_budgets(store, runtime)
+    if config.only:
+        stage = closure(cell.record)[config.only]
+        store.compute(stage, runtime)
+        return stage.key
+    return _run_cell(cell, store, runtime)
+
+
+def _run_cell(cell: Cell, store: Store, runtime: Runtime) -> str:
+    record = cell.record
+    if store.has(record):
+        return record.key
+    track = cell.config.tracking
+    tracker = tracking.start(
+        track, cell=record.digest, name=cell.name, config=cell.description, folder=store.root / "wandb"
+    )
+    runtime.on_log = tracker.log
+    try:
+        store.compute(cell.distilled, runtime)
+        for point in steps.read_history(store.path(cell.distilled)):
+            tracker.log(point)  # what another process computed, or an earlier one; what was logged is passed over
+        row = json.loads((store.compute(record, runtime) / RECORD).read_text())
+    except BaseException as error:
+        tracker.finish({"status": "failed", "error": str(error)}, failed=True)
+        if isinstance(error, Exception):
+            fail(cell, store, str(error) or type(error).__name__)
+        raise
+    _failure(cell, store).unlink(missing_ok=True)
+    tracker.finish(row, failed=False)
+    return record.key
+
+
+def _failure(cell: Cell, store: Store) -> Path:
+    return store.root / "failed" / f"{cell.record.digest}.json"
+
+
+def fail(cell: Cell, store: Store, cause: str) -> None:
+    """Leaves a failed record with its cause; it stays until the cell is done."""
+    file = _failure(cell, store)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    row = Record(SCHEMA_VERSION, cell.record.digest, "failed", cause, **cell.description)
+    write_json(file, row.to_dict())

@@ -1,0 +1,159 @@
+"""One row per cell: the schema, read, write, to DataFrame. Records are the truth; W&B is a mirror of them."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from capacity_gap.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """The result of one cell, flat. `None` means "not measured": never 0, never NaN.
+
+    Losses are nats per token on held-out text; `student_loss` is label cross-entropy, never the training objective.
+    `*_params` are total parameters, `*_non_embedding` without embeddings; FLOPs as in `accounting.py`.
+    """
+
+    schema_version: int
+    cell: str
+    status: str  # done | failed
+    error: str | None = None
+    family: str | None = None
+    corpus: str | None = None
+    student: str | None = None  # nominal scale
+    teacher: str | None = None
+    data_tokens: int | None = None
+    epochs: int | None = None
+    teacher_tokens: int | None = None
+    seed: int | None = None
+    teacher_seed: int | None = None
+    student_params: int | None = None
+    student_params_non_embedding: int | None = None
+    stored_params: int | None = None
+    teacher_params: int | None = None
+    teacher_params_non_embedding: int | None = None
+    init: str | None = None  # pruned | random | shared
+    prune_method: str | None = None
+    shape: str | None = None
+    batch: int | None = None  # sequences in one optimiser step
+    learning_rate: float | None = None  # peak
+    precision: str | None = None
+    loss: str | None = None  # name of the distillation loss
+    kd_weight: float | None = None
+    temperature: float | None = None
+    signal: str | None = None
+    student_loss: float | None = None
+    student_loss_stderr: float | None = None
+    student_bits_per_byte: float | None = None
+    student_loss_ood: float | None = None
+    teacher_loss: float | None = None
+    teacher_loss_ood: float | None = None
+    teacher_entropy: float | None = None
+    init_loss: float | None = None
+    train_ce: float | None = None  # the last logged points, averaged
+    train_kl: float | None = None
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)  # {task: {value, stderr, shots}}
+    train_flops: float | None = None
+    teacher_flops: float | None = None  # the teacher's forward passes in this cell
+    teacher_train_flops: float | None = None
+    tokens_per_s: float | None = None
+    wall_s: float | None = None
+    peak_memory_bytes: int | None = None
+    micro_batch: int | None = None
+    device: str | None = None
+    threads: int | None = None
+    git_commit: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    created: str | None = None
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"a record cannot hold {f.name}={value}: what was not measured is None")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain JSON types."""
+        return dataclasses.asdict(self)
+
+
+# What must repeat bit for bit at equal device, threads, ranks and versions.
+RESULT_FIELDS = (
+    "status",
+    "student_params",
+    "student_params_non_embedding",
+    "stored_params",
+    "teacher_params",
+    "teacher_params_non_embedding",
+    "learning_rate",
+    "student_loss",
+    "student_loss_stderr",
+    "student_bits_per_byte",
+    "student_loss_ood",
+    "teacher_loss",
+    "teacher_loss_ood",
+    "teacher_entropy",
+    "init_loss",
+    "train_ce",
+    "train_kl",
+    "metrics",
+    "train_flops",
+    "teacher_flops",
+    "teacher_train_flops",
+)
+RECORD = "record.json"
+
+
+def read(folder: str | Path) -> list[dict[str, Any]]:
+    """Every record of a store, finished cells and failed ones, ordered by cell."""
+    root = Path(folder)
+    files = [*root.glob(f"record/*/{RECORD}"), *root.glob("failed/*.json")]
+    return sorted((json.loads(f.read_text()) for f in files), key=lambda r: (r["cell"], r["status"]))
+
+
+def to_frame(records: Iterable[dict[str, Any]]) -> "pd.DataFrame":
+    """One row per record; `metrics` spread into columns `metrics/<task>` and `metrics/<task>/stderr`."""
+    import pandas as pd
+
+    rows = []
+    for record in records:
+        row = {k: v for k, v in record.items() if k not in ("metrics", "versions")}
+        for task, score in (record.get("metrics") or {}).items():
+            row[f"metrics/{task}"] = score["value"]
+            row[f"metrics/{task}/stderr"] = score.get("stderr")
+        rows.append(row | {f"version/{k}": v for k, v in (record.get("versions") or {}).items()})
+    columns = [f.name for f in dataclasses.fields(Record) if f.name not in ("metrics", "versions")]
+    frame = pd.DataFrame(rows)
+    return frame.reindex(columns=[*columns, *[c for c in frame.columns if c not in columns]])
+
+
+def load(source: str | Path) -> "pd.DataFrame":
+    """Records as a table, from a store, a folder of CSVs, a CSV file or a parquet file.
+
+    Raises:
+        UserError: there is nothing of the kind at `source`.
+    """
+    import pandas as pd
+
+    path = Path(source).expanduser()
+    if path.is_file():
+        return pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    if (path / "store.json").exists():
+        return to_frame(read(path))
+    tables = sorted(path.glob("*.csv")) if path.is_dir() else []
+    if not tables:
+        raise UserError(
+            f"{source} holds no records. Give a store (a folder with store.json), a folder of CSV files, "
+            "a .csv or a .parquet file."
+        )
+    return pd.concat([pd.read_csv(t) for t in tables], ignore_index=True)

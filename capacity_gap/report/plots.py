@@ -1,0 +1,164 @@
+"""Figures from a fitted table, for PNG and SVG. No global state: every function returns a new figure."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from capacity_gap.fit.frame import Curve
+from capacity_gap.fit.law import LawFit
+from capacity_gap.fit.optimum import LEAST_TEACHERS, Optimum, fit_parabola
+from capacity_gap.scales import format_scale
+
+POINT, LINE, BEST, BAND = "#4c6a92", "#222222", "#c1432e", "#e9a23b"
+WORDS = {
+    "interior": "interior optimum",
+    "left_edge": "best at or below the smallest teacher",
+    "right_edge": "best at or above the largest teacher",
+    "flat": "flat: differences are noise",
+    "not_unimodal": "no single minimum",
+    "too_few": f"under {LEAST_TEACHERS} teachers",
+}
+
+VERDICTS = {
+    "law": "a law",
+    "no_optimum": "no law: no optimum beyond noise",
+    "censored": "no law: optima at the grid's ends",
+    "too_few": "no law: too few students",
+}
+
+
+def short_scale(count: float, _position: int = 0) -> str:
+    """A parameter count with three digits at most: 119873 → `120k`."""
+    if count <= 0 or not math.isfinite(count):
+        return ""
+    digits = 3 - 1 - math.floor(math.log10(count))
+    return format_scale(round(round(count, digits)))
+
+
+def plot_curves(found: Sequence[Curve], optima: Sequence[Optimum], points: Sequence[np.ndarray] = ()) -> Figure:
+    """Loss against teacher scale, a panel a curve: runs, fitted parabola, optimum with interval, and the flat region.
+
+    Args:
+        found: the curves.
+        optima: their optima, in the same order.
+        points: single runs of each curve, [n, 2] teacher scale and loss; the means over seeds if not given.
+    """
+    columns = min(3, len(found))
+    rows = math.ceil(len(found) / columns)
+    figure = Figure(figsize=(4.2 * columns, 3.5 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for i, (curve, optimum) in enumerate(zip(found, optima, strict=True)):
+        _panel(axes[i], curve, optimum, points[i] if len(points) else np.stack([curve.teacher_params, curve.loss], 1))
+    for unused in axes[len(found) :]:
+        unused.set_visible(False)
+    figure.supxlabel("teacher parameters (above: teacher / student)", fontsize=9)
+    figure.supylabel("held-out loss, nats per token", fontsize=9)
+    return figure
+
+
+def _panel(axes: Axes, curve: Curve, optimum: Optimum, points: np.ndarray) -> None:
+    axes.set_xscale("log")
+    if len(curve.x) >= LEAST_TEACHERS:
+        grid = np.linspace(curve.x[0], curve.x[-1], 200)
+        axes.plot(np.exp(grid), fit_parabola(curve).value(grid), color=LINE, lw=1)
+        low, high = optimum.flat_interval
+        if low is not None and high is not None:
+            axes.axvspan(low, high, color=BAND, alpha=0.18, lw=0)
+    axes.plot(points[:, 0], points[:, 1], "o", color=POINT, ms=4, alpha=0.7)
+    if optimum.teacher_params is not None:
+        low, high = optimum.interval
+        best = float(fit_parabola(curve).value(math.log(optimum.teacher_params)))
+        error = [[optimum.teacher_params - (low or 0)], [(high or 0) - optimum.teacher_params]]
+        axes.errorbar(optimum.teacher_params, best, xerr=error, fmt="D", color=BEST, ms=6, capsize=3, zorder=5)
+    title = f"student {optimum.student}"
+    title += f", {short_scale(optimum.data_tokens)} tokens" if optimum.data_tokens else ""
+    word = WORDS[optimum.status] + (f" at {optimum.ratio:.2f}×" if optimum.ratio else "")
+    axes.set_title(f"{title}\n{word}", fontsize=9)
+    _scales(axes, curve.teacher_params)
+    above = axes.secondary_xaxis("top", functions=(_over(curve.student_params), _times(curve.student_params)))
+    above.xaxis.set_major_formatter(FuncFormatter(lambda r, _: f"{r:g}×"))
+    above.xaxis.set_minor_formatter(NullFormatter())
+    above.set_xticks([r for r in (1, 2, 4, 8, 16) if _inside(axes, r * curve.student_params)])
+    above.tick_params(labelsize=7)
+
+
+def _over(student: float) -> Callable[[Any], Any]:
+    return lambda teacher: np.asarray(teacher) / student
+
+
+def _times(student: float) -> Callable[[Any], Any]:
+    return lambda ratio: np.asarray(ratio) * student
+
+
+def _inside(axes: Axes, value: float) -> bool:
+    low, high = axes.get_xlim()
+    return low <= value <= high
+
+
+def _scales(axes: Axes, ticks: np.ndarray) -> None:
+    axes.set_xticks(ticks)
+    axes.xaxis.set_major_formatter(FuncFormatter(short_scale))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(labelsize=7)
+    axes.tick_params(axis="x", rotation=40)
+    axes.grid(alpha=0.25, lw=0.5)
+
+
+def plot_law(law: LawFit) -> Figure:
+    """Best teacher against student on log axes: optima with intervals, bounds as arrows, the fitted ratio, 2.5×."""
+    figure = Figure(figsize=(5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for optimum in law.optima:
+        _mark(axes, optimum)
+    students = np.array(sorted({o.student_params for o in law.optima}))
+    span = np.array([students[0] / 1.2, students[-1] * 1.2])
+    axes.plot(span, span, color="#999999", lw=0.8, ls=":", label="teacher = student")
+    axes.plot(span, 2.5 * span, color="#999999", lw=0.8, ls="--", label="2.5× (the paper)")
+    if law.ratio is not None and law.ratio_interval is not None:
+        axes.plot(span, law.ratio * span, color=BEST, lw=1.2, label=f"fitted: {law.ratio:.2f}×")
+        axes.fill_between(
+            span, law.ratio_interval[0] * span, law.ratio_interval[1] * span, color=BEST, alpha=0.12, lw=0
+        )
+    _scales(axes, students)
+    axes.yaxis.set_major_formatter(FuncFormatter(short_scale))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("student parameters", fontsize=9)
+    axes.set_ylabel("best teacher's parameters", fontsize=9)
+    axes.set_title(VERDICTS[law.status], fontsize=9)
+    axes.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def _mark(axes: Axes, optimum: Optimum) -> None:
+    """One optimum: a point with its interval, or an arrow from the bound that is known."""
+    low, high = optimum.interval
+    x = optimum.student_params
+    if optimum.teacher_params is not None and low is not None and high is not None:
+        axes.plot([x, x], [low, high], color=POINT, lw=1)
+        axes.plot(x, optimum.teacher_params, "o", color=POINT, ms=5)
+    elif low is not None:
+        axes.plot(x, low, marker=r"$\uparrow$", color=POINT, ms=11)
+    elif high is not None:
+        axes.plot(x, high, marker=r"$\downarrow$", color=POINT, ms=11)
+
+
+def save_figure(figure: Figure, stem: Path) -> list[Path]:
+    """Writes `stem.png` and `stem.svg`; the same figure gives the same bytes."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    files = [stem.with_suffix(s) for s in (".png", ".svg")]
+    with rc_context({"svg.hashsalt": "capacity_gap"}):
+        figure.savefig(files[0], dpi=130, metadata={"Software": None})
+        figure.savefig(files[1], metadata={"Date": None})
+    return files

@@ -1,0 +1,134 @@
+"""How a stage is run here and now: device, threads, progress, interruption. Nothing in this file changes a result."""
+
+import contextlib
+import datetime
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from capacity_gap.errors import ConfigError
+
+VERSIONED = ("capacity_gap", "torch", "transformers", "tokenizers", "accelerate", "numpy")
+
+
+class Interrupted(BaseException):
+    """The process was asked to end (SIGTERM, or Slurm's early warning): a checkpoint is written, then it goes."""
+
+
+@dataclass
+class Progress:
+    """A small file that says how far a running stage is, for whoever watches the store."""
+
+    stage: str
+    path: Path
+    cost: float
+    started: float = field(default_factory=time.monotonic)
+    written: float = 0.0
+
+    def update(self, done: float, total: float, unit: str = "tokens", **extra: Any) -> None:
+        """Writes `done` of `total` at most once a second."""
+        now = time.monotonic()
+        if now - self.written < 1.0 and done < total:
+            return
+        self.written = now
+        state = {"stage": self.stage, "cost": self.cost, "done": done, "total": total, "unit": unit}
+        state |= {"elapsed_s": round(now - self.started, 1), **extra}
+        beside = self.path.with_name(f".{self.path.name}.tmp")
+        with contextlib.suppress(OSError):  # progress is a courtesy: it must never stop the work
+            beside.write_text(json.dumps(state))
+            os.replace(beside, self.path)
+
+
+@dataclass
+class Runtime:
+    """Where and how stages run: never part of an identity, always recorded."""
+
+    device: str = "cpu"
+    threads: int = 1
+    checkpoint_minutes: float = 1.0
+    on_log: Callable[[dict], None] = lambda point: None
+    stop: threading.Event = field(default_factory=threading.Event)
+    progress: Progress | None = None
+
+    @contextlib.contextmanager
+    def following(self, stage: str, path: Path, cost: float) -> Iterator[None]:
+        """Sets the process up for one stage and points `report` at its progress file."""
+        import torch
+
+        torch.set_num_threads(self.threads)
+        self.progress = Progress(stage, path, cost)
+        try:
+            yield
+        finally:
+            self.progress = None
+
+    def report(self, done: float, total: float, unit: str = "tokens", **extra: Any) -> None:
+        """Says how far the running stage is."""
+        if self.progress:
+            self.progress.update(done, total, unit, **extra)
+
+
+def resolve_device(device: str) -> str:
+    """Returns the torch device that `auto` means here, or checks the one that is named."""
+    import torch
+
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "auto":
+        return found
+    if device.split(":")[0] == "cuda" and found == "cpu":
+        raise ConfigError(
+            f"train.device={device}, but torch finds no CUDA device here. Use train.device=cpu (or auto, the default), "
+            "or install a CUDA build of torch."
+        )
+    return device
+
+
+def device_name(device: str) -> str:
+    """The name of the chip that `device` is, for the record."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({platform.machine()})"
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of the packages that a result may depend on, and of Python."""
+    found = {"python": platform.python_version()}
+    for package in VERSIONED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+@functools.cache
+def git_commit() -> str | None:
+    """The commit of the source tree, with `+` if it was changed since; None outside a git checkout."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=here, stderr=subprocess.DEVNULL, text=True)
+        changed = subprocess.check_output(["git", "status", "--porcelain", "-uno"], cwd=here, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.strip() + ("+" if changed.strip() else "")
+
+
+def provenance(runtime: Runtime) -> dict[str, Any]:
+    """What made a result: recorded beside it, never hashed into its name."""
+    return {
+        "device": device_name(runtime.device),
+        "threads": runtime.threads,
+        "git_commit": git_commit(),
+        "versions": versions(),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }

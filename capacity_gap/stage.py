@@ -1,0 +1,238 @@
+"""The content-addressed store: a stage is a function of its settings and of earlier stages that writes one directory.
+
+`<store>/<name>/<digest>/` holds the result of one stage. It is written beside and then renamed, so if it exists it is
+whole. The digest is the hash of the stage's name, version, settings and input digests: the same question is never
+computed twice, whoever asks it. Work in progress lives in `<store>/.work/<name>-<digest>/<owner>/`, where it leaves
+checkpoints that the next owner takes over. Two processes may compute one stage at once (the lease makes that rare);
+the first rename wins and both results are equal.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from capacity_gap.errors import StageError, StoreError
+from capacity_gap.fingerprint import canonical, fingerprint
+from capacity_gap.lease import Lease
+from capacity_gap.runtime import Runtime, provenance
+
+SCHEMA = 1
+META = "stage.json"
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """What a stage function is given: its settings, its inputs' directories, and where to write."""
+
+    digest: str
+    config: Mapping[str, Any]
+    inputs: Mapping[str, Path]
+    out: Path
+    checkpoint: Path
+    runtime: Runtime
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One node of the chain. Equal digests mean equal results.
+
+    `options` say how it is made (paths, batch on one device) and `cost` (FLOPs) how long it takes: never hashed.
+    """
+
+    name: str
+    version: int
+    config: Mapping[str, Any]
+    inputs: Mapping[str, "Stage"]
+    fn: Callable[[StageRun], None] = field(compare=False)
+    cost: float = field(default=0.0, compare=False)
+    options: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the name, version, settings and input digests: the stage's identity."""
+        return fingerprint(
+            {
+                "name": self.name,
+                "version": self.version,
+                "config": self.config,
+                "inputs": {k: s.digest for k, s in self.inputs.items()},
+            }
+        )
+
+    @property
+    def key(self) -> str:
+        """`name/digest`: the directory of the stage below the store."""
+        return f"{self.name}/{self.digest}"
+
+
+def closure(stage: Stage) -> dict[str, Stage]:
+    """Every stage that `stage` needs and itself, by key, inputs before those that use them."""
+    found: dict[str, Stage] = {}
+    for parent in stage.inputs.values():
+        found.update(closure(parent))
+    found[stage.key] = stage
+    return found
+
+
+class Store:
+    """A folder of finished stages, shared by processes and machines."""
+
+    def __init__(self, root: str | os.PathLike) -> None:
+        self.root = Path(root).expanduser().absolute()
+        self.work = self.root / ".work"
+
+    def check(self) -> None:
+        """Raises `StoreError` if the store cannot be written or is of a newer schema; writes nothing."""
+        existing = next(p for p in (self.root, *self.root.parents) if p.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise StoreError(self._unwritable(f"{existing} is not a folder that you may write to"))
+        marker = self.root / "store.json"
+        schema = json.loads(marker.read_text())["schema"] if marker.exists() else SCHEMA
+        if schema > SCHEMA:
+            raise StoreError(
+                f"store={self.root} was written by a newer capacity_gap (store schema {schema}; this version reads up "
+                f"to {SCHEMA}). Upgrade capacity_gap, or name another store with store=FOLDER."
+            )
+
+    def create(self) -> None:
+        """Makes the folder, with the marker that names its schema."""
+        self.check()
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            if not (self.root / "store.json").exists():
+                write_json(self.root / "store.json", {"schema": SCHEMA})
+        except OSError as error:
+            raise StoreError(self._unwritable(str(error))) from error
+
+    def _unwritable(self, why: str) -> str:
+        return (
+            f"store={self.root} cannot be written: {why}. "
+            "Name another folder with store=FOLDER or the environment variable CAPACITY_GAP_STORE."
+        )
+
+    def path(self, stage: Stage) -> Path:
+        """Where the result of `stage` is, or will be."""
+        return self.root / stage.name / stage.digest
+
+    def has(self, stage: Stage) -> bool:
+        """Whether the result is there; if it is, it is whole."""
+        return (self.path(stage) / META).exists()
+
+    def missing(self, stage: Stage) -> dict[str, Stage]:
+        """The stages that must still run before `stage` is there, itself included, inputs first."""
+        if self.has(stage):
+            return {}
+        found: dict[str, Stage] = {}
+        for parent in stage.inputs.values():
+            found.update(self.missing(parent))
+        found[stage.key] = stage
+        return found
+
+    def compute(self, stage: Stage, runtime: Runtime) -> Path:
+        """Returns the directory of `stage`, computing whatever of its chain is not there yet."""
+        self.create()
+        for todo in self.missing(stage).values():
+            self._compute_one(todo, runtime)
+        return self.path(stage)
+
+    def _compute_one(self, stage: Stage, runtime: Runtime) -> None:
+        place = self.work / stage.key.replace("/", "-")
+        with Lease(place, lambda: self.has(stage)) as lease:
+            if lease.owned:
+                self._run(stage, place, lease, runtime)
+
+    def _run(self, stage: Stage, place: Path, lease: Lease, runtime: Runtime) -> None:
+        mine = place / lease.owner
+        out, checkpoint = mine / "out", mine / "checkpoint"
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        adopt_checkpoint(place, checkpoint)
+        started = time.monotonic()
+        with disk_errors(stage, self.root), runtime.following(stage.key, mine / "progress.json", stage.cost):
+            inputs = {k: self.path(s) for k, s in stage.inputs.items()}
+            stage.fn(StageRun(stage.digest, stage.config, inputs, out, checkpoint, runtime, stage.options))
+            write_json(out / META, self._meta(stage, runtime, time.monotonic() - started))
+            publish(out, self.path(stage))
+        shutil.rmtree(place, ignore_errors=True)
+
+    def _meta(self, stage: Stage, runtime: Runtime, wall_s: float) -> dict[str, Any]:
+        return {
+            "name": stage.name,
+            "version": stage.version,
+            "digest": stage.digest,
+            "config": canonical(stage.config),
+            "inputs": {k: s.key for k, s in stage.inputs.items()},
+            "cost_flops": stage.cost,
+            "wall_s": round(wall_s, 3),
+            **provenance(runtime),
+        }
+
+
+def adopt_checkpoint(place: Path, checkpoint: Path) -> None:
+    """Moves the furthest checkpoint that an earlier owner left to this owner's folder.
+
+    Checkpoints are folders `step-<number>`, each written whole (`write_checkpoint` renames them into place).
+    """
+    left = sorted(place.glob("*/checkpoint/step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    if left and left[-1].parent != checkpoint:
+        # Another owner may do the same at this moment: whoever comes second starts from its own, or from nothing.
+        with contextlib.suppress(OSError):
+            shutil.copytree(left[-1], checkpoint / f".{left[-1].name}.tmp")
+            os.rename(checkpoint / f".{left[-1].name}.tmp", checkpoint / left[-1].name)
+
+
+def publish(out: Path, final: Path) -> None:
+    """Renames a finished directory into place; if another process was first, its equal result stays."""
+    for file in sorted(out.rglob("*")):
+        if file.is_file():
+            _sync(file)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.rename(out, final)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def disk_errors(stage: Stage, root: Path) -> Iterator[None]:
+    """Turns a full disk into an error that names the stage, the place and the room left."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(root).free
+        raise StageError(
+            f"the disk is full: stage {stage.key} could not be written below {root} ({free / 1e6:.1f} MB are free). "
+            "Nothing in the store is damaged. Free some space (`python -m capacity_gap store du` says what takes it) "
+            "and start the same command again: it goes on from its checkpoints."
+        ) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON whole or not at all (a file beside, renamed); refuses NaN, which JSON cannot carry."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with beside.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, allow_nan=False, ensure_ascii=False)
+        file.write("\n")
+    os.replace(beside, path)

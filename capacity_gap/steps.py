@@ -1,0 +1,254 @@
+"""What each stage does: thin adapters between the store's directories and the functions that do the work.
+
+Every function takes a `StageRun` and writes its result to `run.out`. Their order is `pipeline.py`'s affair.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from capacity_gap.config import CorpusConfig, DistillConfig, OptimConfig
+from capacity_gap.data import packing
+from capacity_gap.data.corpus import SPLITS, build_corpus, read_texts
+from capacity_gap.data.documents import (
+    BOTOCORE,
+    content_digest,
+    embedded_documents,
+    ood_documents,
+    text_documents,
+    text_files,
+)
+from capacity_gap.records import RECORD, SCHEMA_VERSION, Record
+from capacity_gap.runtime import provenance
+from capacity_gap.stage import META, StageRun, write_json
+
+METRICS = "metrics.jsonl"  # the logged history of a training run
+RESULT = "result.json"
+
+
+def corpus_identity(corpus: CorpusConfig) -> dict[str, Any]:
+    """What decides a corpus's text: the pinned wheel, or the content of the user's files."""
+    if corpus.name == "embedded":
+        return {"botocore": BOTOCORE}
+    assert corpus.path is not None
+    return {"content": content_digest(text_files(Path(corpus.path).expanduser()))}
+
+
+def corpus(run: StageRun) -> None:
+    """Clean, deduplicated text, split by group."""
+    given = run.config
+    path = run.options["path"]
+    documents = embedded_documents() if given["name"] == "embedded" else text_documents(Path(path).expanduser())
+    build_corpus(documents, run.out, ood=ood_documents(), validation=given["validation"], test=given["test"])
+
+
+def tokenizer(run: StageRun) -> None:
+    """Byte-level BPE, trained on the training split."""
+    from capacity_gap.data.tokenizer import train_tokenizer
+
+    train_tokenizer(read_texts(run.inputs["corpus"], "train"), run.config["vocab_size"], run.out)
+
+
+def tokens(run: StageRun) -> None:
+    """Every split as a memory-mapped stream of token ids."""
+    from capacity_gap.data.tokenizer import bytes_per_id, load_tokenizer
+
+    tok = load_tokenizer(run.inputs["tokenizer"])
+    for i, split in enumerate((*SPLITS, "ood")):
+        packing.pack(read_texts(run.inputs["corpus"], split), tok, run.out / split)
+        run.runtime.report(i + 1, 4, "splits")
+    write_json(run.out / "bytes_per_id.json", bytes_per_id(tok))
+
+
+def pretrain(run: StageRun) -> None:
+    """A teacher, trained from random weights on the training split."""
+    from capacity_gap.models.loading import new_model
+    from capacity_gap.train import Plan
+
+    given = run.config
+    model = new_model(given["shape"], given["seed"])
+    plan = Plan(
+        order=_order(run, given["tokens"], given["epochs"], given["seed"]),
+        optim=OptimConfig(**given["optim"], learning_rate=given["learning_rate"]),
+        distill=DistillConfig(kd_weight=0.0),
+        peak=given["learning_rate"],
+        micro_batch=run.options["micro_batch_size"] or given["optim"]["batch_size"],
+    )
+    _train(run, model, plan, teacher=None)
+
+
+def scores(run: StageRun) -> None:
+    """Importance of every unit of the teacher, on the first sequences of the training permutation."""
+    import torch
+
+    from capacity_gap.models.loading import load_model
+    from capacity_gap.pruning.scores import SCORES
+
+    given = run.config
+    model = load_model(run.inputs["teacher"], device=run.runtime.device)
+    packed = _packed(run, "train")
+    length = packed.sequence_length
+    chosen = packing.subset(packed, given["batches"] * given["batch_size"] * length)
+    batches = (
+        torch.from_numpy(packed.batch(part)).to(run.runtime.device)
+        for part in chosen.reshape(given["batches"], given["batch_size"])
+    )
+    found = SCORES[given["method"]](
+        model,
+        batches,
+        seed=given.get("seed", 0),
+        on_batch=lambda done: run.runtime.report(done, given["batches"], "batches"),
+    )
+    found.save(run.out)
+
+
+def pruned_student(run: StageRun) -> None:
+    """The student cut out of its teacher."""
+    from capacity_gap.models.axes import count_params, dims
+    from capacity_gap.models.loading import load_model, save_model
+    from capacity_gap.pruning.scores import Scores
+    from capacity_gap.pruning.shape import Shape
+    from capacity_gap.pruning.surgery import prune
+
+    sizes = dims(run.config["shape"])
+    shape = Shape(
+        sizes.hidden,
+        sizes.heads,
+        sizes.kv_heads,
+        sizes.head_dim,
+        sizes.neurons,
+        sizes.layers,
+        count_params(run.config["shape"]),
+    )
+    save_model(prune(load_model(run.inputs["teacher"]), Scores.load(run.inputs["scores"]), shape), run.out)
+
+
+def random_student(run: StageRun) -> None:
+    """A student with random weights: the start that no teacher damaged."""
+    from capacity_gap.models.loading import new_model, save_model
+
+    save_model(new_model(run.config["shape"], run.config["seed"]), run.out)
+
+
+def distil(run: StageRun) -> None:
+    """The student, trained under its teacher (or alone, with kd_weight 0)."""
+    from capacity_gap.models.loading import load_model
+    from capacity_gap.train import Plan
+
+    given = run.config
+    teacher = load_model(run.inputs["teacher"], device=run.runtime.device) if "teacher" in run.inputs else None
+    plan = Plan(
+        order=_order(run, given["tokens"], given["epochs"], given["seed"]),
+        optim=OptimConfig(**given["optim"], learning_rate=given["learning_rate"]),
+        distill=DistillConfig(**given["distill"]),
+        peak=given["learning_rate"],
+        micro_batch=run.options["micro_batch_size"] or given["optim"]["batch_size"],
+    )
+    _train(run, load_model(run.inputs["student"]), plan, teacher=teacher)
+
+
+def evaluate(run: StageRun) -> None:
+    """Held-out losses, in domain and out of domain."""
+    from capacity_gap.evaluate.heldout import held_out
+    from capacity_gap.models.loading import load_model
+
+    model = load_model(run.inputs["model"], device=run.runtime.device)
+    found = {}
+    for split, budget in (("test", run.config["tokens"]), ("ood", run.config["ood_tokens"])):
+        found[split] = held_out(
+            model,
+            _packed(run, split),
+            tokens=budget,
+            batch_size=run.options["batch_size"],
+            runtime=run.runtime,
+        ).to_dict()
+    write_json(run.out / RESULT, found)
+
+
+def record(run: StageRun) -> None:
+    """The row of one cell, from what its stages left."""
+    trained = json.loads((run.inputs["distil"] / RESULT).read_text())
+    student, teacher, start = (
+        json.loads((run.inputs[name] / RESULT).read_text())
+        for name in ("evaluate", "evaluate_teacher", "evaluate_init")
+    )
+    made = json.loads((run.inputs["distil"] / META).read_text())
+    history = read_history(run.inputs["distil"])
+    row = Record(
+        schema_version=SCHEMA_VERSION,
+        cell=run.digest,
+        status="done",
+        **run.config,
+        stored_params=run.config["student_params"],
+        student_loss=student["test"]["loss"],
+        student_loss_stderr=student["test"]["stderr"],
+        student_bits_per_byte=student["test"]["bits_per_byte"],
+        student_loss_ood=student["ood"]["loss"],
+        teacher_loss=teacher["test"]["loss"],
+        teacher_loss_ood=teacher["ood"]["loss"],
+        teacher_entropy=teacher["test"]["entropy"],
+        init_loss=start["test"]["loss"],
+        train_ce=_tail_mean(history, "ce"),
+        train_kl=_tail_mean(history, "kl"),
+        tokens_per_s=trained["tokens_per_s"],
+        wall_s=made["wall_s"],
+        peak_memory_bytes=trained["peak_memory_bytes"],
+        micro_batch=trained["micro_batch"],
+        **{k: made[k] for k in ("device", "threads", "git_commit", "versions")},
+        created=provenance(run.runtime)["created"],
+    )
+    write_json(run.out / RECORD, row.to_dict())
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """The logged points of a training stage."""
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+
+
+def _tail_mean(history: list[dict], name: str) -> float | None:
+    """Mean of the last tenth of the logged points: one batch alone is noise."""
+    tail = [point[name] for point in history[-max(1, len(history) // 10) :] if name in point]
+    return sum(tail) / len(tail) if tail else None
+
+
+def _packed(run: StageRun, split: str) -> packing.Packed:
+    return packing.Packed(run.inputs["tokens"] / split, run.config["sequence_length"])
+
+
+def _order(run: StageRun, budget: int, epochs: int, seed: int) -> Any:
+    return packing.order(packing.subset(_packed(run, "train"), budget, epochs=epochs), seed, epochs=epochs)
+
+
+def _train(run: StageRun, model: Any, plan: Any, *, teacher: Any) -> None:
+    """Trains, then writes model, history and result."""
+    from capacity_gap.models.loading import save_model
+    from capacity_gap.train import train
+
+    result = train(
+        model,
+        _packed(run, "train"),
+        plan,
+        runtime=run.runtime,
+        checkpoints=run.checkpoint,
+        teacher=teacher,
+        precision=run.config["precision"],
+        on_log=run.runtime.on_log,
+    )
+    save_model(model, run.out)
+    (run.out / METRICS).write_text("".join(json.dumps(point) + "\n" for point in result.history))
+    write_json(
+        run.out / RESULT,
+        {
+            "steps": result.steps,
+            "tokens": result.tokens,
+            "tokens_per_s": result.tokens_per_s,
+            "peak_memory_bytes": result.peak_memory_bytes,
+            "micro_batch": plan.micro_batch,
+        },
+    )
+
+
+def optim_identity(optim: OptimConfig) -> dict[str, Any]:
+    """An optimiser's settings without the ways to say its learning rate, which is hashed as the number it comes to."""
+    names = [f for f in OptimConfig.__dataclass_fields__ if not f.startswith("learning_rate")]
+    return {name: getattr(optim, name) for name in names}

@@ -1,0 +1,253 @@
+"""The one training loop: pre-training is distillation without a teacher.
+
+Everything a step does is a function of the step's number: which sequences it sees, its learning rate, its place in the
+accumulation. So a run that was interrupted goes on from a checkpoint to the same weights, bit for bit.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from capacity_gap import checkpoint
+from capacity_gap.config import DistillConfig, OptimConfig
+from capacity_gap.distill.losses import distill_loss
+from capacity_gap.errors import StageError
+from capacity_gap.models.loading import hidden_states, output_weight
+from capacity_gap.runtime import Interrupted, Runtime
+
+LOG_EVERY = 10  # steps between points of the history
+
+
+class Sequences(Protocol):
+    """Packed text: `batch(indices)` gives tokens [n, T+1], of which the first T are inputs and the last T labels."""
+
+    @property
+    def sequence_length(self) -> int: ...  # noqa: D102
+
+    def batch(self, indices: np.ndarray) -> np.ndarray: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one run does, step by step."""
+
+    order: np.ndarray  # the sequences, in the order in which they are seen
+    optim: OptimConfig
+    distill: DistillConfig
+    peak: float  # learning rate
+    micro_batch: int  # sequences on one device at once
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps; the last one may hold fewer sequences."""
+        return math.ceil(len(self.order) / self.optim.batch_size)
+
+    def sequences(self, step: int) -> np.ndarray:
+        """The indices that make up one step, over all devices."""
+        return self.order[step * self.optim.batch_size : (step + 1) * self.optim.batch_size]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves besides the weights. `history`: the logged points, each a flat dict."""
+
+    steps: int
+    tokens: int
+    wall_s: float
+    tokens_per_s: float
+    peak_memory_bytes: int
+    history: list[dict]
+
+
+class Objective(nn.Module):
+    """Student and loss in one module, so that a data-parallel wrapper sees every parameter in one forward pass."""
+
+    def __init__(self, student: Any, distill: DistillConfig) -> None:
+        super().__init__()
+        self.student = student
+        self.distill = distill
+
+    def forward(self, tokens: Tensor, labels: Tensor, teacher: tuple | None, count: float) -> tuple[Tensor, dict]:
+        """The loss of one micro-batch and its parts, divided by the label count of the whole step."""
+        return distill_loss(
+            hidden_states(self.student, tokens),
+            output_weight(self.student),
+            labels,
+            teacher_hidden=teacher[0] if teacher else None,
+            teacher_weight=teacher[1] if teacher else None,
+            loss=self.distill.loss,
+            kd_weight=self.distill.kd_weight,
+            temperature=self.distill.temperature,
+            tau_squared=self.distill.tau_squared,
+            label_count=count,
+        )
+
+
+def learning_rate(step: int, steps: int, optim: OptimConfig, peak: float) -> float:
+    """The rate of step 0 … steps − 1: a linear warm-up, then the schedule.
+
+    `cosine` and `wsd` (constant, then linear decay over the last `optim.decay` of the steps) end at
+    `optim.final`·peak; `constant` stays.
+    """
+    warm = max(1, round(optim.warmup * steps))
+    if step < warm:
+        return peak * (step + 1) / warm
+    if optim.schedule == "constant":
+        return peak
+    start = warm if optim.schedule == "cosine" else max(warm, round((1 - optim.decay) * steps))
+    progress = min(1.0, max(0.0, (step - start) / max(1, steps - 1 - start)))
+    fall = 0.5 * (1 + math.cos(math.pi * progress)) if optim.schedule == "cosine" else 1 - progress
+    return peak * (optim.final + (1 - optim.final) * fall)
+
+
+def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices, none on norms and biases (METHOD §4)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]],
+        lr=0.0,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.epsilon,
+        fused=parameters[0].device.type in ("cpu", "cuda"),
+    )
+
+
+def make_accelerator(device: str, precision: str) -> Any:
+    """Hugging Face Accelerate, set up afresh: one process trains many models, not always alike."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=False)
+    return Accelerator(cpu=device == "cpu", mixed_precision="bf16" if precision == "bf16" else "no")
+
+
+def train(
+    student: Any,
+    sequences: Sequences,
+    plan: Plan,
+    *,
+    runtime: Runtime,
+    checkpoints: Path,
+    teacher: Any = None,
+    precision: str = "fp32",
+    on_log: Callable[[dict], None] = lambda point: None,
+) -> TrainResult:
+    """Trains `student` in place on the sequences that `plan` orders.
+
+    Args:
+        student: a causal language model.
+        sequences: the packed text that `plan.order` indexes.
+        plan: order, optimiser, objective, learning rate.
+        runtime: device, progress, interruption.
+        checkpoints: folder for checkpoints; a run found there is continued.
+        teacher: gives the soft targets; needed if `plan.distill.kd_weight` > 0.
+        precision: `fp32`, or `bf16` autocast.
+        on_log: called with each logged point.
+
+    Returns:
+        The result; each point of its history has step, tokens, ce, (kl, teacher_entropy,) learning_rate, grad_norm.
+
+    Raises:
+        StageError: the loss is no longer finite.
+        Interrupted: the process was asked to stop; a checkpoint was written.
+    """
+    accelerator = make_accelerator(runtime.device, precision)
+    student.to(accelerator.device).train()
+    if teacher is not None:
+        teacher.to(accelerator.device).eval()
+    bare = Objective(student, plan.distill)
+    optimizer = make_optimizer(student, plan.optim)
+    objective, prepared = accelerator.prepare(bare, optimizer)
+    start, history = checkpoint.load(checkpoints, student, optimizer)
+    clock, saved, tokens = time.monotonic(), time.monotonic(), 0
+
+    for step in range(start, plan.steps):
+        rate = learning_rate(step, plan.steps, plan.optim, plan.peak)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        batch = sequences.batch(plan.sequences(step))
+        parts, norm = _step(accelerator, objective, prepared, teacher, batch, plan)
+        tokens += batch.shape[0] * sequences.sequence_length
+        last = step + 1 == plan.steps
+        if step % LOG_EVERY == 0 or last:
+            point = _point(accelerator, parts, norm, step, rate, plan, sequences.sequence_length)
+            history.append(point)
+            on_log({**point, "tokens_per_s": tokens / max(1e-9, time.monotonic() - clock)})
+        runtime.report(step + 1, plan.steps, "steps")
+        due = time.monotonic() - saved > 60 * runtime.checkpoint_minutes
+        if not last and (due or runtime.stop.is_set()):
+            checkpoint.save(checkpoints, step + 1, student, optimizer, history)
+            saved = time.monotonic()
+            if runtime.stop.is_set():
+                raise Interrupted
+    student.eval()
+    wall = time.monotonic() - clock
+    return TrainResult(plan.steps, tokens, wall, tokens / max(1e-9, wall), _peak_memory(runtime.device), history)
+
+
+def _step(
+    accelerator: Any, objective: Any, optimizer: Any, teacher: Any, batch: np.ndarray, plan: Plan
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One optimiser step: this rank's share of the batch, in micro-batches; the global mean over all labels."""
+    count = float(batch.shape[0] * (batch.shape[1] - 1))
+    mine = torch.from_numpy(batch[accelerator.process_index :: accelerator.num_processes]).to(accelerator.device)
+    pieces = mine.split(plan.micro_batch)
+    sums: dict[str, Tensor] = {}
+    for i, piece in enumerate(pieces):
+        inputs, labels = piece[:, :-1], piece[:, 1:]
+        last = i + 1 == len(pieces)
+        with contextlib.nullcontext() if last else accelerator.no_sync(objective):
+            targets = _teach(accelerator, teacher, inputs) if plan.distill.kd_weight > 0 else None
+            with accelerator.autocast():
+                loss, parts = objective(inputs, labels, targets, count)
+            # Data-parallel wrappers average gradients over ranks; each loss is already divided by the global count.
+            accelerator.backward(loss * accelerator.num_processes)
+        sums = {k: sums.get(k, 0) + v for k, v in parts.items()}
+    norm = accelerator.clip_grad_norm_(objective.parameters(), plan.optim.clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return {k: accelerator.reduce(v, "sum") for k, v in sums.items()}, norm
+
+
+@torch.no_grad()
+def _teach(accelerator: Any, teacher: Any, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    with accelerator.autocast():
+        return hidden_states(teacher, inputs), output_weight(teacher)
+
+
+def _point(
+    accelerator: Any, parts: dict[str, Tensor], norm: Tensor, step: int, rate: float, plan: Plan, length: int
+) -> dict:
+    """One point of the history; a loss or gradient that is not finite ends the run here."""
+    seen = min((step + 1) * plan.optim.batch_size, len(plan.order)) * length
+    point = {"step": step + 1, "tokens": seen, "learning_rate": rate, "grad_norm": float(norm)}
+    point |= {k: float(v) for k, v in parts.items()}
+    if not all(math.isfinite(v) for v in point.values()):
+        raise StageError(
+            f"the loss is no longer finite at step {step + 1} of {plan.steps}: "
+            + ", ".join(f"{k} {point[k]:.4g}" for k in (*parts, "learning_rate", "grad_norm"))
+            + f". Lower the peak learning rate ({plan.peak:.3g}: train.learning_rate, for a teacher "
+            "family.pretrain.learning_rate) or raise train.warmup."
+        )
+    return point
+
+
+def _peak_memory(device: str) -> int:
+    """Most memory ever held: on CUDA by torch's allocator, else by this process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,1 @@
+"""Hydra plugins of capacity_gap: the grid sweeper and the folder of named sweeps."""

@@ -1,0 +1,102 @@
+"""Every config composes; every bad input says what was given, what is allowed and what to do, and writes nothing."""
+
+import subprocess
+import sys
+
+import pytest
+
+from capacity_gap import pipeline
+from tests.conftest import ROOT, compose, run_py
+
+GROUPS = [
+    f"{folder.name}={file.stem}"
+    for folder in sorted((ROOT / "conf").iterdir())
+    if folder.is_dir() and folder.name != "hydra"
+    for file in sorted(folder.glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize("choice", GROUPS)
+def test_every_config_composes(choice, text_file):
+    extra = [f"corpus.path={text_file}"] if choice == "corpus=text" else []
+    pipeline.resolve(compose([choice, *extra]))
+
+
+@pytest.mark.parametrize("sweep", [f.stem for f in sorted((ROOT / "sweeps").glob("*.yaml"))])
+def test_every_sweep_plans_from_anywhere(sweep, tmp_path):
+    done = run_py("-m", f"+sweeps={sweep}", "plan=true", cwd=tmp_path)
+    assert "plan: " in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+BAD = [
+    (["studnet=60k"], "studnet is no setting (did you mean 'student'?)"),
+    (["train.lr=1"], "Settings of train: train.batch_size, train.learning_rate"),
+    (["student=abc"], "student=abc cannot be read as a scale. Write a whole number"),
+    (["student=-5"], "student=-5 cannot be read as a scale"),
+    (["teacher=99k"], "family pico has no such rung. Its rungs: 55k 80k"),
+    (["student=0.5b", "teacher=1b"], "teacher=1b: family pico has no such rung"),
+    (["student=400k", "teacher=120k"], "student=400k is larger than teacher=120k (120,200 parameters)"),
+    (["student=10"], "no student of 10 parameters"),
+    (["data=-1"], "data=-1 cannot be read as a scale"),
+    (["family.teacher_data=nope"], "family.teacher_data=nope cannot be read"),
+    (["train.batch_size=0"], "train.batch_size=0 is out of range. Allowed: more than zero"),
+    (["train.batch_size=x"], "train.batch_size=x has the wrong type: it should be a whole number"),
+    (["train.learning_rate=-1"], "train.learning_rate=-1.0 is out of range"),
+    (["train.precision=fp8"], "train.precision='fp8' is not known. Allowed: fp32, bf16"),
+    (["train.device=cuda:7"], "torch finds no CUDA device here. Use train.device=cpu"),
+    (["distill.kd_weight=2"], "distill.kd_weight=2.0 is out of range. Allowed: 0 to 1"),
+    (["distill.temperature=0"], "distill.temperature=0.0 is out of range"),
+    (["prune.method=taylro"], "prune.method='taylro' is not known"),
+    (["family=nope"], "family=nope is not known. Allowed: pico."),
+    (["hydra/launcher=jobl"], "hydra/launcher=jobl is not known (did you mean 'joblib'?)"),
+    (["corpus=text"], "corpus=text needs corpus.path=FILE_OR_FOLDER"),
+    (["corpus=text", "corpus.path=/no/such.txt"], "corpus.path=/no/such.txt does not exist"),
+    (["corpus.path=x.txt"], "corpus=embedded reads no file. Add corpus=text"),
+    (["seed=-1"], "seed=-1 is out of range. Allowed: zero or more"),
+    (["seed=1.5"], "seed=1.5 has the wrong type: it should be a whole number"),
+    (["store=/proc/none"], "store=/proc/none cannot be written"),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), BAD, ids=[" ".join(b[0]) for b in BAD])
+def test_bad_input_is_one_clear_paragraph_and_writes_nothing(given, said, tmp_path):
+    if given == ["train.device=cuda:7"]:
+        torch = pytest.importorskip("torch")
+        if torch.cuda.is_available():
+            pytest.skip("there is a CUDA device here")
+    done = run_py(f"store={tmp_path / 'store'}", *given, cwd=tmp_path, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("error: ")
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1, "one paragraph"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_grid_with_a_wrong_setting_starts_nothing(tmp_path):
+    done = run_py("-m", "student=60k,oops", f"store={tmp_path / 'store'}", cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "student=oops cannot be read" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_corpus_shorter_than_the_budget_stops_before_any_model_is_trained(tiny, tmp_path):
+    done = run_py(*tiny, "data=100m", f"store={tmp_path}", check=False)
+    assert done.returncode == 2
+    assert "data=100m with epochs=1 needs" in done.stderr
+    assert "epochs=" in done.stderr
+    assert not (tmp_path / "teacher").exists()
+
+
+@pytest.mark.parametrize(
+    ("statement", "forbidden"),
+    [
+        ("import capacity_gap.fit", "torch wandb transformers hydra matplotlib"),
+        ("import capacity_gap.grid, hydra_plugins.capacity_gap_grid.grid_sweeper", "torch wandb transformers"),
+        ("import capacity_gap.cli", "torch wandb transformers hydra pandas numpy matplotlib"),
+    ],
+)
+def test_light_imports_stay_light(statement, forbidden):
+    check = f"import sys; {statement}; bad = set({forbidden.split()!r}) & set(sys.modules); assert not bad, bad"
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT)

@@ -1,0 +1,148 @@
+"""Text, split, tokens, budgets."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from capacity_gap.data import corpus, documents, packing, tokenizer
+from capacity_gap.data.documents import Document
+from capacity_gap.errors import ConfigError
+
+
+def test_html_becomes_plain_text():
+    markup = "<p>Adds an <b>object</b> to a&nbsp;bucket &lt;x&gt;.</p><note><p>Not   here.</p></note>"
+    assert documents.strip_html(markup) == "Adds an object to a bucket <x>.\nNot here."
+
+
+def test_groups_are_never_divided_and_every_document_is_in_one_split():
+    given = [Document(f"text {g} {i} " * (g + 1), f"g{g}") for g in range(40) for i in range(5)]
+    splits = corpus.split_by_group(given, validation=0.1, test=0.1)
+    places = {name: {d.group for d in part} for name, part in splits.items()}
+    assert sum(map(len, splits.values())) == len(given)
+    assert all(splits.values())
+    assert not (places["train"] & places["test"] or places["train"] & places["validation"])
+    held = sum(len(d.text) for d in splits["test"]) / sum(len(d.text) for d in given)
+    assert 0.05 < held <= 0.1 * corpus.OVERSHOOT
+
+
+def test_containment_counts_runs_of_eight_words():
+    known = corpus.shingle_hashes([Document("a b c d e f g h i", "t")])  # two runs
+    assert corpus.containment("A B C D E F G H", known) == 1.0
+    assert corpus.containment("a b c d e f g h x", known) == 0.5
+    assert corpus.containment("a b c", known) == 0.0
+
+
+def test_near_duplicates_leave_the_held_out_parts(tmp_path):
+    words = np.random.default_rng(0).integers(0, 5000, (90, 30))
+    given = [Document(" ".join(map(str, text)), f"g{i // 3}") for i, text in enumerate(words)]
+    held = {d.group for d in corpus.split_by_group(given, validation=0.1, test=0.1)["test"]}
+    source = next(d for d in given if d.group not in held)
+    copies = [Document(source.text + f" tail{g}", g) for g in sorted(held)]
+    manifest = corpus.build_corpus([*given, *copies], tmp_path, validation=0.1, test=0.1)
+    assert manifest["overlap"]["test"]["near_duplicate_rate_before"] > 0
+    assert manifest["overlap"]["test"]["near_duplicate_rate"] == 0
+    assert not any("tail" in text for text in corpus.read_texts(tmp_path, "test"))
+
+
+def test_a_corpus_is_the_same_bytes_twice(tmp_path):
+    given = [Document(f"sentence number {i} of group {i // 4}, with some words", f"g{i // 4}") for i in range(200)]
+    digests = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        digests.append(corpus.build_corpus(given, tmp_path / name, validation=0.1, test=0.1)["digest"])
+    assert digests[0] == digests[1]
+    assert (tmp_path / "a/train.jsonl").read_bytes() == (tmp_path / "b/train.jsonl").read_bytes()
+
+
+def test_too_small_a_corpus_says_so(tmp_path):
+    with pytest.raises(ConfigError, match=r"too small or too uniform.*Give more text"):
+        corpus.build_corpus([Document("one", "a")], tmp_path, validation=0.1, test=0.1)
+
+
+def test_embedded_prose_is_prose_without_exact_copies():
+    found = [d for d, _ in zip(documents.embedded_documents(), range(2000), strict=False)]
+    lines = [line for d in found for line in d.text.split("\n")]
+    assert len({d.text for d in found}) == len(found)
+    assert not any("<p>" in line or "</" in line for line in lines)
+    assert np.mean([len(d.text) for d in found]) > 200
+
+
+def test_text_files_of_every_kind(tmp_path):
+    (tmp_path / "a.txt").write_text("first\n\nsecond\nline\n\n\n")
+    (tmp_path / "b.jsonl").write_text('{"text": "third"}\n')
+    assert [d.text for d in documents.text_documents(tmp_path)] == ["first", "second\nline", "third"]
+    (tmp_path / "b.jsonl").write_text('{"body": "third"}\n')
+    with pytest.raises(ConfigError, match=r"b\.jsonl, line 1: .*field `text`"):
+        list(documents.text_documents(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, text_file):
+    out = tmp_path_factory.mktemp("tok")
+    texts = [d.text for d in documents.text_documents(text_file)]
+    for name in "ab":
+        tokenizer.train_tokenizer(texts, 400, out / name)
+    return out, texts
+
+
+def test_equal_texts_give_an_equal_tokenizer(trained):
+    out, _ = trained
+    assert (out / "a/tokenizer.json").read_bytes() == (out / "b/tokenizer.json").read_bytes()
+
+
+@given(text=st.text(max_size=40))
+@settings(max_examples=50, deadline=None)
+def test_any_text_round_trips_and_bytes_add_up(trained, text):
+    tok = tokenizer.load_tokenizer(trained[0] / "a")
+    ids = tok(text, add_special_tokens=False)["input_ids"]
+    table = tokenizer.bytes_per_id(tok)
+    if "<|endoftext|>" not in text:
+        assert tok.decode(ids, clean_up_tokenization_spaces=False) == text
+        assert sum(table[i] for i in ids) == len(text.encode())
+
+
+def test_packed_sequences_predict_every_token_once(trained, tmp_path):
+    out, texts = trained
+    tok = tokenizer.load_tokenizer(out / "a")
+    total = packing.pack(texts, tok, tmp_path / "train")
+    packed = packing.Packed(tmp_path / "train", 16)
+    flat = np.concatenate([[*tok(t, add_special_tokens=False)["input_ids"], 0] for t in texts])
+    assert total == len(flat)
+    everything = packed.batch(np.arange(len(packed)))
+    assert everything.shape == (len(packed), 17)
+    np.testing.assert_array_equal(everything[:, :-1].ravel(), flat[: len(packed) * 16])
+    np.testing.assert_array_equal(everything[:, 1:].ravel(), flat[1 : len(packed) * 16 + 1])
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    stem = tmp_path_factory.mktemp("packed") / "train"
+    np.arange(1001, dtype="<u2").tofile(stem.with_suffix(".bin"))
+    stem.with_suffix(".json").write_text(json.dumps({"dtype": "<u2", "tokens": 1001}))
+    return packing.Packed(stem, 10)
+
+
+@given(small=st.integers(0, 1000), large=st.integers(0, 1000))
+def test_budgets_nest(packed, small, large):
+    small, large = sorted((small, large))
+    np.testing.assert_array_equal(packing.subset(packed, large)[: small // 10], packing.subset(packed, small))
+
+
+@given(budget=st.integers(10, 1000), seeds=st.tuples(st.integers(0, 99), st.integers(100, 199)))
+def test_seeds_reorder_the_same_sequences(packed, budget, seeds):
+    chosen = packing.subset(packed, budget)
+    one, two = (packing.order(chosen, s) for s in seeds)
+    assert sorted(one) == sorted(two) == sorted(chosen)
+    assert len(chosen) < 8 or list(one) != list(two)
+
+
+def test_epochs_repeat_the_text_and_must_be_said(packed):
+    with pytest.raises(ConfigError, match=r"data=2k with epochs=1 .* holds 1,000.*epochs=2"):
+        packing.subset(packed, 2000)
+    chosen = packing.subset(packed, 2000, epochs=2)
+    seen = packing.order(chosen, 0, epochs=2)
+    assert len(seen) == 200
+    assert sorted(seen[:100]) == sorted(seen[100:]) == list(range(100))

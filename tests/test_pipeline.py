@@ -1,0 +1,154 @@
+"""Whole cells and grids, on real text, through the real commands."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from capacity_gap import pipeline, records
+from capacity_gap.errors import ImpossibleCell
+from capacity_gap.stage import META, Store, closure
+from tests.conftest import ROOT, compose, run_py
+
+
+def test_a_cell_leaves_a_whole_record(tiny_cell):
+    (row,) = records.read(tiny_cell.store_path)
+    assert row["status"] == "done"
+    assert (row["student"], row["teacher"], row["data_tokens"]) == ("40k", "55k", 6000)
+    assert row["teacher_params"] == 55_032
+    assert abs(row["student_params"] / 40_000 - 1) < 0.005
+    for name in ("student_loss", "teacher_loss", "init_loss", "teacher_entropy"):
+        assert 0 < row[name] < 1.2 * math.log(1024), name
+    missing = [f for f in records.RESULT_FIELDS if row[f] is None]
+    assert missing == []
+    assert set(row) == {f.name for f in dataclasses.fields(records.Record)}
+
+
+def test_the_same_cell_in_another_store_gives_the_same_bits(tiny_cell, tmp_path):
+    again = dataclasses.replace(tiny_cell, store=str(tmp_path))
+    pipeline.run(again)
+    (one,), (two,) = records.read(tiny_cell.store_path), records.read(tmp_path)
+    assert {f: one[f] for f in records.RESULT_FIELDS} == {f: two[f] for f in records.RESULT_FIELDS}
+    distilled = pipeline.resolve(again).distilled
+    files = [Store(root).path(distilled) / "model.safetensors" for root in (tiny_cell.store_path, tmp_path)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_recorded_cell_is_not_run_again(tiny_cell):
+    made = [f.stat().st_mtime_ns for f in sorted(tiny_cell.store_path.glob(f"*/*/{META}"))]
+    pipeline.run(tiny_cell)
+    assert [f.stat().st_mtime_ns for f in sorted(tiny_cell.store_path.glob(f"*/*/{META}"))] == made
+
+
+def test_cells_share_what_they_have_in_common(tiny):
+    def cell(*overrides):
+        return pipeline.resolve(compose([*tiny, "teacher=120k", *overrides]))
+
+    base, seed, data, student = cell(), cell("seed=1"), cell("data=3k"), cell("student=40k")
+    for other in (seed, data, student):
+        assert other.teacher.digest == base.teacher.digest
+        assert other.scores.digest == base.scores.digest
+        assert other.record.digest != base.record.digest
+    assert seed.student.digest == base.student.digest == data.student.digest != student.student.digest
+    assert cell("prune.init=random", "seed=1").student.digest != cell("prune.init=random").student.digest
+    direct = ["prune.init=random", "distill.kd_weight=0"]
+    assert cell(*direct).distilled.digest == cell(*direct, "teacher=270k").distilled.digest
+    assert cell("prune.method=random").scores.digest != cell("prune.method=random", "seed=1").scores.digest
+
+
+def test_paths_devices_and_tracking_are_no_part_of_an_identity(tiny, tmp_path):
+    base = pipeline.resolve(compose(tiny)).record.digest
+    moved = [f"store={tmp_path}", "train.device=cpu", "tracking=offline", "train.micro_batch_size=4"]
+    assert pipeline.resolve(compose([*tiny, *moved])).record.digest == base
+    for changed in ("train.threads=2", "train.precision=bf16", "seed=5", "teacher_seed=1", "distill.temperature=2"):
+        assert pipeline.resolve(compose([*tiny, changed])).record.digest != base
+
+
+def test_golden_digests_of_the_default_cell():
+    cell = pipeline.resolve(compose([]))
+    found = {s.name: s.digest for s in closure(cell.record).values() if s.name != "evaluate"}
+    assert found == json.loads((ROOT / "tests/golden_digests.json").read_text()), (
+        "a default cell has a new identity: every store would compute it again. If results really change, raise the "
+        "stage's version and write the new digests; if a field was added, give it the metadata LATER"
+    )
+
+
+def test_a_student_above_its_teacher_is_impossible(tiny):
+    with pytest.raises(ImpossibleCell, match=r"student=60k is larger than teacher=55k \(55,032 parameters\)"):
+        pipeline.resolve(compose([*tiny, "teacher=55k"]))
+
+
+def test_student_equal_to_teacher_prunes_nothing(tiny, tmp_path):
+    config = compose([*tiny, "student=55k", "teacher=55k", f"store={tmp_path}"])
+    pipeline.run(config)
+    (row,) = records.read(tmp_path)
+    assert row["student_params"] == row["teacher_params"]
+    assert row["init_loss"] == row["teacher_loss"]
+
+
+def test_a_failure_is_recorded_with_its_cause_until_the_cell_is_done(tiny, tmp_path, monkeypatch):
+    config = compose([*tiny, "student=40k", "teacher=55k", f"store={tmp_path}"])
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.steps, "distil", lambda run: (_ for _ in ()).throw(RuntimeError("boom")))
+        with pytest.raises(RuntimeError, match="boom"):
+            pipeline.run(config)
+    (row,) = records.read(tmp_path)
+    assert (row["status"], row["error"], row["student_loss"]) == ("failed", "boom", None)
+    pipeline.run(config)
+    (row,) = records.read(tmp_path)
+    assert (row["status"], row["error"]) == ("done", None)
+
+
+def test_records_refuse_nan():
+    with pytest.raises(ValueError, match="student_loss=nan"):
+        records.Record(1, "x", "done", student_loss=math.nan)
+
+
+def test_tracking_mirrors_a_cell_offline(tiny, tmp_path):
+    config = compose([*tiny, "student=40k", "teacher=55k", "tracking=offline", f"store={tmp_path}"])
+    pipeline.run(config)
+    (run,) = (tmp_path / "wandb" / "wandb").glob("offline-run-*")
+    assert next(run.glob("run-*.wandb")).stat().st_size > 1000
+    assert run.name.endswith(pipeline.resolve(config).record.digest)
+
+
+@pytest.fixture(scope="module")
+def grid(tiny, tmp_path_factory):
+    """A grid of 2 × 2 cells, of which one is impossible, through the command line from another folder."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    arguments = ["-m", *tiny, "student=40k,60k", "teacher=55k,80k", "store=grid"]
+    return folder, arguments, run_py(*arguments, cwd=folder)
+
+
+def test_a_grid_runs_every_possible_cell_and_says_what_it_skipped(grid):
+    folder, _, done = grid
+    assert "grid: 3 done, 1 skipped" in done.stdout
+    assert "student=60k is larger than teacher=55k" in done.stdout
+    assert [p.name for p in folder.iterdir()] == ["grid"], "Hydra must leave no folders of its own"
+    assert len(records.read(folder / "grid")) == 3
+    assert len(list((folder / "grid/teacher").iterdir())) == 2, "a teacher is trained once"
+    assert len(list((folder / "grid/corpus").iterdir())) == 1
+
+
+def test_a_grid_again_runs_nothing_and_more_seeds_run_only_themselves(grid):
+    folder, arguments, _ = grid
+    assert "grid: 3 reused, 1 skipped" in run_py(*arguments, cwd=folder).stdout
+    assert "grid: 3 done, 3 reused, 2 skipped" in run_py(*arguments, "seed=0,1", cwd=folder).stdout
+    assert len(list((folder / "grid/teacher").iterdir())) == 2
+
+
+def test_plan_says_what_would_run_and_starts_nothing(tiny, tmp_path):
+    done = run_py("-m", *tiny, "student=40k,60k", "teacher=80k,120k", "plan=true", "store=planned", cwd=tmp_path)
+    assert "plan: 4 cells, 0 impossible" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stage_that_fails_costs_only_the_cells_that_need_it(tiny, tmp_path):
+    more = ["family.pretrain.learning_rate=0.001,1e20", "student=40k", "teacher=55k", "family.teacher_data=30k"]
+    done = run_py("-m", *tiny, *more, f"store={tmp_path}", check=False)
+    assert done.returncode == 1
+    assert "grid: 1 done, 1 failed" in done.stdout
+    assert "the loss is no longer finite" in done.stderr
+    frame = records.load(tmp_path)
+    assert sorted(frame["status"]) == ["done", "failed"]

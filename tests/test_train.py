@@ -1,0 +1,141 @@
+"""The one loop: repeatable to the bit, resumable to the bit, and right about what it averages."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from capacity_gap.config import DistillConfig, OptimConfig
+from capacity_gap.errors import StageError
+from capacity_gap.models.ladders import FAMILIES
+from capacity_gap.models.loading import new_model
+from capacity_gap.runtime import Interrupted, Runtime
+from capacity_gap.train import Plan, learning_rate, make_optimizer, train
+
+RUNGS = FAMILIES["pico"].rungs
+
+
+class Text:
+    """Random tokens, the same every time."""
+
+    sequence_length = 16
+    tokens = np.random.default_rng(0).integers(0, 1024, (64, 17))
+
+    def batch(self, indices):
+        return self.tokens[indices]
+
+
+def plan(**changes):
+    given = {
+        "order": np.arange(50),
+        "optim": OptimConfig(batch_size=8),
+        "distill": DistillConfig(),
+        "peak": 5e-3,
+        "micro_batch": 8,
+    }
+    return Plan(**{**given, **changes})
+
+
+def run(tmp_path, the_plan, *, runtime=None, on_log=lambda point: None, seed=0):
+    student, teacher = new_model(RUNGS["55k"], seed), new_model(RUNGS["80k"], 7)
+    result = train(
+        student,
+        Text(),
+        the_plan,
+        runtime=runtime or Runtime(),
+        checkpoints=tmp_path,
+        teacher=teacher,
+        on_log=on_log,
+    )
+    return student, result
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def equal(one, two):
+    return all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_two_runs_are_bit_identical_and_another_order_is_not(tmp_path):
+    one, first = run(tmp_path, plan())
+    two, second = run(tmp_path, plan())
+    three, _ = run(tmp_path, plan(order=np.arange(50)[::-1].copy()))
+    assert equal(weights(one), weights(two))
+    assert first.history == second.history
+    assert not equal(weights(one), weights(three))
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path):
+    whole, expected = run(tmp_path / "whole", plan(order=np.arange(300) % 64))
+    runtime = Runtime()
+
+    def stop_at_the_second_point(point):
+        if point["step"] > 1:
+            runtime.stop.set()
+
+    with pytest.raises(Interrupted):
+        run(tmp_path / "parts", plan(order=np.arange(300) % 64), runtime=runtime, on_log=stop_at_the_second_point)
+    assert [p.name for p in (tmp_path / "parts").iterdir()] == ["step-11"]
+    resumed, result = run(tmp_path / "parts", plan(order=np.arange(300) % 64), seed=99)
+    assert equal(weights(whole), weights(resumed))
+    assert result.history == expected.history
+
+
+def test_micro_batches_change_rounding_only(tmp_path):
+    whole, _ = run(tmp_path / "a", plan())
+    pieces, _ = run(tmp_path / "b", plan(micro_batch=3))
+    for name, p in weights(pieces).items():
+        torch.testing.assert_close(p, weights(whole)[name], rtol=1e-3, atol=2e-5)
+
+
+def test_the_last_step_may_be_short_and_history_counts_tokens(tmp_path):
+    _, result = run(tmp_path, plan())
+    assert result.steps == 7
+    assert result.history[-1]["tokens"] == 50 * 16
+    assert result.tokens == 50 * 16
+    assert set(result.history[0]) == {"step", "tokens", "learning_rate", "grad_norm", "ce", "kl", "teacher_entropy"}
+
+
+def test_training_learns_what_repeats(tmp_path):
+    _, result = run(tmp_path, plan(order=np.arange(400) % 8, distill=DistillConfig(kd_weight=0.0)))
+    assert result.history[-1]["ce"] < result.history[0]["ce"] - 1
+    assert "kl" not in result.history[0]
+
+
+def test_pure_distillation_approaches_the_teacher(tmp_path):
+    _, result = run(tmp_path, plan(order=np.arange(300) % 64, distill=DistillConfig(kd_weight=1.0)))
+    assert result.history[-1]["kl"] < 0.7 * result.history[0]["kl"]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_step_rate_and_norm(tmp_path):
+    with pytest.raises(StageError, match=r"no longer finite at step \d+ of .*learning_rate.*grad_norm.*Lower the peak"):
+        run(tmp_path, plan(order=np.arange(400) % 64, peak=1e20))
+
+
+def test_decay_is_on_matrices_only():
+    model = new_model(RUNGS["55k"], 0)
+    groups = make_optimizer(model, OptimConfig()).param_groups
+    assert all(p.ndim >= 2 for p in groups[0]["params"])
+    assert all(p.ndim == 1 for p in groups[1]["params"])
+    assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+def test_schedules_warm_up_to_the_peak_and_end_where_they_say(schedule):
+    optim = OptimConfig(schedule=schedule, warmup=0.1, decay=0.2, final=0.1)
+    rates = [learning_rate(s, 100, optim, 2.0) for s in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert max(rates) == pytest.approx(2.0)
+    assert rates[-1] == pytest.approx(2.0 if schedule == "constant" else 0.2)
+    assert rates[79] == pytest.approx(2.0) or schedule == "cosine"
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(rates[10:]))
+
+
+def test_the_rate_falls_in_proportion_to_the_width():
+    assert OptimConfig().peak(40) == pytest.approx(0.01)
+    assert dataclasses.replace(OptimConfig(), learning_rate=0.3).peak(40) == 0.3
