@@ -10,6 +10,7 @@ from typing import get_type_hints
 
 from capacity_gap.config import RunConfig
 from capacity_gap.errors import UserError, nearest
+from capacity_gap.runtime import Interrupted
 
 
 @contextlib.contextmanager
@@ -38,6 +39,11 @@ def explained(main: Callable[[], object]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (Interrupted, KeyboardInterrupt):
+        print(
+            "interrupted: finished work and checkpoints are kept; the same command goes on from there", file=sys.stderr
+        )
+        return 130
     except (HydraException, OmegaConfBaseException) as error:
         print(f"error: {_plain(error)}", file=sys.stderr)
         return 2

@@ -268,12 +268,13 @@ def run(config: RunConfig) -> str:
     store = Store(config.store_path)
     runtime = Runtime(resolve_device(config.train.device), config.train.threads, config.train.checkpoint_minutes)
     store.create()
-    cell.check_budgets(store, runtime)
-    if config.only:
-        stage = closure(cell.record)[config.only]
-        store.compute(stage, runtime)
-        return stage.key
-    return _run_cell(cell, store, runtime)
+    with runtime.catching_signals():
+        cell.check_budgets(store, runtime)
+        if config.only:
+            stage = closure(cell.record)[config.only]
+            store.compute(stage, runtime)
+            return stage.key
+        return _run_cell(cell, store, runtime)
 
 
 def _run_cell(cell: Cell, store: Store, runtime: Runtime) -> str:

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import subprocess
 import threading
 import time
@@ -17,6 +18,7 @@ from typing import Any
 
 from capacity_gap.errors import ConfigError
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 VERSIONED = ("capacity_gap", "torch", "transformers", "tokenizers", "accelerate", "numpy")
 
 
@@ -70,6 +72,29 @@ class Runtime:
             yield
         finally:
             self.progress = None
+
+    @contextlib.contextmanager
+    def catching_signals(self) -> Iterator[None]:
+        """Turns the first SIGTERM, SIGINT or USR2 (Slurm's early warning) into a checkpoint; a second one kills."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may set handlers; whoever owns it decides
+            return
+
+        def stop(number: int, _frame: Any) -> None:
+            self.stop.set()
+            signal.signal(number, before[signal.Signals(number)])
+
+        before = {number: signal.signal(number, stop) for number in STOPPING}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raises `Interrupted` if the process was asked to stop."""
+        if self.stop.is_set():
+            raise Interrupted
 
     def report(self, done: float, total: float, unit: str = "tokens", **extra: Any) -> None:
         """Says how far the running stage is."""

@@ -141,6 +141,7 @@ class Store:
         """Returns the directory of `stage`, computing whatever of its chain is not there yet."""
         self.create()
         for todo in self.missing(stage).values():
+            runtime.check()
             self._compute_one(todo, runtime)
         return self.path(stage)
 

@@ -243,7 +243,7 @@ def _train(run: StageRun, model: Any, plan: Any, *, teacher: Any) -> None:
             "tokens": result.tokens,
             "tokens_per_s": result.tokens_per_s,
             "peak_memory_bytes": result.peak_memory_bytes,
-            "micro_batch": plan.micro_batch,
+            "micro_batch": result.micro_batch,
         },
     )
 

@@ -5,6 +5,7 @@ accumulation. So a run that was interrupted goes on from a checkpoint to the sam
 """
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -21,8 +22,9 @@ from capacity_gap.config import DistillConfig, OptimConfig
 from capacity_gap.distill.losses import distill_loss
 from capacity_gap.errors import StageError
 from capacity_gap.models.loading import hidden_states, output_weight
-from capacity_gap.runtime import Interrupted, Runtime
+from capacity_gap.runtime import Runtime
 
+log = logging.getLogger(__name__)
 LOG_EVERY = 10  # steps between points of the history
 
 
@@ -64,6 +66,7 @@ class TrainResult:
     wall_s: float
     tokens_per_s: float
     peak_memory_bytes: int
+    micro_batch: int  # sequences on one device at once, after any halving
     history: list[dict]
 
 
@@ -171,14 +174,14 @@ def train(
     optimizer = make_optimizer(student, plan.optim)
     objective, prepared = accelerator.prepare(bare, optimizer)
     start, history = checkpoint.load(checkpoints, student, optimizer)
-    clock, saved, tokens = time.monotonic(), time.monotonic(), 0
+    clock, saved, tokens, micro = time.monotonic(), time.monotonic(), 0, plan.micro_batch
 
     for step in range(start, plan.steps):
         rate = learning_rate(step, plan.steps, plan.optim, plan.peak)
         for group in optimizer.param_groups:
             group["lr"] = rate
         batch = sequences.batch(plan.sequences(step))
-        parts, norm = _step(accelerator, objective, prepared, teacher, batch, plan)
+        parts, norm, micro = _fitting_step(accelerator, objective, prepared, teacher, batch, plan, micro)
         tokens += batch.shape[0] * sequences.sequence_length
         last = step + 1 == plan.steps
         if step % LOG_EVERY == 0 or last:
@@ -190,20 +193,44 @@ def train(
         if not last and (due or runtime.stop.is_set()):
             checkpoint.save(checkpoints, step + 1, student, optimizer, history)
             saved = time.monotonic()
-            if runtime.stop.is_set():
-                raise Interrupted
+            runtime.check()
     student.eval()
     wall = time.monotonic() - clock
-    return TrainResult(plan.steps, tokens, wall, tokens / max(1e-9, wall), _peak_memory(runtime.device), history)
+    peak = _peak_memory(runtime.device)
+    return TrainResult(plan.steps, tokens, wall, tokens / max(1e-9, wall), peak, micro, history)
+
+
+def _fitting_step(
+    accelerator: Any, objective: Any, optimizer: Any, teacher: Any, batch: np.ndarray, plan: Plan, micro: int
+) -> tuple[dict[str, Tensor], Tensor, int]:
+    """One step with as many sequences at once as memory holds: out of memory, the micro-batch halves and the step is
+    taken again; the global batch stays. Returns the micro-batch that fitted.
+
+    Ranks cannot tell each other that they ran out, so with several of them the error stands.
+    """
+    while True:
+        try:
+            return *_step(accelerator, objective, optimizer, teacher, batch, plan, micro), micro
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error) or accelerator.num_processes > 1 or micro == 1:
+                raise
+            optimizer.zero_grad()
+            micro = (min(micro, len(batch)) + 1) // 2
+            log.warning("out of memory: going on with train.micro_batch_size=%d (the same global batch)", micro)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """CUDA has a class for it; torch's CPU allocator only a message."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _step(
-    accelerator: Any, objective: Any, optimizer: Any, teacher: Any, batch: np.ndarray, plan: Plan
+    accelerator: Any, objective: Any, optimizer: Any, teacher: Any, batch: np.ndarray, plan: Plan, micro: int
 ) -> tuple[dict[str, Tensor], Tensor]:
     """One optimiser step: this rank's share of the batch, in micro-batches; the global mean over all labels."""
     count = float(batch.shape[0] * (batch.shape[1] - 1))
     mine = torch.from_numpy(batch[accelerator.process_index :: accelerator.num_processes]).to(accelerator.device)
-    pieces = mine.split(plan.micro_batch)
+    pieces = mine.split(micro)
     sums: dict[str, Tensor] = {}
     for i, piece in enumerate(pieces):
         inputs, labels = piece[:, :-1], piece[:, 1:]

@@ -139,3 +139,29 @@ def test_schedules_warm_up_to_the_peak_and_end_where_they_say(schedule):
 def test_the_rate_falls_in_proportion_to_the_width():
     assert OptimConfig().peak(40) == pytest.approx(0.01)
     assert dataclasses.replace(OptimConfig(), learning_rate=0.3).peak(40) == 0.3
+
+
+def test_out_of_memory_halves_the_micro_batch_and_nothing_else(tmp_path, monkeypatch, caplog):
+    from capacity_gap import train as module
+
+    whole, _ = run(tmp_path / "a", plan(micro_batch=2))
+    forward = module.Objective.forward
+
+    def small_device(self, tokens, *rest):
+        if len(tokens) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, tokens, *rest)
+
+    monkeypatch.setattr(module.Objective, "forward", small_device)
+    halved, result = run(tmp_path / "b", plan())
+    assert result.micro_batch == 2
+    assert equal(weights(whole), weights(halved))
+    assert "train.micro_batch_size=2 (the same global batch)" in caplog.text
+
+
+def test_other_errors_are_not_taken_for_memory(tmp_path, monkeypatch):
+    from capacity_gap import train as module
+
+    monkeypatch.setattr(module.Objective, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(tmp_path, plan())
