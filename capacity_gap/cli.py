@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from capacity_gap import __version__
+from capacity_gap.config import default_store
 from capacity_gap.errors import UserError
 
 
@@ -25,7 +26,51 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("--by", default="family,init,data_tokens", help="columns that part curves (default: %(default)s)")
     fit.add_argument("--out", type=Path, help="folder for law.json, optima.csv and the figures; without it, only text")
     fit.set_defaults(run=run_fit)
+    _add_store(commands)
     return root
+
+
+def _add_store(commands) -> None:  # type: ignore[no-untyped-def]
+    store = commands.add_parser("store", help="what is in a store, what it is for, and what can go")
+    actions = store.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, does in (
+        ("ls", "cells and size of each sweep"),
+        ("du", "size by kind of stage"),
+        ("gc", "delete dead work, cached signals and what no record needs; says what, and asks for --yes"),
+    ):
+        action = actions.add_parser(name, help=does)
+        action.add_argument("store", nargs="?", default=default_store(), help="default: %(default)s")
+        if name == "gc":
+            action.add_argument("--yes", action="store_true", help="really delete")
+        action.set_defaults(run=run_store)
+
+
+def run_store(given: argparse.Namespace) -> int:
+    """Prints what was asked about a store."""
+    from capacity_gap import store_tools
+
+    store = store_tools.open_store(given.store)
+    if given.action == "ls":
+        for name, done, cells, size in store_tools.list_sweeps(store):
+            print(f"{name:<24} {done:>5} of {cells:>5} cells {size / 1e6:>10.1f} MB")
+    elif given.action == "du":
+        for kind, count, size in store_tools.disk_use(store):
+            print(f"{kind:<12} {count:>6} {size / 1e6:>10.1f} MB")
+    else:
+        _collect(list(store_tools.waste(store)), really=given.yes)
+    return 0
+
+
+def _collect(found, *, really: bool) -> None:  # type: ignore[no-untyped-def]
+    from capacity_gap import store_tools
+
+    for item in found:
+        print(f"{item.bytes / 1e6:>9.1f} MB  {item.path}  ({item.reason})")
+        if really:
+            store_tools.delete(item)
+    total = sum(item.bytes for item in found) / 1e6
+    ending = "deleted" if really else "could go; `--yes` deletes it. Nothing was changed"
+    print(f"{len(found)} items, {total:.1f} MB {ending}.")
 
 
 def run_fit(given: argparse.Namespace) -> int:

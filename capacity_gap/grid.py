@@ -12,8 +12,10 @@ from typing import Any
 
 from capacity_gap.config import from_hydra
 from capacity_gap.errors import ConfigError, ImpossibleCell
+from capacity_gap.fingerprint import fingerprint
 from capacity_gap.pipeline import Cell, fail, resolve
 from capacity_gap.stage import Stage, Store, closure
+from capacity_gap.store_tools import note_sweep
 from capacity_gap.watch import Watch
 
 Launch = Callable[..., Sequence[Any]]
@@ -67,6 +69,8 @@ def run_grid(jobs: Sequence[Job], launch: Launch) -> bool:
     if first.plan:
         _print_plan([c for c, _ in cells.values()], store, outcome)
         return True
+    store.create()
+    note_sweep(store, _name(jobs), {c.record.key: _noted(c, overrides) for c, overrides in cells.values()})
     causes = _run_waves(list(todo.values()), store, launch)
     for digest, (cell, _) in cells.items():
         done = store.has(cell.record)
@@ -74,6 +78,16 @@ def run_grid(jobs: Sequence[Job], launch: Launch) -> bool:
         outcome.add(cell.name, status, "" if done else causes.get(cell.record.key, "its process ended without a word"))
     _print_outcome(outcome, store)
     return not outcome.counts["failed"]
+
+
+def _name(jobs: Sequence[Job]) -> str:
+    """What the grid is called in the store: its file in `sweeps/`, or a hash of what was asked for."""
+    named = [o.partition("=")[2] for o in jobs[0].overrides if o.startswith("+sweeps=")]
+    return named[0] if named else f"grid-{fingerprint([j.overrides for j in jobs])[:8]}"
+
+
+def _noted(cell: Cell, overrides: list[str]) -> dict[str, Any]:
+    return {"name": cell.name, "overrides": overrides, "stages": list(closure(cell.record))}
 
 
 def _given(job: Job) -> str:
@@ -85,7 +99,6 @@ def _run_waves(cells: list[tuple[Cell, list[str]]], store: Store, launch: Launch
     causes: dict[str, str] = {}
     if not cells:
         return causes
-    store.create()
     with Watch(store, [cell.record for cell, _ in cells]) as watch:
         index = 0
         for number in range(len(cells[0][0].waves) + 1):

@@ -110,6 +110,15 @@ class Lease:
         return (self._read() or {}).get("owner")
 
 
+def held_elsewhere(place: Path) -> bool:
+    """Whether a live process may be at work in `place`: its lease is there, and its owner not known to be dead."""
+    try:
+        lease = json.loads((place / "lease.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    return not _dead_here(lease)
+
+
 def _boot_id() -> str:
     """Names this running machine: a process id means something only beside it."""
     try:

@@ -129,6 +129,8 @@ def test_a_grid_runs_every_possible_cell_and_says_what_it_skipped(grid):
     assert len(records.read(folder / "grid")) == 3
     assert len(list((folder / "grid/teacher").iterdir())) == 2, "a teacher is trained once"
     assert len(list((folder / "grid/corpus").iterdir())) == 1
+    (noted,) = (folder / "grid/sweeps").iterdir()
+    assert len(json.loads(noted.read_text())["cells"]) == 3
 
 
 def test_a_grid_again_runs_nothing_and_more_seeds_run_only_themselves(grid):
