@@ -17,7 +17,7 @@ PRECISIONS = ("fp32", "bf16")
 LOSSES = ("forward_kl",)
 SIGNALS = ("online",)
 METHODS = ("expressive", "random")
-INITS = ("pruned", "random")
+INITS = ("pruned", "random", "shared")
 SHAPES = ("common", "per_teacher")
 TRACKING_MODES = ("offline", "online", "disabled")
 
@@ -151,10 +151,15 @@ class CorpusConfig:
 
 @dataclass
 class PruneConfig:
-    """Where a student starts: pruned from its teacher (METHOD §2, §3) or from random weights."""
+    """Where a student starts: `pruned` from its teacher (METHOD §2, §3), from `random` weights, or `shared`.
+
+    `shared`: one start for all teachers, pruned from the teacher named by `reference`. Like `random`, it holds the
+    start fixed, so that what is left of the curve is the capacity gap and not the damage of pruning.
+    """
 
     method: str = "expressive"
     init: str = "pruned"
+    reference: str | None = None  # init=shared: the rung that the one start is pruned from
     shape: str = "common"
     batches: int = 32
     batch_size: int = 8  # the score depends on it: its absolute value comes after the batch's sum
@@ -164,6 +169,11 @@ class PruneConfig:
         choose("prune.init", self.init, INITS)
         choose("prune.shape", self.shape, SHAPES)
         _positive("prune", self, "batches", "batch_size")
+        if (self.init == "shared") != (self.reference is not None):
+            raise ConfigError(
+                f"prune.init={self.init} with prune.reference={self.reference}: a reference teacher is named for "
+                "init=shared, and only for it, such as prune.init=shared prune.reference=120k."
+            )
 
 
 @dataclass

@@ -49,7 +49,7 @@ class Cell:
         """The student's config.json: a function of family, scale and policy (DESIGN, *Student*)."""
         return student_config(
             self.family.rungs,
-            self.teacher_shape,
+            self.family.rungs[self.origin],
             self.student_target,
             policy=self.config.prune.shape,
             multiple=self.family.multiple,
@@ -98,29 +98,39 @@ class Cell:
     @cached_property
     def teacher(self) -> Stage:
         """The teacher, pre-trained on the spot."""
-        c, shape = self.config, self.teacher_shape
+        return self._pretrained(self.rung)
+
+    def _pretrained(self, rung: str) -> Stage:
+        c, shape = self.config, self.family.rungs[rung]
+        budget = teacher_tokens(c, self.family.params[rung])
         given = {
             "shape": shape,
             "seed": c.teacher_seed,
-            "tokens": self.teacher_tokens,
+            "tokens": budget,
             "epochs": c.family.teacher_epochs,
             "optim": steps.optim_identity(c.family.pretrain),
             "learning_rate": c.family.pretrain.peak(shape["hidden_size"]),
             **self._arithmetic,
         }
-        cost = accounting.train_flops(shape, self.teacher_tokens)
+        cost = accounting.train_flops(shape, budget)
         return Stage("teacher", 1, given, {"tokens": self.tokens}, steps.pretrain, cost, self._training)
 
     @cached_property
     def scores(self) -> Stage:
-        """Importance of every unit of the teacher."""
+        """Importance of every unit of the teacher that the student is cut from."""
         c = self.config.prune
         given = {"method": c.method, "batches": c.batches, "batch_size": c.batch_size, **self._arithmetic}
         if c.method == "random":
             given["seed"] = self.config.seed
         length = self.config.corpus.sequence_length
-        cost = accounting.train_flops(self.teacher_shape, c.batches * c.batch_size * length)
-        return Stage("scores", 1, given, {"teacher": self.teacher, "tokens": self.tokens}, steps.scores, cost)
+        cost = accounting.train_flops(self.family.rungs[self.origin], c.batches * c.batch_size * length)
+        inputs = {"teacher": self._pretrained(self.origin), "tokens": self.tokens}
+        return Stage("scores", 1, given, inputs, steps.scores, cost)
+
+    @property
+    def origin(self) -> str:
+        """The rung that the student is cut from: its own teacher, or the reference that all share."""
+        return self.rung if self.config.prune.reference is None else self.family.rung(self.config.prune.reference)
 
     @cached_property
     def student(self) -> Stage:
@@ -129,12 +139,15 @@ class Cell:
             given = {"shape": self.student_shape, "seed": self.config.seed}
             return Stage("student", 1, {"init": "random", **given}, {}, steps.random_student)
         given = {"init": "pruned", "shape": self.student_shape}
-        return Stage("student", 1, given, {"teacher": self.teacher, "scores": self.scores}, steps.pruned_student)
+        inputs = {"teacher": self._pretrained(self.origin), "scores": self.scores}
+        return Stage("student", 1, given, inputs, steps.pruned_student)
 
     @cached_property
     def distilled(self) -> Stage:
-        """The trained student."""
+        """The trained student; with data=0 the start itself."""
         c = self.config
+        if self.data_tokens == 0:
+            return self.student
         given = {
             "tokens": self.data_tokens,
             "epochs": c.epochs,
@@ -171,7 +184,7 @@ class Cell:
         inputs = {
             "corpus": self.corpus,
             "teacher": self.teacher,
-            "distil": self.distilled,
+            "trained": self.distilled,
             "evaluate_teacher": self.scored(self.teacher, self.teacher_shape),
             "evaluate_init": self.scored(self.student, self.student_shape),
             "evaluate": self.scored(self.distilled, self.student_shape),
@@ -183,9 +196,11 @@ class Cell:
         """Stages that other cells may need too; each wave needs only those before it, and the cell is the last."""
         start = [self.scored(self.student, self.student_shape)]
         scored = [self.scored(self.teacher, self.teacher_shape)]
-        if self.config.prune.init == "pruned":
+        teachers = [self.teacher]
+        if self.config.prune.init != "random":
+            teachers.append(self._pretrained(self.origin))
             scored.append(self.scores)
-        return [[self.tokens], [self.teacher], scored, start]
+        return [[self.tokens], teachers, scored, start]
 
     @cached_property
     def description(self) -> dict[str, Any]:
@@ -206,7 +221,7 @@ class Cell:
             "teacher_params": count_params(self.teacher_shape),
             "teacher_params_non_embedding": accounting.non_embedding(self.teacher_shape),
             "init": c.prune.init,
-            "prune_method": c.prune.method if c.prune.init == "pruned" else None,
+            "prune_method": None if c.prune.init == "random" else c.prune.method,
             "shape": c.prune.shape,
             "batch": c.train.batch_size,
             "learning_rate": self.learning_rate,
@@ -236,6 +251,11 @@ class Cell:
         }
 
 
+def teacher_tokens(config: RunConfig, params: int) -> int:
+    """Tokens of a teacher's pre-training: one number for all, or so many times its parameters."""
+    return parse_tokens(config.family.teacher_data, params=params, key="family.teacher_data")
+
+
 def resolve(config: RunConfig) -> Cell:
     """Reads the scales of `config` and checks that they go together; computes nothing, writes nothing.
 
@@ -253,8 +273,8 @@ def resolve(config: RunConfig) -> Cell:
             "A student is pruned from its teacher: give a smaller student or a larger teacher; equal sizes are fine. "
             f"Rungs of {ladder.name}: {' '.join(ladder.rungs)}."
         )
-    teacher_tokens = parse_tokens(config.family.teacher_data, params=params, key="family.teacher_data")
-    cell = Cell(config, ladder, rung, student, parse_scale(config.data, key="data"), teacher_tokens)
+    data = parse_scale(config.data, key="data", allow_zero=True)
+    cell = Cell(config, ladder, rung, student, data, teacher_tokens(config, params))
     _ = cell.record.digest  # walks the whole chain: the shape must exist, every setting must have one spelling
     return cell
 
@@ -288,7 +308,7 @@ def _run_cell(cell: Cell, store: Store, runtime: Runtime) -> str:
     runtime.on_log = tracker.log
     try:
         store.compute(cell.distilled, runtime)
-        for point in steps.read_history(store.path(cell.distilled)):
+        for point in steps.read_history(store.path(cell.distilled)) if cell.data_tokens else ():
             tracker.log(point)  # what another process computed, or an earlier one; what was logged is passed over
         row = json.loads((store.compute(record, runtime) / RECORD).read_text())
     except BaseException as error:

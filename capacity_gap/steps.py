@@ -167,13 +167,13 @@ def evaluate(run: StageRun) -> None:
 
 def record(run: StageRun) -> None:
     """The row of one cell, from what its stages left."""
-    trained = json.loads((run.inputs["distil"] / RESULT).read_text())
+    trained = json.loads((run.inputs["trained"] / RESULT).read_text()) if run.config["data_tokens"] else {}
     student, teacher, start = (
         json.loads((run.inputs[name] / RESULT).read_text())
         for name in ("evaluate", "evaluate_teacher", "evaluate_init")
     )
-    made = json.loads((run.inputs["distil"] / META).read_text())
-    history = read_history(run.inputs["distil"])
+    made = json.loads((run.inputs["trained"] / META).read_text())
+    history = read_history(run.inputs["trained"]) if trained else []
     row = Record(
         schema_version=SCHEMA_VERSION,
         cell=run.digest,
@@ -190,10 +190,10 @@ def record(run: StageRun) -> None:
         init_loss=start["test"]["loss"],
         train_ce=_tail_mean(history, "ce"),
         train_kl=_tail_mean(history, "kl"),
-        tokens_per_s=trained["tokens_per_s"],
+        tokens_per_s=trained.get("tokens_per_s"),
         wall_s=made["wall_s"],
-        peak_memory_bytes=trained["peak_memory_bytes"],
-        micro_batch=trained["micro_batch"],
+        peak_memory_bytes=trained.get("peak_memory_bytes"),
+        micro_batch=trained.get("micro_batch"),
         **{k: made[k] for k in ("device", "threads", "git_commit", "versions")},
         created=provenance(run.runtime)["created"],
     )

@@ -87,6 +87,30 @@ def test_student_equal_to_teacher_prunes_nothing(tiny, tmp_path):
     assert row["init_loss"] == row["teacher_loss"]
 
 
+def test_prune_only_records_the_start(tiny, tmp_path):
+    config = compose([*tiny, "student=40k", "teacher=55k", "data=0", f"store={tmp_path}"])
+    pipeline.run(config)
+    (row,) = records.read(tmp_path)
+    assert row["student_loss"] == row["init_loss"]
+    assert (row["data_tokens"], row["train_flops"], row["train_ce"], row["tokens_per_s"]) == (0, 0, None, None)
+    assert not (tmp_path / "distil").exists()
+
+
+def test_a_shared_start_is_one_for_all_teachers(tiny, tmp_path):
+    shared = [*tiny, "student=40k", "prune.init=shared", "prune.reference=55k"]
+    cells = [pipeline.resolve(compose([*shared, f"teacher={t}", f"store={tmp_path}"])) for t in ("55k", "80k")]
+    assert cells[0].student.digest == cells[1].student.digest
+    assert cells[0].distilled.digest != cells[1].distilled.digest
+    own = pipeline.resolve(compose([*tiny, "student=40k", "teacher=55k"]))
+    assert own.student.digest == cells[0].student.digest
+    for cell in cells:
+        pipeline.run(cell.config)
+    rows = records.read(tmp_path)
+    assert {r["init"] for r in rows} == {"shared"}
+    assert len({r["init_loss"] for r in rows}) == 1
+    assert len({r["teacher_loss"] for r in rows}) == 2
+
+
 def test_a_failure_is_recorded_with_its_cause_until_the_cell_is_done(tiny, tmp_path, monkeypatch):
     config = compose([*tiny, "student=40k", "teacher=55k", f"store={tmp_path}"])
     with monkeypatch.context() as patch:
