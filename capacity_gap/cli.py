@@ -23,7 +23,8 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("source", help="a store, a folder of CSV files, a .csv or a .parquet file")
     fit.add_argument("--axis", choices=("total", "non_embedding"), default="total", help="which parameters are counted")
     fit.add_argument("--metric", help="column to minimise (default: student_loss, or loss in foreign tables)")
-    fit.add_argument("--by", default="family,init,data_tokens", help="columns that part curves (default: %(default)s)")
+    fit.add_argument("--by", help="columns that part curves, such as family,data_tokens (default: every setting)")
+    fit.add_argument("--sweep", metavar="NAME", help="of a store: only the cells of this sweep (`store ls` names them)")
     fit.add_argument("--out", type=Path, help="folder for law.json, optima.csv and the figures; without it, only text")
     fit.set_defaults(run=run_fit)
     _add_store(commands)
@@ -76,11 +77,13 @@ def _collect(found, *, really: bool) -> None:  # type: ignore[no-untyped-def]
 def run_fit(given: argparse.Namespace) -> int:
     """Prints the summary of a fit, and writes its files if asked."""
     from capacity_gap import records
-    from capacity_gap.fit.frame import curves
+    from capacity_gap.fit.frame import BY, curves
     from capacity_gap.fit.law import law_of
 
     frame = records.load(given.source)
-    by = [c for c in given.by.split(",") if c]
+    if given.sweep:
+        frame = _of_sweep(frame, given.source, given.sweep)
+    by = [c for c in given.by.split(",") if c] if given.by is not None else BY
     try:
         found, notes = curves(frame, metric=given.metric, axis=given.axis, by=by)
     except ValueError as error:
@@ -90,6 +93,16 @@ def run_fit(given: argparse.Namespace) -> int:
     if given.out:
         _write_fit(law, found, given.out)
     return 0
+
+
+def _of_sweep(frame, source: str, name: str):  # type: ignore[no-untyped-def]
+    """The records of one sweep's cells."""
+    from capacity_gap import store_tools
+    from capacity_gap.errors import choose
+
+    known = store_tools.sweeps(store_tools.open_store(source))
+    choose("--sweep", name, known)
+    return frame[("record/" + frame["cell"]).isin(list(known[name]))]
 
 
 def _write_fit(law, found, out: Path) -> None:  # type: ignore[no-untyped-def]

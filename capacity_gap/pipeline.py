@@ -214,6 +214,7 @@ class Cell:
             "data_tokens": self.data_tokens,
             "epochs": c.epochs,
             "teacher_tokens": self.teacher_tokens,
+            "teacher_data": c.family.teacher_data.lower(),
             "seed": c.seed,
             "teacher_seed": c.teacher_seed,
             "student_params": count_params(shape),

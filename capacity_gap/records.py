@@ -35,6 +35,7 @@ class Record:
     data_tokens: int | None = None
     epochs: int | None = None
     teacher_tokens: int | None = None
+    teacher_data: str | None = None  # the policy behind teacher_tokens: one scale for all rungs, or `20x` parameters
     seed: int | None = None
     teacher_seed: int | None = None
     student_params: int | None = None

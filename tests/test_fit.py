@@ -112,6 +112,13 @@ def test_curves_are_parted_by_data_family_and_start():
     assert {(o.data_tokens, o.family, round(o.ratio, 3)) for o in found} == {(1, "y", 2.5), (2, "x", 4.0)}
 
 
+def test_cells_that_differ_in_any_setting_are_not_replicates():
+    for setting in ("teacher_data", "kd_weight", "prune_method", "shape"):
+        both = pd.concat([grid(valley).assign(**{setting: "a"}), grid(valley).assign(**{setting: "b"})])
+        assert len(locate_optima(both)) == 2 * len(STUDENTS), setting
+        assert len(locate_optima(both, by=())) == len(STUDENTS)
+
+
 def test_students_within_three_percent_are_one_unless_named():
     frame = grid(valley)
     frame["student_params"] *= np.where(frame["seed"] == 0, 1.01, 1.0)

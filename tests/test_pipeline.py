@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from capacity_gap import pipeline, records
+from capacity_gap import cli, pipeline, records
 from capacity_gap.errors import ImpossibleCell
 from capacity_gap.stage import META, Store, closure
 from tests.conftest import ROOT, compose, run_py
@@ -178,3 +178,12 @@ def test_a_stage_that_fails_costs_only_the_cells_that_need_it(tiny, tmp_path):
     assert "the loss is no longer finite" in done.stderr
     frame = records.load(tmp_path)
     assert sorted(frame["status"]) == ["done", "failed"]
+
+
+def test_fit_takes_one_sweep_of_a_store(grid, capsys):
+    folder, _, _ = grid
+    name = sorted((folder / "grid/sweeps").iterdir())[0].stem
+    assert cli.main(["fit", str(folder / "grid"), "--sweep", name]) == 0
+    assert "status: too_few" in capsys.readouterr().out
+    assert cli.main(["fit", str(folder / "grid"), "--sweep", "nope"]) == 2
+    assert f"Allowed: {name}" in capsys.readouterr().err

@@ -9,7 +9,21 @@ import pandas as pd
 
 AXES = {"total": "", "non_embedding": "_non_embedding"}
 SAME_SIZE = 0.03  # students within 3 % are one student where no nominal scale says so
-BY = ("family", "init", "data_tokens")
+# What parts curves, where the table has it: cells that differ in any of these answer different questions.
+BY = (
+    "family",
+    "corpus",
+    "init",
+    "shape",
+    "prune_method",
+    "teacher_data",
+    "kd_weight",
+    "temperature",
+    "signal",
+    "epochs",
+    "batch",
+    "data_tokens",
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,8 @@ def curves(
     _require(frame, [student, teacher, column])
     kept, notes = _usable(frame, student, teacher, column)
     given = [c for c in by if c in kept and kept[c].notna().any()]
+    if column != "loss" and "loss" in kept and by is BY:
+        given.insert(0, "loss")  # in our records the name of the objective
     kept = kept.assign(_student=_student_label(kept, student))
     found = []
     for key, group in kept.groupby([*given, "_student"], dropna=False, sort=True):

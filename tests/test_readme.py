@@ -1,0 +1,53 @@
+"""The README's commands are commands, and what it names is there."""
+
+import re
+import shlex
+import subprocess
+
+import pytest
+
+from capacity_gap import cli
+from tests.conftest import ROOT, run_py
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line.partition("  #")[0].strip()
+    for block in re.findall(r"```\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith(("python ", "make "))
+]
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python run.py")])
+def test_run_commands_plan(command, tmp_path):
+    words = shlex.split(command)[2:]
+    if "-m" not in words:
+        words = ["-m", *words]
+    done = run_py(*words, "plan=true", f"store={tmp_path / 'store'}", cwd=tmp_path)
+    assert "plan: " in done.stdout
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m capacity_gap")])
+def test_other_commands_parse(command):
+    cli.parser().parse_args(shlex.split(command)[3:])
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make")])
+def test_make_targets_are_there(command):
+    done = subprocess.run(["make", "-n", shlex.split(command)[1]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_there_are_commands_to_check():
+    assert len(COMMANDS) >= 6
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
+def test_links_lead_somewhere(link):
+    assert (ROOT / link).exists()
+
+
+def test_paths_that_the_readme_names_exist():
+    named = set(re.findall(r"`((?:capacity_gap|conf|sweeps|docs)/[\w./]+)`", README))
+    assert named
+    assert [p for p in named if not (ROOT / p).exists()] == []
