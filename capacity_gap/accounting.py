@@ -8,7 +8,7 @@ and a training step 6·N per token (Kaplan et al. 2020, §2.1).
 from collections.abc import Mapping
 from typing import Any
 
-from capacity_gap.models.axes import count_params
+from capacity_gap.models.axes import count_params, dims
 
 
 def non_embedding(shape: Mapping[str, Any]) -> int:
@@ -18,7 +18,8 @@ def non_embedding(shape: Mapping[str, Any]) -> int:
 
 def multiplied(shape: Mapping[str, Any]) -> int:
     """N of the conventions: the parameters that multiply each token."""
-    return non_embedding(shape) + shape["vocab_size"] * shape["hidden_size"]
+    sizes = dims(shape)
+    return non_embedding(shape) + sizes.vocab * sizes.hidden
 
 
 def train_flops(shape: Mapping[str, Any], tokens: int) -> float:

@@ -27,6 +27,9 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("--sweep", metavar="NAME", help="of a store: only the cells of this sweep (`store ls` names them)")
     fit.add_argument("--out", type=Path, help="folder for law.json, optima.csv and the figures; without it, only text")
     fit.set_defaults(run=run_fit)
+    fetch = commands.add_parser("fetch", help="download checkpoints for machines without a network")
+    fetch.add_argument("what", nargs="+", help="repositories, or FAMILY:RUNG such as qwen2_5:1.5b")
+    fetch.set_defaults(run=run_fetch)
     _add_store(commands)
     return root
 
@@ -72,6 +75,22 @@ def _collect(found, *, really: bool) -> None:  # type: ignore[no-untyped-def]
     total = sum(item.bytes for item in found) / 1e6
     ending = "deleted" if really else "could go; `--yes` deletes it. Nothing was changed"
     print(f"{len(found)} items, {total:.1f} MB {ending}.")
+
+
+def run_fetch(given: argparse.Namespace) -> int:
+    """Downloads checkpoints to the hub's cache."""
+    from capacity_gap.models.ladders import family
+
+    repositories = []
+    for what in given.what:
+        name, _, rung = what.partition(":")
+        ladder = family(name) if rung else None
+        repositories.append(ladder.published[ladder.rung(rung)] if ladder and ladder.published else what)
+    from capacity_gap.models.loading import fetch  # torch, only now that the names are known to be good
+
+    for repository in repositories:
+        print(f"{repository}: {fetch(repository)}", flush=True)
+    return 0
 
 
 def run_fit(given: argparse.Namespace) -> int:

@@ -105,15 +105,27 @@ class TrainConfig(OptimConfig):
 
 @dataclass
 class FamilyConfig:
-    """A ladder of teachers and how those that no one has published are pre-trained."""
+    """A ladder of teachers, and how those that no one has published are pre-trained.
+
+    `name` is a family of `models/ladders.py`, or `folders`: a ladder of local model folders.
+    """
 
     name: str = "pico"
+    folders: list[str] = field(
+        default_factory=list, metadata=RUNTIME
+    )  # family=folders: their content is what is hashed
+    dtype: str = "fp32"  # of published or local teachers while they teach and are scored
+    quantization: str = "none"
     teacher_data: str = "1m"  # tokens of a teacher's pre-training: a scale, or `20x` parameters
     teacher_epochs: int = 1
     pretrain: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
         _positive("family", self, "teacher_epochs")
+        choose("family.dtype", self.dtype, PRECISIONS)
+        choose("family.quantization", self.quantization, ("none", "8bit"))
+        if self.folders and self.name != "folders":
+            raise ConfigError(f"family.folders is for family=folders; family={self.name} has its own ladder.")
 
 
 @dataclass

@@ -17,9 +17,10 @@ from typing import Any
 
 from capacity_gap import accounting, steps, tracking
 from capacity_gap.config import RunConfig
-from capacity_gap.errors import ImpossibleCell
+from capacity_gap.errors import ConfigError, ImpossibleCell
 from capacity_gap.fingerprint import identity_fields
-from capacity_gap.models.axes import count_params
+from capacity_gap.models.axes import count_params, dims
+from capacity_gap.models.folders import content_digest, is_folder, local_family
 from capacity_gap.models.ladders import Family, family
 from capacity_gap.pruning.shape import student_config
 from capacity_gap.records import RECORD, SCHEMA_VERSION, Record
@@ -35,9 +36,10 @@ class Cell:
     config: RunConfig
     family: Family
     rung: str
-    student_target: int
+    student_scale: int  # as asked for
+    student_target: int  # what it means: the exact size of a rung where it names one
     data_tokens: int
-    teacher_tokens: int
+    teacher_tokens: int | None  # None for published teachers
 
     @property
     def teacher_shape(self) -> Mapping[str, Any]:
@@ -58,12 +60,12 @@ class Cell:
     @property
     def learning_rate(self) -> float:
         """The student's peak learning rate."""
-        return self.config.train.peak(self.student_shape["hidden_size"])
+        return self.config.train.peak(dims(self.student_shape).hidden)
 
     @property
     def name(self) -> str:
         """What people call the cell."""
-        student, tokens = format_scale(self.student_target), format_scale(self.data_tokens)
+        student, tokens = format_scale(self.student_scale), format_scale(self.data_tokens)
         return f"{student} from {self.rung}, {tokens} tokens, seed {self.config.seed}"
 
     def check_budgets(self, store: Store, runtime: Runtime) -> None:
@@ -72,7 +74,8 @@ class Cell:
 
         packed = Packed(store.compute(self.tokens, runtime) / "train", self.config.corpus.sequence_length)
         subset(packed, self.data_tokens, epochs=self.config.epochs, key="data")
-        subset(packed, self.teacher_tokens, epochs=self.config.family.teacher_epochs, key="family.teacher_data")
+        if self.teacher_tokens:
+            subset(packed, self.teacher_tokens, epochs=self.config.family.teacher_epochs, key="family.teacher_data")
 
     # The chain. Each stage names what decides its result, and nothing else.
 
@@ -83,9 +86,27 @@ class Cell:
         given = {"name": c.name, "validation": c.validation, "test": c.test, **steps.corpus_identity(c)}
         return Stage("corpus", 1, given, {}, steps.corpus, options={"path": c.path})
 
+    def _source(self, rung: str) -> dict[str, Any]:
+        """What identifies a published checkpoint: its repository's name, or a local folder's content."""
+        repository = self.family.published[rung]
+        if self.family.name == "folders":
+            return {"content": content_digest(Path(repository))}
+        return {"repository": repository}
+
     @cached_property
     def tokenizer(self) -> Stage:
-        """Byte-level BPE with the family's vocabulary, trained on the corpus."""
+        """Byte-level BPE with the family's vocabulary, trained on the corpus; or the published one."""
+        if self.rung in self.family.published:
+            first = next(iter(self.family.rungs))  # one for the whole ladder, so that all share their tokens
+            given = self._source(first)
+            return Stage(
+                "tokenizer",
+                1,
+                given,
+                {},
+                steps.published_tokenizer,
+                options={"repository": self.family.published[first]},
+            )
         given = {"vocab_size": self.teacher_shape["vocab_size"]}
         return Stage("tokenizer", 1, given, {"corpus": self.corpus}, steps.tokenizer)
 
@@ -102,6 +123,16 @@ class Cell:
 
     def _pretrained(self, rung: str) -> Stage:
         c, shape = self.config, self.family.rungs[rung]
+        if rung in self.family.published:
+            given = {
+                "shape": shape,
+                **self._source(rung),
+                "dtype": c.family.dtype,
+                "quantization": c.family.quantization,
+            }
+            return Stage(
+                "published", 1, given, {}, steps.published, options={"repository": self.family.published[rung]}
+            )
         budget = teacher_tokens(c, self.family.params[rung])
         given = {
             "shape": shape,
@@ -109,7 +140,7 @@ class Cell:
             "tokens": budget,
             "epochs": c.family.teacher_epochs,
             "optim": steps.optim_identity(c.family.pretrain),
-            "learning_rate": c.family.pretrain.peak(shape["hidden_size"]),
+            "learning_rate": c.family.pretrain.peak(dims(shape).hidden),
             **self._arithmetic,
         }
         cost = accounting.train_flops(shape, budget)
@@ -209,12 +240,12 @@ class Cell:
         return {
             "family": c.family.name,
             "corpus": c.corpus.name,
-            "student": format_scale(self.student_target),
+            "student": format_scale(self.student_scale),
             "teacher": self.rung,
             "data_tokens": self.data_tokens,
             "epochs": c.epochs,
             "teacher_tokens": self.teacher_tokens,
-            "teacher_data": c.family.teacher_data.lower(),
+            "teacher_data": c.family.teacher_data.lower() if self.teacher_tokens else None,
             "seed": c.seed,
             "teacher_seed": c.teacher_seed,
             "student_params": count_params(shape),
@@ -233,7 +264,8 @@ class Cell:
             "signal": c.distill.signal,
             "train_flops": accounting.train_flops(shape, self.data_tokens),
             "teacher_flops": self.teacher_flops,
-            "teacher_train_flops": accounting.train_flops(self.teacher_shape, self.teacher_tokens),
+            "teacher_train_flops": self.teacher_tokens
+            and accounting.train_flops(self.teacher_shape, self.teacher_tokens),
         }
 
     @property
@@ -257,6 +289,29 @@ def teacher_tokens(config: RunConfig, params: int) -> int:
     return parse_tokens(config.family.teacher_data, params=params, key="family.teacher_data")
 
 
+def _ladder(config: RunConfig) -> Family:
+    """The family's ladder, or one made of the user's folders."""
+    if config.family.name == "folders" or is_folder(config.teacher):
+        given = config.family.folders or ([config.teacher] if is_folder(config.teacher) else [])
+        if not given:
+            raise ConfigError(
+                "family=folders needs the model folders: family.folders=[FOLDER,FOLDER,...], and teacher= one of them."
+            )
+        ladder = local_family(given)
+        return ladder
+    return family(config.family.name)
+
+
+def _check_positions(config: RunConfig, shape: Mapping[str, Any]) -> None:
+    """Learned positions end; a longer sequence would fail deep inside a forward pass."""
+    limit = dims(shape).positions
+    if limit and config.corpus.sequence_length > limit:
+        raise ConfigError(
+            f"corpus.sequence_length={config.corpus.sequence_length}, but models of {config.family.name} have learned "
+            f"positions for {limit} tokens. Give a shorter sequence_length."
+        )
+
+
 def resolve(config: RunConfig) -> Cell:
     """Reads the scales of `config` and checks that they go together; computes nothing, writes nothing.
 
@@ -264,18 +319,21 @@ def resolve(config: RunConfig) -> Cell:
         ImpossibleCell: the student is larger than its teacher, or its shape does not fit into it.
         ConfigError: anything else that cannot be.
     """
-    ladder = family(config.family.name)
+    ladder = _ladder(config)
     student = parse_scale(config.student, key="student")
     rung = ladder.rung(config.teacher)
     params = ladder.params[rung]
-    if student > params * 1.005:
+    target = ladder.params[ladder.scales[student]] if student in ladder.scales else student
+    if target > params * 1.005:
         raise ImpossibleCell(
             f"student={config.student} is larger than teacher={config.teacher} ({params:,} parameters). "
             "A student is pruned from its teacher: give a smaller student or a larger teacher; equal sizes are fine. "
             f"Rungs of {ladder.name}: {' '.join(ladder.rungs)}."
         )
     data = parse_scale(config.data, key="data", allow_zero=True)
-    cell = Cell(config, ladder, rung, student, data, teacher_tokens(config, params))
+    budget = None if rung in ladder.published else teacher_tokens(config, params)
+    _check_positions(config, ladder.rungs[rung])
+    cell = Cell(config, ladder, rung, student, target, data, budget)
     _ = cell.record.digest  # walks the whole chain: the shape must exist, every setting must have one spelling
     return cell
 

@@ -60,6 +60,26 @@ def tokens(run: StageRun) -> None:
     write_json(run.out / "bytes_per_id.json", bytes_per_id(tok))
 
 
+def published(run: StageRun) -> None:
+    """A teacher that is there already, on the hub or in a folder: checked against its rung, then pointed to."""
+    from capacity_gap.models.loading import point_to
+
+    point_to(
+        run.options["repository"],
+        run.out,
+        shape=run.config["shape"],
+        dtype=run.config["dtype"],
+        quantization=run.config["quantization"],
+    )
+
+
+def published_tokenizer(run: StageRun) -> None:
+    """The tokenizer that came with the models."""
+    from capacity_gap.models.loading import copy_tokenizer
+
+    copy_tokenizer(run.options["repository"], run.out)
+
+
 def pretrain(run: StageRun) -> None:
     """A teacher, trained from random weights on the training split."""
     from capacity_gap.models.loading import new_model

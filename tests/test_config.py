@@ -6,6 +6,8 @@ import sys
 import pytest
 
 from capacity_gap import pipeline
+from capacity_gap.errors import ConfigError
+from capacity_gap.models.ladders import FAMILIES
 from tests.conftest import ROOT, compose, run_py
 
 GROUPS = [
@@ -19,6 +21,14 @@ GROUPS = [
 @pytest.mark.parametrize("choice", GROUPS)
 def test_every_config_composes(choice, text_file):
     extra = [f"corpus.path={text_file}"] if choice == "corpus=text" else []
+    group, _, name = choice.partition("=")
+    if choice == "family=folders":
+        with pytest.raises(ConfigError, match="family=folders needs the model folders"):
+            pipeline.resolve(compose([choice]))
+        return
+    if group == "family":
+        rung = next(iter(FAMILIES[name].rungs))
+        extra = [f"student={rung}", f"teacher={rung}"]
     pipeline.resolve(compose([choice, *extra]))
 
 
@@ -35,7 +45,9 @@ BAD = [
     (["student=abc"], "student=abc cannot be read as a scale. Write a whole number"),
     (["student=-5"], "student=-5 cannot be read as a scale"),
     (["teacher=99k"], "family pico has no such rung. Its rungs: 55k 80k"),
-    (["student=0.5b", "teacher=1b"], "teacher=1b: family pico has no such rung"),
+    (["student=0.5b", "teacher=1b"], "55k 80k 120k 180k 270k 400k 600k 900k 1.3m 2m. 1b is a rung of family=pythia"),
+    (["family=folders"], "family=folders needs the model folders"),
+    (["family.folders=[x]"], "family.folders is for family=folders"),
     (["student=400k", "teacher=120k"], "student=400k is larger than teacher=120k (120,200 parameters)"),
     (["student=10"], "no student of 10 parameters"),
     (["data=-1"], "data=-1 cannot be read as a scale"),
@@ -51,7 +63,7 @@ BAD = [
     (["prune.init=shared"], "a reference teacher is named for init=shared, and only for it"),
     (["prune.reference=80k"], "a reference teacher is named for init=shared, and only for it"),
     (["prune.init=shared", "prune.reference=33k"], "family pico has no such rung"),
-    (["family=nope"], "family=nope is not known. Allowed: pico."),
+    (["family=nope"], "family=nope is not known. Allowed: folders, gpt2, llama2"),
     (["hydra/launcher=jobl"], "hydra/launcher=jobl is not known (did you mean 'joblib'?)"),
     (["corpus=text"], "corpus=text needs corpus.path=FILE_OR_FOLDER"),
     (["corpus=text", "corpus.path=/no/such.txt"], "corpus.path=/no/such.txt does not exist"),

@@ -1,9 +1,11 @@
 """Byte-level BPE, trained here; saved as plain transformers loads it."""
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 END = "<|endoftext|>"
 SAMPLE_BYTES = 8_000_000  # merges of a small vocabulary do not change with more text
 
@@ -45,7 +47,16 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def bytes_per_id(tokenizer: Any) -> list[int]:
-    """UTF-8 bytes that each id stands for; 0 for special ones. In byte-level BPE a character of a token is a byte."""
+    """UTF-8 bytes that each id stands for; 0 for special ones.
+
+    In byte-level BPE each character of a token is a byte; in SentencePiece `▁` is a space and `<0x0A>` a byte.
+    """
     special = set(tokenizer.all_special_ids)
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    return [0 if i in special else len(token) for i, token in enumerate(tokens)]
+    byte_level = "ByteLevel" in tokenizer.backend_tokenizer.to_str().partition('"decoder"')[2][:400]
+    width = len if byte_level else _sentencepiece_bytes
+    return [0 if i in special or token is None else width(token) for i, token in enumerate(tokens)]
+
+
+def _sentencepiece_bytes(token: str) -> int:
+    return 1 if _BYTE.fullmatch(token) else len(token.replace("▁", " ").encode())

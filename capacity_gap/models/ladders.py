@@ -3,8 +3,8 @@
 A rung is the content of a `config.json`. This file imports no torch: parameters are counted from the axis tables.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -17,75 +17,253 @@ Shape = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Family:
-    """A ladder of teachers of one architecture, smallest first, and the ratio by which shapes are rounded."""
+    """A ladder of teachers of one architecture, smallest first; sizes of students are multiples of `multiple`.
+
+    `published` names the checkpoint of each rung on the Hugging Face hub; without it teachers are trained on the spot.
+    """
 
     name: str
     rungs: Mapping[str, Shape]
     multiple: int
+    published: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def params(self) -> dict[str, int]:
         """Total parameters of each rung."""
         return {rung: count_params(shape) for rung, shape in self.rungs.items()}
 
+    @cached_property
+    def scales(self) -> dict[int, str]:
+        """Rungs by the scale that their name says; a rung named by its folder goes by its exact count."""
+        found = {}
+        for rung in self.rungs:
+            try:
+                found[parse_scale(rung, key="rung")] = rung
+            except ConfigError:
+                found[self.params[rung]] = rung
+        return found
+
     def rung(self, given: str) -> str:
         """The rung that `given` names, in any spelling of its scale; an unknown one raises and lists what there is."""
+        by_folder = {path: rung for rung, path in self.published.items()} | {rung: rung for rung in self.rungs}
+        if given in by_folder:
+            return by_folder[given]
         wanted = parse_scale(given, key="teacher")
-        for rung in self.rungs:
-            if parse_scale(rung, key="rung") == wanted:
-                return rung
-        elsewhere = [f.name for f in FAMILIES.values() if wanted in (parse_scale(r, key="rung") for r in f.rungs)]
+        if wanted in self.scales:
+            return self.scales[wanted]
+        elsewhere = [f.name for f in FAMILIES.values() if wanted in f.scales]
         known = ", ".join(f"family={name}" for name in elsewhere)
-        hint = (
-            f" {format_scale(wanted)} is a rung of {known}." if elsewhere else f" No family has {format_scale(wanted)}."
-        )
+        scale = format_scale(wanted)
+        hint = f" {scale} is a rung of {known}." if elsewhere else f" No family has {scale}."
         raise ConfigError(
             f"teacher={given}: family {self.name} has no such rung. Its rungs: {' '.join(self.rungs)}.{hint}"
         )
 
 
-# Hidden size and neurons per rung. Four layers and heads of 8 throughout; neurons ≈ 8/3 hidden, chosen so that each
-# name is true within 0.5 %, and so that every axis grows along the ladder: each rung can hold every smaller student.
-PICO_WIDTHS = {
-    "55k": (24, 73),
-    "80k": (32, 80),
-    "120k": (40, 111),
-    "180k": (48, 162),
-    "270k": (64, 180),
-    "400k": (80, 224),
-    "600k": (104, 256),
-    "900k": (128, 329),
-    "1.3m": (152, 424),
-    "2m": (192, 526),
-}
+# Pico families: four layers, heads of 8, a vocabulary of 1024, trained on the spot. Hidden sizes are chosen, neurons
+# make each name true within 0.5 %, and every axis grows along the ladder: each rung can hold every smaller student.
 PICO_VOCABULARY = 1024
 PICO_HEAD = 8
+PICO_LAYERS = 4
+PICO_HIDDEN = {
+    "pico": {
+        "55k": 24,
+        "80k": 32,
+        "120k": 40,
+        "180k": 48,
+        "270k": 64,
+        "400k": 80,
+        "600k": 104,
+        "900k": 128,
+        "1.3m": 152,
+        "2m": 192,
+    },
+    "pico_gpt2": {"55k": 24, "80k": 32, "120k": 40, "180k": 48, "270k": 64, "400k": 80, "600k": 104, "900k": 128},
+    "pico_neox": {"80k": 24, "120k": 32, "180k": 40, "270k": 56, "400k": 72, "600k": 88, "900k": 112},
+    "pico_mistral": {"80k": 32, "130k": 48, "180k": 48, "270k": 64, "400k": 80, "600k": 96, "900k": 128},
+}
+_ENDS = {"bos_token_id": 0, "eos_token_id": 0}
 
 
-def pico_shape(hidden: int, neurons: int) -> Shape:
-    """A Llama of pico size: tied embeddings, because untied ones would be two thirds of the smallest rungs."""
+def _pico_llama(hidden: int, neurons: int) -> Shape:
+    """Tied embeddings, because untied ones would be two thirds of the smallest rungs."""
+    heads = hidden // PICO_HEAD
     return {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
         "vocab_size": PICO_VOCABULARY,
         "hidden_size": hidden,
         "intermediate_size": neurons,
-        "num_hidden_layers": 4,
-        "num_attention_heads": hidden // PICO_HEAD,
-        "num_key_value_heads": hidden // PICO_HEAD,
+        "num_hidden_layers": PICO_LAYERS,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
         "head_dim": PICO_HEAD,
         "max_position_embeddings": 2048,
         "tie_word_embeddings": True,
         "rms_norm_eps": 1e-5,
         "attention_bias": False,
         "mlp_bias": False,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
+        **_ENDS,
     }
 
 
+def _pico_mistral(hidden: int, neurons: int) -> Shape:
+    """Grouped queries, two to a key-value head; tied."""
+    llama = _pico_llama(hidden, neurons)
+    own = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+    kept = {k: v for k, v in llama.items() if not k.endswith("_bias")}
+    return {**kept, **own, "num_key_value_heads": hidden // PICO_HEAD // 2}
+
+
+def _pico_gpt2(hidden: int, neurons: int) -> Shape:
+    """Learned positions: 128 of them, no more, since each costs a hidden size."""
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": PICO_VOCABULARY,
+        "n_embd": hidden,
+        "n_inner": neurons,
+        "n_layer": PICO_LAYERS,
+        "n_head": hidden // PICO_HEAD,
+        "n_positions": 128,
+        "tie_word_embeddings": True,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        **_ENDS,
+    }
+
+
+def _pico_neox(hidden: int, neurons: int) -> Shape:
+    """Parallel residual, partial rotary and untied embeddings, as in Pythia."""
+    return {
+        "model_type": "gpt_neox",
+        "architectures": ["GPTNeoXForCausalLM"],
+        "vocab_size": PICO_VOCABULARY,
+        "hidden_size": hidden,
+        "intermediate_size": neurons,
+        "num_hidden_layers": PICO_LAYERS,
+        "num_attention_heads": hidden // PICO_HEAD,
+        "rotary_pct": 0.25,
+        "max_position_embeddings": 2048,
+        "use_parallel_residual": True,
+        "tie_word_embeddings": False,
+        **_ENDS,
+    }
+
+
+def _pico(name: str, make: Callable[[int, int], Shape]) -> Family:
+    """The ladder of one pico architecture: for each rung, as many neurons as make its name true."""
+    rungs = {}
+    for rung, hidden in PICO_HIDDEN[name].items():
+        bare, one = (count_params(make(hidden, neurons)) for neurons in (1, 2))
+        rungs[rung] = make(hidden, 1 + round((parse_scale(rung, key="rung") - bare) / (one - bare)))
+    return Family(name, rungs, multiple=1)
+
+
+def _published(name: str, shared: Shape, rungs: Mapping[str, tuple[str, Shape]], multiple: int = 8) -> Family:
+    """A ladder of checkpoints on the hub: rung → (repository, what differs from the family's shape)."""
+    shapes = {rung: {**shared, **own} for rung, (_, own) in rungs.items()}
+    return Family(name, shapes, multiple, {rung: repository for rung, (repository, _) in rungs.items()})
+
+
+def _gpt2(layers: int, hidden: int, heads: int) -> Shape:
+    return {"n_layer": layers, "n_embd": hidden, "n_head": heads}
+
+
+def _plain(layers: int, hidden: int, heads: int, neurons: int, **more: Any) -> Shape:
+    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
+    return {**sizes, "intermediate_size": neurons, **more}
+
+
+def _opt(layers: int, hidden: int, heads: int, **more: Any) -> Shape:
+    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads, "ffn_dim": 4 * hidden}
+    return {**sizes, "word_embed_proj_dim": hidden, **more}
+
+
+_PYTHIA = {"model_type": "gpt_neox", "vocab_size": 50304, "tie_word_embeddings": False, "max_position_embeddings": 2048}
+_LLAMA2 = {"model_type": "llama", "vocab_size": 32000, "tie_word_embeddings": False, "max_position_embeddings": 4096}
+_MISTRAL = {"model_type": "mistral", "vocab_size": 32000, "tie_word_embeddings": False}
+_QWEN = {"model_type": "qwen2", "vocab_size": 151936, "tie_word_embeddings": True, "max_position_embeddings": 32768}
+_WIDE = {"vocab_size": 152064, "tie_word_embeddings": False}  # Qwen's vocabulary is padded further from 7b on
+_GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "tie_word_embeddings": True}
+_OPT = {"model_type": "opt", "vocab_size": 50272, "max_position_embeddings": 2048, "tie_word_embeddings": True}
+
 FAMILIES = {
-    "pico": Family("pico", {rung: pico_shape(*widths) for rung, widths in PICO_WIDTHS.items()}, multiple=1),
+    f.name: f
+    for f in (
+        _pico("pico", _pico_llama),
+        _pico("pico_gpt2", _pico_gpt2),
+        _pico("pico_neox", _pico_neox),
+        _pico("pico_mistral", _pico_mistral),
+        _published(
+            "pythia",
+            _PYTHIA,
+            {
+                "70m": ("EleutherAI/pythia-70m", _plain(6, 512, 8, 2048)),
+                "160m": ("EleutherAI/pythia-160m", _plain(12, 768, 12, 3072)),
+                "410m": ("EleutherAI/pythia-410m", _plain(24, 1024, 16, 4096)),
+                "1b": ("EleutherAI/pythia-1b", _plain(16, 2048, 8, 8192)),
+                "1.4b": ("EleutherAI/pythia-1.4b", _plain(24, 2048, 16, 8192)),
+                "2.8b": ("EleutherAI/pythia-2.8b", _plain(32, 2560, 32, 10240)),
+                "6.9b": ("EleutherAI/pythia-6.9b", _plain(32, 4096, 32, 16384, vocab_size=50432)),
+                "12b": ("EleutherAI/pythia-12b", _plain(36, 5120, 40, 20480, vocab_size=50688)),
+            },
+        ),
+        _published(
+            "gpt2",
+            _GPT2,
+            {
+                "124m": ("openai-community/gpt2", _gpt2(12, 768, 12)),
+                "355m": ("openai-community/gpt2-medium", _gpt2(24, 1024, 16)),
+                "774m": ("openai-community/gpt2-large", _gpt2(36, 1280, 20)),
+                "1.5b": ("openai-community/gpt2-xl", _gpt2(48, 1600, 25)),
+            },
+        ),
+        _published(
+            "opt",
+            _OPT,
+            {
+                "125m": ("facebook/opt-125m", _opt(12, 768, 12)),
+                "350m": (
+                    "facebook/opt-350m",
+                    _opt(24, 1024, 16, word_embed_proj_dim=512, do_layer_norm_before=False),
+                ),
+                "1.3b": ("facebook/opt-1.3b", _opt(24, 2048, 32)),
+                "2.7b": ("facebook/opt-2.7b", _opt(32, 2560, 32)),
+                "6.7b": ("facebook/opt-6.7b", _opt(32, 4096, 32)),
+                "13b": ("facebook/opt-13b", _opt(40, 5120, 40)),
+                "30b": ("facebook/opt-30b", _opt(48, 7168, 56)),
+            },
+        ),
+        _published(
+            "llama2",
+            _LLAMA2,
+            {
+                "7b": ("meta-llama/Llama-2-7b-hf", _plain(32, 4096, 32, 11008, num_key_value_heads=32)),
+                "13b": ("meta-llama/Llama-2-13b-hf", _plain(40, 5120, 40, 13824, num_key_value_heads=40)),
+                "70b": ("meta-llama/Llama-2-70b-hf", _plain(80, 8192, 64, 28672, num_key_value_heads=8)),
+            },
+        ),
+        _published(
+            "mistral",
+            _MISTRAL,
+            {"7b": ("mistralai/Mistral-7B-v0.1", _plain(32, 4096, 32, 14336, num_key_value_heads=8))},
+        ),
+        _published(
+            "qwen2_5",
+            _QWEN,
+            {
+                "0.5b": ("Qwen/Qwen2.5-0.5B", _plain(24, 896, 14, 4864, num_key_value_heads=2)),
+                "1.5b": ("Qwen/Qwen2.5-1.5B", _plain(28, 1536, 12, 8960, num_key_value_heads=2)),
+                "3b": ("Qwen/Qwen2.5-3B", _plain(36, 2048, 16, 11008, num_key_value_heads=2)),
+                "7b": ("Qwen/Qwen2.5-7B", _plain(28, 3584, 28, 18944, num_key_value_heads=4, **_WIDE)),
+                "14b": ("Qwen/Qwen2.5-14B", _plain(48, 5120, 40, 13824, num_key_value_heads=8, **_WIDE)),
+                "32b": ("Qwen/Qwen2.5-32B", _plain(64, 5120, 40, 27648, num_key_value_heads=8, **_WIDE)),
+                "72b": ("Qwen/Qwen2.5-72B", _plain(80, 8192, 64, 29568, num_key_value_heads=8, **_WIDE)),
+            },
+        ),
+    )
 }
 
 

@@ -1,11 +1,19 @@
 """Models from folders, from shapes and from seeds; and the two parts of one that training needs."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from capacity_gap.errors import StageError
+from capacity_gap.models.axes import count_params
+from capacity_gap.stage import write_json
+
+POINTER = "published.json"  # a stage folder that holds this instead of weights points to a checkpoint elsewhere
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def new_model(shape: Mapping[str, Any], seed: int) -> Any:
@@ -20,15 +28,79 @@ def new_model(shape: Mapping[str, Any], seed: int) -> Any:
 
 
 def load_model(folder: Path, *, device: str = "cpu") -> Any:
-    """The model saved in `folder`, in fp32, evaluation mode, from safetensors, without remote code."""
+    """The model saved in `folder`, or that it points to; evaluation mode, from safetensors, without remote code.
+
+    Our own models load in fp32; published ones in the dtype, and if asked the 8-bit form, that their pointer names.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="sdpa", dtype=torch.float32, use_safetensors=True, local_files_only=True
-    )
-    return model.to(device).eval()
+    source, options = folder, {"dtype": torch.float32, "local_files_only": True}
+    if (folder / POINTER).exists():
+        pointer = json.loads((folder / POINTER).read_text())
+        source = pointer["repository"]
+        options = {"dtype": DTYPES[pointer["dtype"]], "revision": pointer["revision"]}
+        if pointer["quantization"] == "8bit":
+            from transformers import BitsAndBytesConfig
+
+            options |= {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
+    model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="sdpa", use_safetensors=True, **options)
+    return (model if "quantization_config" in options else model.to(device)).eval()
+
+
+def point_to(repository: str, out: Path, *, shape: Mapping[str, Any], dtype: str, quantization: str) -> None:
+    """Checks that a published checkpoint is there and has its rung's size, and writes where it is.
+
+    Raises:
+        StageError: it is missing or gated, or of another size than the ladder says.
+    """
+    from transformers import AutoConfig
+
+    config = _from_hub(AutoConfig.from_pretrained, repository)
+    found, expected = count_params(config.to_dict()), count_params(shape)
+    if found != expected:
+        raise StageError(
+            f"{repository} has {found:,} parameters, but its rung says {expected:,}: "
+            "the checkpoint is not the one this ladder was written for."
+        )
+    revision = getattr(config, "_commit_hash", None)
+    pointer = {"repository": repository, "revision": revision, "dtype": dtype, "quantization": quantization}
+    write_json(out / POINTER, pointer)
+
+
+def copy_tokenizer(repository: str, out: Path) -> None:
+    """Saves a published tokenizer to `out`."""
+    from transformers import AutoTokenizer
+
+    _from_hub(AutoTokenizer.from_pretrained, repository).save_pretrained(out)
+
+
+def _from_hub(load: Any, repository: str) -> Any:
+    """Loads something from the hub or a folder; what is missing or gated says what to accept or fetch."""
+    try:
+        return load(repository)
+    except OSError as error:  # the hub's own errors (gated, not found, offline) are all reported as this
+        raise StageError(
+            f"{repository} cannot be loaded: {str(error).splitlines()[0]} If it is gated, accept its licence on its "
+            "page and log in with `hf auth login`. If this machine has no network, run `python -m capacity_gap fetch "
+            f"{repository}` on one that shares its cache (HF_HOME)."
+        ) from error
+
+
+def fetch(repository: str) -> Path:
+    """Downloads a checkpoint's safetensors, configs and tokenizer to the hub's cache, and returns where."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt"]
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise StageError(
+            f"{repository} cannot be fetched: {str(error).splitlines()[0]} If it is gated, accept its licence on its "
+            "page and log in with `hf auth login`; else check the name and the network."
+        ) from error
 
 
 def save_model(model: Any, folder: Path) -> None:

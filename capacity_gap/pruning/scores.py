@@ -15,7 +15,7 @@ from torch import Tensor
 
 from capacity_gap.distill.losses import distill_loss
 from capacity_gap.errors import StageError
-from capacity_gap.models.axes import Architecture, Dims, architecture, dims
+from capacity_gap.models.axes import Dims, Masks, dims, masks
 from capacity_gap.models.loading import hidden_states, output_weight
 
 SCORES_FILE = "scores.safetensors"
@@ -64,7 +64,7 @@ def expressive_scores(
         on_batch: called with the number of batches done.
     """
     del seed
-    sizes, table = dims(model.config), architecture(model.config)
+    sizes, table = dims(model.config), masks(model.config)
     sums = _zeros(sizes)
     done = 0
     for tokens in batches:
@@ -111,7 +111,7 @@ def _checked(heads: Tensor, neurons: Tensor, hidden: Tensor, method: str) -> Sco
     return Scores(heads, neurons, hidden, method)
 
 
-def _mask_gradients(model: Any, table: Architecture, sizes: Dims, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _mask_gradients(model: Any, table: Masks, sizes: Dims, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """∂L/∂mask of one batch, in fp32 on the CPU: heads [L, K], neurons [L, F], hidden [D]."""
     layers = [model.get_submodule(table.layer.format(i=i)) for i in range(sizes.layers)]
     out = [layer.get_submodule(table.attention_out).weight for layer in layers]
@@ -127,7 +127,7 @@ def _mask_gradients(model: Any, table: Architecture, sizes: Dims, tokens: Tensor
 
 
 @contextlib.contextmanager
-def _residual_stream(model: Any, table: Architecture, layers: list[Any]) -> Iterator[list[Tensor]]:
+def _residual_stream(model: Any, table: Masks, layers: list[Any]) -> Iterator[list[Tensor]]:
     """Collects the tensors that the hidden mask acts on: embeddings, each sublayer's output, the stream after each sum.
 
     Every parameter takes part in the graph meanwhile; flags and hooks are put back on leaving, also after an error.

@@ -84,7 +84,7 @@ def shrink(table: Architecture, full: Dims, target: int, *, multiple: int, depth
 
 def _candidates(table: Architecture, full: Dims, target: int, layers: int, multiple: int) -> Iterator[Dims]:
     for hidden in range(multiple, full.hidden + 1, multiple):
-        for kv_heads in _head_counts(hidden, full):
+        for kv_heads in _head_counts(table, hidden, full):
             bare = full.with_units(hidden=hidden, kv_heads=kv_heads, neurons=0, layers=layers)
             each = count(table, full.with_units(hidden=hidden, kv_heads=kv_heads, neurons=1, layers=layers))
             each -= count(table, bare)
@@ -95,9 +95,15 @@ def _candidates(table: Architecture, full: Dims, target: int, layers: int, multi
                     yield sizes
 
 
-def _head_counts(hidden: int, full: Dims) -> list[int]:
-    """Legal numbers of key-value heads: transformers wants hidden sizes to be multiples of the number of heads."""
-    return [k for k in range(1, full.kv_heads + 1) if hidden % (k * full.group) == 0]
+def _head_counts(table: Architecture, hidden: int, full: Dims) -> list[int]:
+    """Legal numbers of key-value heads: transformers wants hidden sizes to be multiples of the number of heads.
+
+    Where hidden = heads × head_dim, only that number will do.
+    """
+    counts = range(1, full.kv_heads + 1)
+    if table.square:
+        return [k for k in counts if hidden == k * full.group * full.head_dim]
+    return [k for k in counts if hidden % (k * full.group) == 0]
 
 
 def _distortion(sizes: Dims, full: Dims) -> float:
@@ -118,7 +124,7 @@ def _no_shape(table: Architecture, full: Dims, target: int, layers: int, multipl
     sizes = sorted(
         count(table, full.with_units(hidden=h, kv_heads=k, neurons=n, layers=layers))
         for h in range(multiple, full.hidden + 1, multiple)
-        for k in _head_counts(h, full)
+        for k in _head_counts(table, h, full)
         for n in (multiple, max(multiple, full.neurons // multiple * multiple))
     )
     below, above = [s for s in sizes if s < target], [s for s in sizes if s > target]

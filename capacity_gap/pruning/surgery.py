@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from capacity_gap.errors import ConfigError
-from capacity_gap.models.axes import Architecture, Dims, architecture, dims
+from capacity_gap.models.axes import Architecture, Dims, architecture, dims, masks
 from capacity_gap.pruning.scores import Scores
 from capacity_gap.pruning.shape import Shape, sized, unfit
 
@@ -68,6 +68,7 @@ def prune(model: Any, scores: Scores, shape: Shape) -> Any:
         ConfigError: the shape is larger than the model along some axis, or the weights are not finite.
     """
     table, sizes = architecture(model.config), dims(model.config)
+    masks(model.config)  # refuses what cannot be pruned yet
     if reasons := unfit(shape, sizes):
         raise ConfigError(f"a student of shape {shape} cannot be cut from this teacher: {'; '.join(reasons)}.")
     student = _empty(model, table, sized(sizes, shape))

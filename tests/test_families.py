@@ -1,0 +1,172 @@
+"""Ladders: exact counts without building, stand-ins of every architecture, and the user's own folders."""
+
+import json
+import shutil
+
+import pytest
+
+from capacity_gap import cli, pipeline, records
+from capacity_gap.data.tokenizer import bytes_per_id
+from capacity_gap.errors import ConfigError, StageError
+from capacity_gap.models.axes import count_params
+from capacity_gap.models.folders import local_family
+from capacity_gap.models.ladders import FAMILIES
+from capacity_gap.scales import parse_scale
+from capacity_gap.stage import Store
+from tests.conftest import compose, run_py
+
+RUNGS = [(f.name, rung) for f in FAMILIES.values() for rung in f.rungs]
+STAND_INS = ("pico_gpt2", "pico_neox", "pico_mistral")
+
+
+@pytest.mark.parametrize(("name", "rung"), RUNGS)
+def test_a_rung_has_exactly_the_parameters_that_its_table_counts(name, rung):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = dict(FAMILIES[name].rungs[rung])
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert FAMILIES[name].params[rung] == sum(p.numel() for p in model.parameters())
+    assert count_params(config) == FAMILIES[name].params[rung], "counting a config object gives the same"
+
+
+# Published sizes, from the models' cards: they guard the shapes written down in the ladders.
+PUBLISHED = {
+    ("pythia", "70m"): 70_426_624,
+    ("pythia", "2.8b"): 2_775_208_960,
+    ("gpt2", "124m"): 124_439_808,
+    ("gpt2", "1.5b"): 1_557_611_200,
+    ("opt", "350m"): 331_196_416,
+    ("llama2", "7b"): 6_738_415_616,
+    ("llama2", "70b"): 68_976_648_192,
+    ("mistral", "7b"): 7_241_732_096,
+    ("qwen2_5", "0.5b"): 494_032_768,
+    ("qwen2_5", "7b"): 7_615_616_512,
+}
+
+
+def test_published_sizes():
+    assert {key: FAMILIES[key[0]].params[key[1]] for key in PUBLISHED} == PUBLISHED
+
+
+@pytest.mark.parametrize("name", ["pico", *STAND_INS])
+def test_pico_ladders_are_true_to_their_names_and_grow_along_every_axis(name):
+    from capacity_gap.models.axes import dims
+
+    ladder = FAMILIES[name]
+    for rung, params in ladder.params.items():
+        assert abs(params / parse_scale(rung, key="rung") - 1) < 0.005
+    sizes = [dims(r) for r in ladder.rungs.values()]
+    for axis in ("hidden", "kv_heads", "neurons", "layers"):
+        grown = [getattr(s, axis) for s in sizes]
+        assert grown == sorted(grown), axis
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_a_stand_in_is_pre_trained_evaluated_and_trained_directly(name, tiny, tmp_path):
+    rung = "80k"
+    given = [*tiny, f"family={name}", "family.teacher_data=8k", "student=60k", f"teacher={rung}", f"store={tmp_path}"]
+    pipeline.run(compose([*given, "prune.init=random", "distill=direct"]))
+    (row,) = records.read(tmp_path)
+    assert (row["status"], row["family"]) == ("done", name)
+    assert row["student_loss"] < row["init_loss"]
+    assert row["student_params"] < row["teacher_params"]
+
+
+def test_what_cannot_be_pruned_yet_says_what_can(tiny, tmp_path):
+    given = [*tiny, "family=pico_gpt2", "family.teacher_data=8k", "student=60k", "teacher=80k", f"store={tmp_path}"]
+    with pytest.raises(ConfigError, match=r"'gpt2' can be trained .* not pruned yet. Prunable: llama, mistral, qwen2"):
+        pipeline.run(compose(given))
+
+
+def test_learned_positions_end(tiny):
+    with pytest.raises(
+        ConfigError, match="sequence_length=256, but models of pico_gpt2 have learned positions for 128"
+    ):
+        pipeline.resolve(compose([*tiny, "family=pico_gpt2", "teacher=80k", "corpus.sequence_length=256"]))
+
+
+def test_a_student_named_as_a_rung_has_the_rungs_exact_size():
+    cell = pipeline.resolve(compose(["family=qwen2_5", "student=0.5b", "teacher=0.5b"]))
+    assert cell.description["student_params"] == cell.description["teacher_params"] == 494_032_768
+
+
+@pytest.fixture(scope="module")
+def folders(tiny, tmp_path_factory):
+    """Two model folders, as save_pretrained leaves them."""
+    out = tmp_path_factory.mktemp("models")
+    store = Store(out / "store")
+    for rung, name in (("55k", "small"), ("80k", "large")):
+        cell = pipeline.resolve(compose([*tiny, "student=40k", f"teacher={rung}", f"store={store.root}"]))
+        pipeline.run(cell.config)
+        shutil.copytree(store.path(cell.teacher), out / name)
+        for file in store.path(cell.tokenizer).glob("token*.json"):
+            shutil.copy(file, out / name)
+    return out
+
+
+def test_a_grid_over_ones_own_folders(folders, tiny, tmp_path):
+    both = f"family.folders=[{folders}/small,{folders}/large]"
+    given = [g for g in tiny if not g.startswith("family.")]
+    done = run_py(
+        "-m", *given, "family=folders", both, "teacher=small,large", "student=40k", f"store={tmp_path}", cwd=folders
+    )
+    assert "grid: 2 done" in done.stdout
+    rows = {r["teacher"]: r for r in records.read(tmp_path)}
+    assert set(rows) == {"small", "large"}
+    assert rows["small"]["teacher_params"] == 55_032
+    assert rows["small"]["teacher_tokens"] is None
+    assert len({r["student_params"] for r in rows.values()}) == 1
+    trained = {r["teacher"]: r for r in records.read(folders / "store")}
+    assert rows["small"]["teacher_loss"] == trained["55k"]["teacher_loss"]
+
+
+def test_folders_that_cannot_serve_are_named(folders, tmp_path):
+    with pytest.raises(ConfigError, match="is no model folder: it has no config.json"):
+        local_family([str(tmp_path)])
+    pickled = tmp_path / "pickled"
+    shutil.copytree(folders / "small", pickled)
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"no \.safetensors weights; pickled ones"):
+        local_family([str(pickled)])
+    other = tmp_path / "other"
+    shutil.copytree(folders / "large", other)
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    token = next(t for t, i in vocab.items() if i == 900)
+    del vocab[token]
+    (other / "tokenizer.json").write_text(json.dumps(content | {"model": content["model"] | {"vocab": vocab}}))
+    with pytest.raises(ConfigError, match=r"different vocabularies \(1023 and 1024 tokens; the first differences"):
+        local_family([str(folders / "small"), str(other)])
+
+
+def test_a_bad_folder_stops_before_compute(tmp_path):
+    done = run_py("family=folders", f"teacher={tmp_path}", f"store={tmp_path / 'store'}", check=False)
+    assert done.returncode == 2
+    assert "is no model folder" in done.stderr
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_checkpoint_that_cannot_be_had_says_what_to_do(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    from capacity_gap.models.loading import copy_tokenizer
+
+    with pytest.raises(StageError, match=r"cannot be loaded.*accept its licence.*capacity_gap fetch nobody/nothing"):
+        copy_tokenizer("nobody/nothing", tmp_path)
+    assert cli.main(["fetch", "qwen2_5:0.5b"]) == 2
+    assert "Qwen/Qwen2.5-0.5B cannot be fetched" in capsys.readouterr().err
+    assert cli.main(["fetch", "qwen2_5:9b"]) == 2
+    assert "Its rungs: 0.5b 1.5b" in capsys.readouterr().err
+
+
+def test_bytes_of_sentencepiece_tokens():
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [("<s>", 0.0), ("▁the", -1.0), ("é", -1.0), ("<0x0A>", -1.0)]
+    raw = Tokenizer(models.Unigram(pieces, unk_id=0))
+    raw.decoder = decoders.Metaspace()
+    assert bytes_per_id(PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>")) == [0, 4, 2, 1]
