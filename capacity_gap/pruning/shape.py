@@ -58,12 +58,15 @@ def choose_shape(
 def common_shape(rungs: Mapping[str, Config], target_params: int, *, multiple: int = 8) -> Shape:
     """The one shape for students of this size, a function of the ladder and the size alone.
 
-    It is shrunk from the elementwise minimum of all rungs that are at least as large, so each of them can hold it; a
-    student the size of a rung has that rung's shape.
+    A student the size of a rung has that rung's shape. Any other is shrunk from the elementwise minimum of all rungs
+    that are larger, so each of them can hold it.
     """
     able = [r for r in rungs.values() if count(architecture(r), dims(r)) >= target_params * (1 - TOLERANCE)]
     if not able:
         raise ConfigError(f"no rung has {target_params:,} parameters or more. Rungs: {' '.join(rungs)}.")
+    for rung in able:
+        if count(architecture(rung), dims(rung)) <= target_params * (1 + TOLERANCE):
+            return _shape(architecture(rung), dims(rung))
     sizes = [dims(r) for r in able]
     least = {a: min(getattr(s, a) for s in sizes) for a in ("hidden", "kv_heads", "neurons", "layers")}
     return shrink(architecture(able[0]), sizes[0].with_units(**least), target_params, multiple=multiple)
