@@ -16,6 +16,7 @@ SCHEDULES = ("cosine", "wsd", "constant")
 PRECISIONS = ("fp32", "bf16")
 LOSSES = ("forward_kl",)
 SIGNALS = ("online",)
+SOURCES = ("embedded", "code", "text", "hub", "mixture")
 METHODS = ("expressive", "random")
 INITS = ("pruned", "random", "shared")
 SHAPES = ("common", "per_teacher")
@@ -129,36 +130,72 @@ class FamilyConfig:
 
 
 @dataclass
-class CorpusConfig:
-    """Which text, how it is split, and how long the packed sequences are."""
+class SourceConfig:
+    """One source of text: `embedded` prose, embedded `code`, the user's `text` files, or a dataset of the `hub`."""
 
     name: str = "embedded"
-    path: str | None = _runtime(None)  # corpus=text: a file or folder; its content is what is hashed
+    path: str | None = _runtime(None)  # text: a file or folder; its content is what is hashed
+    dataset: str | None = None  # hub: a dataset's name there, or a local dataset folder
+    subset: str | None = None
+    dataset_split: str = "train"
+    column: str = "text"
+    revision: str | None = None
+    documents: int | None = None  # hub: take this many, streaming
+    weight: float = 1.0  # in a mixture: share of the bytes, relative to the other parts
+
+    def __post_init__(self) -> None:
+        choose("corpus.name", self.name, SOURCES)
+        _positive("corpus", self, "weight")
+        if self.name != "text" and self.path is not None:
+            raise ConfigError(
+                f"corpus.path={self.path} is given, but corpus={self.name} reads no file. Add corpus=text to train "
+                "on it."
+            )
+        if (self.name == "hub") != (self.dataset is not None):
+            raise ConfigError(
+                f"corpus={self.name} with corpus.dataset={self.dataset}: a dataset is named for corpus=hub, and only "
+                "for it, such as corpus=hub corpus.dataset=Skylion007/openwebtext."
+            )
+        if self.name == "text":
+            _check_path(self.path)
+
+
+def _check_path(path: str | None) -> None:
+    if path is None:
+        raise ConfigError("corpus=text needs corpus.path=FILE_OR_FOLDER (.txt, .jsonl with a `text` field).")
+    if not Path(path).expanduser().exists():
+        raise ConfigError(
+            f"corpus.path={path} does not exist (seen from {Path.cwd()}). "
+            "Give a .txt or .jsonl file, or a folder of them."
+        )
+
+
+@dataclass
+class CorpusConfig(SourceConfig):
+    """Which text, how it is split, and how long the packed sequences are.
+
+    corpus=mixture takes its documents from `parts`, as many bytes of each as their weights say.
+    """
+
+    parts: list[SourceConfig] = field(default_factory=list)
     validation: float = 0.05
     test: float = 0.05
     sequence_length: int = 128
 
     def __post_init__(self) -> None:
-        choose("corpus.name", self.name, ("embedded", "text"))
+        if (self.name == "mixture") != bool(self.parts):
+            raise ConfigError(
+                f"corpus={self.name} with {len(self.parts)} corpus.parts: parts are for corpus=mixture, and only for "
+                "it, such as corpus=mixture 'corpus.parts=[{name:embedded,weight:3},{name:code,weight:1}]'."
+            )
+        if self.name != "mixture":
+            super().__post_init__()
+        elif self.path is not None or self.dataset is not None:
+            raise ConfigError("corpus=mixture reads its parts: give path or dataset inside corpus.parts.")
         _positive("corpus", self, "sequence_length", "validation", "test")
         _need(
             self.validation + self.test < 0.9, "corpus.validation + corpus.test", self.validation + self.test, "< 0.9"
         )
-        if self.name == "embedded" and self.path is not None:
-            raise ConfigError(
-                f"corpus.path={self.path} is given, but corpus=embedded reads no file. Add corpus=text to train on it."
-            )
-        if self.name == "text":
-            self._check_path()
-
-    def _check_path(self) -> None:
-        if self.path is None:
-            raise ConfigError("corpus=text needs corpus.path=FILE_OR_FOLDER (.txt, .jsonl with a `text` field).")
-        if not Path(self.path).expanduser().exists():
-            raise ConfigError(
-                f"corpus.path={self.path} does not exist (seen from {Path.cwd()}). "
-                "Give a .txt or .jsonl file, or a folder of them."
-            )
 
 
 @dataclass

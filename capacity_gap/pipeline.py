@@ -17,6 +17,7 @@ from typing import Any
 
 from capacity_gap import accounting, steps, tracking
 from capacity_gap.config import RunConfig
+from capacity_gap.data.sources import corpus_name, identity
 from capacity_gap.errors import ConfigError, ImpossibleCell
 from capacity_gap.fingerprint import identity_fields
 from capacity_gap.models.axes import count_params, dims
@@ -83,8 +84,8 @@ class Cell:
     def corpus(self) -> Stage:
         """Clean text, split into train, validation, test and out-of-domain."""
         c = self.config.corpus
-        given = {"name": c.name, "validation": c.validation, "test": c.test, **steps.corpus_identity(c)}
-        return Stage("corpus", 1, given, {}, steps.corpus, options={"path": c.path})
+        given = {"name": c.name, "validation": c.validation, "test": c.test, **identity(c)}
+        return Stage("corpus", 1, given, {}, steps.corpus, options={"source": c})
 
     def _source(self, rung: str) -> dict[str, Any]:
         """What identifies a published checkpoint: its repository's name, or a local folder's content."""
@@ -239,7 +240,7 @@ class Cell:
         c, shape = self.config, self.student_shape
         return {
             "family": c.family.name,
-            "corpus": c.corpus.name,
+            "corpus": corpus_name(c.corpus),
             "student": format_scale(self.student_scale),
             "teacher": self.rung,
             "data_tokens": self.data_tokens,

@@ -7,17 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.config import CorpusConfig, DistillConfig, OptimConfig
+from capacity_gap.config import DistillConfig, OptimConfig
 from capacity_gap.data import packing
 from capacity_gap.data.corpus import SPLITS, build_corpus, read_texts
-from capacity_gap.data.documents import (
-    BOTOCORE,
-    content_digest,
-    embedded_documents,
-    ood_documents,
-    text_documents,
-    text_files,
-)
+from capacity_gap.data.documents import ood_documents
+from capacity_gap.data.sources import documents
 from capacity_gap.records import RECORD, SCHEMA_VERSION, Record
 from capacity_gap.runtime import provenance
 from capacity_gap.stage import META, StageRun, write_json
@@ -26,20 +20,10 @@ METRICS = "metrics.jsonl"  # the logged history of a training run
 RESULT = "result.json"
 
 
-def corpus_identity(corpus: CorpusConfig) -> dict[str, Any]:
-    """What decides a corpus's text: the pinned wheel, or the content of the user's files."""
-    if corpus.name == "embedded":
-        return {"botocore": BOTOCORE}
-    assert corpus.path is not None
-    return {"content": content_digest(text_files(Path(corpus.path).expanduser()))}
-
-
 def corpus(run: StageRun) -> None:
     """Clean, deduplicated text, split by group."""
-    given = run.config
-    path = run.options["path"]
-    documents = embedded_documents() if given["name"] == "embedded" else text_documents(Path(path).expanduser())
-    build_corpus(documents, run.out, ood=ood_documents(), validation=given["validation"], test=given["test"])
+    source, given = run.options["source"], run.config
+    build_corpus(documents(source), run.out, ood=ood_documents(), validation=given["validation"], test=given["test"])
 
 
 def tokenizer(run: StageRun) -> None:

@@ -22,6 +22,10 @@ GROUPS = [
 def test_every_config_composes(choice, text_file):
     extra = [f"corpus.path={text_file}"] if choice == "corpus=text" else []
     group, _, name = choice.partition("=")
+    if choice == "corpus=hub":
+        extra = ["corpus.dataset=someone/something"]
+    if choice == "corpus=mixture":
+        extra = ["corpus.parts=[{name:embedded,weight:3},{name:code,weight:1}]"]
     if choice == "family=folders":
         with pytest.raises(ConfigError, match="family=folders needs the model folders"):
             pipeline.resolve(compose([choice]))
@@ -68,6 +72,9 @@ BAD = [
     (["corpus=text"], "corpus=text needs corpus.path=FILE_OR_FOLDER"),
     (["corpus=text", "corpus.path=/no/such.txt"], "corpus.path=/no/such.txt does not exist"),
     (["corpus.path=x.txt"], "corpus=embedded reads no file. Add corpus=text"),
+    (["corpus=hub"], "a dataset is named for corpus=hub, and only for it"),
+    (["corpus=mixture"], "parts are for corpus=mixture, and only for it"),
+    (["corpus=mixture", "corpus.parts=[{name:prose}]"], "corpus.name='prose' is not known"),
     (["seed=-1"], "seed=-1 is out of range. Allowed: zero or more"),
     (["seed=1.5"], "seed=1.5 has the wrong type: it should be a whole number"),
     (["store=/proc/none"], "store=/proc/none cannot be written"),

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capacity_gap.data import corpus, documents, packing, tokenizer
+from capacity_gap.config import CorpusConfig, SourceConfig
+from capacity_gap.data import corpus, documents, packing, sources, tokenizer
 from capacity_gap.data.documents import Document
-from capacity_gap.errors import ConfigError
+from capacity_gap.errors import ConfigError, StageError
 
 
 def test_html_becomes_plain_text():
@@ -68,6 +69,50 @@ def test_embedded_prose_is_prose_without_exact_copies():
     assert len({d.text for d in found}) == len(found)
     assert not any("<p>" in line or "</" in line for line in lines)
     assert np.mean([len(d.text) for d in found]) > 200
+
+
+def test_embedded_code_is_code():
+    found = [d for d, _ in zip(documents.code_documents(), range(50), strict=False)]
+    assert all(d.group.endswith(".py") for d in found)
+    assert sum("def " in d.text for d in found) > 25
+
+
+def test_a_wrong_version_of_a_pinned_wheel_is_refused(monkeypatch):
+    monkeypatch.setitem(documents.PINNED, "botocore", "0.0.1")
+    with pytest.raises(ConfigError, match=r"inside botocore 0\.0\.1, but botocore .* is installed.*\[embedded\]"):
+        next(documents.embedded_documents())
+
+
+def test_a_mixture_takes_bytes_by_weight_as_far_as_the_scarcest_part_goes():
+    long, short = ([Document("x" * 100, f"{i}") for i in range(n)] for n in (1000, 50))
+    found = list(sources.mixed([long, short], [3.0, 1.0]))
+    counts = [sum(d.group.startswith(f"{part}/") for d in found) for part in (0, 1)]
+    assert counts == [150, 50]
+
+
+def test_a_dataset_is_streamed_from_the_hub_or_a_local_folder(tmp_path):
+    rows = "".join(json.dumps({"body": f"row {i}", "n": i}) + "\n" for i in range(250))
+    (tmp_path / "train.jsonl").write_text(rows)
+    given = SourceConfig(name="hub", dataset=str(tmp_path), column="body", documents=220)
+    found = list(sources.documents(given))
+    assert [d.text for d in found[:2]] == ["row 0", "row 1"]
+    assert len(found) == 220
+    assert len({d.group for d in found}) == 3
+    with pytest.raises(StageError, match=r"no column 'text'. It has: body, n. Name one with corpus.column="):
+        list(sources.documents(SourceConfig(name="hub", dataset=str(tmp_path))))
+    with pytest.raises(StageError, match=r"cannot be read.*a local folder of .jsonl or .parquet files will do"):
+        list(sources.documents(SourceConfig(name="hub", dataset=str(tmp_path / "none"))))
+
+
+def test_identity_of_a_source_is_its_content_or_its_name(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("the same text")
+    one, two = (sources.identity(SourceConfig(name="text", path=str(tmp_path / f"{n}.txt"))) for n in "ab")
+    assert one == two
+    parts = [SourceConfig(name="embedded", weight=3.0), SourceConfig(name="code")]
+    mixture = CorpusConfig(name="mixture", parts=parts)
+    assert sources.identity(mixture)["parts"][0] == {"name": "embedded", "weight": 3.0, "botocore": "1.43.11"}
+    assert sources.corpus_name(mixture) == "3*embedded+1*code"
 
 
 def test_text_files_of_every_kind(tmp_path):

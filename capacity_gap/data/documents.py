@@ -1,20 +1,20 @@
 """Where text comes from: the embedded prose, and files of the user's own. A source yields documents, cleaned."""
 
 import gzip
-import hashlib
 import html
 import importlib.metadata
 import importlib.util
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from capacity_gap.errors import ConfigError
 
-BOTOCORE = "1.43.11"  # the pinned wheel whose text is the embedded corpus; the extra [embedded] installs it
+# The pinned wheels whose text is embedded: prose and code. The extra [embedded] installs them.
+PINNED = {"botocore": "1.43.11", "sympy": "1.14.0"}
 LEAST_CHARACTERS = 80  # shorter strings are labels, not prose
 
 _BLOCK = re.compile(r"</?(?:p|li|ul|ol|dl|dt|dd|h\d|br|div|table|tr|pre|note|important|section)\b[^>]*>", re.IGNORECASE)
@@ -43,7 +43,7 @@ def embedded_documents() -> Iterator[Document]:
     A document is all the prose of one operation or one shape. A string that occurs twice, in whatever services, is
     kept where it occurs first, so no exact copy crosses the split.
     """
-    root = _botocore_data()
+    root = _pinned("botocore") / "data"
     seen: set[str] = set()
     for service in sorted(p for p in root.iterdir() if p.is_dir()):
         for parts in _service_prose(service):
@@ -53,21 +53,31 @@ def embedded_documents() -> Iterator[Document]:
                 yield Document("\n".join(fresh), service.name)
 
 
-def _botocore_data() -> Path:
+def code_documents() -> Iterator[Document]:
+    """The Python source of the `sympy` wheel (BSD-3-Clause): another kind of text. A document is a file."""
+    root = _pinned("sympy")
+    for file in sorted(root.rglob("*.py")):
+        text = file.read_text(encoding="utf-8").strip()
+        if len(text) >= LEAST_CHARACTERS:
+            yield Document(text, str(file.relative_to(root)))
+
+
+def _pinned(package: str) -> Path:
+    """The folder of a package whose version is pinned, since its text is the corpus."""
     try:
-        found = importlib.metadata.version("botocore")
+        found = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         found = None
-    if found != BOTOCORE:
+    if found != PINNED[package]:
         raise ConfigError(
-            f"corpus=embedded is the prose inside botocore {BOTOCORE}, but "
-            + (f"botocore {found} is installed" if found else "botocore is not installed")
+            f"this embedded corpus is the text inside {package} {PINNED[package]}, but "
+            + (f"{package} {found} is installed" if found else f"{package} is not installed")
             + ". Install it with `pip install 'capacity_gap[embedded]'`, or train on your own text: "
             "corpus=text corpus.path=FILE_OR_FOLDER."
         )
-    spec = importlib.util.find_spec("botocore")
+    spec = importlib.util.find_spec(package)
     assert spec is not None and spec.origin is not None
-    return Path(spec.origin).parent / "data"
+    return Path(spec.origin).parent
 
 
 def _service_prose(service: Path) -> Iterator[list[str]]:
@@ -150,12 +160,3 @@ def _json_text(line: str, file: Path, number: int) -> str:
             f"{file}, line {number}: not a JSON object with a field `text`. "
             'Each line of a .jsonl corpus looks like {"text": "..."}.'
         ) from error
-
-
-def content_digest(files: Iterable[Path]) -> str:
-    """SHA-256 over the files' bytes, in order: the identity of a text corpus, wherever it lies."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()

@@ -1,6 +1,5 @@
 """A ladder of the user's own model folders, checked before anything is computed. Imports no torch."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from functools import lru_cache
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from capacity_gap.errors import ConfigError
+from capacity_gap.fingerprint import files_digest
 from capacity_gap.models.axes import count_params
 from capacity_gap.models.ladders import Family
 
@@ -80,13 +80,4 @@ def vocabulary(path: Path) -> dict[str, int]:
 def content_digest(path: Path) -> str:
     """SHA-256 over a model folder's config, tokenizer and weights: its identity, wherever it lies."""
     files = [path / "config.json", path / "tokenizer.json", *sorted(path.glob("*.safetensors"))]
-    return _digest(tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
-
-
-@lru_cache(maxsize=64)
-def _digest(files: tuple[tuple[str, int, int], ...]) -> str:
-    digest = hashlib.sha256()
-    for name, _, _ in files:
-        with open(name, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+    return files_digest(files)
