@@ -123,6 +123,17 @@ def test_a_grid_over_ones_own_folders(folders, tiny, tmp_path):
     assert rows["small"]["teacher_loss"] == trained["55k"]["teacher_loss"]
 
 
+def test_a_teacher_in_bf16_teaches_nearly_the_same(folders, tiny, tmp_path):
+    given = [g for g in tiny if not g.startswith("family.")]
+    for dtype in ("fp32", "bf16"):
+        local = ["family=folders", f"family.folders=[{folders}/small]", "teacher=small", "student=40k"]
+        pipeline.run(compose([*given, *local, f"family.dtype={dtype}", f"store={tmp_path}"]))
+    one, two = records.read(tmp_path)
+    assert one["teacher_loss"] != two["teacher_loss"]
+    assert one["teacher_loss"] == pytest.approx(two["teacher_loss"], abs=0.02)
+    assert one["student_loss"] == pytest.approx(two["student_loss"], abs=0.05)
+
+
 def test_folders_that_cannot_serve_are_named(folders, tmp_path):
     with pytest.raises(ConfigError, match="is no model folder: it has no config.json"):
         local_family([str(tmp_path)])

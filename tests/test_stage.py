@@ -94,6 +94,24 @@ def test_the_furthest_checkpoint_of_any_owner_is_taken_over(tmp_path):
     assert [p.name for p in (tmp_path / "me" / "checkpoint").iterdir()] == ["step-10"]
 
 
+def test_a_living_owner_elsewhere_keeps_its_lease(tmp_path, monkeypatch):
+    monkeypatch.setattr("capacity_gap.lease.PATIENCE_S", 0.3)
+    monkeypatch.setattr("capacity_gap.lease.POLL_S", 0.01)
+    beats = 0
+
+    def done():
+        """Each look of the waiting process is also a heartbeat of the owner, for more than three times the patience."""
+        nonlocal beats
+        beats += 1
+        lease = {"owner": "other-machine", "counter": beats, "boot": "elsewhere", "pid": 1}
+        (tmp_path / "lease.json").write_text(json.dumps(lease))
+        return beats > 100
+
+    with Lease(tmp_path, done) as lease:
+        assert not lease.owned
+    assert json.loads((tmp_path / "lease.json").read_text())["owner"] == "other-machine"
+
+
 WORKER = """
     import sys, time
     from pathlib import Path
