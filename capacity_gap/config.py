@@ -278,6 +278,8 @@ class RunConfig:
     teacher_seed: int = 0
     store: str = ""
     plan: bool = False  # say what would run and what it costs; start nothing
+    fail_fast: bool = False  # of a grid: launch no further wave once something has failed
+    retries: int = 0  # of a grid: how often work whose process died or crashed is started again
     only: str = ""  # compute one stage of the chain (`name/digest`), not the cell: set by the grid sweeper
     family: FamilyConfig = field(default_factory=FamilyConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
@@ -288,7 +290,7 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        for name in ("seed", "teacher_seed"):
+        for name in ("seed", "teacher_seed", "retries"):
             _need(getattr(self, name) >= 0, name, getattr(self, name), "zero or more")
         _positive("", self, "epochs")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from capacity_gap.config import from_hydra
-from capacity_gap.errors import ConfigError, ImpossibleCell
+from capacity_gap.errors import ConfigError, ImpossibleCell, UserError
 from capacity_gap.fingerprint import fingerprint
 from capacity_gap.pipeline import Cell, fail, resolve
 from capacity_gap.stage import Stage, Store, closure
@@ -19,6 +19,7 @@ from capacity_gap.store_tools import note_sweep
 from capacity_gap.watch import Watch
 
 Launch = Callable[..., Sequence[Any]]
+Wave = dict[str, tuple[Stage, list[str]]]  # by stage key: what is wanted, and the overrides of a job that makes it
 
 
 @dataclass(frozen=True)
@@ -99,27 +100,64 @@ def _run_waves(cells: list[tuple[Cell, list[str]]], store: Store, launch: Launch
     causes: dict[str, str] = {}
     if not cells:
         return causes
+    settings = cells[0][0].config
     with Watch(store, [cell.record for cell, _ in cells]) as watch:
-        index = 0
         for number in range(len(cells[0][0].waves) + 1):
             wave = _wave(cells, number, store, causes)
-            if not wave:
-                continue
-            watch.wave(next(iter(wave.values()))[0].name, len(wave))
-            ordered = sorted(wave.values(), key=lambda job: -_effort(job[0], store))  # longest first
-            returns = launch([overrides for _, overrides in ordered], initial_job_idx=index)
-            index += len(ordered)
-            for (stage, _), result in zip(ordered, returns, strict=True):
-                if not store.has(stage):
-                    causes[stage.key] = _cause(result)
+            if causes and settings.fail_fast:
+                causes.update(
+                    dict.fromkeys((c.record.key for c, _ in cells), "not started: fail_fast, and another failed")
+                )
+                break
+            if wave:
+                watch.wave(next(iter(wave.values()))[0].name, len(wave))
+                causes |= _launch_wave(wave, store, launch, settings.retries)
     return causes
 
 
-def _wave(
-    cells: list[tuple[Cell, list[str]]], number: int, store: Store, causes: dict[str, str]
-) -> dict[str, tuple[Stage, list[str]]]:
+def _launch_wave(wave: Wave, store: Store, launch: Launch, retries: int) -> dict[str, str]:
+    """Launches one wave until all of it is there or has failed; returns the causes.
+
+    A user's error is final. Whatever crashed or died is started again `retries` times. A worker that is killed can take
+    a launcher's whole pool with it: what had not been started by then is launched again, at no cost to its retries.
+    """
+    causes: dict[str, str] = {}
+    deaths: Counter = Counter()
+    pending = dict(wave)
+    while pending:
+        ordered = sorted(pending.values(), key=lambda job: -_effort(job[0], store))  # longest first
+        errors, broken = _launch(launch, ordered)
+        left: Wave = {}
+        for (stage, overrides), error in zip(ordered, errors, strict=True):
+            if store.has(stage):
+                continue
+            if broken and not store.started(stage):
+                left[stage.key] = (stage, overrides)
+                continue
+            deaths[stage.key] += 1
+            if isinstance(error, UserError) or deaths[stage.key] > retries:
+                causes[stage.key] = str(error) if error else "its process died"
+            else:
+                left[stage.key] = (stage, overrides)
+        if broken and len(left) == len(pending) and not deaths:
+            raise broken  # the launcher itself does not work: nothing was even started
+        pending = left
+    return causes
+
+
+def _launch(launch: Launch, jobs: list[tuple[Stage, list[str]]]) -> tuple[list[Exception | None], Exception | None]:
+    """One call of the launcher: the error of each job, and the launcher's own if it broke."""
+    try:
+        returns = launch([overrides for _, overrides in jobs], initial_job_idx=0)
+    except Exception as error:
+        return [None] * len(jobs), error
+    values = [getattr(r, "_return_value", None) for r in returns]
+    return [v if isinstance(v, Exception) else None for v in values], None
+
+
+def _wave(cells: list[tuple[Cell, list[str]]], number: int, store: Store, causes: dict[str, str]) -> Wave:
     """The jobs of one wave, by stage; a cell whose shared stages failed is not launched but takes their cause."""
-    wave: dict[str, tuple[Stage, list[str]]] = {}
+    wave: Wave = {}
     for cell, overrides in cells:
         broken = [causes[key] for key in closure(cell.record) if key in causes]
         if broken:
@@ -136,12 +174,6 @@ def _wave(
 
 def _effort(stage: Stage, store: Store) -> float:
     return sum(s.cost for s in store.missing(stage).values())
-
-
-def _cause(result: Any) -> str:
-    """The error of one Hydra job."""
-    error = getattr(result, "_return_value", None)
-    return f"{error}" if isinstance(error, Exception) else "its process ended without a word"
 
 
 def _print_plan(cells: list[Cell], store: Store, outcome: Outcome) -> None:

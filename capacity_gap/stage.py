@@ -127,6 +127,10 @@ class Store:
         """Whether the result is there; if it is, it is whole."""
         return (self.path(stage) / META).exists()
 
+    def started(self, stage: Stage) -> bool:
+        """Whether work on the stage, or on something that it still needs, was begun and not ended."""
+        return any((self.work / key.replace("/", "-")).exists() for key in self.missing(stage))
+
     def missing(self, stage: Stage) -> dict[str, Stage]:
         """The stages that must still run before `stage` is there, itself included, inputs first."""
         if self.has(stage):

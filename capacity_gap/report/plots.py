@@ -20,7 +20,7 @@ WORDS = {
     "interior": "interior optimum",
     "left_edge": "best at or below the smallest teacher",
     "right_edge": "best at or above the largest teacher",
-    "flat": "flat: differences are noise",
+    "flat": "flat: cannot be told from noise",
     "not_unimodal": "no single minimum",
     "too_few": f"under {LEAST_TEACHERS} teachers",
 }

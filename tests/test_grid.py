@@ -1,0 +1,103 @@
+"""The grid against launchers that break: a failure costs only what needs it."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from capacity_gap import grid
+from capacity_gap.errors import ConfigError
+from capacity_gap.runtime import Runtime
+from capacity_gap.stage import Stage, Store
+
+
+class Died(Exception):
+    """What a launcher raises when its pool has lost a worker."""
+
+
+def write(run):
+    (run.out / "x.txt").write_text("x")
+
+
+@pytest.fixture
+def wave(tmp_path):
+    """Three independent stages, the job of each named by its number."""
+    store = Store(tmp_path)
+    store.create()
+    stages = [Stage("s", 1, {"n": n}, {}, write, cost=float(10 - n)) for n in range(3)]
+    return store, stages, {s.key: (s, [str(n)]) for n, s in enumerate(stages)}
+
+
+def launcher(store, stages, faults):
+    """Runs jobs in turn; `faults[job]` is a list of what befalls its attempts: an exception, "kill" or None."""
+    log = []
+
+    def launch(jobs, initial_job_idx):
+        results = []
+        for (number,) in jobs:
+            log.append(number)
+            fault = faults.get(number, []).pop(0) if faults.get(number) else None
+            if fault == "kill":
+                (store.work / stages[int(number)].key.replace("/", "-")).mkdir(parents=True, exist_ok=True)
+                raise Died("a worker was killed")
+            if fault is None:
+                store.compute(stages[int(number)], Runtime())
+            results.append(SimpleNamespace(_return_value=fault))
+        return results
+
+    return launch, log
+
+
+def test_every_stage_of_a_calm_wave_runs_once_longest_first(wave):
+    store, stages, jobs = wave
+    launch, log = launcher(store, stages, {})
+    assert grid._launch_wave(jobs, store, launch, retries=0) == {}
+    assert log == ["0", "1", "2"]
+
+
+def test_a_crash_costs_only_itself(wave):
+    store, stages, jobs = wave
+    launch, log = launcher(store, stages, {"1": [RuntimeError("boom")]})
+    assert grid._launch_wave(jobs, store, launch, retries=0) == {stages[1].key: "boom"}
+    assert [store.has(s) for s in stages] == [True, False, True]
+    assert log == ["0", "1", "2"]
+
+
+def test_a_killed_worker_that_breaks_the_pool_costs_only_its_own_job(wave):
+    store, stages, jobs = wave
+    launch, log = launcher(store, stages, {"0": ["kill"]})
+    assert grid._launch_wave(jobs, store, launch, retries=0) == {stages[0].key: "its process died"}
+    assert [store.has(s) for s in stages] == [False, True, True]
+    assert log == ["0", "1", "2"]
+
+
+def test_retries_are_for_what_died_or_crashed(wave):
+    store, stages, jobs = wave
+    launch, log = launcher(store, stages, {"0": ["kill", None], "1": [RuntimeError("once"), None]})
+    assert grid._launch_wave(jobs, store, launch, retries=1) == {}
+    assert log.count("0") == 2
+    assert log.count("1") == 2
+    assert all(store.has(s) for s in stages)
+
+
+def test_a_wrong_setting_is_not_retried(wave):
+    store, stages, jobs = wave
+    launch, log = launcher(store, stages, {"1": [ConfigError("wrong"), None]})
+    assert grid._launch_wave(jobs, store, launch, retries=5) == {stages[1].key: "wrong"}
+    assert log.count("1") == 1
+
+
+def test_a_launcher_that_cannot_launch_is_an_error_not_a_loop(wave):
+    store, _, jobs = wave
+
+    def launch(overrides, initial_job_idx):
+        raise Died("no such partition")
+
+    with pytest.raises(Died, match="no such partition"):
+        grid._launch_wave(jobs, store, launch, retries=3)
+
+
+def test_an_endless_killer_ends_after_its_retries(wave):
+    store, stages, jobs = wave
+    launch, log = launcher(store, stages, {"2": ["kill"] * 9})
+    assert grid._launch_wave(jobs, store, launch, retries=2) == {stages[2].key: "its process died"}
+    assert log.count("2") == 3
