@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Another torch build, for example a CUDA one: make demo TORCH_INDEX=<index of wheels>
 PIP_TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-all check clean
+.PHONY: demo test test-all check bench evidence
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Name another with PYTHON=...") if sys.version_info < (3, 11) else 0'
@@ -27,3 +27,10 @@ check: $(VENV)/.installed  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/.installed  ## every claim of speed, one script each
+	$(BIN)/python -m benchmarks.grid --out results/grid.csv
+	$(BIN)/python -m benchmarks.plan --out results/plan.csv
+
+evidence: $(VENV)/.installed  ## the long runs whose tables are in results/
+	$(BIN)/python -m benchmarks.chaos --out results/chaos.csv

@@ -8,17 +8,23 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 STATE = ("exp_avg", "exp_avg_sq", "step")
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict]) -> None:
-    """Writes `folder/step-<step>` and then removes older ones."""
+def save(
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict], *, leads: bool
+) -> None:
+    """Writes `folder/step-<step>` and then removes older ones. All ranks gather; the one that leads writes."""
+    tensors = _tensors(model, optimizer)
+    if not leads:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     beside, final = folder / f".step-{step}.tmp", folder / f"step-{step}"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
-    save_file(_tensors(model, optimizer), beside / "state.safetensors")
+    save_file(tensors, beside / "state.safetensors")
     (beside / "state.json").write_text(json.dumps({"step": step, "history": history}))
     os.rename(beside, final)
     for old in folder.glob("step-*"):
@@ -34,10 +40,13 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tu
     tensors = load_file(found[-1] / "state.safetensors")
     with torch.no_grad():
         for name, parameter in _named(model):
-            parameter.copy_(tensors[f"param/{name}"])
+            parameter.copy_(_like(tensors[f"param/{name}"], parameter))
             state = {key: tensors[f"{key}/{name}"] for key in STATE}
             # A fused optimiser keeps its step counter on the parameter's device.
-            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+            optimizer.state[parameter] = {
+                key: value.to(parameter.device) if key == "step" else _like(value, parameter).clone()
+                for key, value in state.items()
+            }
     state = json.loads((found[-1] / "state.json").read_text())
     return state["step"], state["history"]
 
@@ -49,7 +58,19 @@ def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors = {}
     for name, parameter in _named(model):
-        tensors[f"param/{name}"] = parameter.detach().contiguous()
+        tensors[f"param/{name}"] = whole(parameter.detach()).contiguous()
         for key in STATE:
-            tensors[f"{key}/{name}"] = torch.as_tensor(optimizer.state[parameter][key]).contiguous()
+            tensors[f"{key}/{name}"] = whole(torch.as_tensor(optimizer.state[parameter][key])).contiguous()
     return tensors
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a sharded one, gathered from all ranks; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(full: Tensor, parameter: Tensor) -> Tensor:
+    """A full tensor, sharded as `parameter` is."""
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(full.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return full.to(parameter.device)

@@ -27,6 +27,14 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("--sweep", metavar="NAME", help="of a store: only the cells of this sweep (`store ls` names them)")
     fit.add_argument("--out", type=Path, help="folder for law.json, optima.csv and the figures; without it, only text")
     fit.set_defaults(run=run_fit)
+    plan = commands.add_parser("plan", help="what a grid would run and cost; takes what `run.py -m` takes")
+    plan.add_argument("overrides", nargs=argparse.REMAINDER, help="such as +sweeps=quick, or student=60k,90k teacher=…")
+    plan.set_defaults(run=run_plan)
+    status = commands.add_parser("status", help="how far the grids of a store are, from any machine, at any time")
+    status.add_argument("store", nargs="?", default=default_store(), help="default: %(default)s")
+    status.add_argument("--sweep", metavar="NAME", help="only this sweep (`store ls` names them)")
+    status.add_argument("--failed", action="store_true", help="why cells failed: cause, end of the log, how to rerun")
+    status.set_defaults(run=run_status)
     fetch = commands.add_parser("fetch", help="download checkpoints for machines without a network")
     fetch.add_argument("what", nargs="+", help="repositories, or FAMILY:RUNG such as qwen2_5:1.5b")
     fetch.set_defaults(run=run_fetch)
@@ -75,6 +83,61 @@ def _collect(found, *, really: bool) -> None:  # type: ignore[no-untyped-def]
     total = sum(item.bytes for item in found) / 1e6
     ending = "deleted" if really else "could go; `--yes` deletes it. Nothing was changed"
     print(f"{len(found)} items, {total:.1f} MB {ending}.")
+
+
+def run_plan(given: argparse.Namespace) -> int:
+    """Composes the grid and says what it would take."""
+    import runpy
+
+    script = Path(__file__).resolve().parent.parent / "run.py"
+    sys.argv = [str(script), "-m", *given.overrides, "plan=true"]
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def run_status(given: argparse.Namespace) -> int:
+    """Prints the state of one grid or of all in a store; 1 if a cell failed."""
+    from rich.console import Console
+
+    from capacity_gap import store_tools
+    from capacity_gap.errors import choose
+    from capacity_gap.watch import View, table
+
+    store = store_tools.open_store(given.store)
+    known = store_tools.sweeps(store)
+    if given.sweep:
+        choose("--sweep", given.sweep, known)
+        known = {given.sweep: known[given.sweep]}
+    failed = 0
+    for name, cells in known.items():
+        now = View(store, cells).snapshot()
+        failed += now.counts["failed"]
+        Console(highlight=False).print(table(now, cells, title=f"{name}: {now.share:.0%} of {len(cells)} cells"))
+        if given.failed:
+            for key, state in now.cells.items():
+                if state == "failed":
+                    print(_autopsy(store, key, cells[key]))
+    return 1 if failed else 0
+
+
+def _autopsy(store, key: str, cell) -> str:  # type: ignore[no-untyped-def]
+    """Why one cell failed, what its log ends with, and the command that runs just this cell."""
+    import json
+    import shlex
+
+    from capacity_gap.logs import tail
+    from capacity_gap.watch import failure_file
+
+    row = json.loads(failure_file(store, key).read_text())
+    lines = [f"\nfailed: {cell['name']}", f"  cause: {row['error']}"]
+    if found := tail(store, list(cell["stages"])):
+        lines += [f"  log:   {found[0]}", *(f"    | {line}" for line in found[1])]
+    kept = [o for o in cell["overrides"] if not o.startswith(("hydra", "store="))]
+    command = shlex.join(["python", "run.py", *kept, f"store={store.root}"])
+    return "\n".join([*lines, f"  rerun: {command}"])
 
 
 def run_fetch(given: argparse.Namespace) -> int:

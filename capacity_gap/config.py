@@ -5,6 +5,7 @@ made, not which one, and takes no part in its identity (`fingerprint.py`).
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from capacity_gap.fingerprint import RUNTIME
 
 SCHEDULES = ("cosine", "wsd", "constant")
 PRECISIONS = ("fp32", "bf16")
+SHARDINGS = ("none", "fsdp")
 LOSSES = ("forward_kl",)
 SIGNALS = ("online",)
 SOURCES = ("embedded", "code", "text", "hub", "mixture")
@@ -89,6 +91,7 @@ class TrainConfig(OptimConfig):
     precision: str = "fp32"
     threads: int = 1  # CPU threads of one process: hashed, because sums depend on it
     device: str = _runtime("auto")
+    sharding: str = _runtime("none")  # of student and optimiser over several ranks: none (DDP), or fsdp
     micro_batch_size: int | None = _runtime(None)  # sequences on one device at once; null: the whole batch
     checkpoint_minutes: float = _runtime(1.0)
 
@@ -96,6 +99,7 @@ class TrainConfig(OptimConfig):
         super().__post_init__()
         _positive("train", self, "threads", "checkpoint_minutes")
         choose("train.precision", self.precision, PRECISIONS)
+        choose("train.sharding", self.sharding, SHARDINGS)
         _need(
             self.micro_batch_size is None or self.micro_batch_size > 0,
             "train.micro_batch_size",
@@ -280,6 +284,8 @@ class RunConfig:
     plan: bool = False  # say what would run and what it costs; start nothing
     fail_fast: bool = False  # of a grid: launch no further wave once something has failed
     retries: int = 0  # of a grid: how often work whose process died or crashed is started again
+    budget_hours: float | None = None  # of a grid: refuse it if it costs more hours of one worker than this
+    throughput: float | None = None  # FLOP/s of one worker, for plans; null: as measured in this store
     only: str = ""  # compute one stage of the chain (`name/digest`), not the cell: set by the grid sweeper
     family: FamilyConfig = field(default_factory=FamilyConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
@@ -292,7 +298,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("seed", "teacher_seed", "retries"):
             _need(getattr(self, name) >= 0, name, getattr(self, name), "zero or more")
-        _positive("", self, "epochs")
+        for name in ("epochs", "budget_hours", "throughput"):
+            value = getattr(self, name)
+            _need(value is None or value > 0, name, value, "more than zero")
 
     @property
     def store_path(self) -> Path:
@@ -320,9 +328,16 @@ def from_hydra(composed: Any) -> RunConfig:
     """
     from omegaconf import OmegaConf
 
-    known = {f.name for f in fields(RunConfig)}
     values = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(values, dict)
+    return from_dict({str(key): value for key, value in values.items()})
+
+
+def from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """Returns the validated settings of nested plain values, such as `dataclasses.asdict` gives."""
+    from omegaconf import OmegaConf
+
+    known = {f.name for f in fields(RunConfig)}
     typed = OmegaConf.merge(OmegaConf.structured(RunConfig), {k: v for k, v in values.items() if k in known})
     config = OmegaConf.to_object(typed)
     assert isinstance(config, RunConfig)

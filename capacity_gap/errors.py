@@ -35,3 +35,7 @@ def choose(kind: str, given: str, allowed: Iterable[str]) -> None:
 
 class ImpossibleCell(ConfigError):
     """Student and teacher cannot go together: an error alone, a note in a grid."""
+
+
+class Busy(Exception):
+    """Another process is at work on a stage that this one needs, and this one was told not to wait for it."""

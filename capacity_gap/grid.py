@@ -4,21 +4,29 @@ Hydra launchers run a list of jobs and know nothing of stages. So each wave is o
 overrides plus `only=<stage>`, or, in the last wave, the cell itself. Imports no torch.
 """
 
+import contextlib
+import os
+import signal
 import sys
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from capacity_gap.config import from_hydra
-from capacity_gap.errors import ConfigError, ImpossibleCell, UserError
+from capacity_gap.errors import Busy, ConfigError, ImpossibleCell, UserError
 from capacity_gap.fingerprint import fingerprint
+from capacity_gap.lease import POLL_S, Pulse
 from capacity_gap.pipeline import Cell, fail, resolve
+from capacity_gap.plan import Speed, check_budget, make_plan
+from capacity_gap.runtime import PARENT, Interrupted
 from capacity_gap.stage import Stage, Store, closure
 from capacity_gap.store_tools import note_sweep
-from capacity_gap.watch import Watch
+from capacity_gap.watch import View, Watch, failure_file
 
 Launch = Callable[..., Sequence[Any]]
+DIED = "its process died"
 Wave = dict[str, tuple[Stage, list[str]]]  # by stage key: what is wanted, and the overrides of a job that makes it
 
 
@@ -46,13 +54,93 @@ class Outcome:
         return Counter(status for _, status, _ in self.cells)
 
 
-def run_grid(jobs: Sequence[Job], launch: Launch) -> bool:
+def check_grid(jobs: Sequence[Job]) -> Store:
+    """Reads every cell without running any; returns the store. Raises as `run_grid` does."""
+    cells = _resolve(jobs, Outcome())
+    store = Store(next(iter(cells.values()))[0].config.store_path)
+    store.create()
+    return store
+
+
+def run_grid(jobs: Sequence[Job], launch: Launch, *, workers: int = 1, max_batch_size: int | None = None) -> bool:
     """Runs every cell of a grid; returns whether none failed.
 
+    Args:
+        jobs: its combinations.
+        launch: a Hydra launcher's.
+        workers: how many jobs the launcher runs at once.
+        max_batch_size: how many jobs it is given at once; None: a whole wave.
+
     Raises:
-        ConfigError: a setting is wrong (raised before anything is run), or no cell is possible.
+        ConfigError: a setting is wrong, no cell is possible, or all cost too much (raised before anything is run).
     """
     outcome = Outcome()
+    cells = _resolve(jobs, outcome)
+    first = next(iter(cells.values()))[0].config
+    store = Store(first.store_path)
+    store.check()
+    plan = make_plan([c for c, _ in cells.values()], store, workers=workers)
+    if first.plan:
+        print("\n".join([*plan.lines, *_skipped(outcome)]))
+        return True
+    check_budget(plan, first.budget_hours)
+    store.create()
+    os.environ[PARENT] = str(os.getpid())
+    noted = {c.record.key: _noted(c, overrides, plan.speed) for c, overrides in cells.values()}
+    note_sweep(store, _name(jobs), noted)
+    todo = {digest: c for digest, c in cells.items() if not store.has(c[0].record)}
+    for cell, _ in todo.values():
+        failure_file(store, cell.record.key).unlink(missing_ok=True)
+    launch = _in_batches(launch, max_batch_size)
+    with _ending_workers(), Watch(View(store, noted), reused=len(cells) - len(todo)) as watch:
+        causes = _run_waves(list(todo.values()), store, launch, watch)
+    for digest, (cell, _) in cells.items():
+        done = store.has(cell.record)
+        status = ("done" if digest in todo else "reused") if done else "failed"
+        outcome.add(cell.name, status, "" if done else causes.get(cell.record.key, DIED))
+        if not done:
+            fail(cell, store, causes.get(cell.record.key, DIED))
+    _print_outcome(outcome, store)
+    return not outcome.counts["failed"]
+
+
+@contextlib.contextmanager
+def _ending_workers() -> Iterator[None]:
+    """A grid that is asked to end takes its workers along: they write checkpoints first."""
+
+    def stop(*_: Any) -> None:
+        raise Interrupted
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt):
+        import psutil
+
+        children = psutil.Process().children(recursive=True)
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.terminate()
+        psutil.wait_procs(children, timeout=60)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _in_batches(launch: Launch, size: int | None) -> Launch:
+    """A launcher that is given at most `size` jobs at once."""
+    if size is None:
+        return launch
+
+    def launch_all(jobs: Sequence[Any], initial_job_idx: int) -> list[Any]:
+        parts = [jobs[i : i + size] for i in range(0, len(jobs), size)]
+        return [r for part in parts for r in launch(part, initial_job_idx=initial_job_idx)]
+
+    return launch_all
+
+
+def _resolve(jobs: Sequence[Job], outcome: Outcome) -> dict[str, tuple[Cell, list[str]]]:
+    """Cells with their overrides, by digest; the impossible ones are noted."""
     cells: dict[str, tuple[Cell, list[str]]] = {}
     for job in jobs:
         try:
@@ -63,22 +151,7 @@ def run_grid(jobs: Sequence[Job], launch: Launch) -> bool:
             cells.setdefault(cell.record.digest, (cell, job.overrides))
     if not cells:
         raise ConfigError(f"no cell of this grid is possible. The first: {outcome.cells[0][2]}")
-    first = next(iter(cells.values()))[0].config
-    store = Store(first.store_path)
-    store.check()
-    todo = {digest: c for digest, c in cells.items() if not store.has(c[0].record)}
-    if first.plan:
-        _print_plan([c for c, _ in cells.values()], store, outcome)
-        return True
-    store.create()
-    note_sweep(store, _name(jobs), {c.record.key: _noted(c, overrides) for c, overrides in cells.values()})
-    causes = _run_waves(list(todo.values()), store, launch)
-    for digest, (cell, _) in cells.items():
-        done = store.has(cell.record)
-        status = ("done" if digest in todo else "reused") if done else "failed"
-        outcome.add(cell.name, status, "" if done else causes.get(cell.record.key, "its process ended without a word"))
-    _print_outcome(outcome, store)
-    return not outcome.counts["failed"]
+    return cells
 
 
 def _name(jobs: Sequence[Job]) -> str:
@@ -87,31 +160,30 @@ def _name(jobs: Sequence[Job]) -> str:
     return named[0] if named else f"grid-{fingerprint([j.overrides for j in jobs])[:8]}"
 
 
-def _noted(cell: Cell, overrides: list[str]) -> dict[str, Any]:
-    return {"name": cell.name, "overrides": overrides, "stages": list(closure(cell.record))}
+def _noted(cell: Cell, overrides: list[str], pace: Speed) -> dict[str, Any]:
+    stages = {key: round(pace.seconds(stage), 3) for key, stage in closure(cell.record).items()}
+    return {"name": cell.name, "overrides": overrides, "stages": stages}
 
 
 def _given(job: Job) -> str:
     return " ".join(o for o in job.overrides if not o.startswith("hydra"))
 
 
-def _run_waves(cells: list[tuple[Cell, list[str]]], store: Store, launch: Launch) -> dict[str, str]:
-    """Launches wave after wave; returns the cause of every stage that failed, by key."""
+def _run_waves(cells: list[tuple[Cell, list[str]]], store: Store, launch: Launch, watch: Watch) -> dict[str, str]:
+    """Launches wave after wave; returns the cause of every stage and cell that failed, by key."""
     causes: dict[str, str] = {}
     if not cells:
         return causes
     settings = cells[0][0].config
-    with Watch(store, [cell.record for cell, _ in cells]) as watch:
-        for number in range(len(cells[0][0].waves) + 1):
-            wave = _wave(cells, number, store, causes)
-            if causes and settings.fail_fast:
-                causes.update(
-                    dict.fromkeys((c.record.key for c, _ in cells), "not started: fail_fast, and another failed")
-                )
-                break
-            if wave:
-                watch.wave(next(iter(wave.values()))[0].name, len(wave))
-                causes |= _launch_wave(wave, store, launch, settings.retries)
+    for number in range(len(cells[0][0].waves) + 1):
+        wave = _wave(cells, number, store, causes)
+        if causes and settings.fail_fast:
+            for cell, _ in cells:
+                causes.setdefault(cell.record.key, "not started: fail_fast, and another cell failed")
+            break
+        if wave:
+            watch.wave(next(iter(wave.values()))[0].name, len(wave))
+            causes |= _launch_wave(wave, store, launch, settings.retries)
     return causes
 
 
@@ -119,36 +191,51 @@ def _launch_wave(wave: Wave, store: Store, launch: Launch, retries: int) -> dict
     """Launches one wave until all of it is there or has failed; returns the causes.
 
     A user's error is final. Whatever crashed or died is started again `retries` times. A worker that is killed can take
-    a launcher's whole pool with it: what had not been started by then is launched again, at no cost to its retries.
+    a launcher's whole pool with it, and nobody can say which one it was: what had been started by then is suspect, and
+    is launched again alone, after all others. What another grid is at is waited for here, where waiting costs nothing.
     """
     causes: dict[str, str] = {}
     deaths: Counter = Counter()
+    suspects: set[str] = set()
+    idle = 0
     pending = dict(wave)
     while pending:
         ordered = sorted(pending.values(), key=lambda job: -_effort(job[0], store))  # longest first
-        errors, broken = _launch(launch, ordered)
-        left: Wave = {}
-        for (stage, overrides), error in zip(ordered, errors, strict=True):
+        jobs = [job for job in ordered if job[0].key not in suspects] or ordered[:1]
+        errors, broken = _launch(launch, jobs)
+        idle = 1 + idle if broken and not any(store.has(s) or store.started(s) for s, _ in jobs) else 0
+        if broken and idle == 2:
+            raise broken  # the launcher itself does not work: twice nothing was even started
+        for (stage, _), error in zip(jobs, errors, strict=True):
             if store.has(stage):
-                continue
-            if broken and not store.started(stage):
-                left[stage.key] = (stage, overrides)
-                continue
-            deaths[stage.key] += 1
-            if isinstance(error, UserError) or deaths[stage.key] > retries:
-                causes[stage.key] = str(error) if error else "its process died"
-            else:
-                left[stage.key] = (stage, overrides)
-        if broken and len(left) == len(pending) and not deaths:
-            raise broken  # the launcher itself does not work: nothing was even started
-        pending = left
+                del pending[stage.key]
+            elif broken and len(jobs) > 1:
+                suspects |= {stage.key} if store.started(stage) else set()
+            elif not isinstance(error, Busy) and not idle:
+                deaths[stage.key] += 1
+                if isinstance(error, UserError) or deaths[stage.key] > retries:
+                    causes[stage.key] = str(error) if error else DIED + (f" ({broken})" if broken else "")
+                    del pending[stage.key]
+        if any(isinstance(error, Busy) for error in errors):
+            _wait_for_others(store, pending)
     return causes
+
+
+def _wait_for_others(store: Store, pending: Wave) -> None:
+    """Returns when at least one of the stages is there, or free to be computed here."""
+    pulses = {key: Pulse(store.work / key.replace("/", "-")) for s, _ in pending.values() for key in store.missing(s)}
+    while pending and all(
+        any(pulses[key].state() in ("alive", "silent") for key in store.missing(stage)) for stage, _ in pending.values()
+    ):
+        time.sleep(POLL_S)
 
 
 def _launch(launch: Launch, jobs: list[tuple[Stage, list[str]]]) -> tuple[list[Exception | None], Exception | None]:
     """One call of the launcher: the error of each job, and the launcher's own if it broke."""
     try:
         returns = launch([overrides for _, overrides in jobs], initial_job_idx=0)
+    except UserError:
+        raise  # the launcher's own settings are wrong
     except Exception as error:
         return [None] * len(jobs), error
     values = [getattr(r, "_return_value", None) for r in returns]
@@ -162,7 +249,6 @@ def _wave(cells: list[tuple[Cell, list[str]]], number: int, store: Store, causes
         broken = [causes[key] for key in closure(cell.record) if key in causes]
         if broken:
             causes.setdefault(cell.record.key, broken[0])
-            fail(cell, store, broken[0])
         elif number == len(cell.waves):
             wave[cell.record.key] = (cell.record, overrides)
         else:
@@ -176,22 +262,10 @@ def _effort(stage: Stage, store: Store) -> float:
     return sum(s.cost for s in store.missing(stage).values())
 
 
-def _print_plan(cells: list[Cell], store: Store, outcome: Outcome) -> None:
-    """What the grid would compute: stages by kind, done and to do, with their FLOPs."""
-    stages: dict[str, Stage] = {}
-    for cell in cells:
-        stages.update(closure(cell.record))
-    kinds = list(dict.fromkeys(s.name for s in stages.values()))
-    print(f"plan: {len(cells)} cells, {outcome.counts['skipped']} impossible; nothing is started")
-    print(f"{'stage':<12}{'distinct':>9}{'there':>7}{'to run':>8}{'FLOPs to run':>14}")
-    for kind in kinds:
-        mine = [s for s in stages.values() if s.name == kind]
-        left = [s for s in mine if not store.has(s)]
-        flops = sum(s.cost for s in left)
-        print(f"{kind:<12}{len(mine):>9}{len(mine) - len(left):>7}{len(left):>8}{flops:>14.3g}")
-    alone = sum(s.cost for c in cells for s in closure(c.record).values())
-    shared = sum(s.cost for s in stages.values())
-    print(f"every cell alone would take {alone:.3g} FLOPs, shared {shared:.3g} ({shared / alone:.0%})")
+def _skipped(outcome: Outcome) -> list[str]:
+    return [
+        f"  skipped  {name}: {cause.split('.')[0]}." for name, status, cause in outcome.cells if status == "skipped"
+    ]
 
 
 def _print_outcome(outcome: Outcome, store: Store) -> None:
@@ -199,8 +273,8 @@ def _print_outcome(outcome: Outcome, store: Store) -> None:
     counts = outcome.counts
     summary = ", ".join(f"{counts[s]} {s}" for s in ("done", "reused", "failed", "skipped") if counts[s])
     print(f"grid: {summary}. Records: {store.root / 'record'}", flush=True)
+    for line in _skipped(outcome):
+        print(line)
     for name, status, cause in outcome.cells:
-        if status == "skipped":
-            print(f"  skipped  {name}: {cause.split('.')[0]}.")
         if status == "failed":
             print(f"  failed   {name}: {cause}", file=sys.stderr)

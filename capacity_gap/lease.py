@@ -16,17 +16,23 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from capacity_gap.errors import Busy
+
 BEAT_S = 5.0
 PATIENCE_S = 40.0
 POLL_S = 0.5
 
 
 class Lease:
-    """Held while a stage is computed. On entry either `owned` is true, or `done()` has become true while waiting."""
+    """Held while a stage is computed. On entry either `owned` is true, or `done()` has become true while waiting.
 
-    def __init__(self, place: Path, done: Callable[[], bool]) -> None:
+    With `waits=False` a stage that somebody else is at raises `Busy`: a job that holds a GPU must not idle.
+    """
+
+    def __init__(self, place: Path, done: Callable[[], bool], *, waits: bool = True) -> None:
         self.file = place / "lease.json"
         self.done = done
+        self.waits = waits
         self.owner = f"{socket.gethostname().split('.')[0]}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.owned = False
         self._counter = 0
@@ -64,17 +70,21 @@ class Lease:
             beside.unlink(missing_ok=True)
 
     def _wait_for_owner(self) -> None:
-        """Returns when the stage is done, the lease is free, or its owner is dead and the lease was removed."""
-        seen, since = self._read(), time.monotonic()
+        """Returns when the stage is done, the lease is free, or its owner is dead and the lease was removed.
+
+        Raises:
+            Busy: its owner is alive, and this lease was told not to wait.
+        """
+        pulse = Pulse(self.file.parent)
         while not self.done():
-            now = self._read()
-            if now is None:
+            state = pulse.state()
+            if state == "free":
                 return
-            if now != seen:
-                seen, since = now, time.monotonic()
-            if time.monotonic() - since > PATIENCE_S or _dead_here(now):
-                self._evict(now)
+            if state == "dead":
+                self._evict(pulse.seen or {})
                 return
+            if state == "alive" and not self.waits:
+                raise Busy(f"{self.file.parent.name} is being computed by {self._holder()}")
             time.sleep(POLL_S)
 
     def _evict(self, dead: dict) -> None:
@@ -100,23 +110,43 @@ class Lease:
         beside.write_text(json.dumps(lease))
         return beside
 
-    def _read(self) -> dict | None:
-        try:
-            return json.loads(self.file.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return None
-
     def _holder(self) -> str | None:
-        return (self._read() or {}).get("owner")
+        return (_read(self.file) or {}).get("owner")
+
+
+class Pulse:
+    """Somebody else's lease, watched by this process's own clock."""
+
+    def __init__(self, place: Path) -> None:
+        self.file = place / "lease.json"
+        self.seen = _read(self.file)
+        self.since = time.monotonic()
+        self.beaten = False
+
+    def state(self) -> str:
+        """`free`, `dead`, `alive` (its counter has moved since we look), or `silent` (too early to say)."""
+        now = _read(self.file)
+        if now is None:
+            return "free"
+        if now != self.seen:
+            self.beaten = self.beaten or self.seen is not None
+            self.seen, self.since = now, time.monotonic()
+        if time.monotonic() - self.since > PATIENCE_S or _dead_here(now):
+            return "dead"
+        return "alive" if self.beaten else "silent"
 
 
 def held_elsewhere(place: Path) -> bool:
     """Whether a live process may be at work in `place`: its lease is there, and its owner not known to be dead."""
+    lease = _read(place / "lease.json")
+    return lease is not None and not _dead_here(lease)
+
+
+def _read(file: Path) -> dict | None:
     try:
-        lease = json.loads((place / "lease.json").read_text())
+        return json.loads(file.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
-        return False
-    return not _dead_here(lease)
+        return None
 
 
 def _boot_id() -> str:

@@ -18,16 +18,19 @@ from typing import Any
 from capacity_gap import accounting, steps, tracking
 from capacity_gap.config import RunConfig
 from capacity_gap.data.sources import corpus_name, identity
-from capacity_gap.errors import ConfigError, ImpossibleCell
+from capacity_gap.errors import Busy, ConfigError, ImpossibleCell
 from capacity_gap.fingerprint import identity_fields
+from capacity_gap.logs import logging_to
 from capacity_gap.models.axes import count_params, dims
 from capacity_gap.models.folders import content_digest, is_folder, local_family
 from capacity_gap.models.ladders import Family, family
+from capacity_gap.plan import make_plan
 from capacity_gap.pruning.shape import student_config
 from capacity_gap.records import RECORD, SCHEMA_VERSION, Record
 from capacity_gap.runtime import Runtime, resolve_device
 from capacity_gap.scales import format_scale, parse_scale, parse_tokens
 from capacity_gap.stage import Stage, Store, closure, write_json
+from capacity_gap.watch import failure_file
 
 
 @dataclass(frozen=True)
@@ -144,8 +147,17 @@ class Cell:
             "learning_rate": c.family.pretrain.peak(dims(shape).hidden),
             **self._arithmetic,
         }
-        cost = accounting.train_flops(shape, budget)
-        return Stage("teacher", 1, given, {"tokens": self.tokens}, steps.pretrain, cost, self._training)
+        return Stage(
+            "teacher",
+            1,
+            given,
+            {"tokens": self.tokens},
+            steps.pretrain,
+            cost=accounting.train_flops(shape, budget),
+            options=self._training,
+            passes=3 * budget,
+            collective=True,
+        )
 
     @cached_property
     def scores(self) -> Stage:
@@ -155,9 +167,10 @@ class Cell:
         if c.method == "random":
             given["seed"] = self.config.seed
         length = self.config.corpus.sequence_length
-        cost = accounting.train_flops(self.family.rungs[self.origin], c.batches * c.batch_size * length)
+        seen = c.batches * c.batch_size * length
+        cost = accounting.train_flops(self.family.rungs[self.origin], seen)
         inputs = {"teacher": self._pretrained(self.origin), "tokens": self.tokens}
-        return Stage("scores", 1, given, inputs, steps.scores, cost)
+        return Stage("scores", 1, given, inputs, steps.scores, cost, passes=3 * seen)
 
     @property
     def origin(self) -> str:
@@ -192,8 +205,17 @@ class Cell:
         inputs = {"student": self.student, "tokens": self.tokens}
         if c.distill.kd_weight > 0:
             inputs["teacher"] = self.teacher
-        cost = accounting.train_flops(self.student_shape, self.data_tokens) + self.teacher_flops
-        return Stage("distil", 1, given, inputs, steps.distil, cost, self._training)
+        return Stage(
+            "distil",
+            1,
+            given,
+            inputs,
+            steps.distil,
+            cost=accounting.train_flops(self.student_shape, self.data_tokens) + self.teacher_flops,
+            options=self._training,
+            passes=(4 if self.teacher_flops else 3) * self.data_tokens,
+            collective=True,
+        )
 
     @property
     def teacher_flops(self) -> float:
@@ -206,9 +228,10 @@ class Cell:
         """Held-out losses of one model."""
         c = self.config.evaluate
         given = {**identity_fields(c), **self._arithmetic}
-        cost = accounting.forward_flops(shape, c.tokens + c.ood_tokens)
+        seen = c.tokens + c.ood_tokens
+        cost = accounting.forward_flops(shape, seen)
         inputs = {"model": model, "tokens": self.tokens}
-        return Stage("evaluate", 1, given, inputs, steps.evaluate, cost, {"batch_size": c.batch_size})
+        return Stage("evaluate", 1, given, inputs, steps.evaluate, cost, {"batch_size": c.batch_size}, passes=seen)
 
     @cached_property
     def record(self) -> Stage:
@@ -339,22 +362,44 @@ def resolve(config: RunConfig) -> Cell:
     return cell
 
 
-def run(config: RunConfig) -> str:
+def run(config: RunConfig, *, waits: bool = True) -> str:
     """Computes one cell (or, with `only`, one stage of it) and returns the key of what was made.
 
     A failure leaves a failed record, with its cause, until the cell is done.
+
+    Raises:
+        Busy: with `waits=False`, another process is at a stage that this cell needs.
     """
     cell = resolve(config)
     store = Store(config.store_path)
-    runtime = Runtime(resolve_device(config.train.device), config.train.threads, config.train.checkpoint_minutes)
+    if config.plan:
+        print("\n".join(make_plan([cell], store).lines))
+        return cell.record.key
+    runtime = Runtime(
+        resolve_device(config.train.device),
+        config.train.threads,
+        config.train.checkpoint_minutes,
+        waits,
+        sharding=config.train.sharding,
+    )
+    if not runtime.ranks.leads:
+        with runtime.catching_signals():
+            store.follow(closure(cell.record), runtime)
+        return cell.record.key
     store.create()
-    with runtime.catching_signals():
-        cell.check_budgets(store, runtime)
-        if config.only:
-            stage = closure(cell.record)[config.only]
-            store.compute(stage, runtime)
-            return stage.key
-        return _run_cell(cell, store, runtime)
+    with logging_to(store, config.only or cell.record.key), runtime.catching_signals():
+        try:
+            return _lead(cell, store, runtime)
+        finally:
+            runtime.ranks.tell(None)  # to those that follow: the end
+
+
+def _lead(cell: Cell, store: Store, runtime: Runtime) -> str:
+    cell.check_budgets(store, runtime)
+    if only := cell.config.only:
+        store.compute(closure(cell.record)[only], runtime)
+        return only
+    return _run_cell(cell, store, runtime)
 
 
 def _run_cell(cell: Cell, store: Store, runtime: Runtime) -> str:
@@ -373,21 +418,17 @@ def _run_cell(cell: Cell, store: Store, runtime: Runtime) -> str:
         row = json.loads((store.compute(record, runtime) / RECORD).read_text())
     except BaseException as error:
         tracker.finish({"status": "failed", "error": str(error)}, failed=True)
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and not isinstance(error, Busy):
             fail(cell, store, str(error) or type(error).__name__)
         raise
-    _failure(cell, store).unlink(missing_ok=True)
+    failure_file(store, record.key).unlink(missing_ok=True)
     tracker.finish(row, failed=False)
     return record.key
 
 
-def _failure(cell: Cell, store: Store) -> Path:
-    return store.root / "failed" / f"{cell.record.digest}.json"
-
-
 def fail(cell: Cell, store: Store, cause: str) -> None:
     """Leaves a failed record with its cause; it stays until the cell is done."""
-    file = _failure(cell, store)
+    file = failure_file(store, cell.record.key)
     file.parent.mkdir(parents=True, exist_ok=True)
     row = Record(SCHEMA_VERSION, cell.record.digest, "failed", cause, **cell.description)
     write_json(file, row.to_dict())

@@ -73,6 +73,7 @@ class Record:
     micro_batch: int | None = None
     device: str | None = None
     threads: int | None = None
+    ranks: int | None = None
     git_commit: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     created: str | None = None

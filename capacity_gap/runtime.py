@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from capacity_gap.errors import ConfigError
+from capacity_gap.ranks import Ranks
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+PARENT = "CAPACITY_GAP_PARENT"  # process id of the grid that started this worker
 VERSIONED = ("capacity_gap", "torch", "transformers", "tokenizers", "accelerate", "numpy")
 
 
@@ -57,7 +59,10 @@ class Runtime:
     device: str = "cpu"
     threads: int = 1
     checkpoint_minutes: float = 1.0
+    waits: bool = True  # for a stage that another process is at; else `Busy` is raised
     on_log: Callable[[dict], None] = lambda point: None
+    sharding: str = "none"
+    ranks: Ranks = field(default_factory=Ranks)
     stop: threading.Event = field(default_factory=threading.Event)
     progress: Progress | None = None
 
@@ -85,11 +90,22 @@ class Runtime:
             signal.signal(number, before[signal.Signals(number)])
 
         before = {number: signal.signal(number, stop) for number in STOPPING}
+        ended = threading.Event()
+        if os.environ.get(PARENT) == str(os.getppid()):
+            threading.Thread(target=self._mind_parent, args=(os.getppid(), ended), daemon=True).start()
         try:
             yield
         finally:
+            ended.set()
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _mind_parent(self, parent: int, ended: threading.Event) -> None:
+        """A worker whose grid was killed stops as if it had been asked to: nobody waits for it any more."""
+        while not ended.wait(1.0):
+            if os.getppid() != parent:
+                self.stop.set()
+                return
 
     def check(self) -> None:
         """Raises `Interrupted` if the process was asked to stop."""
@@ -108,7 +124,7 @@ def resolve_device(device: str) -> str:
 
     found = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "auto":
-        return found
+        return f"cuda:{Ranks().local}" if found == "cuda" else found
     if device.split(":")[0] == "cuda" and found == "cpu":
         raise ConfigError(
             f"train.device={device}, but torch finds no CUDA device here. Use train.device=cpu (or auto, the default), "
@@ -153,6 +169,7 @@ def provenance(runtime: Runtime) -> dict[str, Any]:
     return {
         "device": device_name(runtime.device),
         "threads": runtime.threads,
+        "ranks": runtime.ranks.size,
         "git_commit": git_commit(),
         "versions": versions(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -10,8 +10,10 @@ the first rename wins and both results are equal.
 import contextlib
 import errno
 import json
+import logging
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +26,7 @@ from capacity_gap.fingerprint import canonical, fingerprint
 from capacity_gap.lease import Lease
 from capacity_gap.runtime import Runtime, provenance
 
+log = logging.getLogger(__name__)
 SCHEMA = 1
 META = "stage.json"
 
@@ -45,7 +48,9 @@ class StageRun:
 class Stage:
     """One node of the chain. Equal digests mean equal results.
 
-    `options` say how it is made (paths, batch on one device) and `cost` (FLOPs) how long it takes: never hashed.
+    `options` say how it is made (paths, batch on one device); `cost` (FLOPs) and `passes` (tokens × forward passes
+    over them, a backward pass counting as two) say how long it takes; `collective` whether several ranks work on it
+    together. None of these is hashed.
     """
 
     name: str
@@ -55,6 +60,8 @@ class Stage:
     fn: Callable[[StageRun], None] = field(compare=False)
     cost: float = field(default=0.0, compare=False)
     options: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    passes: float = field(default=0.0, compare=False)
+    collective: bool = field(default=False, compare=False)
 
     @cached_property
     def digest(self) -> str:
@@ -151,7 +158,7 @@ class Store:
 
     def _compute_one(self, stage: Stage, runtime: Runtime) -> None:
         place = self.work / stage.key.replace("/", "-")
-        with Lease(place, lambda: self.has(stage)) as lease:
+        with Lease(place, lambda: self.has(stage), waits=runtime.waits) as lease:
             if lease.owned:
                 self._run(stage, place, lease, runtime)
 
@@ -160,16 +167,33 @@ class Store:
         out, checkpoint = mine / "out", mine / "checkpoint"
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
-        adopt_checkpoint(place, checkpoint)
+        resumed = adopt_checkpoint(place, checkpoint)
         started = time.monotonic()
+        log.info("%s: %s", stage.key, "goes on from a checkpoint" if resumed else "starts")
         with disk_errors(stage, self.root), runtime.following(stage.key, mine / "progress.json", stage.cost):
             inputs = {k: self.path(s) for k, s in stage.inputs.items()}
+            if stage.collective:
+                runtime.ranks.tell((stage.key, str(checkpoint)))
             stage.fn(StageRun(stage.digest, stage.config, inputs, out, checkpoint, runtime, stage.options))
-            write_json(out / META, self._meta(stage, runtime, time.monotonic() - started))
+            write_json(out / META, self._meta(stage, runtime, time.monotonic() - started, resumed))
             publish(out, self.path(stage))
+        log.info("%s: done in %.1f s", stage.key, time.monotonic() - started)
         shutil.rmtree(place, ignore_errors=True)
 
-    def _meta(self, stage: Stage, runtime: Runtime, wall_s: float) -> dict[str, Any]:
+    def follow(self, stages: Mapping[str, Stage], runtime: Runtime) -> None:
+        """What ranks other than the first do: their share of each collective stage, until rank 0 says that it ends."""
+        import torch
+
+        torch.set_num_threads(runtime.threads)
+        while told := runtime.ranks.tell():
+            key, checkpoint = told
+            stage = stages[key]
+            inputs = {k: self.path(s) for k, s in stage.inputs.items()}
+            with tempfile.TemporaryDirectory() as scratch:
+                out = Path(scratch)
+                stage.fn(StageRun(stage.digest, stage.config, inputs, out, Path(checkpoint), runtime, stage.options))
+
+    def _meta(self, stage: Stage, runtime: Runtime, wall_s: float, resumed: bool) -> dict[str, Any]:
         return {
             "name": stage.name,
             "version": stage.version,
@@ -177,13 +201,15 @@ class Store:
             "config": canonical(stage.config),
             "inputs": {k: s.key for k, s in stage.inputs.items()},
             "cost_flops": stage.cost,
+            "passes": stage.passes,
+            "resumed": resumed,  # wall_s is then that of the last part only
             "wall_s": round(wall_s, 3),
             **provenance(runtime),
         }
 
 
-def adopt_checkpoint(place: Path, checkpoint: Path) -> None:
-    """Moves the furthest checkpoint that an earlier owner left to this owner's folder.
+def adopt_checkpoint(place: Path, checkpoint: Path) -> bool:
+    """Copies the furthest checkpoint that an earlier owner left to this owner's folder; returns whether there is one.
 
     Checkpoints are folders `step-<number>`, each written whole (`write_checkpoint` renames them into place).
     """
@@ -194,6 +220,7 @@ def adopt_checkpoint(place: Path, checkpoint: Path) -> None:
         with contextlib.suppress(OSError):
             shutil.copytree(left[-1], checkpoint / f".{left[-1].name}.tmp")
             os.rename(checkpoint / f".{left[-1].name}.tmp", checkpoint / left[-1].name)
+    return bool(left)
 
 
 def publish(out: Path, final: Path) -> None:

@@ -198,7 +198,7 @@ def record(run: StageRun) -> None:
         wall_s=made["wall_s"],
         peak_memory_bytes=trained.get("peak_memory_bytes"),
         micro_batch=trained.get("micro_batch"),
-        **{k: made[k] for k in ("device", "threads", "git_commit", "versions")},
+        **{k: made[k] for k in ("device", "threads", "ranks", "git_commit", "versions")},
         created=provenance(run.runtime)["created"],
     )
     write_json(run.out / RECORD, row.to_dict())
@@ -238,7 +238,7 @@ def _train(run: StageRun, model: Any, plan: Any, *, teacher: Any) -> None:
         precision=run.config["precision"],
         on_log=run.runtime.on_log,
     )
-    save_model(model, run.out)
+    save_model(model, run.out, leads=run.runtime.ranks.leads)
     (run.out / METRICS).write_text("".join(json.dumps(point) + "\n" for point in result.history))
     write_json(
         run.out / RESULT,

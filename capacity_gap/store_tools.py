@@ -11,7 +11,7 @@ from capacity_gap.errors import StoreError
 from capacity_gap.lease import held_elsewhere
 from capacity_gap.stage import META, Store, write_json
 
-OUTSIDE = (".work", "sweeps", "failed", "wandb")  # folders of a store that hold no stages
+OUTSIDE = (".work", "sweeps", "failed", "jobs", "logs", "wandb")  # folders of a store that hold no stages
 SIGNAL = "signal"  # cached teacher outputs: large, and made again from the teacher when needed
 
 

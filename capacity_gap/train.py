@@ -22,7 +22,7 @@ from capacity_gap.config import DistillConfig, OptimConfig
 from capacity_gap.distill.losses import distill_loss
 from capacity_gap.errors import StageError
 from capacity_gap.models.loading import hidden_states, output_weight
-from capacity_gap.runtime import Runtime
+from capacity_gap.runtime import Interrupted, Runtime
 
 log = logging.getLogger(__name__)
 LOG_EVERY = 10  # steps between points of the history
@@ -127,13 +127,26 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     )
 
 
-def make_accelerator(device: str, precision: str) -> Any:
-    """Hugging Face Accelerate, set up afresh: one process trains many models, not always alike."""
-    from accelerate import Accelerator
+def make_accelerator(runtime: Runtime, precision: str, student: Any) -> Any:
+    """Hugging Face Accelerate, set up afresh: one process trains many models, not always alike.
+
+    With several ranks: data-parallel, or with `train.sharding=fsdp` sharded layer by layer.
+    """
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=False)
-    return Accelerator(cpu=device == "cpu", mixed_precision="bf16" if precision == "bf16" else "no")
+    plugin = None
+    if runtime.sharding == "fsdp" and runtime.ranks.size > 1:
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=list(student._no_split_modules),
+            cpu_ram_efficient_loading=False,
+        )
+    return Accelerator(
+        cpu=runtime.device == "cpu", mixed_precision="bf16" if precision == "bf16" else "no", fsdp_plugin=plugin
+    )
 
 
 def train(
@@ -166,7 +179,7 @@ def train(
         StageError: the loss is no longer finite.
         Interrupted: the process was asked to stop; a checkpoint was written.
     """
-    accelerator = make_accelerator(runtime.device, precision)
+    accelerator = make_accelerator(runtime, precision, student)
     student.to(accelerator.device).train()
     if teacher is not None:
         teacher.to(accelerator.device).eval()
@@ -190,10 +203,11 @@ def train(
             on_log({**point, "tokens_per_s": tokens / max(1e-9, time.monotonic() - clock)})
         runtime.report(step + 1, plan.steps, "steps")
         due = time.monotonic() - saved > 60 * runtime.checkpoint_minutes
-        if not last and (due or runtime.stop.is_set()):
-            checkpoint.save(checkpoints, step + 1, student, optimizer, history)
+        if not last and runtime.ranks.any(due or runtime.stop.is_set()):
+            checkpoint.save(checkpoints, step + 1, student, optimizer, history, leads=runtime.ranks.leads)
             saved = time.monotonic()
-            runtime.check()
+            if runtime.ranks.any(runtime.stop.is_set()):
+                raise Interrupted
     student.eval()
     wall = time.monotonic() - clock
     peak = _peak_memory(runtime.device)
@@ -229,11 +243,11 @@ def _step(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """One optimiser step: this rank's share of the batch, in micro-batches; the global mean over all labels."""
     count = float(batch.shape[0] * (batch.shape[1] - 1))
-    mine = torch.from_numpy(batch[accelerator.process_index :: accelerator.num_processes]).to(accelerator.device)
-    pieces = mine.split(micro)
+    mine, labels_of_mine = _share(batch, accelerator.process_index, accelerator.num_processes)
+    pieces = list(zip(mine.split(micro), labels_of_mine.split(micro), strict=True))
     sums: dict[str, Tensor] = {}
     for i, piece in enumerate(pieces):
-        inputs, labels = piece[:, :-1], piece[:, 1:]
+        inputs, labels = (part.to(accelerator.device) for part in piece)
         last = i + 1 == len(pieces)
         with contextlib.nullcontext() if last else accelerator.no_sync(objective):
             targets = _teach(accelerator, teacher, inputs) if plan.distill.kd_weight > 0 else None
@@ -242,10 +256,24 @@ def _step(
             # Data-parallel wrappers average gradients over ranks; each loss is already divided by the global count.
             accelerator.backward(loss * accelerator.num_processes)
         sums = {k: sums.get(k, 0) + v for k, v in parts.items()}
-    norm = accelerator.clip_grad_norm_(objective.parameters(), plan.optim.clip)
+    norm = checkpoint.whole(accelerator.clip_grad_norm_(objective.parameters(), plan.optim.clip))
     optimizer.step()
     optimizer.zero_grad()
     return {k: accelerator.reduce(v, "sum") for k, v in sums.items()}, norm
+
+
+def _share(batch: np.ndarray, rank: int, size: int) -> tuple[Tensor, Tensor]:
+    """One rank's inputs and labels [n, T].
+
+    All ranks get equally many, so that they meet in every collective call: where the batch has too few, a sequence
+    comes twice, the second time with no label that counts.
+    """
+    rows = -(-len(batch) // size)
+    indices = np.arange(rank, rank + rows * size, size)
+    mine = torch.from_numpy(batch[np.minimum(indices, len(batch) - 1)])
+    labels = mine[:, 1:].clone()
+    labels[torch.from_numpy(indices >= len(batch))] = -100
+    return mine[:, :-1], labels
 
 
 @torch.no_grad()

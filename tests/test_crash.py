@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from benchmarks import chaos
 from capacity_gap import pipeline, records
 from capacity_gap.runtime import Interrupted
 from capacity_gap.stage import Store
@@ -90,3 +91,14 @@ def test_a_run_goes_on_from_its_checkpoint_not_from_the_start(tiny, tmp_path, mo
     assert Store(tmp_path).has(cell.record)
     teacher_steps = seen[: seen.index(1, 1)]
     assert teacher_steps == sorted(set(teacher_steps)), "no step was taken twice"
+
+
+@pytest.mark.slow
+def test_a_grid_in_chaos_ends_with_the_same_bits(tmp_path):
+    """A short, seeded run of benchmarks/chaos.py; the long one is results/chaos.csv."""
+    arguments = [*chaos.tiny_corpus(tmp_path), "student=40k", "teacher=55k,80k", "seed=0,1"]
+    assert chaos.start(tmp_path / "calm", arguments, 2, tmp_path / "calm.log").wait() == 0
+    told = chaos.run_in_chaos(tmp_path / "chaos", arguments, kills=3, seed=1, every_s=4.0, workers=2)
+    row = chaos.compare(tmp_path / "calm", tmp_path / "chaos", told)
+    assert row["kills inside a stage"] == 3
+    assert row["cells"] == 4

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from capacity_gap import grid
-from capacity_gap.errors import ConfigError
+from capacity_gap.errors import Busy, ConfigError
 from capacity_gap.runtime import Runtime
 from capacity_gap.stage import Stage, Store
 
@@ -62,19 +62,28 @@ def test_a_crash_costs_only_itself(wave):
     assert log == ["0", "1", "2"]
 
 
-def test_a_killed_worker_that_breaks_the_pool_costs_only_its_own_job(wave):
+def test_a_killed_worker_that_breaks_the_pool_costs_nothing_if_it_was_an_accident(wave):
     store, stages, jobs = wave
     launch, log = launcher(store, stages, {"0": ["kill"]})
-    assert grid._launch_wave(jobs, store, launch, retries=0) == {stages[0].key: "its process died"}
+    assert grid._launch_wave(jobs, store, launch, retries=0) == {}
+    assert log == ["0", "1", "2", "0"], "what the lost pool had begun runs again, alone and last"
+
+
+def test_a_job_that_kills_its_worker_costs_only_itself(wave):
+    store, stages, jobs = wave
+    launch, log = launcher(store, stages, {"0": ["kill", "kill"]})
+    assert grid._launch_wave(jobs, store, launch, retries=0) == {
+        stages[0].key: "its process died (a worker was killed)"
+    }
     assert [store.has(s) for s in stages] == [False, True, True]
-    assert log == ["0", "1", "2"]
+    assert log == ["0", "1", "2", "0"]
 
 
 def test_retries_are_for_what_died_or_crashed(wave):
     store, stages, jobs = wave
-    launch, log = launcher(store, stages, {"0": ["kill", None], "1": [RuntimeError("once"), None]})
+    launch, log = launcher(store, stages, {"0": ["kill", "kill", None], "1": [RuntimeError("once"), None]})
     assert grid._launch_wave(jobs, store, launch, retries=1) == {}
-    assert log.count("0") == 2
+    assert log.count("0") == 3
     assert log.count("1") == 2
     assert all(store.has(s) for s in stages)
 
@@ -99,5 +108,25 @@ def test_a_launcher_that_cannot_launch_is_an_error_not_a_loop(wave):
 def test_an_endless_killer_ends_after_its_retries(wave):
     store, stages, jobs = wave
     launch, log = launcher(store, stages, {"2": ["kill"] * 9})
-    assert grid._launch_wave(jobs, store, launch, retries=2) == {stages[2].key: "its process died"}
-    assert log.count("2") == 3
+    assert grid._launch_wave(jobs, store, launch, retries=2) == {
+        stages[2].key: "its process died (a worker was killed)"
+    }
+    assert log.count("2") == 4, "with others, and alone: once and twice again"
+
+
+def test_what_another_grid_is_at_is_waited_for_not_counted(wave):
+    store, stages, jobs = wave
+    launch, log = launcher(store, stages, {"1": [Busy("another is at it"), Busy("still"), None]})
+    assert grid._launch_wave(jobs, store, launch, retries=0) == {}
+    assert log.count("1") == 3
+
+
+def test_batches_limit_what_a_launcher_is_given_at_once():
+    given = []
+
+    def launch(jobs, initial_job_idx):
+        given.append(list(jobs))
+        return jobs
+
+    assert grid._in_batches(launch, 2)(list("abcde"), initial_job_idx=0) == list("abcde")
+    assert given == [["a", "b"], ["c", "d"], ["e"]]

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from capacity_gap.checkpoint import whole
 from capacity_gap.errors import StageError
 from capacity_gap.models.axes import count_params
 from capacity_gap.stage import write_json
@@ -103,12 +105,18 @@ def fetch(repository: str) -> Path:
         ) from error
 
 
-def save_model(model: Any, folder: Path) -> None:
-    """Saves weights and config as plain transformers loads them."""
+def save_model(model: Any, folder: Path, *, leads: bool = True) -> None:
+    """Saves weights and config as plain transformers loads them; of several ranks, the one that leads."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model.save_pretrained(folder)
+    kept = dict(model.named_parameters()) | dict(model.named_buffers())  # tied ones once
+    if any(isinstance(p, DTensor) for p in kept.values()):
+        state = {name: whole(t).cpu() for name, t in model.state_dict().items() if name in kept}
+        if leads:
+            model.save_pretrained(folder, state_dict=state)
+    elif leads:
+        model.save_pretrained(folder)
 
 
 def hidden_states(model: Any, tokens: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The grid sweeper: composes every cell, then lets `capacity_gap.grid` run them in waves. Imports no torch."""
 
 import os
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ class GridSweeperConf:
 
     _target_: str = "hydra_plugins.capacity_gap_grid.grid_sweeper.GridSweeper"
     params: dict[str, Any] | None = field(default_factory=dict)
+    max_batch_size: int | None = None  # jobs given to the launcher at once
 
 
 ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridSweeperConf, provider="capacity_gap")
@@ -23,8 +25,8 @@ ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridSweepe
 class GridSweeper(BasicSweeper):
     """Hydra's grid, run in waves over what its cells share, through whatever launcher is set."""
 
-    def __init__(self, params: dict[str, Any] | None = None) -> None:
-        super().__init__(max_batch_size=None, params=dict(params or {}))
+    def __init__(self, params: dict[str, Any] | None = None, max_batch_size: int | None = None) -> None:
+        super().__init__(max_batch_size=max_batch_size, params=dict(params or {}))
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
         """Gives joblib one worker a core, where its own default is ten whatever the machine; `n_jobs=` still wins."""
@@ -36,7 +38,7 @@ class GridSweeper(BasicSweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Runs the grid; the exit status is 1 if a cell failed."""
-        from capacity_gap.grid import Job, run_grid
+        from capacity_gap.grid import Job, check_grid, run_grid
 
         assert self.config is not None and self.launcher is not None and self.hydra_context is not None
         parsed = OverridesParser.create(config_loader=self.hydra_context.config_loader).parse_overrides(
@@ -46,5 +48,10 @@ class GridSweeper(BasicSweeper):
         self.validate_batch_is_legal(cells[:1])
         load = self.hydra_context.config_loader.load_sweep_config
         jobs = [Job(overrides, load(self.config, overrides)) for overrides in cells]
-        if not run_grid(jobs, self.launcher.launch):
+        launcher = self.config.hydra.launcher
+        if getattr(self.launcher, "detach", False):
+            self.launcher.submit_grid(sys.argv, check_grid(jobs).root)
+            return
+        workers = launcher.get("n_jobs") or launcher.get("max_jobs") or 1
+        if not run_grid(jobs, self.launcher.launch, workers=max(1, workers), max_batch_size=self.max_batch_size):
             raise SystemExit(1)

@@ -1,0 +1,220 @@
+"""What a grid would take, before it is paid for: time, memory, disk, and what sharing saves. Imports no torch.
+
+A stage takes `flops · a + passes · b` seconds: arithmetic, and what moving every token through the layers costs
+however small the model. Both are fitted to what finished stages of this store took, so one calibration cell is enough.
+"""
+
+import heapq
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from capacity_gap.accounting import peak_memory, stored_bytes
+from capacity_gap.errors import ConfigError
+from capacity_gap.stage import META, Stage, Store, closure
+
+if TYPE_CHECKING:
+    from capacity_gap.pipeline import Cell
+
+CPU_FLOPS = 1.3e10  # of one thread, sustained on fp32 matrices of pico size: measured, two-core AVX2 machine
+GPU_FLOPS = 1.2e14  # of one device: an A100's 312 TFLOP/s in bf16 at 40 % utilisation
+CPU_SECONDS_PER_PASS = 2e-5  # measured with CPU_FLOPS
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast one worker is, and how that is known."""
+
+    seconds_per_flop: float
+    seconds_per_pass: float
+    source: str
+    fixed: dict[str, float]  # mean seconds of stages without FLOPs (corpus, tokens, …), by name
+
+    def seconds(self, stage: Stage) -> float:
+        """What one worker needs for this stage alone."""
+        if not stage.cost:
+            return self.fixed.get(stage.name, 0.0)
+        return stage.cost * self.seconds_per_flop + stage.passes * self.seconds_per_pass
+
+
+def speed(store: Store, *, throughput: float | None, on_gpu: bool) -> Speed:
+    """The speed as given (FLOP/s), else as measured in this store, else as assumed."""
+    made = list(_finished(store))
+    fixed = _fixed(made)
+    if throughput:
+        return Speed(1 / throughput, 0.0, f"given: {throughput:.3g} FLOP/s a worker", fixed)
+    timed = [m for m in made if m["cost_flops"] > 0 and m.get("passes", 0) > 0 and not m.get("resumed", False)]
+    if timed:
+        device = max(timed, key=lambda m: m["created"])["device"]
+        timed = [m for m in timed if m["device"] == device]
+        a, b = _fit(timed)
+        return Speed(a, b, f"measured: {len(timed)} finished stages of this store on {device}", fixed)
+    if on_gpu:
+        return Speed(1 / GPU_FLOPS, 0.0, f"assumed: {GPU_FLOPS:.3g} FLOP/s a GPU (say throughput=)", fixed)
+    said = f"assumed: {CPU_FLOPS:.3g} FLOP/s a CPU thread; one finished cell calibrates it"
+    return Speed(1 / CPU_FLOPS, CPU_SECONDS_PER_PASS, said, fixed)
+
+
+def _finished(store: Store) -> Iterable[dict[str, Any]]:
+    for file in store.root.glob(f"*/*/{META}"):
+        meta = json.loads(file.read_text())
+        if "wall_s" in meta:
+            yield meta
+
+
+def _fixed(made: Iterable[dict[str, Any]]) -> dict[str, float]:
+    walls: dict[str, list[float]] = {}
+    for meta in made:
+        if not meta["cost_flops"]:
+            walls.setdefault(meta["name"], []).append(meta["wall_s"])
+    return {name: sum(w) / len(w) for name, w in walls.items()}
+
+
+def _fit(timed: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """Non-negative least squares of wall = flops·a + passes·b, each stage weighted by the root of what it took.
+
+    Between absolute errors (long stages decide what a grid costs) and relative ones (short stages are many).
+    """
+    import numpy as np
+    from scipy.optimize import nnls
+
+    wall = np.array([max(m["wall_s"], 1e-3) for m in timed])
+    terms = np.array([[m["cost_flops"], m["passes"]] for m in timed], dtype=float)
+    scale = terms.max(axis=0)
+    found, _ = nnls(terms / scale / np.sqrt(wall)[:, None], np.sqrt(wall))
+    return tuple(found / scale)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a grid would compute, and what that takes."""
+
+    cells: int
+    done: int
+    kinds: list[tuple[str, int, int, float, float]]  # stage, distinct, to run, FLOPs and seconds of those to run
+    flops: float
+    flops_shared: float  # of all stages, finished ones included
+    flops_alone: float  # if every cell computed its whole chain
+    worker_s: float  # of all workers together
+    wall_s: float  # with `workers` of them at once
+    workers: int
+    memory_bytes: float  # of one worker, at its largest stage
+    disk_bytes: float  # of what is still to be written
+    speed: Speed
+
+    @property
+    def lines(self) -> list[str]:
+        """The plan as text."""
+        rows = [f"{'stage':<12}{'distinct':>9}{'there':>7}{'to run':>8}{'FLOPs':>10}{'time':>10}"]
+        rows += [
+            f"{name:<12}{n:>9}{n - left:>7}{left:>8}{flops:>10.3g}{format_seconds(seconds):>10}"
+            for name, n, left, flops, seconds in self.kinds
+        ]
+        share = self.flops_shared / max(1.0, self.flops_alone)
+        return [
+            f"plan: {self.cells} cells, {self.done} of them recorded; nothing is started",
+            *rows,
+            f"to run: {self.flops:.3g} FLOPs, {format_seconds(self.worker_s)} of one worker, about "
+            f"{format_seconds(self.wall_s)} with {self.workers} at once",
+            f"speed {self.speed.source}",
+            f"tensors up to {format_bytes(self.memory_bytes)} a worker, disk {format_bytes(self.disk_bytes)}",
+            f"every cell alone would take {self.flops_alone:.3g} FLOPs, shared {self.flops_shared:.3g} ({share:.0%})",
+        ]
+
+
+def make_plan(cells: Sequence["Cell"], store: Store, *, workers: int = 1) -> Plan:
+    """Adds up what is not in the store yet; computes nothing."""
+    first = cells[0].config
+    pace = speed(store, throughput=first.throughput, on_gpu=first.train.device.startswith("cuda"))
+    stages: dict[str, Stage] = {}
+    for cell in cells:
+        stages.update(closure(cell.record))
+    left = {key: s for key, s in stages.items() if not store.has(s)}
+    kinds = []
+    for name in dict.fromkeys(s.name for s in stages.values()):
+        mine = [s for s in left.values() if s.name == name]
+        total = sum(s.name == name for s in stages.values())
+        kinds.append((name, total, len(mine), sum(s.cost for s in mine), sum(map(pace.seconds, mine))))
+    return Plan(
+        cells=len(cells),
+        done=sum(store.has(c.record) for c in cells),
+        kinds=kinds,
+        flops=sum(s.cost for s in left.values()),
+        flops_shared=sum(s.cost for s in stages.values()),
+        flops_alone=sum(s.cost for c in cells for s in closure(c.record).values()),
+        worker_s=sum(map(pace.seconds, left.values())),
+        wall_s=_wall(cells, left, pace, workers),
+        workers=workers,
+        memory_bytes=max(_memory(c) for c in cells),
+        disk_bytes=sum(_written(cells, left)),
+        speed=pace,
+    )
+
+
+def _written(cells: Sequence["Cell"], left: Mapping[str, Stage]) -> Iterator[float]:
+    """Bytes of every model that is still to be written."""
+    for stage in left.values():
+        if stage.name in ("teacher", "student"):
+            yield stored_bytes(stage.config["shape"])
+    for cell in {c.distilled.key: c for c in cells}.values():
+        if cell.distilled.key in left and cell.data_tokens:
+            yield stored_bytes(cell.student_shape)
+
+
+def _wall(cells: Sequence["Cell"], left: dict[str, Stage], pace: Speed, workers: int) -> float:
+    """Wave after wave, the longest job first onto whichever worker is free: as the grid does it."""
+    gone: set[str] = set()
+    total = 0.0
+    for number in range(len(cells[0].waves) + 1):
+        targets = [s for c in cells for s in (c.waves[number] if number < len(c.waves) else [c.record])]
+        jobs = []
+        for target in {s.key: s for s in targets}.values():
+            own = {k: s for k, s in closure(target).items() if k in left and k not in gone}
+            gone |= own.keys()
+            jobs.append(sum(map(pace.seconds, own.values())))
+        total += makespan(jobs, workers)
+    return total
+
+
+def makespan(jobs: Iterable[float], workers: int) -> float:
+    """When the last of `jobs` (seconds each) ends, longest first on `workers`."""
+    busy = [0.0] * max(1, workers)
+    for seconds in sorted(jobs, reverse=True):
+        heapq.heappush(busy, heapq.heappop(busy) + seconds)
+    return max(busy)
+
+
+def _memory(cell: "Cell") -> float:
+    c = cell.config
+    batch = c.train.micro_batch_size or c.train.batch_size
+    tokens = batch * c.corpus.sequence_length
+    own = peak_memory(cell.student_shape, tokens=tokens, precision=c.train.precision)
+    if cell.teacher_flops:
+        own += stored_bytes(cell.teacher_shape, dtype=c.family.dtype, quantization=c.family.quantization)
+    if cell.teacher_tokens is None:
+        return own
+    pretraining = c.family.pretrain.batch_size * c.corpus.sequence_length
+    return max(own, peak_memory(cell.teacher_shape, tokens=pretraining, precision=c.train.precision))
+
+
+def check_budget(plan: Plan, hours: float | None) -> None:
+    """Raises if the grid costs more worker-hours than `budget_hours` allows."""
+    if hours is not None and plan.worker_s > 3600 * hours:
+        raise ConfigError(
+            f"budget_hours={hours:g}, but this grid needs about {plan.worker_s / 3600:.3g} worker-hours (speed "
+            f"{plan.speed.source}). Nothing was started. Raise budget_hours, or run fewer cells: `plan=true` says what "
+            "each kind of stage takes."
+        )
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds as people say them: `40 s`, `12 min`, `3.4 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def format_bytes(count: float) -> str:
+    """Bytes as people say them: `12 MB`, `3.4 GB`."""
+    return f"{count / 1e6:.3g} MB" if count < 1e9 else f"{count / 1e9:.3g} GB"

@@ -1,0 +1,58 @@
+"""Several ranks at one cell, as `torchrun` or Slurm starts them.
+
+Rank 0 leads: it alone holds leases, writes to the store and talks to people. The others follow: they are told which
+training stage comes next, and take their share of every step. Everything else they sit out, however long it takes.
+"""
+
+import datetime
+import os
+from functools import cached_property
+from typing import Any
+
+PATIENCE = datetime.timedelta(days=14)  # of a rank that has nothing to do but wait
+
+
+class Ranks:
+    """The processes that `torchrun` started together; one alone outside it."""
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.local = int(os.environ.get("LOCAL_RANK", "0"))
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
+    @cached_property
+    def _group(self) -> Any:
+        """A group for words, whatever device the tensors are on."""
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            import torch
+
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+        return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+    def tell(self, message: Any = None) -> Any:
+        """Returns on every rank what rank 0 has given; called by all of them."""
+        if self.size == 1:
+            return message
+        import torch.distributed as dist
+
+        words = [message]
+        dist.broadcast_object_list(words, src=0, group=self._group)
+        return words[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank; called by all of them."""
+        if self.size == 1:
+            return flag
+        import torch
+        import torch.distributed as dist
+
+        said = torch.tensor(int(flag))
+        dist.all_reduce(said, dist.ReduceOp.MAX, group=self._group)
+        return bool(said)

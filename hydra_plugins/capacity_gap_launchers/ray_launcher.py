@@ -1,0 +1,62 @@
+"""hydra/launcher=ray: one wave of a grid as tasks of a Ray cluster, running or local. Imports no torch."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.plugins.launcher import Launcher
+
+
+@dataclass
+class RayConf:
+    """Which cluster, and what one cell takes of it."""
+
+    _target_: str = "hydra_plugins.capacity_gap_launchers.ray_launcher.RayLauncher"
+    address: str | None = None  # of a running cluster, or `auto`; null: RAY_ADDRESS, else one on this machine
+    gpus: float = 0.0  # of one cell; 0.25 puts four on one device
+    cpus: float | None = None  # null: train.threads
+
+
+ConfigStore.instance().store(group="hydra/launcher", name="ray", node=RayConf, provider="capacity_gap")
+
+
+class RayLauncher(Launcher):
+    """Each job in a worker process of its own: one that dies costs no other."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = RayConf(**settings)
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
+        """Hydra's."""
+        self.config, self.loader = config, hydra_context.config_loader
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
+        """Runs one wave; returns an outcome a job."""
+        from capacity_gap.config import from_hydra
+        from capacity_gap.errors import ConfigError
+        from capacity_gap.stage import Store
+        from capacity_gap.worker import Jobs, run_job
+
+        try:
+            import ray
+        except ImportError as error:
+            raise ConfigError(
+                "hydra/launcher=ray needs ray, which is not installed. Run: pip install 'capacity_gap[ray]'."
+            ) from error
+        configs = [from_hydra(self.loader.load_sweep_config(self.config, list(o))) for o in job_overrides]
+        jobs = Jobs.hand_out(Store(configs[0].store_path), [asdict(c) for c in configs])
+        if not ray.is_initialized():
+            ray.init(address=self.settings.address, log_to_driver=False, include_dashboard=False)
+        # A worker serves one task: models, threads and signal handlers of one cell never meet those of another.
+        task = ray.remote(max_calls=1, max_retries=0)(run_job)
+        asked = {"num_cpus": self.settings.cpus or configs[0].train.threads, "num_gpus": self.settings.gpus}
+        running = {task.options(**asked).remote(asdict(c)): n for n, c in enumerate(configs)}
+        while running:
+            (ready,), _ = ray.wait(list(running), num_returns=1)
+            n = running.pop(ready)
+            try:
+                jobs.note(n, *ray.get(ready))
+            except ray.exceptions.RayError as error:
+                jobs.note(n, "died", f"its process died ({type(error).__name__})")
+        return jobs.returns()

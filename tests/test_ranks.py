@@ -1,0 +1,74 @@
+"""Two processes at one cell: the loss of one process with the same global batch."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from capacity_gap import records
+from tests.conftest import ROOT, run_py
+
+# A gentle learning rate: at the pico recipe's, training amplifies the last bit of a sum to 1e-2 within forty steps.
+RATES = ["train.learning_rate=1e-3", "family.pretrain.learning_rate=1e-3"]
+CELL = ["student=40k", "teacher=55k", "train.batch_size=5", "family.pretrain.batch_size=3", *RATES]
+
+
+def torchrun(*arguments):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "run.py")]
+    return subprocess.Popen(
+        [sys.executable, *command, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def ended(process):
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, tmp_path_factory):
+    store = tmp_path_factory.mktemp("alone")
+    run_py(*tiny, *CELL, f"store={store}")
+    return records.read(store)[0]
+
+
+def agrees(row, alone):
+    assert row["cell"] == alone["cell"], "the number of ranks is no part of an identity"
+    assert row["ranks"] == 2
+    assert alone["ranks"] == 1
+    for name in ("student_loss", "teacher_loss", "init_loss", "train_ce", "train_kl"):
+        assert row[name] == pytest.approx(alone[name], abs=1e-4), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_two_ranks_agree_with_one_process(tiny, tmp_path, alone, sharding):
+    ended(torchrun(*tiny, *CELL, f"store={tmp_path}", f"train.sharding={sharding}", "train.micro_batch_size=1"))
+    (row,) = records.read(tmp_path)
+    agrees(row, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_two_ranks_stop_and_go_on(tiny, tmp_path, sharding):
+    given = [*tiny, *CELL, f"store={tmp_path}", "data=60k", "epochs=2", f"train.sharding={sharding}"]
+    first = torchrun(*given)
+    while not list((tmp_path / ".work").glob("distil-*/*/progress.json")):
+        assert first.poll() is None, first.stdout.read()
+        time.sleep(0.1)
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=120)
+    left = list((tmp_path / ".work").glob("distil-*/*/checkpoint/step-*"))
+    assert len(left) == 1
+    ended(torchrun(*given))
+    (row,) = records.read(tmp_path)
+    run_py(*tiny, *CELL, f"store={tmp_path}/alone", "data=60k", "epochs=2")
+    assert row["student_loss"] == pytest.approx(records.read(tmp_path / "alone")[0]["student_loss"], abs=1e-4)

@@ -1,0 +1,19 @@
+"""A grid on a local Ray cluster, if the extra is installed."""
+
+import pytest
+
+from capacity_gap import records
+from tests.conftest import run_py
+
+pytest.importorskip("ray", reason="the extra [ray] is not installed")
+
+
+@pytest.mark.slow
+def test_a_grid_on_ray_and_a_cell_that_fails(tiny, tmp_path):
+    given = [*tiny, "student=40k", "teacher=55k,80k", f"store={tmp_path}", "hydra/launcher=ray"]
+    done = run_py("-m", *given, "train.learning_rate=0.01,1e9", check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "grid: 2 done, 2 failed" in done.stdout
+    assert "the loss is no longer finite" in done.stderr
+    assert sorted(r["status"] for r in records.read(tmp_path)) == ["done", "done", "failed", "failed"]
+    assert len(list(tmp_path.glob("teacher/*"))) == 2
