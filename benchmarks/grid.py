@@ -142,7 +142,7 @@ def main() -> None:
     table = pd.DataFrame(rows)
     table["sweeper, ms a cell (median)"] = sweeper["ours"].median()
     table["hydra basic, ms a cell (median)"] = sweeper["hydra"].median()
-    print(table.T.to_string(header=False, float_format="%.2f"))
+    print(table.T.to_string(header=False, float_format="{:.2f}".format))
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
     if asked.out:
         table.to_csv(asked.out, index=False, float_format="%.4g")

@@ -64,7 +64,7 @@ def main() -> None:
         "ratio, wall": said[1] / took[1],
     }
     table = pd.DataFrame([row])
-    print(table.T.to_string(header=False, float_format="%.3g"))
+    print(table.T.to_string(header=False, float_format="{:.3g}".format))
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
     if given.out:
         table.to_csv(given.out, index=False, float_format="%.4g")

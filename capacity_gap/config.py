@@ -19,9 +19,11 @@ SHARDINGS = ("none", "fsdp")
 LOSSES = ("forward_kl",)
 SIGNALS = ("online",)
 SOURCES = ("embedded", "code", "text", "hub", "mixture")
-METHODS = ("expressive", "random")
+METHODS = ("expressive", "random", "magnitude", "movement", "taylor", "activation", "wanda")
+PRIORITIES = ("local", "global")
+LAYERS = ("symmetric", "block_influence", "loss_increase")
 INITS = ("pruned", "random", "shared")
-SHAPES = ("common", "per_teacher")
+SHAPES = ("common", "per_teacher", "fixed")
 TRACKING_MODES = ("offline", "online", "disabled")
 
 
@@ -216,12 +218,30 @@ class PruneConfig:
     shape: str = "common"
     batches: int = 32
     batch_size: int = 8  # the score depends on it: its absolute value comes after the batch's sum
+    fixed: str | None = None  # shape=fixed: layers x hidden x heads x neurons, such as 24x3072x24x8192
+    priority: str = "local"  # local: as many units in every layer; global: ranked across layers
+    layers: str = "symmetric"  # which layers go: from both ends, or those with the lowest score
+    depth: int | None = None  # layers of the student; null: the shape policy's
+    iterative: int = 1  # prune in so many steps, scoring again before each
+    step_data: str = "0"  # tokens of distillation between two steps
 
     def __post_init__(self) -> None:
         choose("prune.method", self.method, METHODS)
         choose("prune.init", self.init, INITS)
         choose("prune.shape", self.shape, SHAPES)
-        _positive("prune", self, "batches", "batch_size")
+        choose("prune.priority", self.priority, PRIORITIES)
+        choose("prune.layers", self.layers, LAYERS)
+        _positive("prune", self, "batches", "batch_size", "iterative")
+        _need(self.depth is None or self.depth > 0, "prune.depth", self.depth, "more than zero, or null")
+        if (self.shape == "fixed") != (self.fixed is not None):
+            raise ConfigError(
+                f"prune.shape={self.shape} with prune.fixed={self.fixed}: a shape is named for shape=fixed, and only "
+                "for it, such as prune.shape=fixed prune.fixed=24x3072x24x8192 (layers x hidden x heads x neurons)."
+            )
+        if self.step_data != "0" and self.iterative == 1:
+            raise ConfigError(
+                f"prune.step_data={self.step_data} is for pruning in steps: say prune.iterative=2 or more."
+            )
         if (self.init == "shared") != (self.reference is not None):
             raise ConfigError(
                 f"prune.init={self.init} with prune.reference={self.reference}: a reference teacher is named for "

@@ -21,11 +21,11 @@ from capacity_gap.data.sources import corpus_name, identity
 from capacity_gap.errors import Busy, ConfigError, ImpossibleCell
 from capacity_gap.fingerprint import identity_fields
 from capacity_gap.logs import logging_to
-from capacity_gap.models.axes import count_params, dims
+from capacity_gap.models.axes import architecture, config_with, count_params, dims
 from capacity_gap.models.folders import content_digest, is_folder, local_family
 from capacity_gap.models.ladders import Family, family
 from capacity_gap.plan import make_plan
-from capacity_gap.pruning.shape import student_config
+from capacity_gap.pruning.shape import Shape, between, sized, student_shape
 from capacity_gap.records import RECORD, SCHEMA_VERSION, Record
 from capacity_gap.runtime import Runtime, resolve_device
 from capacity_gap.scales import format_scale, parse_scale, parse_tokens
@@ -52,13 +52,25 @@ class Cell:
 
     @cached_property
     def student_shape(self) -> Mapping[str, Any]:
-        """The student's config.json: a function of family, scale and policy (DESIGN, *Student*)."""
-        return student_config(
+        """The student's config.json: a function of family, scale and policy (DESIGN, *Student*).
+
+        Under global priority it is that of the average layer: the parameters are the same.
+        """
+        origin = self.family.rungs[self.origin]
+        return config_with(origin, sized(dims(origin), self.shape))
+
+    @cached_property
+    def shape(self) -> Shape:
+        """The student's sizes."""
+        c = self.config.prune
+        return student_shape(
             self.family.rungs,
             self.family.rungs[self.origin],
             self.student_target,
-            policy=self.config.prune.shape,
+            policy=c.shape,
             multiple=self.family.multiple,
+            depth=c.depth,
+            fixed=c.fixed,
         )
 
     @property
@@ -162,15 +174,21 @@ class Cell:
     @cached_property
     def scores(self) -> Stage:
         """Importance of every unit of the teacher that the student is cut from."""
+        return self._scores_of(self._pretrained(self.origin), self.family.rungs[self.origin])
+
+    def _scores_of(self, model: Stage, shape: Mapping[str, Any]) -> Stage:
         c = self.config.prune
         given = {"method": c.method, "batches": c.batches, "batch_size": c.batch_size, **self._arithmetic}
         if c.method == "random":
             given["seed"] = self.config.seed
-        length = self.config.corpus.sequence_length
-        seen = c.batches * c.batch_size * length
-        cost = accounting.train_flops(self.family.rungs[self.origin], seen)
-        inputs = {"teacher": self._pretrained(self.origin), "tokens": self.tokens}
-        return Stage("scores", 1, given, inputs, steps.scores, cost, passes=3 * seen)
+        seen = c.batches * c.batch_size * self.config.corpus.sequence_length
+        passes = 3 * seen
+        if c.layers != "symmetric":
+            given["layers"] = c.layers
+            passes += seen * (1 if c.layers == "block_influence" else dims(shape).layers)
+        inputs = {"teacher": model, "tokens": self.tokens}
+        cost = accounting.train_flops(shape, seen)
+        return Stage("scores", 1, given, inputs, steps.scores, cost, passes=passes)
 
     @property
     def origin(self) -> str:
@@ -179,41 +197,75 @@ class Cell:
 
     @cached_property
     def student(self) -> Stage:
-        """The student before training."""
-        if self.config.prune.init == "random":
+        """The student before training: random weights, or cut from its teacher, at once or in steps."""
+        c = self.config.prune
+        if c.init == "random":
             given = {"shape": self.student_shape, "seed": self.config.seed}
             return Stage("student", 1, {"init": "random", **given}, {}, steps.random_student)
-        given = {"init": "pruned", "shape": self.student_shape}
-        inputs = {"teacher": self._pretrained(self.origin), "scores": self.scores}
-        return Stage("student", 1, given, inputs, steps.pruned_student)
+        model, scores = self._pretrained(self.origin), self.scores
+        for shape in self._way:
+            model = self._cut(model, scores, shape)
+            if self._step_tokens:
+                model = self._trained(model, shape, self._step_tokens)
+            scores = self._scores_of(model, shape)
+        return self._cut(model, scores, self.student_shape, last=True)
+
+    @property
+    def _way(self) -> list[Mapping[str, Any]]:
+        """The shapes between teacher and student when pruning goes in steps."""
+        origin = self.family.rungs[self.origin]
+        table, full, steps_ = architecture(origin), dims(origin), self.config.prune.iterative
+        shapes = [between(full, self.shape, k / steps_, table) for k in range(1, steps_)]
+        return [config_with(origin, sized(full, shape)) for shape in shapes]
+
+    @property
+    def _step_tokens(self) -> int:
+        """Tokens of distillation between two steps of pruning."""
+        if self.config.prune.step_data == "0":
+            return 0
+        return parse_tokens(self.config.prune.step_data, params=self.student_target, key="prune.step_data")
+
+    def _cut(self, model: Stage, scores: Stage, shape: Mapping[str, Any], *, last: bool = False) -> Stage:
+        c = self.config.prune
+        given: dict[str, Any] = {"init": "pruned", "shape": shape}
+        if c.layers != "symmetric":
+            given["layers"] = c.layers
+        if last and c.priority == "global":
+            given |= {"priority": c.priority, "multiple": self.family.multiple}
+        return Stage("student", 1, given, {"teacher": model, "scores": scores}, steps.pruned_student)
 
     @cached_property
     def distilled(self) -> Stage:
         """The trained student; with data=0 the start itself."""
-        c = self.config
         if self.data_tokens == 0:
             return self.student
+        return self._trained(self.student, self.student_shape, self.data_tokens)
+
+    def _trained(self, student: Stage, shape: Mapping[str, Any], tokens: int) -> Stage:
+        c = self.config
         given = {
-            "tokens": self.data_tokens,
+            "tokens": tokens,
             "epochs": c.epochs,
             "seed": c.seed,
             "optim": steps.optim_identity(c.train),
             "distill": identity_fields(c.distill),
-            "learning_rate": self.learning_rate,
+            "learning_rate": c.train.peak(dims(shape).hidden),
             **self._arithmetic,
         }
-        inputs = {"student": self.student, "tokens": self.tokens}
+        inputs = {"student": student, "tokens": self.tokens}
+        teacher_flops = 0.0
         if c.distill.kd_weight > 0:
             inputs["teacher"] = self.teacher
+            teacher_flops = accounting.forward_flops(self.teacher_shape, tokens)
         return Stage(
             "distil",
             1,
             given,
             inputs,
             steps.distil,
-            cost=accounting.train_flops(self.student_shape, self.data_tokens) + self.teacher_flops,
+            cost=accounting.train_flops(shape, tokens) + teacher_flops,
             options=self._training,
-            passes=(4 if self.teacher_flops else 3) * self.data_tokens,
+            passes=(4 if teacher_flops else 3) * tokens,
             collective=True,
         )
 
@@ -278,7 +330,8 @@ class Cell:
             "teacher_params_non_embedding": accounting.non_embedding(self.teacher_shape),
             "init": c.prune.init,
             "prune_method": None if c.prune.init == "random" else c.prune.method,
-            "shape": c.prune.shape,
+            **self._pruned_otherwise,
+            "shape": c.prune.shape if c.prune.fixed is None else c.prune.fixed,
             "batch": c.train.batch_size,
             "learning_rate": self.learning_rate,
             "precision": c.train.precision,
@@ -291,6 +344,14 @@ class Cell:
             "teacher_train_flops": self.teacher_tokens
             and accounting.train_flops(self.teacher_shape, self.teacher_tokens),
         }
+
+    @property
+    def _pruned_otherwise(self) -> dict[str, Any]:
+        """How the student was cut, where that differs from the default: then, and only then, it is recorded."""
+        c = self.config.prune
+        given = {"prune_priority": c.priority, "prune_layers": c.layers, "prune_steps": c.iterative}
+        usual = {"prune_priority": "local", "prune_layers": "symmetric", "prune_steps": 1}
+        return {} if c.init == "random" else {k: v for k, v in given.items() if v != usual[k]}
 
     @property
     def _training(self) -> dict[str, Any]:
@@ -357,6 +418,11 @@ def resolve(config: RunConfig) -> Cell:
     data = parse_scale(config.data, key="data", allow_zero=True)
     budget = None if rung in ladder.published else teacher_tokens(config, params)
     _check_positions(config, ladder.rungs[rung])
+    if config.family.quantization != "none" and config.prune.init != "random":
+        raise ConfigError(
+            f"family.quantization={config.family.quantization} with prune.init={config.prune.init}: a quantised "
+            "teacher cannot be pruned. Use family.quantization=none, or prune.init=random."
+        )
     cell = Cell(config, ladder, rung, student, target, data, budget)
     _ = cell.record.digest  # walks the whole chain: the shape must exist, every setting must have one spelling
     return cell

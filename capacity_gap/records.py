@@ -45,6 +45,9 @@ class Record:
     teacher_params_non_embedding: int | None = None
     init: str | None = None  # pruned | random | shared
     prune_method: str | None = None
+    prune_priority: str | None = None
+    prune_layers: str | None = None
+    prune_steps: int | None = None
     shape: str | None = None
     batch: int | None = None  # sequences in one optimiser step
     learning_rate: float | None = None  # peak

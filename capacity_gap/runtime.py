@@ -9,6 +9,7 @@ import os
 import platform
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -123,14 +124,39 @@ def resolve_device(device: str) -> str:
     import torch
 
     found = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "auto" and found == "cuda":
+        return f"cuda:{Ranks().local if Ranks().size > 1 else _own_gpu(torch.cuda.device_count())}"
     if device == "auto":
-        return f"cuda:{Ranks().local}" if found == "cuda" else found
+        return found
     if device.split(":")[0] == "cuda" and found == "cpu":
         raise ConfigError(
             f"train.device={device}, but torch finds no CUDA device here. Use train.device=cpu (or auto, the default), "
             "or install a CUDA build of torch."
         )
     return device
+
+
+@functools.cache
+def _own_gpu(count: int) -> int:
+    """One GPU a worker: the first that no other worker of this machine holds, until this process ends."""
+    if count == 1:
+        return 0
+    from filelock import FileLock, Timeout
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    for index in range(count):
+        name = visible[index] if len(visible) == count else str(index)
+        lock = FileLock(Path(tempfile.gettempdir()) / f"capacity_gap-gpu-{name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            continue
+        _held.append(lock)
+        return index
+    return os.getpid() % count  # more workers than devices: they share
+
+
+_held: list[Any] = []  # locks are released when they are forgotten
 
 
 def device_name(device: str) -> str:

@@ -3,7 +3,9 @@
 Every function takes a `StageRun` and writes its result to `run.out`. Their order is `pipeline.py`'s affair.
 """
 
+import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from capacity_gap.data import packing
 from capacity_gap.data.corpus import SPLITS, build_corpus, read_texts
 from capacity_gap.data.documents import ood_documents
 from capacity_gap.data.sources import documents
+from capacity_gap.models.axes import count_params
 from capacity_gap.records import RECORD, SCHEMA_VERSION, Record
 from capacity_gap.runtime import provenance
 from capacity_gap.stage import META, StageRun, write_json
@@ -93,38 +96,47 @@ def scores(run: StageRun) -> None:
     packed = _packed(run, "train")
     length = packed.sequence_length
     chosen = packing.subset(packed, given["batches"] * given["batch_size"] * length)
-    batches = (
-        torch.from_numpy(packed.batch(part)).to(run.runtime.device)
-        for part in chosen.reshape(given["batches"], given["batch_size"])
-    )
+
+    def batches() -> Iterator[Any]:
+        for part in chosen.reshape(given["batches"], given["batch_size"]):
+            yield torch.from_numpy(packed.batch(part)).to(run.runtime.device)
+
     found = SCORES[given["method"]](
         model,
-        batches,
+        batches(),
         seed=given.get("seed", 0),
         on_batch=lambda done: run.runtime.report(done, given["batches"], "batches"),
     )
+    if by := given.get("layers"):
+        from capacity_gap.pruning.layers import LAYER_SCORES
+
+        found = dataclasses.replace(found, layers=LAYER_SCORES[by](model, batches()))
     found.save(run.out)
 
 
 def pruned_student(run: StageRun) -> None:
-    """The student cut out of its teacher."""
-    from capacity_gap.models.axes import count_params, dims
-    from capacity_gap.models.loading import load_model, save_model
+    """The student cut out of its teacher: in memory, or where the teacher is a published checkpoint shard by shard."""
+    from capacity_gap.models.loading import checkpoint_folder, load_model, save_model
     from capacity_gap.pruning.scores import Scores
-    from capacity_gap.pruning.shape import Shape
-    from capacity_gap.pruning.surgery import prune
+    from capacity_gap.pruning.shape import shape_of, spread
+    from capacity_gap.pruning.surgery import prune, prune_checkpoint
 
-    sizes = dims(run.config["shape"])
-    shape = Shape(
-        sizes.hidden,
-        sizes.heads,
-        sizes.kv_heads,
-        sizes.head_dim,
-        sizes.neurons,
-        sizes.layers,
-        count_params(run.config["shape"]),
+    given, teacher, scores = run.config, run.inputs["teacher"], Scores.load(run.inputs["scores"])
+    shape, layers = shape_of(given["shape"]), given.get("layers", "symmetric")
+    if given.get("priority") == "global":
+        config = json.loads((checkpoint_folder(teacher) / "config.json").read_text())
+        shape = spread(shape, config, scores, layers=layers, multiple=given["multiple"])
+    if checkpoint_folder(teacher) == teacher:
+        save_model(prune(load_model(teacher), scores, shape, layers=layers), run.out)
+        return
+    prune_checkpoint(
+        checkpoint_folder(teacher),
+        scores,
+        shape,
+        run.out,
+        layers=layers,
+        on_tensor=lambda done, total: run.runtime.report(done, total, "tensors"),
     )
-    save_model(prune(load_model(run.inputs["teacher"]), Scores.load(run.inputs["scores"]), shape), run.out)
 
 
 def random_student(run: StageRun) -> None:
@@ -183,7 +195,7 @@ def record(run: StageRun) -> None:
         cell=run.digest,
         status="done",
         **run.config,
-        stored_params=run.config["student_params"],
+        stored_params=count_params(json.loads((run.inputs["trained"] / "config.json").read_text())),
         student_loss=student["test"]["loss"],
         student_loss_stderr=student["test"]["stderr"],
         student_bits_per_byte=student["test"]["bits_per_byte"],

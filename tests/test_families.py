@@ -75,10 +75,41 @@ def test_a_stand_in_is_pre_trained_evaluated_and_trained_directly(name, tiny, tm
     assert row["student_params"] < row["teacher_params"]
 
 
-def test_what_cannot_be_pruned_yet_says_what_can(tiny, tmp_path):
-    given = [*tiny, "family=pico_gpt2", "family.teacher_data=8k", "student=60k", "teacher=80k", f"store={tmp_path}"]
-    with pytest.raises(ConfigError, match=r"'gpt2' can be trained .* not pruned yet. Prunable: llama, mistral, qwen2"):
-        pipeline.run(compose(given))
+@pytest.mark.parametrize("name", ["pico_gpt2", "pico_neox", "pico_mistral"])
+def test_every_architecture_is_pruned_and_distilled_to_its_record(tiny, tmp_path, name):
+    given = [*tiny, f"family={name}", "family.teacher_data=8k", "student=60k", "teacher=180k", f"store={tmp_path}"]
+    pipeline.run(compose(given))
+    (row,) = records.read(tmp_path)
+    assert (row["status"], row["init"], row["prune_method"]) == ("done", "pruned", "expressive")
+    assert abs(row["student_params"] / 60_000 - 1) < 0.005
+
+
+PRUNED_OTHERWISE = [
+    (["prune.priority=global"], {"prune_priority": "global"}),
+    (["prune.iterative=2", "prune.step_data=2k"], {"prune_steps": 2}),
+    (["prune.layers=block_influence", "prune.depth=3"], {"prune_layers": "block_influence"}),
+    (["prune.shape=fixed", "prune.fixed=3x32x4x80", "student=68k"], {"shape": "3x32x4x80"}),
+    (["prune.method=movement"], {"prune_method": "movement"}),
+]
+
+
+@pytest.mark.parametrize(("given", "recorded"), PRUNED_OTHERWISE, ids=[g[0] for g, _ in PRUNED_OTHERWISE])
+def test_every_way_to_prune_reaches_its_record(tiny, tmp_path, given, recorded):
+    config = compose([*tiny, "student=60k", "teacher=80k", f"store={tmp_path}", *given])
+    pipeline.run(config)
+    (row,) = records.read(tmp_path)
+    assert {k: row[k] for k in recorded} == recorded
+    assert row["student_loss"] < 7
+    assert row["stored_params"] >= row["student_params"]
+    plain = pipeline.resolve(compose([*tiny, "student=60k", "teacher=80k", f"store={tmp_path}"]))
+    assert plain.student.digest != pipeline.resolve(config).student.digest
+
+
+def test_a_quantised_teacher_can_teach_but_not_be_cut():
+    given = ["family=llama2", "student=1b", "teacher=7b", "family.quantization=8bit"]
+    with pytest.raises(ConfigError, match="a quantised teacher cannot be pruned"):
+        pipeline.resolve(compose(given))
+    assert pipeline.resolve(compose([*given, "prune.init=random"]))
 
 
 def test_learned_positions_end(tiny):

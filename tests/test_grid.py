@@ -1,5 +1,8 @@
 """The grid against launchers that break: a failure costs only what needs it."""
 
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +11,7 @@ from capacity_gap import grid
 from capacity_gap.errors import Busy, ConfigError
 from capacity_gap.runtime import Runtime
 from capacity_gap.stage import Stage, Store
+from tests.conftest import ROOT
 
 
 class Died(Exception):
@@ -130,3 +134,21 @@ def test_batches_limit_what_a_launcher_is_given_at_once():
 
     assert grid._in_batches(launch, 2)(list("abcde"), initial_job_idx=0) == list("abcde")
     assert given == [["a", "b"], ["c", "d"], ["e"]]
+
+
+def test_workers_of_a_machine_with_several_gpus_take_one_each(tmp_path):
+    """Three processes on a pretended machine with two GPUs: two get one each, the third shares."""
+    script = (
+        "import sys, tempfile\n"
+        f"tempfile.tempdir = {str(tmp_path)!r}\n"
+        "from capacity_gap.runtime import _own_gpu\n"
+        "print(_own_gpu(2), flush=True); sys.stdin.read()\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+    start = [sys.executable, "-c", script]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment, "cwd": ROOT}
+    workers = [subprocess.Popen(start, **pipes) for _ in range(3)]
+    said = sorted(int(w.stdout.readline()) for w in workers)
+    for worker in workers:
+        worker.communicate("")
+    assert said in ([0, 0, 1], [0, 1, 1])

@@ -1,240 +1,177 @@
-"""Scores against the very masks they differentiate, surgery against the masked dense model."""
-
-import contextlib
-import dataclasses
-import subprocess
-import sys
+"""Scores against the very masks they differentiate, rivals against their formulas by hand, shapes."""
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from capacity_gap.errors import ConfigError, ImpossibleCell
-from capacity_gap.models.axes import count_params, dims
+from capacity_gap.models.axes import architecture, count_params, dims, pattern_of
 from capacity_gap.models.ladders import FAMILIES
-from capacity_gap.models.loading import save_model
-from capacity_gap.pruning import choose_shape, common_shape, expressive_scores, prune
-from capacity_gap.pruning.scores import Scores, random_scores
+from capacity_gap.models.loading import lm_loss
+from capacity_gap.pruning import choose_shape, common_shape, expressive_scores
+from capacity_gap.pruning.hooks import layers_of
+from capacity_gap.pruning.layers import block_influence, loss_increase
+from capacity_gap.pruning.scores import SCORES, Scores, random_scores
 from capacity_gap.pruning.shape import Shape, student_config, unfit
-from capacity_gap.pruning.surgery import choose_units, symmetric_layers
+from tests.small_models import SMALL, TOKENS, loss_of, masked, small_model
 
 PICO = FAMILIES["pico"]
 
 
-def model_of(**changes):
-    """A small Llama with grouped queries, in double precision."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {
-        "vocab_size": 40,
-        "hidden_size": 16,
-        "intermediate_size": 12,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 6,
-        "tie_word_embeddings": False,
-        "max_position_embeddings": 64,
-        **changes,
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**sizes)).double().eval()
-    for module in model.modules():
-        if type(module).__name__ == "LlamaRMSNorm":  # transformers computes it in fp32, too coarse to differentiate
-            module.forward = lambda x, n=module: _norm(x, x, n)
-    return model
-
-
-def _norm(x, over, module):
-    return module.weight * x * torch.rsqrt(over.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
-
-
-TOKENS = torch.randint(0, 40, (3, 4, 10), generator=torch.Generator().manual_seed(1))
-
-
-@contextlib.contextmanager
-def masked(model, heads=None, neurons=None, hidden=None):
-    """Multiplies by masks exactly where METHOD §2 puts them."""
-    hooks = []
-    width = model.config.head_dim * model.config.num_attention_heads // model.config.num_key_value_heads
-
-    def times(mask):
-        return lambda _m, inputs: (inputs[0] * mask,)
-
-    def scale(_m, _i, output):
-        return (output[0] * hidden, *output[1:]) if isinstance(output, tuple) else output * hidden
-
-    for i, layer in enumerate(model.model.layers):
-        if heads is not None:
-            spread = heads[i].repeat_interleave(width)
-            hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(times(spread)))
-        if neurons is not None:
-            hooks.append(layer.mlp.down_proj.register_forward_pre_hook(times(neurons[i])))
-        if hidden is not None:
-            hooks += [layer.self_attn.register_forward_hook(scale), layer.mlp.register_forward_hook(scale)]
-            hooks.append(layer.register_forward_hook(scale))
-            # The stream after attention is read twice, by the norm and by the next sum: scale it once, for both.
-            hooks.append(_scale_mid_stream(layer, hidden))
-    if hidden is not None:
-        hooks.append(model.model.embed_tokens.register_forward_hook(scale))
-    try:
-        yield model
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-class _scale_mid_stream:  # noqa: N801
-    """Runs a layer as written in the Llama paper, with the mid stream masked."""
-
-    def __init__(self, layer, hidden):
-        self.layer, self.plain = layer, layer.forward
-
-        def forward(hidden_states, **kwargs):
-            attended, *_ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
-            middle = (hidden_states + attended) * hidden
-            return middle + layer.mlp(layer.post_attention_layernorm(middle))
-
-        layer.forward = forward
-
-    def remove(self):
-        self.layer.forward = self.plain
-
-
-def loss_of(model, tokens):
-    logits = model(tokens[:, :-1]).logits
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
-
-
-@pytest.mark.parametrize("axis", ["heads", "neurons", "hidden"])
-def test_scores_are_central_differences_of_the_loss_under_those_masks(axis):
-    model = model_of()
-    scores = getattr(expressive_scores(model, TOKENS), axis)
-    shape, step = scores.shape, 1e-5
-    measured = torch.zeros(shape, dtype=torch.float64)
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("axis", ["queries", "neurons", "hidden"])
+def test_expressive_scores_are_central_differences_of_the_loss_under_those_masks(name, axis):
+    model, step = small_model(name), 1e-5
+    sizes = dims(model.config)
+    shape = {"queries": (3, sizes.heads), "neurons": (3, 12), "hidden": (16,)}[axis]
+    measured = torch.zeros(len(TOKENS), *shape, dtype=torch.float64)
     for index in torch.cartesian_prod(*map(torch.arange, shape)).reshape(-1, len(shape)).tolist():
-        for tokens in TOKENS:
+        for batch, tokens in enumerate(TOKENS):
             ends = []
             for sign in (1, -1):
                 mask = torch.ones(shape, dtype=torch.float64)
                 mask[tuple(index)] += sign * step
                 with masked(model, **{axis: mask}):
                     ends.append(loss_of(model, tokens))
-            measured[tuple(index)] += abs(ends[0] - ends[1]) / (2 * step)
-    measured /= measured.norm(dim=-1, keepdim=True)
-    torch.testing.assert_close(scores.double(), measured, rtol=2e-4, atol=1e-6)
+            measured[(batch, *index)] = (ends[0] - ends[1]) / (2 * step)
+    scores = expressive_scores(model, TOKENS)
+    found = {"queries": scores.queries, "neurons": scores.neurons, "hidden": scores.hidden}[axis]
+    if found is not None:
+        torch.testing.assert_close(found.double(), unit(measured.abs().sum(0)), rtol=2e-4, atol=1e-6)
+    if axis == "queries":  # a unit is a key-value head with all its queries: one mask, one absolute value
+        groups = measured.view(len(TOKENS), 3, sizes.kv_heads, -1).sum(-1).abs().sum(0)
+        torch.testing.assert_close(scores.heads.double(), unit(groups), rtol=2e-4, atol=1e-6)
 
 
-def test_scoring_leaves_the_model_as_it_was():
-    model = model_of()
+def unit(scores):
+    return scores / scores.norm(dim=-1, keepdim=True)
+
+
+@pytest.mark.parametrize("method", SCORES)
+def test_scoring_leaves_the_model_as_it_was(method):
+    model = small_model()
     model.model.embed_tokens.weight.requires_grad_(False)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    expressive_scores(model, TOKENS)
+    SCORES[method](model, TOKENS)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert not model.model.embed_tokens.weight.requires_grad
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_permuting_units_permutes_scores():
-    model, order = model_of(), torch.randperm(12, generator=torch.Generator().manual_seed(2))
-    scores = expressive_scores(model, TOKENS)
+@pytest.mark.parametrize("method", [m for m in SCORES if m != "random"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "opt"])
+def test_permuting_units_permutes_scores(name, method):
+    """Neurons of every layer, and hidden units of the whole model, in another order: the same function."""
+    model = small_model(name)
+    scores = SCORES[method](model, TOKENS)
+    orders = {
+        n: torch.randperm(k, generator=torch.Generator().manual_seed(2)) for n, k in (("neurons", 12), ("hidden", 16))
+    }
+    table = architecture(model.config)
     with torch.no_grad():
-        for layer in model.model.layers:
-            for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
-                linear.weight.copy_(linear.weight[order])
-            layer.mlp.down_proj.weight.copy_(layer.mlp.down_proj.weight[:, order])
-    torch.testing.assert_close(expressive_scores(model, TOKENS).neurons, scores.neurons[:, order])
+        for parameter_name, parameter in model.named_parameters():
+            for dimension, axis in enumerate(table.parameters[pattern_of(table, parameter_name)[0]]):
+                order = orders.get("hidden" if axis == "embed" else axis)
+                if order is not None:
+                    parameter.copy_(parameter.index_select(dimension, order))
+    again = SCORES[method](model, TOKENS)
+    torch.testing.assert_close(again.neurons, scores.neurons[:, orders["neurons"]], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(again.hidden, scores.hidden[orders["hidden"]], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(again.heads, scores.heads, rtol=1e-4, atol=1e-6)
 
 
 def test_the_absolute_value_is_taken_per_batch():
-    model = model_of()
+    model = small_model()
     apart = expressive_scores(model, TOKENS)
     together = expressive_scores(model, [TOKENS.flatten(0, 1)])
     assert not torch.allclose(apart.neurons, together.neurons, rtol=1e-3)
 
 
-def test_nan_weights_are_refused():
-    model = model_of()
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
-    with pytest.raises(Exception, match="NaN or infinity"):
-        expressive_scores(model, TOKENS)
-    with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN"):
-        prune(model, random_scores(model, ()), Shape(16, 4, 2, 6, 8, 3, 0))
+# The rivals, by hand: neuron 2 of layer 1 of a small Llama is one row of gate and up and one column of down.
 
 
-def sliced_and_masked(**sizes):
-    model = model_of()
-    scores = expressive_scores(model, TOKENS)
-    full = dims(model.config)
-    shape = Shape(full.hidden, full.heads, full.kv_heads, full.head_dim, full.neurons, full.layers, 0)
-    shape = dataclasses.replace(shape, **sizes)
-    kept = choose_units(scores, shape, full.layers)
-    return model, prune(model, scores, shape), kept
+def neuron_weights(model):
+    mlp = model.model.layers[1].mlp
+    return mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T
 
 
-def test_sliced_heads_and_neurons_equal_the_masked_dense_model():
-    model, student, kept = sliced_and_masked(heads=2, kv_heads=1, neurons=5)
-    heads, neurons = torch.zeros(3, 2).double(), torch.zeros(3, 12).double()
-    heads.scatter_(1, kept.heads, 1.0)
-    neurons.scatter_(1, kept.neurons, 1.0)
-    with masked(model, heads=heads, neurons=neurons):
-        expected = model(TOKENS[0]).logits
-    torch.testing.assert_close(student(TOKENS[0]).logits, expected)
+def relative(scores, raw):
+    """Scores are normalised per layer: compare what two neurons have in proportion."""
+    torch.testing.assert_close(scores[1, 2] / scores[1, 5], (raw[2] / raw[5]).float(), rtol=1e-4, atol=1e-6)
 
 
-def test_sliced_hidden_equals_the_masked_dense_model_with_norms_over_the_kept_units():
-    model, student, kept = sliced_and_masked(hidden=8)
-    mask = torch.zeros(16).double()
-    mask[kept.hidden] = 1.0
-    norms = [m for m in model.modules() if type(m).__name__ == "LlamaRMSNorm"]
-    for norm in norms:
-        norm.forward = lambda x, n=norm: _norm(x, x[..., kept.hidden], n)
-    for norm in (m for m in student.modules() if type(m).__name__ == "LlamaRMSNorm"):
-        norm.forward = lambda x, n=norm: _norm(x, x, n)
-    with masked(model, hidden=mask):
-        expected = model(TOKENS[0]).logits
-    torch.testing.assert_close(student(TOKENS[0]).logits, expected)
+def test_magnitude_by_hand():
+    model = small_model()
+    raw = sum(w.detach().square().sum(1) for w in neuron_weights(model)).sqrt()
+    relative(SCORES["magnitude"](model, ()).neurons, raw)
 
 
-def test_sliced_layers_equal_the_model_without_them():
-    model, student, kept = sliced_and_masked(layers=1)
-    assert kept.layers == [1]
-    model.model.layers = torch.nn.ModuleList([model.model.layers[1]])
-    torch.testing.assert_close(student(TOKENS[0]).logits, model(TOKENS[0]).logits)
+def test_taylor_by_hand():
+    model = small_model()
+    raw = torch.zeros(12).double()
+    for tokens in TOKENS:
+        model.zero_grad()
+        lm_loss(model, tokens).backward()
+        mlp = model.model.layers[1].mlp
+        grads = mlp.gate_proj.weight.grad, mlp.up_proj.weight.grad, mlp.down_proj.weight.grad.T
+        raw += sum((w.detach() * g).abs().sum(1) for w, g in zip(neuron_weights(model), grads, strict=True))
+    relative(SCORES["taylor"](model, TOKENS).neurons, raw)
 
 
-def test_layers_go_evenly_from_both_ends():
-    assert symmetric_layers(32, 24) == list(range(4, 28))
-    assert symmetric_layers(4, 3) == [0, 1, 2]
-    assert symmetric_layers(4, 4) == [0, 1, 2, 3]
+def test_movement_by_hand():
+    model = small_model()
+    scores = SCORES["movement"](model, TOKENS)
+    raw = torch.zeros(12).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
+    for tokens in TOKENS:
+        optimizer.zero_grad()
+        lm_loss(model, tokens).backward()
+        mlp = model.model.layers[1].mlp
+        grads = mlp.gate_proj.weight.grad, mlp.up_proj.weight.grad, mlp.down_proj.weight.grad.T
+        raw -= sum((w.detach() * g).sum(1) for w, g in zip(neuron_weights(model), grads, strict=True))
+        optimizer.step()
+    relative(scores.neurons, raw)
 
 
-def test_an_unpruned_student_is_its_teacher():
-    model, student, _ = sliced_and_masked()
-    weights = dict(model.named_parameters())
-    assert all(torch.equal(p, weights[name]) for name, p in student.named_parameters())
+def test_activation_by_hand():
+    model, seen = small_model(), []
+    hook = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda m, x: seen.append(x[0].detach()))
+    for tokens in TOKENS:
+        model(tokens[:, :-1])
+    hook.remove()
+    relative(SCORES["activation"](model, TOKENS).neurons, torch.cat(seen).abs().flatten(0, 1).mean(0))
 
 
-def test_saved_then_loaded_by_plain_transformers_in_a_fresh_process(tmp_path):
-    _, student, _ = sliced_and_masked(heads=2, kv_heads=1, neurons=5, hidden=8, layers=2)
-    save_model(student, tmp_path)
-    torch.save(student(TOKENS[0]).logits, tmp_path / "logits.pt")
-    torch.save(TOKENS[0], tmp_path / "tokens.pt")
-    script = (
-        "import sys, torch, transformers as t\n"
-        f"m = t.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, dtype=torch.float64).eval()\n"
-        f"x = torch.load({str(tmp_path / 'tokens.pt')!r}, weights_only=True)\n"
-        f"torch.testing.assert_close(m(x).logits, torch.load({str(tmp_path / 'logits.pt')!r}, weights_only=True))\n"
-        "out = m.generate(x[:, :4], max_new_tokens=5, do_sample=False, use_cache=True, pad_token_id=0)\n"
-        "slow = m.generate(x[:, :4], max_new_tokens=5, do_sample=False, use_cache=False, pad_token_id=0)\n"
-        "assert out.shape == (4, 9) and torch.equal(out, slow)\n"
-        "assert not any(name.split('.')[0] == 'capacity_gap' for name in sys.modules)\n"
-    )
-    done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+def test_wanda_by_hand():
+    model, seen = small_model(), {}
+    mlp = model.model.layers[1].mlp
+    hooks = [
+        m.register_forward_pre_hook(lambda m, x, n=n: seen.setdefault(n, []).append(x[0].detach()))
+        for n, m in (("gate", mlp.gate_proj), ("up", mlp.up_proj), ("down", mlp.down_proj))
+    ]
+    for tokens in TOKENS:
+        model(tokens[:, :-1])
+    for hook in hooks:
+        hook.remove()
+    norms = {n: torch.cat(x).flatten(0, 1).norm(dim=0) for n, x in seen.items()}
+    gate, up, down = (w.detach().abs() for w in neuron_weights(model))
+    raw = (gate * norms["gate"]).sum(1) + (up * norms["up"]).sum(1) + down.sum(1) * norms["down"]
+    relative(SCORES["wanda"](model, TOKENS).neurons, raw)
+
+
+# Whole layers
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_layer_that_does_nothing_has_no_influence(name):
+    model = small_model(name)
+    layer = layers_of(model, architecture(model.config), dims(model.config))[1]
+    layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
+    influence, rise = block_influence(model, TOKENS), loss_increase(model, TOKENS)
+    assert influence[1].abs() < 1e-6
+    assert rise[1].abs() < 1e-9
+    assert influence[0] > 1e-3
+    assert rise[0].abs() > 1e-3
 
 
 @pytest.mark.parametrize("rung", list(PICO.rungs))
@@ -281,7 +218,7 @@ def test_shapes_that_cannot_be_say_what_can():
         choose_shape(PICO.rungs["55k"], 90_000, multiple=1)
     with pytest.raises(ConfigError, match="depth=9 is not between 1 and the 4 layers"):
         choose_shape(PICO.rungs["55k"], 40_000, depth=9, multiple=1)
-    with pytest.raises(ConfigError, match=r"policy='sideways'.*Allowed: local"):
+    with pytest.raises(ConfigError, match=r"policy='sideways'.*Allowed: local, global, fixed"):
         choose_shape(PICO.rungs["55k"], 40_000, "sideways")
     with pytest.raises(ImpossibleCell, match="cannot hold the common student.*hidden"):
         student_config(PICO.rungs, PICO.rungs["55k"], 90_000, policy="common", multiple=1)
@@ -289,7 +226,23 @@ def test_shapes_that_cannot_be_say_what_can():
 
 def test_unfit_names_every_axis():
     small = dims(PICO.rungs["55k"])
-    assert unfit(Shape(999, 3, 3, 8, 999, 9, 0), small) == ["hidden 999 > 24", "neurons 999 > 73", "layers 9 > 4"]
+    too_large = Shape(999, 4, 4, 8, 999, 9, 0)
+    assert unfit(too_large, small) == ["hidden 999 > 24", "heads 4 > 3", "neurons 999 > 73", "layers 9 > 4"]
+    assert unfit(Shape(24, 3, 3, 4, 9, 4, 0), small) == ["head_dim 4 ≠ 8"]
+
+
+def test_a_ladder_that_mixes_groups_and_head_sizes_has_a_common_student():
+    """Qwen2.5: heads of 64 at 0.5b and of 128 above, groups of 5 to 8."""
+    rungs = FAMILIES["qwen2_5"].rungs
+    shape = common_shape(rungs, FAMILIES["qwen2_5"].params["0.5b"])
+    assert (shape.head_dim, shape.group) == (128, 5)
+    for teacher in ("1.5b", "3b", "7b", "14b", "72b"):
+        assert student_config(rungs, rungs[teacher], FAMILIES["qwen2_5"].params["0.5b"], policy="common", multiple=8)
+    with pytest.raises(ImpossibleCell, match="head_dim 128 ≠ 64"):
+        student_config(rungs, rungs["0.5b"], FAMILIES["qwen2_5"].params["0.5b"], policy="common", multiple=8)
+    llama = common_shape(FAMILIES["llama2"].rungs, 3_000_000_000)
+    assert llama.group == 1, "7b has no groups; 70b repeats its key-value heads"
+    assert not unfit(llama, dims(FAMILIES["llama2"].rungs["70b"]))
 
 
 def test_no_table_names_those_there_are():
@@ -298,7 +251,7 @@ def test_no_table_names_those_there_are():
 
 
 def test_scores_round_trip_and_random_ones_follow_their_seed(tmp_path):
-    model = model_of()
+    model = small_model()
     one, two = (random_scores(model, (), seed=s) for s in (0, 1))
     assert torch.equal(one.hidden, random_scores(model, (), seed=0).hidden)
     assert not torch.equal(one.hidden, two.hidden)

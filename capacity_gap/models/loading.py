@@ -51,6 +51,19 @@ def load_model(folder: Path, *, device: str = "cpu") -> Any:
     return (model if "quantization_config" in options else model.to(device)).eval()
 
 
+def checkpoint_folder(folder: Path) -> Path:
+    """Where the weights of a model stage are: its own folder, or the checkpoint that it points to."""
+    if not (folder / POINTER).exists():
+        return folder
+    pointer = json.loads((folder / POINTER).read_text())
+    if Path(pointer["repository"]).is_dir():
+        return Path(pointer["repository"])
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.json"]
+    return Path(snapshot_download(pointer["repository"], revision=pointer["revision"], allow_patterns=patterns))
+
+
 def point_to(repository: str, out: Path, *, shape: Mapping[str, Any], dtype: str, quantization: str) -> None:
     """Checks that a published checkpoint is there and has its rung's size, and writes where it is.
 
@@ -132,3 +145,11 @@ def output_weight(model: Any) -> Tensor:
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Trainable parameters by name, tied ones once."""
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def lm_loss(model: Any, tokens: Tensor) -> Tensor:
+    """Mean cross-entropy of tokens [B, T + 1], each predicted from those before it; nats per token."""
+    from capacity_gap.distill.losses import distill_loss
+
+    hidden = hidden_states(model, tokens[:, :-1])
+    return distill_loss(hidden, output_weight(model), tokens[:, 1:], kd_weight=0.0)[0]

@@ -1,40 +1,49 @@
 """How much each unit of a teacher matters: one function a method, one registry.
 
 A unit is one key-value head with all its query heads, one neuron of one layer, or one hidden dimension of the whole
-model. Shape suffixes: L layers, K key-value heads, F neurons, D hidden size.
+model; larger is more important. Methods differ in what they look at; all give the same `Scores`. Shape suffixes: L
+layers, K key-value heads, H query heads, F neurons, D hidden size.
 """
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from capacity_gap.distill.losses import distill_loss
-from capacity_gap.errors import StageError
-from capacity_gap.models.axes import Dims, Masks, dims, masks
-from capacity_gap.models.loading import hidden_states, output_weight
+from capacity_gap.errors import ConfigError, StageError
+from capacity_gap.models.axes import Architecture, Dims, architecture, dims
+from capacity_gap.models.loading import lm_loss
+from capacity_gap.pruning.hooks import mask_gradients, norm_outputs, unit_inputs
+from capacity_gap.pruning.units import UnitSums, named_weights
 
 SCORES_FILE = "scores.safetensors"
+OnBatch = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Importance of every unit, larger is more: `heads` [L, K], `neurons` [L, F], `hidden` [D], fp32 on the CPU."""
+    """Importance of every unit, fp32 on the CPU: `heads` [L, K], `neurons` [L, F], `hidden` [D].
+
+    `queries` [L, H]: of each query head, where several share a key-value head. `layers` [L]: of whole layers, if asked.
+    """
 
     heads: Tensor
     neurons: Tensor
     hidden: Tensor
     method: str
+    queries: Tensor | None = None
+    layers: Tensor | None = None
 
     def save(self, folder: Path) -> None:
         """Writes `scores.safetensors` to `folder`."""
         from safetensors.torch import save_file
 
-        tensors = {"heads": self.heads, "neurons": self.neurons, "hidden": self.hidden}
+        names = ("heads", "neurons", "hidden", "queries", "layers")
+        tensors = {n: getattr(self, n).contiguous() for n in names if getattr(self, n) is not None}
         save_file(tensors, folder / SCORES_FILE, metadata={"method": self.method})
 
     @classmethod
@@ -43,12 +52,11 @@ class Scores:
         from safetensors import safe_open
 
         with safe_open(folder / SCORES_FILE, framework="pt") as file:
-            heads, neurons, hidden = (file.get_tensor(k) for k in ("heads", "neurons", "hidden"))
-            return cls(heads, neurons, hidden, file.metadata()["method"])
+            return cls(**{k: file.get_tensor(k) for k in file.keys()}, method=file.metadata()["method"])  # noqa: SIM118
 
 
 def expressive_scores(
-    model: Any, batches: Iterable[Tensor], *, seed: int = 0, on_batch: Callable[[int], None] = lambda done: None
+    model: Any, batches: Iterable[Tensor], *, seed: int = 0, on_batch: OnBatch = lambda done: None
 ) -> Scores:
     """The paper's expressive scores: `I(m) = (1/B) Σ_batches |∂L_batch/∂m|` for a mask m of ones (METHOD §2).
 
@@ -64,37 +72,184 @@ def expressive_scores(
         on_batch: called with the number of batches done.
     """
     del seed
-    sizes, table = dims(model.config), masks(model.config)
+    sizes, table = _open(model)
     sums = _zeros(sizes)
-    done = 0
-    for tokens in batches:
-        for total, batch in zip(sums, _mask_gradients(model, table, sizes, tokens), strict=True):
+    for tokens in _counted(batches, on_batch, "expressive"):
+        queries, neurons, hidden = mask_gradients(model, table, sizes, tokens)
+        heads = queries.view(sizes.layers, sizes.kv_heads, -1).sum(-1)
+        for total, batch in zip(sums, (heads, neurons, hidden, queries), strict=True):
             total += batch.abs()
-        done += 1
-        on_batch(done)
-    if done == 0:
-        raise ValueError("expressive_scores needs at least one batch of tokens")
-    heads, neurons, hidden = (total / done for total in sums)
-    return _checked(_unit(heads), _unit(neurons), _unit(hidden), "expressive")
+    return _finished(sums, sizes, "expressive")
 
 
 def random_scores(
-    model: Any, batches: Iterable[Tensor], *, seed: int = 0, on_batch: Callable[[int], None] = lambda done: None
+    model: Any, batches: Iterable[Tensor], *, seed: int = 0, on_batch: OnBatch = lambda done: None
 ) -> Scores:
     """Uniform random scores, decided by `seed`: the baseline that every method must beat. Sees no data."""
     del batches, on_batch
+    sizes, _ = _open(model)
     generator = torch.Generator().manual_seed(seed)
-    heads, neurons, hidden = (torch.rand(zeros.shape, generator=generator) for zeros in _zeros(dims(model.config)))
-    return _checked(heads, neurons, hidden, "random")
+    heads, neurons, hidden, queries = (torch.rand(z.shape, generator=generator) for z in _zeros(sizes))
+    return Scores(heads, neurons, hidden, "random", queries if sizes.group > 1 else None)
 
 
-SCORES: dict[str, Callable[..., Scores]] = {"expressive": expressive_scores, "random": random_scores}
+def magnitude_scores(
+    model: Any, batches: Iterable[Tensor], *, seed: int = 0, on_batch: OnBatch = lambda done: None
+) -> Scores:
+    """`I(u) = √(Σ_{w ∈ u} w²)`, the L2 norm of all weights of a unit. Sees no data."""
+    del batches, on_batch, seed
+    sizes, table = _open(model)
+    sums = UnitSums(table, sizes)
+    for name, weight in named_weights(model):
+        sums.add(name, weight.detach().float().square())
+    return _finished([s.sqrt() for s in sums.totals], sizes, "magnitude")
 
 
-def _zeros(sizes: Dims) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = ((sizes.layers, sizes.kv_heads), (sizes.layers, sizes.neurons), (sizes.hidden,))
-    heads, neurons, hidden = (torch.zeros(shape) for shape in shapes)
-    return heads, neurons, hidden
+def taylor_scores(
+    model: Any, batches: Iterable[Tensor], *, seed: int = 0, on_batch: OnBatch = lambda done: None
+) -> Scores:
+    """`I(u) = Σ_batches Σ_{w ∈ u} |w · ∂L/∂w|`: first-order, the absolute value of each weight by itself
+    (Molchanov et al. 2019, arXiv 1906.10771, eq. 8, as LLM-Pruner takes it).
+    """
+    del seed
+    sizes, table = _open(model)
+    sums = UnitSums(table, sizes)
+    for tokens in _counted(batches, on_batch, "taylor"):
+        for name, weight, grad in _gradients(model, tokens):
+            sums.add(name, (weight.float() * grad.float()).abs())
+    return _finished(sums.totals, sizes, "taylor")
+
+
+def movement_scores(
+    model: Any, batches: Iterable[Tensor], *, seed: int = 0, on_batch: OnBatch = lambda done: None, rate: float = 1e-4
+) -> Scores:
+    """`I(u) = −Σ_t Σ_{w ∈ u} w_t · ∂L_t/∂w`: weights that fine-tuning moves away from zero stay
+    (Sanh et al. 2020, arXiv 2005.07683, eq. 4). One AdamW update of a copy of the model per batch, at `rate`.
+    """
+    del seed
+    sizes, table = _open(model)
+    sums = UnitSums(table, sizes)
+    moved = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW([p for _, p in named_weights(moved)], lr=rate, weight_decay=0.0)
+    for tokens in _counted(batches, on_batch, "movement"):
+        parameters = dict(named_weights(moved))
+        for name, weight, grad in _gradients(moved, tokens):
+            sums.add(name, -weight.float() * grad.float())
+            parameters[name].grad = grad
+        optimizer.step()
+        optimizer.zero_grad()
+    return _finished(sums.totals, sizes, "movement")
+
+
+def activation_scores(
+    model: Any, batches: Iterable[Tensor], *, seed: int = 0, on_batch: OnBatch = lambda done: None
+) -> Scores:
+    """Minitron's (Muralidharan et al. 2024, arXiv 2407.14679, §2.2), means over tokens: of a head the L2 norm of its
+    output, of a neuron the absolute value of its activation, of a hidden dimension that of every norm's output.
+    """
+    del seed
+    sizes, table = _open(model)
+    sums = _zeros(sizes)
+    for tokens in _counted(batches, on_batch, "activation"):
+        with norm_outputs(model) as norms, unit_inputs(model, table, sizes) as (heads, neurons), torch.no_grad():
+            lm_loss(model, tokens)
+        for layer in range(sizes.layers):
+            queries = heads[layer].unflatten(-1, (sizes.heads, -1)).norm(dim=-1).mean(0).cpu()
+            sums[3][layer] += queries
+            sums[0][layer] += queries.view(sizes.kv_heads, -1).sum(-1)
+            sums[1][layer] += neurons[layer].abs().mean(0).cpu()
+        sums[2].add_(sum(x.abs().mean(0).cpu() for x in norms))
+    return _finished(sums, sizes, "activation")
+
+
+def wanda_scores(
+    model: Any, batches: Iterable[Tensor], *, seed: int = 0, on_batch: OnBatch = lambda done: None
+) -> Scores:
+    """`I(u) = Σ_{ij ∈ u} |W_ij| · ‖x_j‖₂`: Wanda's weights times the norm of their inputs (Sun et al. 2024,
+    arXiv 2306.11695, eq. 1), summed over the weights of a unit.
+    """
+    del seed
+    sizes, table = _open(model)
+    linears = {n: m for n, m in model.named_modules() if _is_linear(m) and m is not model.get_output_embeddings()}
+    squares: dict[str, Tensor] = {}
+    hooks = [m.register_forward_pre_hook(_adds_squares(squares, n)) for n, m in linears.items()]
+    try:
+        for tokens in _counted(batches, on_batch, "wanda"):
+            with torch.no_grad():
+                lm_loss(model, tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    sums = UnitSums(table, sizes)
+    for name, module in linears.items():
+        norms = squares[name].sqrt()
+        inputs = norms if isinstance(module, nn.Linear) else norms[:, None]  # GPT-2's Conv1D has its inputs first
+        sums.add(f"{name}.weight", module.weight.detach().float().abs() * inputs)
+    return _finished(sums.totals, sizes, "wanda")
+
+
+SCORES: dict[str, Callable[..., Scores]] = {
+    "expressive": expressive_scores,
+    "random": random_scores,
+    "magnitude": magnitude_scores,
+    "movement": movement_scores,
+    "taylor": taylor_scores,
+    "activation": activation_scores,
+    "wanda": wanda_scores,
+}
+
+
+def _adds_squares(squares: dict[str, Tensor], name: str) -> Callable:
+    def hook(_module: Any, inputs: tuple) -> None:
+        x = inputs[0].detach().float().flatten(0, -2).square().sum(0)
+        squares[name] = squares[name] + x if name in squares else x
+
+    return hook
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _open(model: Any) -> tuple[Dims, Architecture]:
+    """The sizes and the table of a model that can be scored; a quantised one cannot."""
+    broken = [n for n, p in model.named_parameters() if not p.is_floating_point()]
+    if broken or getattr(model, "is_quantized", False):
+        raise ConfigError(
+            "a quantised teacher cannot be scored or pruned: its weights have no gradients and no rows to select. Use "
+            "family.quantization=none (8-bit teachers can still teach: prune.init=random, or prune.init=shared)."
+        )
+    return dims(model.config), architecture(model.config)
+
+
+def _counted(batches: Iterable[Tensor], on_batch: OnBatch, method: str) -> Iterable[Tensor]:
+    done = 0
+    for done, tokens in enumerate(batches, 1):
+        yield tokens
+        on_batch(done)
+    if done == 0:
+        raise ValueError(f"{method}_scores needs at least one batch of tokens")
+
+
+def _gradients(model: Any, tokens: Tensor) -> Iterable[tuple[str, Tensor, Tensor]]:
+    """Name, weight and ∂L/∂w of every weight; flags are put back."""
+    weights = list(named_weights(model))
+    flags = [(p, p.requires_grad) for _, p in weights]
+    for parameter, _ in flags:
+        parameter.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            grads = torch.autograd.grad(lm_loss(model, tokens), [p for _, p in weights])
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+    return ((name, weight.detach(), grad) for (name, weight), grad in zip(weights, grads, strict=True))
+
+
+def _zeros(sizes: Dims) -> list[Tensor]:
+    """Heads, neurons, hidden, query heads."""
+    per_layer = (sizes.kv_heads, sizes.neurons, None, sizes.heads)
+    return [torch.zeros((sizes.layers, n) if n else (sizes.hidden,)) for n in per_layer]
 
 
 def _unit(scores: Tensor) -> Tensor:
@@ -102,57 +257,12 @@ def _unit(scores: Tensor) -> Tensor:
     return scores / scores.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _checked(heads: Tensor, neurons: Tensor, hidden: Tensor, method: str) -> Scores:
-    if not all(t.isfinite().all() for t in (heads, neurons, hidden)):
+def _finished(sums: list[Tensor], sizes: Dims, method: str) -> Scores:
+    """Normalised scores; what is not finite raises."""
+    if not all(t.isfinite().all() for t in sums):
         raise StageError(
             f"the {method} scores are not finite: the teacher's weights or activations hold NaN or infinity. "
             "Check the teacher's checkpoint and its held-out loss."
         )
-    return Scores(heads, neurons, hidden, method)
-
-
-def _mask_gradients(model: Any, table: Masks, sizes: Dims, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """∂L/∂mask of one batch, in fp32 on the CPU: heads [L, K], neurons [L, F], hidden [D]."""
-    layers = [model.get_submodule(table.layer.format(i=i)) for i in range(sizes.layers)]
-    out = [layer.get_submodule(table.attention_out).weight for layer in layers]
-    down = [layer.get_submodule(table.mlp_out).weight for layer in layers]
-    with _residual_stream(model, table, layers) as sites, torch.enable_grad():
-        hidden = hidden_states(model, tokens[:, :-1])
-        loss, _ = distill_loss(hidden, output_weight(model), tokens[:, 1:], kd_weight=0.0)
-    grads = torch.autograd.grad(loss, [*out, *down, *sites])
-    weights = [(w.detach().float() * g.float()).sum(0) for w, g in zip(out + down, grads, strict=False)]
-    heads = torch.stack(weights[: sizes.layers]).view(sizes.layers, sizes.kv_heads, -1).sum(-1)
-    stream = [(x.detach().float() * g.float()).sum((0, 1)) for x, g in zip(sites, grads[len(weights) :], strict=True)]
-    return heads.cpu(), torch.stack(weights[sizes.layers :]).cpu(), torch.stack(stream).sum(0).cpu()
-
-
-@contextlib.contextmanager
-def _residual_stream(model: Any, table: Masks, layers: list[Any]) -> Iterator[list[Tensor]]:
-    """Collects the tensors that the hidden mask acts on: embeddings, each sublayer's output, the stream after each sum.
-
-    Every parameter takes part in the graph meanwhile; flags and hooks are put back on leaving, also after an error.
-    """
-    sites: list[Tensor] = []
-
-    def keep(_module: Any, _inputs: Any, output: Any) -> None:
-        sites.append(output[0] if isinstance(output, tuple) else output)
-
-    def keep_input(_module: Any, inputs: tuple) -> None:
-        sites.append(inputs[0])
-
-    hooks = [model.get_submodule(table.embedding).register_forward_hook(keep)]
-    for layer in layers:
-        hooks.append(layer.get_submodule(table.attention).register_forward_hook(keep))
-        hooks.append(layer.get_submodule(table.mid_stream).register_forward_pre_hook(keep_input))
-        hooks.append(layer.get_submodule(table.mlp).register_forward_hook(keep))
-        hooks.append(layer.register_forward_hook(keep))
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    for parameter, _ in flags:
-        parameter.requires_grad_(True)
-    try:
-        yield sites
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+    heads, neurons, hidden, queries = map(_unit, sums)
+    return Scores(heads, neurons, hidden, method, queries if sizes.group > 1 else None)

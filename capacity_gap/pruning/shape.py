@@ -7,19 +7,31 @@ minimum of all larger rungs it gives the common student, which is the same for e
 """
 
 import math
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from capacity_gap.errors import ConfigError, ImpossibleCell
+from capacity_gap.errors import ConfigError, ImpossibleCell, choose
 from capacity_gap.models.axes import Architecture, Config, Dims, architecture, config_with, count, dims
 
+if TYPE_CHECKING:
+    from capacity_gap.pruning.scores import Scores
+
 TOLERANCE = 0.005  # how far a student's size may be from what was asked for
+POLICIES = ("local", "global", "fixed")
+LAYERS = ("symmetric", "block_influence", "loss_increase")
+FIXED_TOLERANCE = 0.03  # of a shape that the user names against the scale that the user names
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a student and its parameters. `heads` are query heads; a unit is a key-value head."""
+    """The sizes of a student and its parameters. `heads` are query heads; a unit is a key-value head.
+
+    Under global priority layers differ: `layer_heads` and `layer_neurons` are the units of each of the teacher's layers
+    that stay (0 units: the layer goes), and `kv_heads` and `neurons` what a layer has on average.
+    """
 
     hidden: int
     heads: int
@@ -28,6 +40,13 @@ class Shape:
     neurons: int
     layers: int
     params: int
+    layer_heads: tuple[int, ...] | None = None
+    layer_neurons: tuple[int, ...] | None = None
+
+    @property
+    def group(self) -> int:
+        """Query heads per key-value head."""
+        return self.heads // self.kv_heads
 
 
 def choose_shape(
@@ -35,41 +54,130 @@ def choose_shape(
     target_params: int,
     policy: str = "local",
     *,
+    scores: "Scores | None" = None,
+    layers: str = "symmetric",
     depth: int | None = None,
     multiple: int = 8,
+    fixed: str | None = None,
 ) -> Shape:
-    """The shape of `target_params` parameters for one teacher, its own proportions kept (METHOD §3, *local*).
+    """The shape of `target_params` parameters for one teacher, its own proportions kept (METHOD §3).
 
     Args:
         config: the teacher's config.
         target_params: total parameters wanted; met within 0.5 %.
-        policy: `local`: the same number of heads and neurons in every layer.
+        policy: `local`: the same number of heads and neurons in every layer; `global`: the same totals, spread over the
+            layers as the layer-normalised `scores` say; `fixed`: as named by `fixed`.
+        scores: the teacher's, for `global`.
+        layers: how layers are chosen where some go: `symmetric`, or by a score; `global` needs to know which stay.
         depth: layers of the student; the teacher's by default.
         multiple: sizes are multiples of this; 1 at pico size.
+        fixed: `layers x hidden x heads x neurons`, such as `24x3072x24x8192`.
 
     Raises:
         ConfigError: an unknown policy, or no legal shape of this size; the message names the nearest ones.
     """
-    if policy != "local":
-        raise ConfigError(f"policy={policy!r} is not known. Allowed: local.")
-    return shrink(architecture(config), dims(config), target_params, multiple=multiple, depth=depth)
+    choose("policy", policy, POLICIES)
+    choose("layers", layers, LAYERS)
+    if policy == "fixed":
+        return fixed_shape(config, fixed or "", target_params)
+    shape = shrink(architecture(config), dims(config), target_params, multiple=multiple, depth=depth)
+    return shape if policy == "local" else spread(shape, config, scores, layers=layers, multiple=multiple)
 
 
-def common_shape(rungs: Mapping[str, Config], target_params: int, *, multiple: int = 8) -> Shape:
+def fixed_shape(config: Config, given: str, target_params: int | None = None) -> Shape:
+    """The shape that `given` names, `layers x hidden x heads x neurons` (heads are query heads).
+
+    Raises:
+        ConfigError: it cannot be read, is not legal for the architecture, or has another size than `target_params`.
+    """
+    sizes, table = dims(config), architecture(config)
+    numbers = [int(n) for n in re.findall(r"\d+", given)]
+    if not re.fullmatch(r"\s*\d+(\s*[x×]\s*\d+){3}\s*", given):
+        raise ConfigError(f"fixed={given!r} cannot be read. Write layers x hidden x heads x neurons: 24x3072x24x8192.")
+    layers, hidden, heads, neurons = numbers
+    group = 1 if sizes.group == 1 or heads % sizes.group else sizes.group
+    kv_heads = heads // group
+    if table.square and hidden != heads * sizes.head_dim:
+        raise ConfigError(
+            f"fixed={given}: this architecture ties hidden = heads × {sizes.head_dim}, but {hidden} ≠ {heads} × "
+            f"{sizes.head_dim}. Say hidden {heads * sizes.head_dim}, or {hidden // sizes.head_dim} heads."
+        )
+    if hidden % heads:
+        raise ConfigError(f"fixed={given}: transformers wants a hidden size that the number of heads divides.")
+    found = sizes.with_units(hidden=hidden, kv_heads=kv_heads, neurons=neurons, layers=layers, group=group)
+    params = count(table, found)
+    if target_params and abs(params / target_params - 1) > FIXED_TOLERANCE:
+        raise ConfigError(
+            f"fixed={given} has {params:,} parameters, but the student was asked to have {target_params:,}. "
+            f"Say student={params}, or another shape."
+        )
+    return _shape(table, found)
+
+
+def spread(shape: Shape, config: Config, scores: "Scores | None", *, layers: str, multiple: int) -> Shape:
+    """The units of a local shape, spread over the layers by *global priority* (METHOD §3): ranked across all layers by
+    their layer-normalised scores, so that layers end up with different counts. Parameters stay the same.
+    """
+    if scores is None:
+        raise ConfigError("policy=global ranks units across layers: it needs scores.")
+    from capacity_gap.pruning.surgery import kept_layers
+
+    stay = kept_layers(scores, dims(config).layers, shape.layers, layers)
+    square = architecture(config).square
+    heads = [shape.kv_heads] * len(stay) if square else _counts(scores.heads[stay], shape.kv_heads, 1)
+    neurons = _counts(scores.neurons[stay], shape.neurons, multiple)
+    full = dims(config).layers
+    by_layer = [dict(zip(stay, counts, strict=True)) for counts in (heads, neurons)]
+    return replace(
+        shape,
+        layer_heads=tuple(by_layer[0].get(i, 0) for i in range(full)),
+        layer_neurons=tuple(by_layer[1].get(i, 0) for i in range(full)),
+    )
+
+
+def _counts(scores: Any, mean: int, multiple: int) -> list[int]:
+    """Units per layer, `mean` of them on average, in multiples and at least one multiple each: the top of one ranking.
+
+    Scores [L, U] are taken in blocks of `multiple`, the best of a layer first; each block counts by its mean score.
+    """
+    layers, units = scores.shape
+    ordered = scores.sort(dim=-1, descending=True).values[:, : units // multiple * multiple]
+    blocks = ordered.reshape(layers, -1, multiple).mean(-1)
+    counts = [1] * layers
+    ranked = sorted(((float(blocks[i, j]), i) for i in range(layers) for j in range(1, blocks.shape[1])), reverse=True)
+    for _, layer in ranked[: layers * (mean // multiple) - layers]:
+        counts[layer] += 1
+    return [c * multiple for c in counts]
+
+
+def common_shape(
+    rungs: Mapping[str, Config], target_params: int, *, multiple: int = 8, depth: int | None = None
+) -> Shape:
     """The one shape for students of this size, a function of the ladder and the size alone.
 
     A student the size of a rung has that rung's shape. Any other is shrunk from the elementwise minimum of all rungs
-    that are larger, so each of them can hold it.
+    that are larger, so each of them can hold it. Rungs whose heads have another size than most cannot be cut to one
+    shape with the others: they are left out. Where rungs group queries differently, the student takes as few queries
+    to a key-value head as any; under one rung without groups it has none, and grouped teachers repeat their
+    key-value heads.
     """
     able = [r for r in rungs.values() if count(architecture(r), dims(r)) >= target_params * (1 - TOLERANCE)]
     if not able:
         raise ConfigError(f"no rung has {target_params:,} parameters or more. Rungs: {' '.join(rungs)}.")
+    usual = Counter(dims(r).head_dim for r in able).most_common(1)[0][0]
+    able = [r for r in able if dims(r).head_dim == usual]
+    sizes = [dims(r) for r in able]
     for rung in able:
         if count(architecture(rung), dims(rung)) <= target_params * (1 + TOLERANCE):
-            return _shape(architecture(rung), dims(rung))
-    sizes = [dims(r) for r in able]
+            own = _shape(architecture(rung), dims(rung))
+            if not any(unfit(own, s) for s in sizes):
+                return own
     least = {a: min(getattr(s, a) for s in sizes) for a in ("hidden", "kv_heads", "neurons", "layers")}
-    return shrink(architecture(able[0]), sizes[0].with_units(**least), target_params, multiple=multiple)
+    group = min(s.group for s in sizes)
+    if group == 1:
+        least["kv_heads"] = min(s.heads for s in sizes)
+    envelope = sizes[0].with_units(**least, group=group)
+    return shrink(architecture(able[0]), envelope, target_params, multiple=multiple, depth=depth)
 
 
 def shrink(table: Architecture, full: Dims, target: int, *, multiple: int, depth: int | None = None) -> Shape:
@@ -142,36 +250,97 @@ def _no_shape(table: Architecture, full: Dims, target: int, layers: int, multipl
 def unfit(shape: Shape, teacher: Dims) -> list[str]:
     """Why a student of this shape cannot be cut from this teacher; empty if it can."""
     reasons = []
-    for axis in ("hidden", "kv_heads", "neurons", "layers"):
+    for axis in ("hidden", "heads", "neurons", "layers"):
         if getattr(shape, axis) > getattr(teacher, axis):
             reasons.append(f"{axis} {getattr(shape, axis)} > {getattr(teacher, axis)}")
     if shape.head_dim != teacher.head_dim:
         reasons.append(f"head_dim {shape.head_dim} ≠ {teacher.head_dim}")
-    if shape.heads * teacher.kv_heads != shape.kv_heads * teacher.heads:
-        reasons.append(f"{shape.heads} heads in {shape.kv_heads} groups, teacher {teacher.heads} in {teacher.kv_heads}")
+    if shape.group > 1 and (shape.kv_heads > teacher.kv_heads or shape.group > teacher.group):
+        groups = f"{shape.kv_heads} key-value heads with {shape.group} queries each"
+        reasons.append(f"{groups}, teacher {teacher.kv_heads} with {teacher.group}")
     return reasons
 
 
-def student_config(
-    rungs: Mapping[str, Config], teacher: Mapping[str, Any], target: int, *, policy: str, multiple: int
-) -> dict[str, Any]:
-    """The student's config.json under a shape policy: `common`, or `per_teacher` (the paper's).
+def student_shape(
+    rungs: Mapping[str, Config],
+    teacher: Mapping[str, Any],
+    target: int,
+    *,
+    policy: str,
+    multiple: int,
+    depth: int | None = None,
+    fixed: str | None = None,
+) -> Shape:
+    """The student's shape under a shape policy: `common`, `per_teacher` (the paper's), or `fixed`.
+
+    A student the size of its teacher is its teacher.
 
     Raises:
-        ImpossibleCell: this teacher cannot hold the common shape.
+        ImpossibleCell: this teacher cannot hold the shape.
     """
+    own = shape_of(teacher)
+    if policy != "fixed" and depth in (None, own.layers) and abs(own.params / target - 1) <= TOLERANCE:
+        return own
     if policy == "per_teacher":
-        shape = choose_shape(teacher, target, multiple=multiple)
+        shape = choose_shape(teacher, target, multiple=multiple, depth=depth)
+    elif policy == "fixed":
+        shape = fixed_shape(teacher, fixed or "", target)
     else:
-        shape = common_shape(rungs, target, multiple=multiple)
+        shape = common_shape(rungs, target, multiple=multiple, depth=depth)
     if reasons := unfit(shape, dims(teacher)):
         raise ImpossibleCell(
-            f"the teacher cannot hold the common student of {target:,} parameters: {'; '.join(reasons)}. "
+            f"the teacher cannot hold the {policy} student of {target:,} parameters: {'; '.join(reasons)}. "
             "Take a larger teacher, or prune.shape=per_teacher."
         )
+    return shape
+
+
+def student_config(
+    rungs: Mapping[str, Config], teacher: Mapping[str, Any], target: int, *, policy: str, multiple: int, **more: Any
+) -> dict[str, Any]:
+    """The student's config.json under a shape policy; takes and raises what `student_shape` does."""
+    shape = student_shape(rungs, teacher, target, policy=policy, multiple=multiple, **more)
     return config_with(teacher, sized(dims(teacher), shape))
+
+
+def shape_of(config: Config) -> Shape:
+    """The shape of a model that is there."""
+    return _shape(architecture(config), dims(config))
 
 
 def sized(teacher: Dims, shape: Shape) -> Dims:
     """The teacher's dims with a student's sizes."""
-    return teacher.with_units(hidden=shape.hidden, kv_heads=shape.kv_heads, neurons=shape.neurons, layers=shape.layers)
+    return teacher.with_units(
+        hidden=shape.hidden,
+        kv_heads=shape.kv_heads,
+        neurons=shape.neurons,
+        layers=shape.layers,
+        group=shape.group,
+    )
+
+
+def between(teacher: Dims, final: Shape, share: float, table: Architecture) -> Shape:
+    """A legal shape on the way from a teacher to a student: each axis `share` of the way, in logarithms.
+
+    Pruning in steps (`prune.iterative`) goes through these. Every axis lies between the two, so the rest of the way
+    stays open.
+    """
+
+    def part(axis: str) -> int:
+        ends = getattr(teacher, axis), getattr(final, axis)
+        return round(math.exp((1 - share) * math.log(ends[0]) + share * math.log(ends[1])))
+
+    group = teacher.group if final.group == teacher.group else final.group
+    kv_heads = part("kv_heads") if final.group == teacher.group else final.kv_heads
+    hidden = part("hidden")
+    legal = [
+        (h, k)
+        for k in range(min(kv_heads, final.kv_heads), max(kv_heads, final.kv_heads) + 1)
+        for h in range(final.hidden, teacher.hidden + 1)
+        if (h == k * group * final.head_dim if table.square else h % (k * group) == 0)
+    ]
+    hidden, kv_heads = min(legal, key=lambda c: (abs(math.log(c[0] / hidden)) + abs(math.log(c[1] / kv_heads)), c))
+    middle = teacher.with_units(
+        hidden=hidden, kv_heads=kv_heads, neurons=part("neurons"), layers=part("layers"), group=group
+    )
+    return _shape(table, middle)

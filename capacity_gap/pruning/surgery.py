@@ -1,37 +1,57 @@
-"""Cutting a student out of its teacher: `index_select` along named axes, nothing else."""
+"""Cutting a student out of its teacher: `index_select` along named axes, nothing else.
 
-import re
+`prune` cuts a model in memory; `prune_checkpoint` cuts one on disk, a tensor at a time, without ever holding it whole.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from capacity_gap.errors import ConfigError
-from capacity_gap.models.axes import Architecture, Dims, architecture, dims, masks
+from capacity_gap.models.axes import Architecture, Dims, architecture, config_with, dims, pattern_of
 from capacity_gap.pruning.scores import Scores
 from capacity_gap.pruning.shape import Shape, sized, unfit
+
+SHARD_BYTES = 2**28  # of a student written in shards
+UNITS = ("hidden", "embed", "neurons", "heads", "kv_heads", "qkv", "qkv_by_head")
 
 
 @dataclass(frozen=True)
 class Kept:
-    """The units that stay, in the teacher's order: `layers`, `hidden` [D'], `heads` [L, K'], `neurons` [L, F']."""
+    """The units of a model that stay, in its order: indices, per layer of the model where they belong to one.
+
+    `heads` are query heads, `kv_heads` key-value heads: one for each that the student has, repeated where a student
+    without groups is cut from a teacher with them.
+    """
 
     layers: list[int]
     hidden: Tensor
-    heads: Tensor
-    neurons: Tensor
+    heads: list[Tensor]
+    kv_heads: list[Tensor]
+    neurons: list[Tensor]
 
     def rows(self, axis: str, layer: int, sizes: Dims) -> Tensor | None:
-        """Indices into one axis of a parameter of a teacher's layer; None keeps the whole axis."""
-        if axis == "hidden":
+        """Indices into one axis of a parameter of layer `layer`; None keeps the whole axis."""
+        width = sizes.head_dim
+        if axis == "hidden" or (axis == "embed" and sizes.embed == sizes.hidden):
             return self.hidden
         if axis == "neurons":
             return self.neurons[layer]
         if axis == "kv_heads":
-            return _spread(self.heads[layer], sizes.head_dim)
+            return _spread(self.kv_heads[layer], width)
         if axis == "heads":
-            return _spread(self.heads[layer], sizes.head_dim * sizes.group)
+            return _spread(self.heads[layer], width)
+        if axis == "qkv":
+            rows = _spread(self.heads[layer], width)
+            return torch.cat([rows + part * sizes.heads * width for part in range(3)])
+        if axis == "qkv_by_head":
+            return _spread(self.heads[layer], 3 * width)
         return None
 
 
@@ -46,14 +66,49 @@ def symmetric_layers(layers: int, keep: int) -> list[int]:
     return list(range(bottom, bottom + keep))
 
 
-def choose_units(scores: Scores, shape: Shape, layers: int) -> Kept:
-    """The units with the highest scores, the same number in every layer (*local priority*)."""
+def kept_layers(scores: Scores, layers: int, keep: int, by: str) -> list[int]:
+    """Which of a model's layers stay: the middle ones (`symmetric`), or those with the highest scores."""
+    if by == "symmetric" or keep == layers:
+        return symmetric_layers(layers, keep)
+    if scores.layers is None:
+        raise ConfigError(f"layers={by} needs scores of layers: score with prune.layers={by}.")
+    return _top(scores.layers, keep).tolist()
+
+
+def choose_units(scores: Scores, shape: Shape, sizes: Dims, *, layers: str = "symmetric") -> Kept:
+    """The units with the highest scores, as many in each layer as the shape says."""
+    heads, kv_heads = zip(*(_choose_heads(scores, shape, sizes, i) for i in range(sizes.layers)), strict=True)
+    counts = shape.layer_neurons or [shape.neurons] * sizes.layers
     return Kept(
-        symmetric_layers(layers, shape.layers),
+        kept_layers(scores, sizes.layers, shape.layers, layers),
         _top(scores.hidden, shape.hidden),
-        _top(scores.heads, shape.kv_heads),
-        _top(scores.neurons, shape.neurons),
+        list(heads),
+        list(kv_heads),
+        [_top(scores.neurons[i], n) for i, n in enumerate(counts)],
     )
+
+
+def _choose_heads(scores: Scores, shape: Shape, sizes: Dims, layer: int) -> tuple[Tensor, Tensor]:
+    """Query heads and key-value heads of one layer.
+
+    A student with the teacher's groups takes whole groups. One with smaller groups takes the best queries of the best
+    groups. One without groups takes the best queries anywhere, each with a copy of its key-value head.
+    """
+    keep = shape.layer_heads[layer] if shape.layer_heads else shape.kv_heads
+    queries = scores.heads if sizes.group == 1 else scores.queries
+    if shape.group == sizes.group:
+        units = _top(scores.heads[layer], keep)
+        return _spread(units, sizes.group), units
+    if queries is None:
+        raise ConfigError(
+            "the student groups queries differently from its teacher, and these scores have none of them."
+        )
+    if shape.group == 1:
+        chosen = _top(queries[layer], keep)
+        return chosen, chosen // sizes.group
+    units = _top(scores.heads[layer], keep)
+    best = _top(queries[layer].view(sizes.kv_heads, sizes.group)[units], shape.group)
+    return (units[:, None] * sizes.group + best).flatten(), units
 
 
 def _top(scores: Tensor, keep: int) -> Tensor:
@@ -61,51 +116,189 @@ def _top(scores: Tensor, keep: int) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :keep].sort(dim=-1).values
 
 
-def prune(model: Any, scores: Scores, shape: Shape) -> Any:
+def stored_sizes(sizes: Dims, shape: Shape, table: Architecture) -> Dims:
+    """The student's dims as plain transformers can hold it: under global priority each layer as wide as the widest."""
+    if shape.layer_heads is None or shape.layer_neurons is None:
+        return sized(sizes, shape)
+    heads = max(shape.layer_heads)
+    while not table.square and shape.hidden % (heads * shape.group):
+        heads += 1  # transformers wants hidden sizes that the number of heads divides
+    return sizes.with_units(
+        hidden=shape.hidden,
+        kv_heads=heads,
+        neurons=max(shape.layer_neurons),
+        layers=shape.layers,
+        group=shape.group,
+    )
+
+
+def prune(model: Any, scores: Scores, shape: Shape, *, layers: str = "symmetric") -> Any:
     """Returns the student: a new, smaller model of the same class, loadable by plain transformers; `model` stays whole.
+
+    Under global priority layers differ in width, which plain transformers cannot hold: narrower ones are filled up with
+    zeros on both sides of each unit that is not there, and training leaves such zeros zero.
 
     Raises:
         ConfigError: the shape is larger than the model along some axis, or the weights are not finite.
     """
-    table, sizes = architecture(model.config), dims(model.config)
-    masks(model.config)  # refuses what cannot be pruned yet
-    if reasons := unfit(shape, sizes):
-        raise ConfigError(f"a student of shape {shape} cannot be cut from this teacher: {'; '.join(reasons)}.")
-    student = _empty(model, table, sized(sizes, shape))
-    kept = choose_units(scores, shape, sizes.layers)
+    cut = _Cut(model.config.to_dict(), scores, shape, layers)
     source = dict(model.named_parameters())
+    student = _empty(model, cut.config)
     with torch.no_grad():
         for name, parameter in student.named_parameters():
-            parameter.copy_(_cut(name, source, table, kept, sizes))
+            parameter.copy_(cut(name, source.__getitem__))
     return student.eval()
 
 
-def _empty(model: Any, table: Architecture, sizes: Dims) -> Any:
+def _empty(model: Any, settings: dict[str, Any]) -> Any:
     """An untrained model of the student's sizes and the teacher's class and dtype."""
-    config = type(model.config).from_dict(model.config.to_dict())
-    for axis, key in table.keys.items():
-        setattr(config, key, getattr(sizes, axis))
-    config.head_dim = sizes.head_dim
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[: sizes.layers]
+    config = type(model.config).from_dict(settings)
     with torch.random.fork_rng(devices=[]):
         return type(model)._from_config(
             config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
         )
 
 
-def _cut(name: str, source: dict[str, Tensor], table: Architecture, kept: Kept, sizes: Dims) -> Tensor:
-    """One parameter of the student, selected from the teacher's along each of its axes."""
-    pattern = re.sub(r"\.\d+\.", ".{i}.", name, count=1)
-    if pattern not in table.parameters:
-        raise ConfigError(f"parameter {name} is not in the axis table; its model cannot be pruned.")
-    found = re.search(r"\.(\d+)\.", name)
-    layer = kept.layers[int(found[1])] if found else 0
-    tensor = source[pattern.replace("{i}", str(layer))]
-    if not tensor.isfinite().all():
-        raise ConfigError(f"the teacher's {name} holds NaN or infinity; check its checkpoint.")
-    for dimension, axis in enumerate(table.parameters[pattern]):
-        index = kept.rows(axis, layer, sizes)
-        if index is not None:
-            tensor = tensor.index_select(dimension, index.to(tensor.device))
-    return tensor
+class _Cut:
+    """What is selected from each of the teacher's tensors, and where it goes in the student's."""
+
+    def __init__(self, config: dict[str, Any], scores: Scores, shape: Shape, layers: str) -> None:
+        self.table, self.sizes = architecture(config), dims(config)
+        if reasons := unfit(shape, self.sizes):
+            raise ConfigError(f"a student of shape {shape} cannot be cut from this teacher: {'; '.join(reasons)}.")
+        self.kept = choose_units(scores, shape, self.sizes, layers=layers)
+        self.stored = stored_sizes(self.sizes, shape, self.table)
+        self.config = config_with(config, self.stored)
+        self.padded = shape.layer_heads is not None
+        self.targets = _positions(self.kept, self.stored)
+
+    def __call__(self, name: str, source: Callable[[str], Tensor]) -> Tensor:
+        """The student's parameter `name`."""
+        pattern, own = pattern_of(self.table, name)
+        layer = self.kept.layers[own] if "{i}" in pattern else 0
+        original = pattern.replace("{i}", str(layer))
+        tensor = source(original)
+        if not tensor.isfinite().all():
+            raise ConfigError(f"the teacher's {original} holds NaN or infinity; check its checkpoint.")
+        for dimension, axis in enumerate(self.table.parameters[pattern]):
+            index = self.kept.rows(axis, layer, self.sizes)
+            if index is not None:
+                tensor = tensor.index_select(dimension, index.to(tensor.device))
+            if self.padded and axis in UNITS:
+                tensor = _filled(tensor, dimension, self.targets.rows(axis, layer, self.stored), self.stored.axis(axis))
+        return tensor
+
+
+def _positions(kept: Kept, stored: Dims) -> Kept:
+    """Where the kept units go: to the front of each axis of the student."""
+
+    def front(chosen: list[Tensor]) -> list[Tensor]:
+        return [torch.arange(len(units)) for units in chosen]
+
+    hidden = torch.arange(stored.hidden)
+    return Kept(kept.layers, hidden, front(kept.heads), front(kept.kv_heads), front(kept.neurons))
+
+
+def _filled(tensor: Tensor, dimension: int, index: Tensor | None, length: int) -> Tensor:
+    """`tensor` at `index` of a longer axis, zeros elsewhere."""
+    if index is None or tensor.shape[dimension] == length:
+        return tensor
+    whole = tensor.new_zeros([*tensor.shape[:dimension], length, *tensor.shape[dimension + 1 :]])
+    return whole.index_copy(dimension, index.to(tensor.device), tensor)
+
+
+def prune_checkpoint(
+    folder: Path,
+    scores: Scores,
+    shape: Shape,
+    out: Path,
+    *,
+    layers: str = "symmetric",
+    shard_bytes: int = SHARD_BYTES,
+    on_tensor: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Cuts the checkpoint in `folder` (safetensors, sharded or not) and writes the student to `out`, shard by shard.
+
+    At most one tensor of the teacher and one shard of the student are in memory. Raises as `prune` does.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    cut = _Cut(config, scores, shape, layers)
+    names = list(_names(cut))
+    index: dict[str, str] = {}
+    source, dtype = _Checkpoint(folder, cut.table), ""
+    for number, shard in enumerate(_shards(cut, names, source, shard_bytes, on_tensor), 1):
+        file = f"model-{number:05d}.safetensors"
+        dtype = str(next(iter(shard.values())).dtype).removeprefix("torch.")
+        _save(shard, out / file)
+        index |= dict.fromkeys(shard, file)
+    total = sum(f.stat().st_size for f in out.glob("model-*.safetensors"))
+    listing = {"metadata": {"total_size": total}, "weight_map": index}
+    (out / "model.safetensors.index.json").write_text(json.dumps(listing, indent=1))
+    (out / "config.json").write_text(json.dumps({**cut.config, "dtype": dtype}, indent=1))
+    if (folder / "generation_config.json").exists():
+        shutil.copy(folder / "generation_config.json", out)
+
+
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _names(cut: _Cut) -> Iterator[str]:
+    """The student's parameters; a tied output matrix is not stored."""
+    for pattern in cut.table.parameters:
+        if pattern == cut.table.output and cut.sizes.tied:
+            continue
+        for layer in range(cut.stored.layers) if "{i}" in pattern else (0,):
+            yield pattern.replace("{i}", str(layer))
+
+
+def _shards(
+    cut: _Cut, names: list[str], source: "_Checkpoint", limit: int, on_tensor: Callable[[int, int], None]
+) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    held = 0
+    for done, name in enumerate(names, 1):
+        tensor = cut(name, source.read).contiguous()
+        if shard and held + tensor.nbytes > limit:
+            yield shard
+            shard, held = {}, 0
+        shard[name] = tensor
+        held += tensor.nbytes
+        on_tensor(done, len(names))
+    yield shard
+
+
+class _Checkpoint:
+    """The tensors of a safetensors checkpoint by name; nothing is read before it is asked for."""
+
+    def __init__(self, folder: Path, table: Architecture) -> None:
+        self.folder = folder
+        listing = folder / "model.safetensors.index.json"
+        if listing.exists():
+            self.files = json.loads(listing.read_text())["weight_map"]
+        elif (folder / "model.safetensors").exists():
+            self.files = None
+        else:
+            raise ConfigError(
+                f"{folder} holds no safetensors checkpoint (model.safetensors, or shards with their index). Pickled "
+                "checkpoints are not read: convert it with transformers' save_pretrained."
+            )
+        self.prefix = next(n for n in table.parameters if n != table.output).split(".")[0] + "."
+        self.other_names = table.in_checkpoints
+
+    def read(self, name: str) -> Tensor:
+        """One tensor; some published checkpoints leave out the name of the base model."""
+        for spelling in (name, name.removeprefix(self.prefix), self.other_names.get(name, name)):
+            if self.files is None or spelling in self.files:
+                tensor = self._read_from("model.safetensors" if self.files is None else self.files[spelling], spelling)
+                if tensor is not None:
+                    return tensor
+        raise ConfigError(f"{self.folder} holds no tensor {name}: it is not a checkpoint of its config.json.")
+
+    def _read_from(self, file: str, name: str) -> Tensor | None:
+        from safetensors import safe_open
+
+        with safe_open(self.folder / file, framework="pt") as tensors:
+            return tensors.get_tensor(name) if name in tensors.keys() else None  # noqa: SIM118

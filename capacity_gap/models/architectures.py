@@ -1,0 +1,162 @@
+"""The axis tables: one function an architecture (`axes.py` says what the axes are). Imports no torch."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from capacity_gap.models.axes import Architecture, Config, Masks, get
+
+
+def _llama(config: Config, *, qkv_bias: bool = False) -> Architecture:
+    layer = "model.layers.{i}."
+    attention, mlp = layer + "self_attn.", layer + "mlp."
+    parameters: dict[str, tuple[str, ...]] = {
+        "model.embed_tokens.weight": ("vocab", "hidden"),
+        attention + "q_proj.weight": ("heads", "hidden"),
+        attention + "k_proj.weight": ("kv_heads", "hidden"),
+        attention + "v_proj.weight": ("kv_heads", "hidden"),
+        attention + "o_proj.weight": ("hidden", "heads"),
+        mlp + "gate_proj.weight": ("neurons", "hidden"),
+        mlp + "up_proj.weight": ("neurons", "hidden"),
+        mlp + "down_proj.weight": ("hidden", "neurons"),
+        layer + "input_layernorm.weight": ("hidden",),
+        layer + "post_attention_layernorm.weight": ("hidden",),
+        "model.norm.weight": ("hidden",),
+        "lm_head.weight": ("vocab", "hidden"),
+    }
+    if qkv_bias or get(config, "attention_bias"):
+        parameters |= {attention + "q_proj.bias": ("heads",)}
+        parameters |= {attention + f"{x}_proj.bias": ("kv_heads",) for x in "kv"}
+    if get(config, "attention_bias"):
+        parameters[attention + "o_proj.bias"] = ("hidden",)
+    if get(config, "mlp_bias"):
+        parameters |= {mlp + f"{x}_proj.bias": ("neurons",) for x in ("gate", "up")}
+        parameters[mlp + "down_proj.bias"] = ("hidden",)
+    return Architecture(
+        parameters=parameters,
+        keys={
+            "vocab": "vocab_size",
+            "hidden": "hidden_size",
+            "heads": "num_attention_heads",
+            "kv_heads": "num_key_value_heads",
+            "neurons": "intermediate_size",
+            "layers": "num_hidden_layers",
+        },
+        output="lm_head.weight",
+        masks=Masks(
+            layer="model.layers.{i}",
+            attention="self_attn",
+            attention_out="self_attn.o_proj",
+            mlp="mlp",
+            mlp_out="mlp.down_proj",
+            stream=("post_attention_layernorm",),
+        ),
+    )
+
+
+def _qwen2(config: Config) -> Architecture:
+    return _llama(config, qkv_bias=True)
+
+
+def _qwen3(config: Config) -> Architecture:
+    """Llama with a norm over each query and key head, shared by all heads of a layer."""
+    table = _llama(config)
+    norms = {f"model.layers.{{i}}.self_attn.{x}_norm.weight": ("head_dim",) for x in "qk"}
+    return replace(table, parameters={**table.parameters, **norms})
+
+
+def _with_biases(parameters: dict[str, tuple[str, ...]], outputs: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Adds a bias over the given axis for each named module, and both halves of its layer norms' parameters."""
+    return parameters | {f"{name}.bias": (axis,) for name, axis in outputs.items()}
+
+
+def _gpt2(config: Config) -> Architecture:
+    layer = "transformer.h.{i}."
+    norms = (layer + "ln_1", layer + "ln_2", "transformer.ln_f")
+    parameters: dict[str, tuple[str, ...]] = {
+        "transformer.wte.weight": ("vocab", "hidden"),
+        "transformer.wpe.weight": ("positions", "hidden"),
+        # GPT-2 stores its maps transposed (Conv1D): inputs first.
+        layer + "attn.c_attn.weight": ("hidden", "qkv"),
+        layer + "attn.c_proj.weight": ("heads", "hidden"),
+        layer + "mlp.c_fc.weight": ("hidden", "neurons"),
+        layer + "mlp.c_proj.weight": ("neurons", "hidden"),
+        "lm_head.weight": ("vocab", "hidden"),
+        **{f"{n}.weight": ("hidden",) for n in norms},
+    }
+    biased = {layer + "attn.c_attn": "qkv", layer + "attn.c_proj": "hidden"}
+    biased |= {layer + "mlp.c_fc": "neurons", layer + "mlp.c_proj": "hidden", **dict.fromkeys(norms, "hidden")}
+    keys = {"vocab": "vocab_size", "hidden": "n_embd", "heads": "n_head", "neurons": "n_inner", "layers": "n_layer"}
+    masks = Masks("transformer.h.{i}", "attn", "attn.c_proj", "mlp", "mlp.c_proj", ("ln_2",))
+    keys["positions"] = "n_positions"
+    return Architecture(_with_biases(parameters, biased), keys, "lm_head.weight", masks, square=True)
+
+
+def _gpt_neox(config: Config) -> Architecture:
+    layer = "gpt_neox.layers.{i}."
+    norms = (layer + "input_layernorm", layer + "post_attention_layernorm", "gpt_neox.final_layer_norm")
+    parameters: dict[str, tuple[str, ...]] = {
+        "gpt_neox.embed_in.weight": ("vocab", "hidden"),
+        layer + "attention.query_key_value.weight": ("qkv_by_head", "hidden"),
+        layer + "attention.dense.weight": ("hidden", "heads"),
+        layer + "mlp.dense_h_to_4h.weight": ("neurons", "hidden"),
+        layer + "mlp.dense_4h_to_h.weight": ("hidden", "neurons"),
+        "lm_head.weight": ("vocab", "hidden"),
+        **{f"{n}.weight": ("hidden",) for n in norms},
+    }
+    biased = {layer + "attention.query_key_value": "qkv_by_head", layer + "attention.dense": "hidden"}
+    biased |= {layer + "mlp.dense_h_to_4h": "neurons", layer + "mlp.dense_4h_to_h": "hidden"}
+    keys = {"vocab": "vocab_size", "hidden": "hidden_size", "heads": "num_attention_heads"}
+    keys |= {"neurons": "intermediate_size", "layers": "num_hidden_layers"}
+    biased |= dict.fromkeys(norms, "hidden")
+    # With a parallel residual both sublayers read the layer's input: nothing is added between them.
+    between = () if get(config, "use_parallel_residual", True) else ("post_attention_layernorm",)
+    masks = Masks("gpt_neox.layers.{i}", "attention", "attention.dense", "mlp", "mlp.dense_4h_to_h", between)
+    return Architecture(
+        _with_biases(parameters, biased),
+        keys,
+        "lm_head.weight",
+        masks,
+        square=True,
+        in_checkpoints={"lm_head.weight": "embed_out.weight"},
+    )
+
+
+def _opt(config: Config) -> Architecture:
+    decoder = "model.decoder."
+    layer = decoder + "layers.{i}."
+    norms = [layer + "self_attn_layer_norm", layer + "final_layer_norm"]
+    if get(config, "do_layer_norm_before", True):
+        norms.append(decoder + "final_layer_norm")
+    parameters: dict[str, tuple[str, ...]] = {
+        decoder + "embed_tokens.weight": ("vocab", "embed"),
+        decoder + "embed_positions.weight": ("positions", "hidden"),
+        **{layer + f"self_attn.{x}_proj.weight": ("heads", "hidden") for x in "qkv"},
+        layer + "self_attn.out_proj.weight": ("hidden", "heads"),
+        layer + "fc1.weight": ("neurons", "hidden"),
+        layer + "fc2.weight": ("hidden", "neurons"),
+        "lm_head.weight": ("vocab", "embed"),
+        **{f"{n}.weight": ("hidden",) for n in norms},
+    }
+    if get(config, "word_embed_proj_dim", get(config, "hidden_size")) != get(config, "hidden_size"):
+        parameters[decoder + "project_in.weight"] = ("hidden", "embed")
+        parameters[decoder + "project_out.weight"] = ("embed", "hidden")
+    biased = {layer + f"self_attn.{x}_proj": "heads" for x in "qkv"} | {layer + "self_attn.out_proj": "hidden"}
+    biased |= {layer + "fc1": "neurons", layer + "fc2": "hidden", **dict.fromkeys(norms, "hidden")}
+    keys = {"vocab": "vocab_size", "hidden": "hidden_size", "heads": "num_attention_heads", "neurons": "ffn_dim"}
+    keys |= {"layers": "num_hidden_layers", "positions": "max_position_embeddings", "embed": "word_embed_proj_dim"}
+    # Norms before the sublayers (all but 350m): the second reads the middle stream. After them: each reads a sum.
+    before = get(config, "do_layer_norm_before", True)
+    sums = ("final_layer_norm",) if before else ("self_attn_layer_norm", "final_layer_norm")
+    masks = Masks("model.decoder.layers.{i}", "self_attn", "self_attn.out_proj", "fc2", "fc2", sums)
+    return Architecture(_with_biases(parameters, biased), keys, "lm_head.weight", masks, square=True)
+
+
+ARCHITECTURES: dict[str, Callable[[Config], Architecture]] = {
+    "llama": _llama,
+    "mistral": _llama,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "gpt2": _gpt2,
+    "gpt_neox": _gpt_neox,
+    "opt": _opt,
+}

@@ -1,0 +1,154 @@
+"""One small model of every architecture with an axis table, in double precision, and masks on it as METHOD §2 says."""
+
+import contextlib
+from types import MethodType
+
+import torch
+from torch.nn import functional as F
+
+from capacity_gap.models.axes import architecture, dims
+from capacity_gap.pruning.hooks import layers_of
+
+LLAMA = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 12,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 64,
+}
+NEOX = {k: v for k, v in LLAMA.items() if k not in ("head_dim", "num_key_value_heads")} | {"rotary_pct": 0.5}
+OPT = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "ffn_dim": 12,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "dropout": 0.0,
+    "word_embed_proj_dim": 16,
+}
+GPT2 = {"vocab_size": 40, "n_embd": 16, "n_inner": 12, "n_layer": 3, "n_head": 4, "n_positions": 64}
+SMALL = {
+    "llama": ("llama", LLAMA),
+    "llama with biases": ("llama", {**LLAMA, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "mistral": ("mistral", LLAMA),
+    "qwen2": ("qwen2", LLAMA),
+    "qwen3": ("qwen3", LLAMA),
+    "gpt2": ("gpt2", {**GPT2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    "gpt_neox": ("gpt_neox", NEOX),
+    "gpt_neox in sequence": ("gpt_neox", {**NEOX, "use_parallel_residual": False}),
+    "opt": ("opt", OPT),
+    "opt with norms after": ("opt", {**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 10}),
+}
+TOKENS = torch.randint(3, 40, (3, 4, 10), generator=torch.Generator().manual_seed(1))
+
+
+def small_model(name="llama", **changes):
+    """A model whose every parameter is random, norms and biases too, so that nothing cancels by chance."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, settings = SMALL[name]
+    config = AutoConfig.for_model(kind, **{**settings, "pad_token_id": 1, **changes})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").double().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    exact_norms(model)
+    return model
+
+
+def exact_norms(model, kept=None):
+    """Norms in double precision (transformers computes some in fp32), over the kept hidden units only if asked."""
+    hidden = dims(model.config).hidden
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if kind.endswith("Norm"):
+            of = kept if kept is not None and module.weight.shape[0] == hidden and "_norm." not in name[-8:] else None
+            forward = _rms if kind.endswith("RMSNorm") else _layer_norm
+            module.forward = MethodType(_of_kept(forward, of), module)  # a method, so that copies norm by their own
+
+
+def _of_kept(forward, kept):
+    if kept is None:
+        return lambda module, x: forward(x, x, module)
+    # A layer norm gives even a removed unit something: its mean and bias. What is not there gives nothing.
+    return lambda module, x: forward(x, x[..., kept], module) * torch.zeros_like(module.weight).index_fill(0, kept, 1.0)
+
+
+def _rms(x, over, module):
+    return module.weight * x * torch.rsqrt(over.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
+
+
+def _layer_norm(x, over, module):
+    mean = over.mean(-1, keepdim=True)
+    variance = (over - mean).pow(2).mean(-1, keepdim=True)
+    return module.weight * (x - mean) * torch.rsqrt(variance + module.eps) + module.bias
+
+
+@contextlib.contextmanager
+def masked(model, queries=None, neurons=None, hidden=None):
+    """Multiplies by masks where METHOD §2 puts them: `queries` [L, H], `neurons` [L, F], `hidden` [D]."""
+    table, sizes = architecture(model.config), dims(model.config)
+    masks, hooks = table.masks, []
+
+    def scale(_m, _i, output):
+        return (output[0] * hidden, *output[1:]) if isinstance(output, tuple) else output * hidden
+
+    def times(mask):
+        return lambda _m, inputs: (inputs[0] * mask, *inputs[1:])
+
+    def first(_m, inputs, named):
+        if inputs:
+            return (inputs[0] * hidden, *inputs[1:]), named
+        return inputs, {**named, "hidden_states": named["hidden_states"] * hidden}
+
+    layers = layers_of(model, table, sizes)
+    for i, layer in enumerate(layers):
+        if queries is not None:
+            spread = queries[i].repeat_interleave(sizes.head_dim)
+            hooks.append(layer.get_submodule(masks.attention_out).register_forward_pre_hook(times(spread)))
+        if neurons is not None:
+            hooks.append(layer.get_submodule(masks.mlp_out).register_forward_pre_hook(times(neurons[i])))
+        if hidden is not None:
+            hooks += [layer.get_submodule(m).register_forward_hook(scale) for m in (masks.attention, masks.mlp)]
+            hooks += _mid_streams(model, layer, masks.stream, hidden)
+            hooks.append(layer.register_forward_hook(scale))
+    if hidden is not None:
+        hooks.append(layers[0].register_forward_pre_hook(first, with_kwargs=True))
+    try:
+        yield model
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _mid_streams(model, layer, readers, hidden):
+    """The stream after an addition inside a layer: a norm reads it and, where norms come first, the next sum too."""
+    sums, hooks = [], []
+
+    def scale(_m, inputs):
+        sums.append(inputs[0])
+        return (inputs[0] * hidden,)
+
+    def scale_the_other_reader(_m, _i, output):
+        stream = output[0] if isinstance(output, tuple) else output
+        stream = stream + (sums.pop() * (hidden - 1)).view_as(stream)
+        return (stream, *output[1:]) if isinstance(output, tuple) else stream
+
+    for reader in readers:
+        hooks.append(layer.get_submodule(reader).register_forward_pre_hook(scale))
+    if readers and getattr(model.config, "do_layer_norm_before", True):
+        hooks.append(layer.register_forward_hook(scale_the_other_reader))
+    return hooks
+
+
+def loss_of(model, tokens):
+    """Mean cross-entropy, through the model's own logits."""
+    logits = model(tokens[:, :-1]).logits
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
