@@ -4,6 +4,7 @@ Validated when made, before any compute, and never changed afterwards. A field m
 made, not which one, and takes no part in its identity (`fingerprint.py`).
 """
 
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -341,16 +342,25 @@ def register() -> None:
 
 
 def from_hydra(composed: Any) -> RunConfig:
-    """Returns the validated settings of a composed Hydra config.
+    """Returns the validated settings of a composed Hydra config, or of the same as plain values.
 
     Raises:
         ConfigError: what is wrong, what is allowed, what to do.
     """
     from omegaconf import OmegaConf
 
-    values = OmegaConf.to_container(composed, resolve=True)
+    if isinstance(composed, dict) and "${" not in str(composed):
+        return from_dict(composed)
+    values = OmegaConf.to_container(OmegaConf.create(composed), resolve=True)
     assert isinstance(values, dict)
     return from_dict({str(key): value for key, value in values.items()})
+
+
+@functools.cache
+def _schema() -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.structured(RunConfig)
 
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
@@ -358,7 +368,7 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
     from omegaconf import OmegaConf
 
     known = {f.name for f in fields(RunConfig)}
-    typed = OmegaConf.merge(OmegaConf.structured(RunConfig), {k: v for k, v in values.items() if k in known})
+    typed = OmegaConf.merge(_schema(), {k: v for k, v in values.items() if k in known})
     config = OmegaConf.to_object(typed)
     assert isinstance(config, RunConfig)
     return config

@@ -11,7 +11,7 @@ from capacity_gap import grid
 from capacity_gap.errors import Busy, ConfigError
 from capacity_gap.runtime import Runtime
 from capacity_gap.stage import Stage, Store
-from tests.conftest import ROOT
+from tests.conftest import ROOT, compose, run_py
 
 
 class Died(Exception):
@@ -152,3 +152,28 @@ def test_workers_of_a_machine_with_several_gpus_take_one_each(tmp_path):
     for worker in workers:
         worker.communicate("")
     assert said in ([0, 0, 1], [0, 1, 1])
+
+
+def test_cells_are_composed_as_hydra_does(tiny, tmp_path):
+    """Groups, nested values, lists, nulls and interpolations: the short way gives what Hydra's long way gives."""
+    axes = ["family=pico,pico_neox", "seed=0,1", "train.learning_rate=null,0.01", "tracking.project=a,'${student}b'"]
+    given = [*tiny, "teacher=80k", "student=40k,50k", f"store={tmp_path}", *axes]
+    ours = run_py("-m", *given, "plan=true").stdout
+    assert "plan: 16 cells" in ours, "the project's name is no part of a cell"
+
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    from capacity_gap import config
+    from hydra_plugins.capacity_gap_grid.grid_sweeper import Composer
+
+    config.register()
+    cells = [[f"family={f}", f"seed={s}", f"train.learning_rate={r}", "tracking.project='${student}b'"]
+             for f in ("pico", "pico_neox") for s in (0, 1) for r in ("null", 0.01)]  # fmt: skip
+    expected = [compose([*tiny, *overrides]) for overrides in cells]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        base = hydra_compose("config", overrides=tiny, return_hydra_config=True)
+        loader = GlobalHydra.instance().config_loader()
+        short = Composer(base, loader)
+        assert [config.from_hydra(short(overrides)) for overrides in cells] == expected

@@ -5,8 +5,9 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from capacity_gap.models.axes import Architecture, Dims, architecture, config_wi
 from capacity_gap.pruning.scores import Scores
 from capacity_gap.pruning.shape import Shape, sized, unfit
 
-SHARD_BYTES = 2**28  # of a student written in shards
+SHARDS = 48  # the student is written in shards of this part of the teacher's checkpoint (saving copies a shard once)
+LEAST_SHARD = 2**25
+BLOCK_NUMBERS = 2**23  # of a large tensor are read at once
+Read = Callable[[str, Sequence[Tensor | None]], Tensor]
 UNITS = ("hidden", "embed", "neurons", "heads", "kv_heads", "qkv", "qkv_by_head")
 
 
@@ -146,7 +150,7 @@ def prune(model: Any, scores: Scores, shape: Shape, *, layers: str = "symmetric"
     student = _empty(model, cut.config)
     with torch.no_grad():
         for name, parameter in student.named_parameters():
-            parameter.copy_(cut(name, source.__getitem__))
+            parameter.copy_(cut(name, lambda n, indices: select(source[n], indices, n)))
     return student.eval()
 
 
@@ -172,21 +176,26 @@ class _Cut:
         self.padded = shape.layer_heads is not None
         self.targets = _positions(self.kept, self.stored)
 
-    def __call__(self, name: str, source: Callable[[str], Tensor]) -> Tensor:
+    def __call__(self, name: str, read: Read) -> Tensor:
         """The student's parameter `name`."""
         pattern, own = pattern_of(self.table, name)
         layer = self.kept.layers[own] if "{i}" in pattern else 0
-        original = pattern.replace("{i}", str(layer))
-        tensor = source(original)
-        if not tensor.isfinite().all():
-            raise ConfigError(f"the teacher's {original} holds NaN or infinity; check its checkpoint.")
-        for dimension, axis in enumerate(self.table.parameters[pattern]):
-            index = self.kept.rows(axis, layer, self.sizes)
-            if index is not None:
-                tensor = tensor.index_select(dimension, index.to(tensor.device))
-            if self.padded and axis in UNITS:
+        axes = self.table.parameters[pattern]
+        tensor = read(pattern.replace("{i}", str(layer)), [self.kept.rows(a, layer, self.sizes) for a in axes])
+        for dimension, axis in enumerate(axes if self.padded else ()):
+            if axis in UNITS:
                 tensor = _filled(tensor, dimension, self.targets.rows(axis, layer, self.stored), self.stored.axis(axis))
         return tensor
+
+
+def select(tensor: Tensor, indices: Sequence[Tensor | None], name: str) -> Tensor:
+    """The given indices of each dimension (None: all) of the teacher's tensor `name`, which must be finite."""
+    if not tensor.isfinite().all():
+        raise ConfigError(f"the teacher's {name} holds NaN or infinity; check its checkpoint.")
+    for dimension, index in enumerate(indices):
+        if index is not None:
+            tensor = tensor.index_select(dimension, index.to(tensor.device))
+    return tensor
 
 
 def _positions(kept: Kept, stored: Dims) -> Kept:
@@ -214,19 +223,20 @@ def prune_checkpoint(
     out: Path,
     *,
     layers: str = "symmetric",
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int | None = None,
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Cuts the checkpoint in `folder` (safetensors, sharded or not) and writes the student to `out`, shard by shard.
 
-    At most one tensor of the teacher and one shard of the student are in memory. Raises as `prune` does.
+    Some rows of one tensor of the teacher and one shard of the student are in memory at once. Raises as `prune` does.
     """
     config = json.loads((folder / "config.json").read_text())
     cut = _Cut(config, scores, shape, layers)
     names = list(_names(cut))
     index: dict[str, str] = {}
+    limit = shard_bytes or max(LEAST_SHARD, sum(f.stat().st_size for f in folder.glob("*.safetensors")) // SHARDS)
     source, dtype = _Checkpoint(folder, cut.table), ""
-    for number, shard in enumerate(_shards(cut, names, source, shard_bytes, on_tensor), 1):
+    for number, shard in enumerate(_shards(cut, names, source, limit, on_tensor), 1):
         file = f"model-{number:05d}.safetensors"
         dtype = str(next(iter(shard.values())).dtype).removeprefix("torch.")
         _save(shard, out / file)
@@ -288,17 +298,32 @@ class _Checkpoint:
         self.prefix = next(n for n in table.parameters if n != table.output).split(".")[0] + "."
         self.other_names = table.in_checkpoints
 
-    def read(self, name: str) -> Tensor:
-        """One tensor; some published checkpoints leave out the name of the base model."""
-        for spelling in (name, name.removeprefix(self.prefix), self.other_names.get(name, name)):
-            if self.files is None or spelling in self.files:
-                tensor = self._read_from("model.safetensors" if self.files is None else self.files[spelling], spelling)
-                if tensor is not None:
-                    return tensor
-        raise ConfigError(f"{self.folder} holds no tensor {name}: it is not a checkpoint of its config.json.")
-
-    def _read_from(self, file: str, name: str) -> Tensor | None:
+    def read(self, name: str, indices: Sequence[Tensor | None]) -> Tensor:
+        """The given indices of one tensor; some published checkpoints leave out the name of the base model."""
         from safetensors import safe_open
 
-        with safe_open(self.folder / file, framework="pt") as tensors:
-            return tensors.get_tensor(name) if name in tensors.keys() else None  # noqa: SIM118
+        for spelling in (name, name.removeprefix(self.prefix), self.other_names.get(name, name)):
+            file = "model.safetensors" if self.files is None else self.files.get(spelling)
+            if file is None:
+                continue
+            with safe_open(self.folder / file, framework="pt") as tensors:
+                if spelling in tensors.keys():  # noqa: SIM118
+                    return _select_in_blocks(tensors.get_slice(spelling), indices, name)
+        raise ConfigError(f"{self.folder} holds no tensor {name}: it is not a checkpoint of its config.json.")
+
+
+def _select_in_blocks(stored: Any, indices: Sequence[Tensor | None], name: str) -> Tensor:
+    """`select` on a tensor that is read a few rows at a time; indices ascend, so the parts come in order."""
+    rows, *others = stored.get_shape()
+    step = max(1, BLOCK_NUMBERS // max(1, prod(others)))
+    first, rest = indices[0], indices[1:]
+    lengths = [n if index is None else len(index) for n, index in zip((rows, *others), indices, strict=True)]
+    found, filled = None, 0
+    for start in range(0, rows, step):
+        mine = None if first is None else first[(first >= start) & (first < start + step)] - start
+        part = select(stored[start : start + step], [mine, *rest], name)
+        found = part.new_empty(lengths) if found is None else found
+        found[filled : filled + len(part)] = part
+        filled += len(part)
+    assert found is not None
+    return found

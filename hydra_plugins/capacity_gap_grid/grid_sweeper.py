@@ -1,5 +1,7 @@
 """The grid sweeper: composes every cell, then lets `capacity_gap.grid` run them in waves. Imports no torch."""
 
+import copy
+import functools
 import os
 import sys
 from dataclasses import dataclass, field
@@ -9,6 +11,8 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from omegaconf import OmegaConf
 
 
 @dataclass
@@ -21,6 +25,42 @@ class GridSweeperConf:
 
 
 ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridSweeperConf, provider="capacity_gap")
+
+
+class Composer:
+    """Composes the settings of one cell after another.
+
+    Hydra takes 70 ms for each. But cells that choose the same groups differ in plain values only, which are set on a
+    copy of the first one's.
+    """
+
+    def __init__(self, config: Any, loader: Any) -> None:
+        self.config, self.loader = config, loader
+        self.parser = OverridesParser.create(config_loader=loader)
+        self.bases: dict[tuple, dict[str, Any]] = {}
+        self.groups: dict[str, bool] = {}
+
+    def __call__(self, overrides: list[str]) -> dict[str, Any]:
+        """The settings of the cell with these overrides; interpolations are not resolved yet."""
+        parsed = self.parser.parse_overrides(overrides)
+        plain = [o for o in parsed if self._is_plain(o)]
+        chosen = tuple(o.input_line for o in parsed if not self._is_plain(o)) + tuple(o.key_or_group for o in plain)
+        if chosen not in self.bases:
+            composed = OmegaConf.to_container(self.loader.load_sweep_config(self.config, overrides))
+            assert isinstance(composed, dict)
+            self.bases[chosen] = {str(k): v for k, v in composed.items() if k != "hydra"}
+        found = copy.deepcopy(self.bases[chosen])
+        for o in plain:
+            *sections, last = o.key_or_group.split(".")
+            functools.reduce(lambda part, name: part[name], sections, found)[last] = o.value()
+        return found
+
+    def _is_plain(self, override: Override) -> bool:
+        """Whether it sets a value, and does not choose a group, add or delete something, or speak to Hydra."""
+        key = override.key_or_group
+        if key not in self.groups:
+            self.groups[key] = bool(self.loader.get_group_options(key)) or key.split(".")[0] == "hydra"
+        return override.type is OverrideType.CHANGE and not self.groups[key]
 
 
 def _gpus() -> int:
@@ -59,8 +99,8 @@ class GridSweeper(BasicSweeper):
         )
         cells = [list(overrides) for batch in self.split_arguments(parsed, None) for overrides in batch]
         self.validate_batch_is_legal(cells[:1])
-        load = self.hydra_context.config_loader.load_sweep_config
-        jobs = [Job(overrides, load(self.config, overrides)) for overrides in cells]
+        compose = Composer(self.config, self.hydra_context.config_loader)
+        jobs = [Job(overrides, compose(overrides)) for overrides in cells]
         launcher = self.config.hydra.launcher
         if getattr(self.launcher, "detach", False):
             self.launcher.submit_grid(sys.argv, check_grid(jobs).root)
