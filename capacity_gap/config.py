@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from capacity_gap.errors import ConfigError, choose
-from capacity_gap.fingerprint import RUNTIME
+from capacity_gap.fingerprint import LATER, RUNTIME
 
 SCHEDULES = ("cosine", "wsd", "constant")
 PRECISIONS = ("fp32", "bf16")
 SHARDINGS = ("none", "fsdp")
-LOSSES = ("forward_kl",)
-SIGNALS = ("online",)
+LOSSES = ("forward_kl", "soft_ce", "reverse_kl", "js", "skewed_forward_kl", "skewed_reverse_kl", "tvd")
+SKEWED = ("js", "skewed_forward_kl", "skewed_reverse_kl")
+SAMPLED = ("forward_kl", "soft_ce")  # what sampled signals estimate without bias
+SIGNALS = ("online", "topk", "sampled")
 SOURCES = ("embedded", "code", "text", "hub", "mixture")
 METHODS = ("expressive", "random", "magnitude", "movement", "taylor", "activation", "wanda")
 PRIORITIES = ("local", "global")
@@ -259,10 +261,25 @@ class DistillConfig:
     temperature: float = 1.0
     tau_squared: bool = True
     signal: str = "online"
+    skew: float | None = field(default=None, metadata=LATER)  # β of js (null: 0.5), α of the skewed KLs (null: 0.1)
+    signal_size: int | None = field(default=None, metadata=LATER)  # topk: k; sampled: draws; null: 64
 
     def __post_init__(self) -> None:
         choose("distill.loss", self.loss, LOSSES)
         choose("distill.signal", self.signal, SIGNALS)
+        if self.signal == "sampled" and self.loss not in SAMPLED:
+            raise ConfigError(
+                f"distill.signal=sampled with distill.loss={self.loss}: samples estimate only {' and '.join(SAMPLED)} "
+                "without bias. Use distill.signal=topk or online."
+            )
+        if self.skew is not None and self.loss not in SKEWED:
+            raise ConfigError(f"distill.skew={self.skew} is for the losses {', '.join(SKEWED)}; {self.loss} has none.")
+        _need(self.skew is None or 0 < self.skew < 1, "distill.skew", self.skew, "between 0 and 1, or null")
+        if self.signal_size is not None and self.signal == "online":
+            raise ConfigError(f"distill.signal_size={self.signal_size} is for distill.signal=topk or sampled.")
+        _need(
+            self.signal_size is None or 0 < self.signal_size < 256, "distill.signal_size", self.signal_size, "1 to 255"
+        )
         _share("distill", self, "kd_weight")
         _positive("distill", self, "temperature")
 

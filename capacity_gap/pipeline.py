@@ -32,6 +32,8 @@ from capacity_gap.scales import format_scale, parse_scale, parse_tokens
 from capacity_gap.stage import Stage, Store, closure, write_json
 from capacity_gap.watch import failure_file
 
+SIGNAL_SIZE = 64  # values a token of a cached signal, unless said
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -254,7 +256,9 @@ class Cell:
         }
         inputs = {"student": student, "tokens": self.tokens}
         teacher_flops = 0.0
-        if c.distill.kd_weight > 0:
+        if c.distill.kd_weight > 0 and c.distill.signal != "online":
+            inputs["signal"] = self._signal(tokens)
+        elif c.distill.kd_weight > 0:
             inputs["teacher"] = self.teacher
             teacher_flops = accounting.forward_flops(self.teacher_shape, tokens)
         return Stage(
@@ -268,6 +272,28 @@ class Cell:
             passes=(4 if teacher_flops else 3) * tokens,
             collective=True,
         )
+
+    @property
+    def _signal_size(self) -> int:
+        """Values a token: k, or draws; never more than there are tokens."""
+        return min(self.config.distill.signal_size or SIGNAL_SIZE, self.teacher_shape["vocab_size"])
+
+    def _signal(self, tokens: int) -> Stage:
+        """The teacher's cached outputs, shared by all students, seeds and losses that they can serve."""
+        c = self.config
+        seen = tokens // c.epochs
+        given = {
+            "kind": c.distill.signal,
+            "size": self._signal_size,
+            "temperature": c.distill.temperature,
+            "tokens": seen,
+            "seed": c.teacher_seed,
+            **self._arithmetic,
+        }
+        inputs = {"teacher": self.teacher, "tokens": self.tokens}
+        cost = accounting.forward_flops(self.teacher_shape, seen)
+        options = {"batch_size": c.evaluate.batch_size}
+        return Stage("signal", 1, given, inputs, steps.signal, cost, options, passes=seen)
 
     @property
     def teacher_flops(self) -> float:
@@ -307,6 +333,8 @@ class Cell:
         if self.config.prune.init != "random":
             teachers.append(self._pretrained(self.origin))
             scored.append(self.scores)
+        if "signal" in self.distilled.inputs:
+            scored.append(self.distilled.inputs["signal"])
         return [[self.tokens], teachers, scored, start]
 
     @cached_property
@@ -338,7 +366,7 @@ class Cell:
             "loss": c.distill.loss,
             "kd_weight": c.distill.kd_weight,
             "temperature": c.distill.temperature,
-            "signal": c.distill.signal,
+            "signal": c.distill.signal if c.distill.signal == "online" else f"{c.distill.signal}-{self._signal_size}",
             "train_flops": accounting.train_flops(shape, self.data_tokens),
             "teacher_flops": self.teacher_flops,
             "teacher_train_flops": self.teacher_tokens

@@ -152,7 +152,7 @@ def distil(run: StageRun) -> None:
     from capacity_gap.train import Plan
 
     given = run.config
-    teacher = load_model(run.inputs["teacher"], device=run.runtime.device) if "teacher" in run.inputs else None
+    teacher = _teacher(run)
     plan = Plan(
         order=_order(run, given["tokens"], given["epochs"], given["seed"]),
         optim=OptimConfig(**given["optim"], learning_rate=given["learning_rate"]),
@@ -161,6 +161,49 @@ def distil(run: StageRun) -> None:
         micro_batch=run.options["micro_batch_size"] or given["optim"]["batch_size"],
     )
     _train(run, load_model(run.inputs["student"]), plan, teacher=teacher)
+
+
+def _teacher(run: StageRun) -> Any:
+    """What the student learns from: a model, its cached signal, or nothing."""
+    if "signal" in run.inputs:
+        from capacity_gap.distill.signals import Signal
+
+        return Signal(run.inputs["signal"])
+    if "teacher" in run.inputs:
+        from capacity_gap.models.loading import load_model
+
+        return load_model(run.inputs["teacher"], device=run.runtime.device)
+    return None
+
+
+def signal(run: StageRun) -> None:
+    """The teacher's outputs on the first tokens of the training permutation, in a few values a token."""
+    from capacity_gap.distill.signals import write_signal
+    from capacity_gap.models.loading import load_model
+    from capacity_gap.train import autocast
+
+    given, packed = run.config, _packed(run, "train")
+    blocks = run.checkpoint / "step-0"  # whole blocks are what the next owner takes over
+
+    def on_block(done: int, total: int) -> None:
+        run.runtime.report(done, total, "blocks")
+        run.runtime.check()
+
+    write_signal(
+        load_model(run.inputs["teacher"], device=run.runtime.device),
+        packed,
+        packing.subset(packed, given["tokens"]),
+        blocks,
+        kind=given["kind"],
+        size=given["size"],
+        temperature=given["temperature"],
+        seed=given["seed"],
+        batch_size=run.options["batch_size"],
+        autocast=lambda: autocast(run.runtime.device, given["precision"]),
+        on_block=on_block,
+    )
+    for file in blocks.iterdir():
+        file.rename(run.out / file.name)
 
 
 def evaluate(run: StageRun) -> None:

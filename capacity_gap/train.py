@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from capacity_gap import checkpoint
 from capacity_gap.config import DistillConfig, OptimConfig
 from capacity_gap.distill.losses import distill_loss
+from capacity_gap.distill.signals import Signal
+from capacity_gap.distill.sparse import SparseTargets
 from capacity_gap.errors import StageError
 from capacity_gap.models.loading import hidden_states, output_weight
 from capacity_gap.runtime import Interrupted, Runtime
@@ -70,6 +72,27 @@ class TrainResult:
     history: list[dict]
 
 
+@dataclass(frozen=True)
+class Batch:
+    """The sequences of one step, over all ranks: their tokens [n, T+1] and their indices in the text [n]."""
+
+    rows: np.ndarray
+    sequences: np.ndarray
+
+    def share(self, rank: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """One rank's inputs and labels [n, T], and the indices of its sequences [n].
+
+        All ranks get equally many, so that they meet in every collective call: where the batch has too few, a sequence
+        comes twice, the second time with no label that counts.
+        """
+        places = np.arange(rank, rank + -(-len(self.rows) // size) * size, size)
+        inside = np.minimum(places, len(self.rows) - 1)
+        mine = torch.from_numpy(self.rows[inside])
+        labels = mine[:, 1:].clone()
+        labels[torch.from_numpy(places >= len(self.rows))] = -100
+        return mine[:, :-1], labels, torch.from_numpy(self.sequences[inside])
+
+
 class Objective(nn.Module):
     """Student and loss in one module, so that a data-parallel wrapper sees every parameter in one forward pass."""
 
@@ -78,18 +101,23 @@ class Objective(nn.Module):
         self.student = student
         self.distill = distill
 
-    def forward(self, tokens: Tensor, labels: Tensor, teacher: tuple | None, count: float) -> tuple[Tensor, dict]:
+    def forward(
+        self, tokens: Tensor, labels: Tensor, teacher: tuple | SparseTargets | None, count: float
+    ) -> tuple[Tensor, dict]:
         """The loss of one micro-batch and its parts, divided by the label count of the whole step."""
+        online = teacher if isinstance(teacher, tuple) else (None, None)
         return distill_loss(
             hidden_states(self.student, tokens),
             output_weight(self.student),
             labels,
-            teacher_hidden=teacher[0] if teacher else None,
-            teacher_weight=teacher[1] if teacher else None,
+            teacher_hidden=online[0],
+            teacher_weight=online[1],
+            signal=teacher if isinstance(teacher, SparseTargets) else None,
             loss=self.distill.loss,
             kd_weight=self.distill.kd_weight,
             temperature=self.distill.temperature,
             tau_squared=self.distill.tau_squared,
+            skew=self.distill.skew,
             label_count=count,
         )
 
@@ -149,6 +177,11 @@ def make_accelerator(runtime: Runtime, precision: str, student: Any) -> Any:
     )
 
 
+def autocast(device: str, precision: str) -> Any:
+    """The context in which a model computes at `precision`."""
+    return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=precision == "bf16")
+
+
 def train(
     student: Any,
     sequences: Sequences,
@@ -168,7 +201,7 @@ def train(
         plan: order, optimiser, objective, learning rate.
         runtime: device, progress, interruption.
         checkpoints: folder for checkpoints; a run found there is continued.
-        teacher: gives the soft targets; needed if `plan.distill.kd_weight` > 0.
+        teacher: gives the soft targets: a model, or a cached `Signal`; needed if `plan.distill.kd_weight` > 0.
         precision: `fp32`, or `bf16` autocast.
         on_log: called with each logged point.
 
@@ -181,7 +214,7 @@ def train(
     """
     accelerator = make_accelerator(runtime, precision, student)
     student.to(accelerator.device).train()
-    if teacher is not None:
+    if isinstance(teacher, nn.Module):
         teacher.to(accelerator.device).eval()
     bare = Objective(student, plan.distill)
     optimizer = make_optimizer(student, plan.optim)
@@ -193,9 +226,9 @@ def train(
         rate = learning_rate(step, plan.steps, plan.optim, plan.peak)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batch = sequences.batch(plan.sequences(step))
+        batch = Batch(sequences.batch(plan.sequences(step)), plan.sequences(step))
         parts, norm, micro = _fitting_step(accelerator, objective, prepared, teacher, batch, plan, micro)
-        tokens += batch.shape[0] * sequences.sequence_length
+        tokens += len(batch.rows) * sequences.sequence_length
         last = step + 1 == plan.steps
         if step % LOG_EVERY == 0 or last:
             point = _point(accelerator, parts, norm, step, rate, plan, sequences.sequence_length)
@@ -215,7 +248,7 @@ def train(
 
 
 def _fitting_step(
-    accelerator: Any, objective: Any, optimizer: Any, teacher: Any, batch: np.ndarray, plan: Plan, micro: int
+    accelerator: Any, objective: Any, optimizer: Any, teacher: Any, batch: Batch, plan: Plan, micro: int
 ) -> tuple[dict[str, Tensor], Tensor, int]:
     """One step with as many sequences at once as memory holds: out of memory, the micro-batch halves and the step is
     taken again; the global batch stays. Returns the micro-batch that fitted.
@@ -229,7 +262,7 @@ def _fitting_step(
             if not _out_of_memory(error) or accelerator.num_processes > 1 or micro == 1:
                 raise
             optimizer.zero_grad()
-            micro = (min(micro, len(batch)) + 1) // 2
+            micro = (min(micro, len(batch.rows)) + 1) // 2
             log.warning("out of memory: going on with train.micro_batch_size=%d (the same global batch)", micro)
 
 
@@ -239,18 +272,18 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _step(
-    accelerator: Any, objective: Any, optimizer: Any, teacher: Any, batch: np.ndarray, plan: Plan, micro: int
+    accelerator: Any, objective: Any, optimizer: Any, teacher: Any, batch: Batch, plan: Plan, micro: int
 ) -> tuple[dict[str, Tensor], Tensor]:
     """One optimiser step: this rank's share of the batch, in micro-batches; the global mean over all labels."""
-    count = float(batch.shape[0] * (batch.shape[1] - 1))
-    mine, labels_of_mine = _share(batch, accelerator.process_index, accelerator.num_processes)
-    pieces = list(zip(mine.split(micro), labels_of_mine.split(micro), strict=True))
+    count = float(len(batch.rows) * (batch.rows.shape[1] - 1))
+    mine = batch.share(accelerator.process_index, accelerator.num_processes)
+    pieces = list(zip(*(part.split(micro) for part in mine), strict=True))
     sums: dict[str, Tensor] = {}
     for i, piece in enumerate(pieces):
-        inputs, labels = (part.to(accelerator.device) for part in piece)
+        inputs, labels = (part.to(accelerator.device) for part in piece[:2])
         last = i + 1 == len(pieces)
         with contextlib.nullcontext() if last else accelerator.no_sync(objective):
-            targets = _teach(accelerator, teacher, inputs) if plan.distill.kd_weight > 0 else None
+            targets = _teach(accelerator, teacher, inputs, piece[2]) if plan.distill.kd_weight > 0 else None
             with accelerator.autocast():
                 loss, parts = objective(inputs, labels, targets, count)
             # Data-parallel wrappers average gradients over ranks; each loss is already divided by the global count.
@@ -262,22 +295,10 @@ def _step(
     return {k: accelerator.reduce(v, "sum") for k, v in sums.items()}, norm
 
 
-def _share(batch: np.ndarray, rank: int, size: int) -> tuple[Tensor, Tensor]:
-    """One rank's inputs and labels [n, T].
-
-    All ranks get equally many, so that they meet in every collective call: where the batch has too few, a sequence
-    comes twice, the second time with no label that counts.
-    """
-    rows = -(-len(batch) // size)
-    indices = np.arange(rank, rank + rows * size, size)
-    mine = torch.from_numpy(batch[np.minimum(indices, len(batch) - 1)])
-    labels = mine[:, 1:].clone()
-    labels[torch.from_numpy(indices >= len(batch))] = -100
-    return mine[:, :-1], labels
-
-
 @torch.no_grad()
-def _teach(accelerator: Any, teacher: Any, inputs: Tensor) -> tuple[Tensor, Tensor]:
+def _teach(accelerator: Any, teacher: Any, inputs: Tensor, sequences: Tensor) -> tuple | SparseTargets:
+    if isinstance(teacher, Signal):
+        return teacher.targets(sequences.numpy()).to(accelerator.device)
     with accelerator.autocast():
         return hidden_states(teacher, inputs), output_weight(teacher)
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from capacity_gap.distill import distill_loss, losses
+from capacity_gap import config
+from capacity_gap.distill import distill_loss, divergences, losses, signals
+from capacity_gap.distill.sparse import SparseTargets
 
 B, T, D, E, V = 2, 5, 4, 6, 11
 
@@ -42,6 +44,153 @@ def test_value_and_gradients_equal_the_dense_form(parts, tau, squared, w):
 def test_gradcheck(parts):
     hidden, weight, labels, teacher = parts
     assert torch.autograd.gradcheck(lambda h, w: distill_loss(h, w, labels, **teacher)[0], (hidden, weight))
+
+
+DENSE = {
+    "forward_kl": lambda p, q, a: (p * (p / q).log()).sum(-1),
+    "soft_ce": lambda p, q, a: -(p * q.log()).sum(-1),
+    "reverse_kl": lambda p, q, a: (q * (q / p).log()).sum(-1),
+    "js": lambda p, q, a: (
+        a * (p * (p / (a * p + (1 - a) * q)).log()).sum(-1) + (1 - a) * (q * (q / (a * p + (1 - a) * q)).log()).sum(-1)
+    ),
+    "skewed_forward_kl": lambda p, q, a: (p * (p / (a * p + (1 - a) * q)).log()).sum(-1),
+    "skewed_reverse_kl": lambda p, q, a: (q * (q / ((1 - a) * p + a * q)).log()).sum(-1),
+    "tvd": lambda p, q, a: (p - q).abs().sum(-1) / 2,
+}
+
+
+def test_every_registered_loss_is_tested_and_can_be_configured():
+    assert set(DENSE) == set(divergences.LOSSES) == set(config.LOSSES)
+    assert set(divergences.SKEWS) == set(config.SKEWED)
+    assert divergences.SAMPLED == config.SAMPLED
+
+
+@pytest.mark.parametrize("loss", DENSE)
+@pytest.mark.parametrize(("tau", "skew"), [(1.0, None), (2.5, 0.3)])
+def test_every_loss_and_its_gradient_equal_the_dense_form(parts, loss, tau, skew):
+    hidden, weight, labels, teacher = parts
+    given = {"loss": loss, "kd_weight": 0.7, "temperature": tau, "skew": skew}
+    found, values = distill_loss(hidden, weight, labels, **teacher, **given)
+    keep = labels != losses.IGNORE
+    z, zt = (hidden @ weight.T)[keep], (teacher["teacher_hidden"] @ teacher["teacher_weight"].T)[keep]
+    p, q = (zt / tau).softmax(-1), (z / tau).softmax(-1)
+    a = divergences.SKEWS.get(loss) if skew is None else skew
+    kd = DENSE[loss](p, q, a).mean()
+    dense = 0.3 * F.cross_entropy(z, labels[keep]) + 0.7 * tau**2 * kd
+    torch.testing.assert_close(found, dense)
+    torch.testing.assert_close(values["kd"], kd.detach())
+    torch.testing.assert_close(values["kl"], DENSE["forward_kl"](p, q, a).mean().detach())
+    pairs = zip(torch.autograd.grad(found, (hidden, weight)), torch.autograd.grad(dense, (hidden, weight)), strict=True)
+    for one, two in pairs:
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("loss", [n for n in DENSE if n != "tvd"])
+def test_gradcheck_of_every_smooth_loss(parts, loss):
+    hidden, weight, labels, teacher = parts
+    assert torch.autograd.gradcheck(
+        lambda h, w: distill_loss(h, w, labels, **teacher, loss=loss)[0], (hidden, weight), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("loss", [n for n in DENSE if n not in ("soft_ce",)])
+def test_no_distance_from_itself(parts, loss):
+    hidden, weight, labels, _ = parts
+    own = {"teacher_hidden": hidden.detach(), "teacher_weight": weight.detach()}
+    found, values = distill_loss(hidden, weight, labels, **own, loss=loss, kd_weight=1.0)
+    assert abs(values["kd"]) < 1e-12
+    assert torch.autograd.grad(found, hidden)[0].abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("loss", DENSE)
+def test_distances_stay_finite_where_probabilities_underflow(loss):
+    hidden = torch.tensor([[[200.0, -200.0]]], requires_grad=True)
+    one = torch.eye(2)
+    found, _ = distill_loss(
+        hidden, one, torch.tensor([[1]]), teacher_hidden=-hidden.detach(), teacher_weight=one, loss=loss
+    )
+    assert torch.isfinite(found)
+    assert torch.isfinite(torch.autograd.grad(found, hidden)[0]).all()
+
+
+# Cached targets
+
+
+def targets_of(teacher, kind, size, *, tau=1.0, seed=0):
+    """What a signal would hold of the parts' teacher, in double precision."""
+    logits = (teacher["teacher_hidden"] @ teacher["teacher_weight"].T).flatten(0, 1) / tau
+    softmax = divergences.Softmax.of(logits)
+    ids, values = signals.KINDS[kind](softmax, size, torch.Generator().manual_seed(seed))
+    if kind == "topk":  # as stored, in half precision: here exactly
+        values = logits.log_softmax(-1).gather(1, ids)
+    return SparseTargets(kind, ids, values.double() / (size if kind == "sampled" else 1), softmax.entropy())
+
+
+@pytest.mark.parametrize("loss", DENSE)
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_topk_of_all_but_one_token_is_the_dense_loss(parts, loss, tau):
+    """The bucket of the rest then holds one token, and nothing is lost."""
+    hidden, weight, labels, teacher = parts
+    given = {"loss": loss, "kd_weight": 0.6, "temperature": tau}
+    exact, _ = distill_loss(hidden, weight, labels, **teacher, **given)
+    found, _ = distill_loss(hidden, weight, labels, signal=targets_of(teacher, "topk", V - 1, tau=tau), **given)
+    torch.testing.assert_close(found, exact)
+    for one, two in zip(
+        torch.autograd.grad(found, (hidden, weight)), torch.autograd.grad(exact, (hidden, weight)), strict=True
+    ):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("loss", [n for n in DENSE if n != "tvd"])
+def test_topk_gradients(parts, loss):
+    hidden, weight, labels, teacher = parts
+    targets = targets_of(teacher, "topk", 4)
+    assert torch.autograd.gradcheck(
+        lambda h, w: distill_loss(h, w, labels, signal=targets, loss=loss)[0], (hidden, weight), atol=1e-6
+    )
+
+
+def test_topk_with_one_bucket_never_exceeds_the_true_divergence(parts):
+    """Merging outcomes loses information: forward KL over buckets is a lower bound."""
+    hidden, weight, labels, teacher = parts
+    exact = distill_loss(hidden, weight, labels, **teacher)[1]["kl"]
+    found = [distill_loss(hidden, weight, labels, signal=targets_of(teacher, "topk", k))[1]["kl"] for k in (1, 4, 9)]
+    assert found == sorted(found)
+    assert found[-1] <= exact
+
+
+@pytest.mark.parametrize("loss", divergences.SAMPLED)
+def test_samples_are_unbiased_in_value_and_gradient(parts, loss):
+    hidden, weight, labels, teacher = parts
+    exact, _ = distill_loss(hidden, weight, labels, **teacher, loss=loss, kd_weight=1.0)
+    true = torch.autograd.grad(exact, hidden)[0]
+    draws = []
+    for seed in range(600):
+        one, _ = distill_loss(
+            hidden, weight, labels, signal=targets_of(teacher, "sampled", 8, seed=seed), loss=loss, kd_weight=1.0
+        )
+        draws.append((one.detach(), torch.autograd.grad(one, hidden)[0]))
+    values = torch.stack([d[0] for d in draws])
+    assert abs(values.mean() - exact) < 4 * values.std() / len(draws) ** 0.5
+    grads = torch.stack([d[1] for d in draws])
+    errors = (grads.mean(0) - true) / (grads.std(0) / len(draws) ** 0.5).clamp_min(1e-12)
+    assert errors.abs().max() < 5
+    assert values.std() > 0
+
+
+def test_draws_are_distinct_tokens_with_their_counts(parts):
+    *_, teacher = parts
+    targets = targets_of(teacher, "sampled", 50)
+    torch.testing.assert_close(targets.values.sum(-1), torch.ones(B * T, dtype=torch.float64))
+    for ids, shares in zip(targets.ids, targets.values, strict=True):
+        drawn = ids[shares > 0].tolist()
+        assert len(drawn) == len(set(drawn))
+
+
+def test_samples_refuse_what_they_cannot_estimate(parts):
+    hidden, weight, labels, teacher = parts
+    with pytest.raises(ValueError, match="serves forward_kl and soft_ce only, not reverse_kl"):
+        distill_loss(hidden, weight, labels, signal=targets_of(teacher, "sampled", 8), loss="reverse_kl")
 
 
 def test_parts_are_the_means_of_ce_kl_and_teacher_entropy(parts):

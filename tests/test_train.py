@@ -97,7 +97,9 @@ def test_the_last_step_may_be_short_and_history_counts_tokens(tmp_path):
     assert result.steps == 7
     assert result.history[-1]["tokens"] == 50 * 16
     assert result.tokens == 50 * 16
-    assert set(result.history[0]) == {"step", "tokens", "learning_rate", "grad_norm", "ce", "kl", "teacher_entropy"}
+    assert set(result.history[0]) == {
+        *("step", "tokens", "learning_rate", "grad_norm", "ce", "kd", "kl", "teacher_entropy")
+    }
 
 
 def test_training_learns_what_repeats(tmp_path):
