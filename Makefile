@@ -18,7 +18,7 @@ demo: $(VENV)/.installed  ## the whole road on real text: about five minutes on 
 	$(BIN)/python -m capacity_gap fit store --sweep quick --out figures
 
 test: $(VENV)/.installed  ## the default tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 test-all: $(VENV)/.installed  ## every test, the slow ones too
 	$(BIN)/python -m pytest -q -m ''

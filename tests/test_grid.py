@@ -176,4 +176,4 @@ def test_cells_are_composed_as_hydra_does(tiny, tmp_path):
         base = hydra_compose("config", overrides=tiny, return_hydra_config=True)
         loader = GlobalHydra.instance().config_loader()
         short = Composer(base, loader)
-        assert [config.from_hydra(short(overrides)) for overrides in cells] == expected
+        assert [config.from_hydra(short([*tiny, *overrides])) for overrides in cells] == expected

@@ -113,7 +113,7 @@ class _ChunkedLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad_nV.to(weight_VD.dtype), weight_VD, out=grad_hidden[part])
             if grad_weight is not None:
-                grad_weight += (grad_nV.to(hidden_ND.dtype).T @ hidden_ND[part]).to(wide)
+                _add_product(grad_weight, grad_nV.to(hidden_ND.dtype).T, hidden_ND[part])
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype))
         ctx.mark_non_differentiable(sums)
         kd = terms.kd_weight * terms.tau_factor
@@ -130,6 +130,14 @@ class _ChunkedLoss(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _add_product(total: Tensor, one: Tensor, two: Tensor) -> None:
+    """total += one @ two, without a second matrix of that size where the types allow it."""
+    if total.dtype == one.dtype:
+        total.addmm_(one, two)
+    else:
+        total += (one @ two).to(total.dtype)
 
 
 def token_losses(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
