@@ -1,10 +1,10 @@
-"""Claim: a grid that shares every common stage costs a fraction of one that does not, and its sweeper almost nothing.
+"""Claim: a grid that shares every common stage costs a fraction of one that does not.
 
     python -m benchmarks.grid [--tokens 20k] [--out results/grid.csv]       about twenty minutes on two cores
 
 5 students × 6 teachers × 2 seeds, teachers and students trained on equally many tokens. Every cell is computed three
 times in one process, in turn: in a store of its own (nothing shared but the tokenised corpus), in one that is given its
-teacher, and in the store of the grid. Then the sweeper: seconds a cell over a finished grid, against Hydra's own.
+teacher, and in the store of the grid.
 """
 
 import argparse
@@ -12,8 +12,6 @@ import itertools
 import os
 import platform
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -95,26 +93,6 @@ def measure(place: Path, given: list[str]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def overhead(place: Path, given: list[str], repeats: int = 3) -> pd.DataFrame:
-    """Milliseconds a cell over a finished grid: our sweeper, and Hydra's with its basic launcher."""
-    many = [f"student={','.join(STUDENTS)}", f"teacher={','.join(TEACHERS)}", f"seed={','.join(map(str, SEEDS))}"]
-    one = [f"student={STUDENTS[0]}", f"teacher={TEACHERS[0]}", "seed=0"]
-    hydras = ["hydra/sweeper=basic", "hydra/launcher=basic"]
-    rows = []
-    for _ in range(repeats):
-        row = {}
-        for name, extra in (("ours", []), ("hydra", hydras)):
-            walls = []
-            for axes in (one, many):
-                command = [sys.executable, str(ROOT / "run.py"), "-m", *given, f"store={place / 'grid'}", *axes, *extra]
-                began = time.perf_counter()
-                subprocess.run(command, check=True, capture_output=True)
-                walls.append(time.perf_counter() - began)
-            row[name] = 1000 * (walls[1] - walls[0]) / (len(STUDENTS) * len(TEACHERS) * len(SEEDS) - 1)
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", default="20k", help="of every teacher and every student")
@@ -125,7 +103,6 @@ def main() -> None:
         place = Path(folder)
         given = [*tiny_corpus(place), f"data={asked.tokens}", f"family.teacher_data={asked.tokens}"]
         cells = measure(place, given)
-        sweeper = overhead(place, given)
     rows = []
     for other in WAYS[:2]:
         halves = cells.groupby("seed")[[f"s, {other}", "s, grid"]].sum()
@@ -140,8 +117,6 @@ def main() -> None:
             }
         )
     table = pd.DataFrame(rows)
-    table["sweeper, ms a cell (median)"] = sweeper["ours"].median()
-    table["hydra basic, ms a cell (median)"] = sweeper["hydra"].median()
     print(table.T.to_string(header=False, float_format="{:.2f}".format))
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
     if asked.out:

@@ -486,6 +486,7 @@ def run(config: RunConfig, *, waits: bool = True) -> str:
             return _lead(cell, store, runtime)
         finally:
             runtime.ranks.tell(None)  # to those that follow: the end
+            runtime.ranks.part()
 
 
 def _lead(cell: Cell, store: Store, runtime: Runtime) -> str:

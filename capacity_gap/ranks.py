@@ -4,11 +4,13 @@ Rank 0 leads: it alone holds leases, writes to the store and talks to people. Th
 training stage comes next, and take their share of every step. Everything else they sit out, however long it takes.
 """
 
+import contextlib
 import datetime
 import os
 from functools import cached_property
 from typing import Any
 
+PARTING = datetime.timedelta(minutes=1)
 PATIENCE = datetime.timedelta(days=14)  # of a rank that has nothing to do but wait
 
 
@@ -56,3 +58,17 @@ class Ranks:
         said = torch.tensor(int(flag))
         dist.all_reduce(said, dist.ReduceOp.MAX, group=self._group)
         return bool(said)
+
+    def part(self) -> None:
+        """Ends the groups, all ranks together: one that leaves while their threads run is aborted.
+
+        Ranks that do not come within a minute have failed on their own; then `torchrun` ends everything.
+        """
+        if self.size == 1:
+            return
+        import torch.distributed as dist
+
+        with contextlib.suppress(RuntimeError):
+            dist.monitored_barrier(group=self._group, timeout=PARTING)
+        dist.destroy_process_group()
+        self.__dict__.pop("_group", None)

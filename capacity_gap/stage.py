@@ -24,7 +24,7 @@ from typing import Any
 from capacity_gap.errors import StageError, StoreError
 from capacity_gap.fingerprint import canonical, fingerprint
 from capacity_gap.lease import Lease
-from capacity_gap.runtime import Runtime, provenance
+from capacity_gap.runtime import Interrupted, Runtime, provenance
 
 log = logging.getLogger(__name__)
 SCHEMA = 1
@@ -185,13 +185,19 @@ class Store:
         import torch
 
         torch.set_num_threads(runtime.threads)
-        while told := runtime.ranks.tell():
-            key, checkpoint = told
-            stage = stages[key]
-            inputs = {k: self.path(s) for k, s in stage.inputs.items()}
-            with tempfile.TemporaryDirectory() as scratch:
-                out = Path(scratch)
-                stage.fn(StageRun(stage.digest, stage.config, inputs, out, Path(checkpoint), runtime, stage.options))
+        try:
+            while told := runtime.ranks.tell():
+                self._share(stages[told[0]], Path(told[1]), runtime)
+        except (Interrupted, StageError):  # raised on all ranks at once: rank 0 still says that it ends
+            runtime.ranks.tell()
+            runtime.ranks.part()
+            raise
+        runtime.ranks.part()
+
+    def _share(self, stage: Stage, checkpoint: Path, runtime: Runtime) -> None:
+        inputs = {k: self.path(s) for k, s in stage.inputs.items()}
+        with tempfile.TemporaryDirectory() as scratch:
+            stage.fn(StageRun(stage.digest, stage.config, inputs, Path(scratch), checkpoint, runtime, stage.options))
 
     def _meta(self, stage: Stage, runtime: Runtime, wall_s: float, resumed: bool) -> dict[str, Any]:
         return {
