@@ -18,8 +18,9 @@ from capacity_gap.config import from_hydra
 from capacity_gap.errors import Busy, ConfigError, ImpossibleCell, UserError
 from capacity_gap.fingerprint import fingerprint
 from capacity_gap.lease import POLL_S, Pulse
-from capacity_gap.pipeline import Cell, fail, resolve
+from capacity_gap.pipeline import Cell, resolve
 from capacity_gap.plan import Speed, check_budget, make_plan
+from capacity_gap.running import fail
 from capacity_gap.runtime import PARENT, Interrupted
 from capacity_gap.stage import Stage, Store, closure
 from capacity_gap.store_tools import note_sweep

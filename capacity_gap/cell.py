@@ -1,0 +1,221 @@
+"""What one cell is: its settings with every scale read, the shapes they come to, what its record says before it runs.
+
+Nothing here computes anything or imports torch; the stages that make the cell are `pipeline.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
+
+from capacity_gap import accounting
+from capacity_gap.config import RunConfig
+from capacity_gap.data.sources import corpus_name
+from capacity_gap.errors import ConfigError, ImpossibleCell
+from capacity_gap.models.axes import architecture, config_with, count_params, dims
+from capacity_gap.models.folders import is_folder, local_family
+from capacity_gap.models.ladders import Family, family
+from capacity_gap.pruning.shape import Shape, between, sized, student_shape
+from capacity_gap.scales import format_scale, parse_scale, parse_tokens
+
+SIGNAL_SIZE = 64  # values a token of a cached signal, unless said
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for, read: the part of a cell that its stages and its record are made of."""
+
+    config: RunConfig
+    family: Family
+    rung: str
+    student_scale: int  # as asked for
+    student_target: int  # what it means: the exact size of a rung where it names one
+    data_tokens: int
+    teacher_tokens: int | None  # None for published teachers
+
+    @classmethod
+    def read(cls, config: RunConfig) -> Self:
+        """Reads the scales of `config` and checks that they go together.
+
+        Raises:
+            ImpossibleCell: the student is larger than its teacher, or its shape does not fit into it.
+            ConfigError: anything else that cannot be.
+        """
+        ladder = _ladder(config)
+        student = parse_scale(config.student, key="student")
+        rung = ladder.rung(config.teacher)
+        params = ladder.params[rung]
+        target = ladder.params[ladder.scales[student]] if student in ladder.scales else student
+        if target > params * 1.005:
+            raise ImpossibleCell(
+                f"student={config.student} is larger than teacher={config.teacher} ({params:,} parameters). "
+                "A student is pruned from its teacher: give a smaller student or a larger teacher; equal sizes are "
+                f"fine. Rungs of {ladder.name}: {' '.join(ladder.rungs)}."
+            )
+        data = parse_scale(config.data, key="data", allow_zero=True)
+        budget = None if rung in ladder.published else teacher_tokens(config, params)
+        _check_positions(config, ladder.rungs[rung])
+        if config.family.quantization != "none" and config.prune.init != "random":
+            raise ConfigError(
+                f"family.quantization={config.family.quantization} with prune.init={config.prune.init}: a quantised "
+                "teacher cannot be pruned. Use family.quantization=none, or prune.init=random."
+            )
+        return cls(config, ladder, rung, student, target, data, budget)
+
+    @property
+    def teacher_shape(self) -> Mapping[str, Any]:
+        """The teacher's config.json."""
+        return self.family.rungs[self.rung]
+
+    @cached_property
+    def student_shape(self) -> Mapping[str, Any]:
+        """The student's config.json: a function of family, scale and policy (DESIGN, *Student*).
+
+        Under global priority it is that of the average layer: the parameters are the same.
+        """
+        origin = self.family.rungs[self.origin]
+        return config_with(origin, sized(dims(origin), self.shape))
+
+    @cached_property
+    def shape(self) -> Shape:
+        """The student's sizes."""
+        c = self.config.prune
+        return student_shape(
+            self.family.rungs,
+            self.family.rungs[self.origin],
+            self.student_target,
+            policy=c.shape,
+            multiple=self.family.multiple,
+            depth=c.depth,
+            fixed=c.fixed,
+        )
+
+    @property
+    def learning_rate(self) -> float:
+        """The student's peak learning rate."""
+        return self.config.train.peak(dims(self.student_shape).hidden)
+
+    @property
+    def name(self) -> str:
+        """What people call the cell."""
+        student, tokens = format_scale(self.student_scale), format_scale(self.data_tokens)
+        return f"{student} from {self.rung}, {tokens} tokens, seed {self.config.seed}"
+
+    @property
+    def origin(self) -> str:
+        """The rung that the student is cut from: its own teacher, or the reference that all share."""
+        return self.rung if self.config.prune.reference is None else self.family.rung(self.config.prune.reference)
+
+    @property
+    def _way(self) -> list[Mapping[str, Any]]:
+        """The shapes between teacher and student when pruning goes in steps."""
+        origin = self.family.rungs[self.origin]
+        table, full, steps_ = architecture(origin), dims(origin), self.config.prune.iterative
+        shapes = [between(full, self.shape, k / steps_, table) for k in range(1, steps_)]
+        return [config_with(origin, sized(full, shape)) for shape in shapes]
+
+    @property
+    def _step_tokens(self) -> int:
+        """Tokens of distillation between two steps of pruning."""
+        if self.config.prune.step_data == "0":
+            return 0
+        return parse_tokens(self.config.prune.step_data, params=self.student_target, key="prune.step_data")
+
+    @property
+    def _signal_size(self) -> int:
+        """Values a token: k, or draws; never more than there are tokens."""
+        return min(self.config.distill.signal_size or SIGNAL_SIZE, self.teacher_shape["vocab_size"])
+
+    @property
+    def teacher_flops(self) -> float:
+        """What the teacher's forward passes cost in this cell."""
+        if self.config.distill.kd_weight == 0:
+            return 0.0
+        return accounting.forward_flops(self.teacher_shape, self.data_tokens)
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """The part of the record that is known before anything has run."""
+        c, shape = self.config, self.student_shape
+        return {
+            "family": c.family.name,
+            "corpus": corpus_name(c.corpus),
+            "student": format_scale(self.student_scale),
+            "teacher": self.rung,
+            "data_tokens": self.data_tokens,
+            "epochs": c.epochs,
+            "teacher_tokens": self.teacher_tokens,
+            "teacher_data": c.family.teacher_data.lower() if self.teacher_tokens else None,
+            "seed": c.seed,
+            "teacher_seed": c.teacher_seed,
+            "student_params": count_params(shape),
+            "student_params_non_embedding": accounting.non_embedding(shape),
+            "teacher_params": count_params(self.teacher_shape),
+            "teacher_params_non_embedding": accounting.non_embedding(self.teacher_shape),
+            "init": c.prune.init,
+            "prune_method": None if c.prune.init == "random" else c.prune.method,
+            **self._pruned_otherwise,
+            "shape": c.prune.shape if c.prune.fixed is None else c.prune.fixed,
+            "batch": c.train.batch_size,
+            "learning_rate": self.learning_rate,
+            "precision": c.train.precision,
+            "loss": c.distill.loss,
+            "kd_weight": c.distill.kd_weight,
+            "temperature": c.distill.temperature,
+            "signal": c.distill.signal if c.distill.signal == "online" else f"{c.distill.signal}-{self._signal_size}",
+            "train_flops": accounting.train_flops(shape, self.data_tokens),
+            "teacher_flops": self.teacher_flops,
+            "teacher_train_flops": self.teacher_tokens
+            and accounting.train_flops(self.teacher_shape, self.teacher_tokens),
+        }
+
+    @property
+    def _pruned_otherwise(self) -> dict[str, Any]:
+        """How the student was cut, where that differs from the default: then, and only then, it is recorded."""
+        c = self.config.prune
+        given = {"prune_priority": c.priority, "prune_layers": c.layers, "prune_steps": c.iterative}
+        usual = {"prune_priority": "local", "prune_layers": "symmetric", "prune_steps": 1}
+        return {} if c.init == "random" else {k: v for k, v in given.items() if v != usual[k]}
+
+    @property
+    def _training(self) -> dict[str, Any]:
+        """How a training stage is run, which changes nothing in its identity."""
+        return {"micro_batch_size": self.config.train.micro_batch_size}
+
+    @property
+    def _arithmetic(self) -> dict[str, Any]:
+        """What decides the last bits of every computed number."""
+        c = self.config
+        return {
+            "precision": c.train.precision,
+            "threads": c.train.threads,
+            "sequence_length": c.corpus.sequence_length,
+        }
+
+
+def teacher_tokens(config: RunConfig, params: int) -> int:
+    """Tokens of a teacher's pre-training: one number for all, or so many times its parameters."""
+    return parse_tokens(config.family.teacher_data, params=params, key="family.teacher_data")
+
+
+def _ladder(config: RunConfig) -> Family:
+    """The family's ladder, or one made of the user's folders."""
+    if config.family.name == "folders" or is_folder(config.teacher):
+        given = config.family.folders or ([config.teacher] if is_folder(config.teacher) else [])
+        if not given:
+            raise ConfigError(
+                "family=folders needs the model folders: family.folders=[FOLDER,FOLDER,...], and teacher= one of them."
+            )
+        ladder = local_family(given)
+        return ladder
+    return family(config.family.name)
+
+
+def _check_positions(config: RunConfig, shape: Mapping[str, Any]) -> None:
+    """Learned positions end; a longer sequence would fail deep inside a forward pass."""
+    limit = dims(shape).positions
+    if limit and config.corpus.sequence_length > limit:
+        raise ConfigError(
+            f"corpus.sequence_length={config.corpus.sequence_length}, but models of {config.family.name} have learned "
+            f"positions for {limit} tokens. Give a shorter sequence_length."
+        )
