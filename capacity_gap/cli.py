@@ -24,6 +24,12 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("--axis", choices=("total", "non_embedding"), default="total", help="which parameters are counted")
     fit.add_argument("--metric", help="column to minimise (default: student_loss, or loss in foreign tables)")
     fit.add_argument("--by", help="columns that part curves, such as family,data_tokens (default: every setting)")
+    fit.add_argument(
+        "--method",
+        choices=("asymmetric", "quadratic", "local", "argmin"),
+        default="asymmetric",
+        help="how the optimum of a curve is found (default: %(default)s; argmin is the paper's)",
+    )
     fit.add_argument("--sweep", metavar="NAME", help="of a store: only the cells of this sweep (`store ls` names them)")
     fit.add_argument("--out", type=Path, help="folder for law.json, optima.csv and the figures; without it, only text")
     fit.set_defaults(run=run_fit)
@@ -160,7 +166,8 @@ def run_fit(given: argparse.Namespace) -> int:
     """Prints the summary of a fit, and writes its files if asked."""
     from capacity_gap import records
     from capacity_gap.fit.frame import BY, curves
-    from capacity_gap.fit.law import law_of
+    from capacity_gap.fit.law import law_from
+    from capacity_gap.fit.optimum import locate
 
     frame = records.load(given.source)
     if given.sweep:
@@ -168,12 +175,13 @@ def run_fit(given: argparse.Namespace) -> int:
     by = [c for c in given.by.split(",") if c] if given.by is not None else BY
     try:
         found, notes = curves(frame, metric=given.metric, axis=given.axis, by=by)
+        located = locate(found, method=given.method)
     except ValueError as error:
         raise UserError(str(error)) from error
-    law = law_of(found, axis=given.axis, notes=notes)
+    law = law_from(located, axis=given.axis, notes=notes)
     print(law.summary())
     if given.out:
-        _write_fit(law, found, given.out)
+        _write_fit(law, located, given.out)
     return 0
 
 
@@ -187,7 +195,7 @@ def _of_sweep(frame, source: str, name: str):  # type: ignore[no-untyped-def]
     return frame[("record/" + frame["cell"]).isin(list(known[name]))]
 
 
-def _write_fit(law, found, out: Path) -> None:  # type: ignore[no-untyped-def]
+def _write_fit(law, located, out: Path) -> None:  # type: ignore[no-untyped-def]
     import pandas as pd
 
     from capacity_gap.report.plots import plot_curves, plot_law, save_figure
@@ -195,8 +203,10 @@ def _write_fit(law, found, out: Path) -> None:  # type: ignore[no-untyped-def]
     out.mkdir(parents=True, exist_ok=True)
     law.save(out / "law.json")
     pd.DataFrame([o.to_dict() for o in law.optima]).to_csv(out / "optima.csv", index=False)
-    figures = [*save_figure(plot_curves(found, law.optima), out / "curves"), *save_figure(plot_law(law), out / "law")]
-    print("\nwritten: " + ", ".join(str(p) for p in (out / "law.json", out / "optima.csv", *figures)))
+    located.residuals().to_csv(out / "residuals.csv", index=False, float_format="%.6g")
+    figures = [*save_figure(plot_curves(located), out / "curves"), *save_figure(plot_law(law), out / "law")]
+    tables = (out / "law.json", out / "optima.csv", out / "residuals.csv")
+    print("\nwritten: " + ", ".join(str(p) for p in (*tables, *figures)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,26 +1,41 @@
 """The ratio law `N_T* = r·N_S` over the located optima, beside the null that could have made it up.
 
 A parabola through noise has a minimum somewhere, and on a grid of 1× to 8× that is at 2.9× on average: a ratio alone is
-no evidence. So a law is claimed only if at least three students have interior optima *and* the curvature of the curves
-beats a permutation of teachers within students.
+no evidence. So a law is claimed only if at least three students have interior optima, *and* the curvature of the curves
+beats a permutation of teachers within students, *and* no single teacher carries the claim.
 """
 
 import json
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
+from capacity_gap.fit.censored import SEEN
+from capacity_gap.fit.curse import Curse, curses
 from capacity_gap.fit.frame import BY, Curve, curves
-from capacity_gap.fit.optimum import LEAST_TEACHERS, Optimum, optima_of
+from capacity_gap.fit.null import null_p_value, rests_on, without_outer
+from capacity_gap.fit.optimum import BOOTSTRAPS, Located, Optimum, locate
+from capacity_gap.fit.regression import (
+    NAMED,
+    Agreement,
+    Estimate,
+    Form,
+    Responses,
+    agreements,
+    covariates,
+    forms_of,
+    regress,
+    two_sided,
+)
+from capacity_gap.fit.valley import LEAST_TEACHERS
 
 LEAST_STUDENTS = 3
-PERMUTATIONS = 999
 LEVEL = 0.05
+KEPT_DRAWS = 200
 
 Pair = tuple[float, float] | None
 
@@ -30,8 +45,8 @@ class LawFit:
     """The fit of a whole table. Estimates are None unless `status` is `law`.
 
     `status`: `law`; `no_optimum` (curves without a minimum that beats noise); `censored` (optima lie at or beyond the
-    grid's ends); `too_few` (under three students). `ratio` is r of `N_T* = r·N_S`; `slope` is b of `N_T* ∝ N_S^b`
-    (1 if the ratio is one constant); intervals are 95 %. `null_p`: share of permutations with as much curvature.
+    grid's ends); `too_few` (under three students). `ratio` is r of `N_T* = r·N_S`; `slope` is b of `N_T* = a·N_S^b`
+    (1 if the ratio is one constant); intervals are 95 %, from the bootstrap of the whole chain.
     """
 
     status: str
@@ -41,9 +56,19 @@ class LawFit:
     slope_interval: Pair
     axis: str
     optima: tuple[Optimum, ...]
-    null_p: float | None
+    null_p: float | None  # share of permutations with as much curvature
     without_outer_rungs: float | None  # the ratio when each curve's largest and smallest teacher are dropped
-    notes: tuple[str, ...]
+    without_outer_interval: Pair = None
+    rests_on: tuple[float, ...] = ()  # teachers without which the claim falls
+    method: str = "asymmetric"
+    kappa: float = 0.0  # asymmetry of the curves (`valley.py`)
+    forms: dict[str, Form] = field(default_factory=dict)
+    effects: dict[str, Estimate] = field(default_factory=dict)  # of covariates on log N_T*
+    agreements: tuple[Agreement, ...] = ()
+    tests: dict[str, float] = field(default_factory=dict)  # hypothesis → p
+    curses: tuple[Curse, ...] = ()
+    draws: tuple[tuple[float, float], ...] = ()  # (log a, b) of the power law, or (log r, 1) where it has none
+    notes: tuple[str, ...] = ()
 
     def predict(self, student_params: float) -> float:
         """The best teacher's parameters for a student of `student_params`.
@@ -57,48 +82,15 @@ class LawFit:
 
     def verdict(self) -> str:
         """What was found, in a sentence or two of plain English."""
-        counts = Counter(o.status for o in self.optima)
-        seen = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
-        curves = f"{len(self.optima)} curve{'s' if len(self.optima) != 1 else ''} ({seen})"
-        if self.status == "law":
-            assert self.ratio is not None and self.ratio_interval is not None
-            low, high = self.ratio_interval
-            return (
-                f"The best teacher has {self.ratio:.2f}× the student's parameters (95 % interval {low:.2f} to "
-                f"{high:.2f}), from {curves}; permuted data do as well in {self.null_p:.1%} of cases."
-            )
-        reasons = {
-            "too_few": f"No law can be fitted: it takes at least {LEAST_STUDENTS} students, each under at least "
-            f"{LEAST_TEACHERS} teachers. Here: {curves}.",
-            "censored": f"No ratio is claimed: the optima lie at or beyond the ends of the grid. Here: {curves}. "
-            "Extend the ladder on that side.",
-            "no_optimum": f"No ratio is claimed: fewer than {LEAST_STUDENTS} curves have a minimum that stands out "
-            f"from noise, or permuted data do as well. Here: {curves}.",
-        }
-        return reasons[self.status]
+        from capacity_gap.fit.summary import verdict
+
+        return verdict(self)
 
     def summary(self) -> str:
         """A table of the optima and the estimates, with the verdict."""
-        lines = [
-            f"Capacity-gap law, parameters: {self.axis}, status: {self.status}",
-            f"{'student':>10} {'data':>10} {'init':>7} {'teachers':>8} {'status':>14} {'best teacher':>13} "
-            f"{'95 % interval':>21} {'ratio':>6}",
-        ]
-        for o in self.optima:
-            best = "–" if o.teacher_params is None else f"{o.teacher_params:,.0f}"
-            low, high = ("…" if v is None else f"{v:,.0f}" for v in o.interval)
-            ratio = "–" if o.ratio is None else f"{o.ratio:.2f}"
-            tokens = "–" if o.data_tokens is None else f"{o.data_tokens:,}"
-            lines.append(
-                f"{o.student:>10} {tokens:>10} {o.init or '–':>7} {o.teachers:>8} {o.status:>14} {best:>13} "
-                f"{low + ' to ' + high:>21} {ratio:>6}"
-            )
-        if self.slope is not None and self.slope_interval is not None:
-            least, most = self.slope_interval
-            lines.append(f"exponent b of N_T* ∝ N_S^b: {self.slope:.2f} ({least:.2f} to {most:.2f})")
-        if self.without_outer_rungs is not None:
-            lines.append(f"ratio without each curve's outer rungs: {self.without_outer_rungs:.2f}")
-        return "\n".join([*lines, *(f"note: {n}" for n in self.notes), "", self.verdict()])
+        from capacity_gap.fit.summary import summary
+
+        return summary(self)
 
     def to_json(self) -> str:
         """The whole fit as JSON; `from_json` reads it back."""
@@ -108,20 +100,42 @@ class LawFit:
     def from_json(cls, text: str) -> "LawFit":
         """Reads what `to_json` wrote."""
         given = json.loads(text)
-        for name in ("ratio_interval", "slope_interval"):
-            given[name] = None if given[name] is None else tuple(given[name])
-        for o in given["optima"]:
-            o["interval"], o["flat_interval"] = tuple(o["interval"]), tuple(o["flat_interval"])
-        optima = tuple(Optimum(**o) for o in given.pop("optima"))
-        return cls(**{**given, "optima": optima, "notes": tuple(given["notes"])})
+        given["optima"] = tuple(Optimum(**_tuples(o)) for o in given["optima"])
+        given["curses"] = tuple(Curse(**_tuples(c)) for c in given.get("curses", ()))
+        given["forms"] = {k: _form(f) for k, f in given.get("forms", {}).items()}
+        given["effects"] = _estimates(given.get("effects", {}))
+        given["agreements"] = tuple(
+            Agreement(**{**a, "ratios": _estimates(a["ratios"])}) for a in given.get("agreements", ())
+        )
+        given["draws"] = tuple(tuple(d) for d in given.get("draws", ()))
+        return cls(**_tuples(given))
 
     def save(self, file: Path) -> None:
         """Writes the JSON."""
         file.write_text(self.to_json() + "\n")
 
 
+def _tuples(given: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+
+
+def _estimates(given: dict[str, Any]) -> dict[str, Estimate]:
+    return {k: Estimate(**_tuples(e)) for k, e in given.items()}
+
+
+def _form(given: dict[str, Any]) -> Form:
+    return Form(**{**given, "parameters": _estimates(given["parameters"])})
+
+
 def fit_law(
-    frame: pd.DataFrame, *, metric: str | None = None, axis: str = "total", by: Sequence[str] = BY, seed: int = 0
+    frame: pd.DataFrame,
+    *,
+    metric: str | None = None,
+    axis: str = "total",
+    by: Sequence[str] = BY,
+    method: str = "asymmetric",
+    bootstraps: int = BOOTSTRAPS,
+    seed: int = 0,
 ) -> LawFit:
     """Fits the ratio law to a table of runs; what is doubtful becomes a status, only what is impossible raises.
 
@@ -130,94 +144,120 @@ def fit_law(
         metric: the column to minimise, if another.
         axis: `total` or `non_embedding` parameters.
         by: columns that part curves.
-        seed: of the permutations.
+        method: of `locate_optima`.
+        bootstraps: draws of the whole chain: cells → optima → law.
+        seed: of the draws and the permutations.
     """
     found, notes = curves(frame, metric=metric, axis=axis, by=by)
-    return law_of(found, axis=axis, notes=notes, seed=seed)
+    return law_of(found, axis=axis, notes=notes, method=method, bootstraps=bootstraps, seed=seed)
 
 
-def law_of(found: Sequence[Curve], *, axis: str, notes: Sequence[str] = (), seed: int = 0) -> LawFit:
+def law_of(
+    found: Sequence[Curve],
+    *,
+    axis: str,
+    notes: Sequence[str] = (),
+    method: str = "asymmetric",
+    bootstraps: int = BOOTSTRAPS,
+    seed: int = 0,
+) -> LawFit:
     """`fit_law` on curves."""
-    optima = optima_of(found)
-    interior = [o for o in optima if o.status == "interior"]
-    p = null_p_value([c for c in found if len(c.x) >= LEAST_TEACHERS], seed=seed)
-    status = _status(found, optima, interior, p)
-    ratio = ratio_interval = slope = slope_interval = None
-    if status == "law":
-        ratio, ratio_interval = _ratio(interior)
-        slope, slope_interval = _exponent(interior)
-    inner = _without_outer(found) if status == "law" else None
-    return LawFit(status, ratio, ratio_interval, slope, slope_interval, axis, tuple(optima), p, inner, tuple(notes))
+    return law_from(locate(found, method=method, bootstraps=bootstraps, seed=seed), axis=axis, notes=notes, seed=seed)
 
 
-def _status(found: Sequence[Curve], optima: Sequence[Optimum], interior: Sequence[Optimum], p: float | None) -> str:
-    students = {c.key["student"] for c in found if len(c.x) >= LEAST_TEACHERS}
+def law_from(located: Located, *, axis: str, notes: Sequence[str] = (), seed: int = 0) -> LawFit:
+    """`fit_law` on located optima."""
+    p = null_p_value(located.found, seed=seed)
+    blamed = _blamed(located)
+    status = _status(located, p, blamed)
+    common: dict[str, Any] = {
+        "status": status,
+        "axis": axis,
+        "optima": located.optima,
+        "null_p": p,
+        "method": located.method,
+        "kappa": located.kappa,
+        "rests_on": blamed,
+        "curses": curses(located, seed=seed),
+    }
+    if status != "law":
+        empty = dict.fromkeys(("ratio", "ratio_interval", "slope", "slope_interval", "without_outer_rungs"))
+        return LawFit(**common, **empty, notes=tuple(notes))
+    return LawFit(**common, **_estimated(located, notes, seed))
+
+
+def _estimated(located: Located, notes: Sequence[str], seed: int) -> dict[str, Any]:
+    """Everything that is claimed once a law is."""
+    responses = Responses.of(located, [i for i, o in enumerate(located.optima) if o.status in NAMED])
+    seen = int((responses.kind(responses.y[None])[0] == SEEN).sum())
+    Z, names, left = covariates(responses, room=max(0, seen - LEAST_STUDENTS))
+    forms, proportional, power = forms_of(responses, Z, seed=seed)
+    r, b = forms["proportional"].parameters["r"], forms["power"].parameters["b"] if power else None
+    outer = _outer_ratio(located, seed)
+    draws = power.draws if power else np.stack([proportional.draws[:, 0], np.ones(len(proportional.draws))], 1)
+    said = [f"no room for {n} as a covariate: too few optima" for n in left]
+    return {
+        "ratio": r.value,
+        "ratio_interval": r.interval,
+        "slope": b and b.value,
+        "slope_interval": b and b.interval,
+        "without_outer_rungs": outer and outer.value,
+        "without_outer_interval": outer and outer.interval,
+        "forms": forms,
+        "effects": {
+            n: Estimate.of(proportional.beta[1 + i], proportional.draws[:, 1 + i]) for i, n in enumerate(names)
+        },
+        "agreements": agreements(responses, seed=seed),
+        "tests": {
+            "r = 2.5": two_sided(proportional.draws[:, 0], float(np.log(2.5))),
+            **({"b = 1": two_sided(power.draws[:, 1], 1.0)} if power else {}),
+        },
+        "draws": tuple((round(float(x), 5), round(float(y), 5)) for x, y in draws[:KEPT_DRAWS]),
+        "notes": (*notes, *said),
+    }
+
+
+def _status(located: Located, p: float | None, blamed: tuple[float, ...]) -> str:
+    optima = located.optima
+    students = {o.student for o in optima if o.teachers >= LEAST_TEACHERS}
     if len(students) < LEAST_STUDENTS:
         return "too_few"
-    if len({o.student for o in interior}) >= LEAST_STUDENTS and p is not None and p <= LEVEL:
+    interior = {o.student for o in optima if o.status == "interior"}
+    if len(interior) >= LEAST_STUDENTS and p is not None and p <= LEVEL and not blamed:
         return "law"
     edges = sum(o.status in ("left_edge", "right_edge") for o in optima)
     return "censored" if edges >= max(1, len(optima) / 2) else "no_optimum"
 
 
-def null_p_value(found: Sequence[Curve], *, seed: int = 0, permutations: int = PERMUTATIONS) -> float | None:
-    """How often teachers dealt at random to the same losses give as much convexity as was seen.
-
-    The statistic is the sum over curves of `max(0, c)²/Var(c)`, c the quadratic coefficient. One random ranking of all
-    teachers reorders every curve at once, so that one teacher's luck, shared by all students, is part of the null.
-    """
-    if not found:
-        return None
-    generator = np.random.default_rng(seed)
-    teachers = np.unique(np.concatenate([c.teacher_params for c in found]))
-    ranks = np.argsort(generator.random((permutations, len(teachers))), axis=1)
-    seen, drawn = 0.0, np.zeros(permutations)
-    for curve in found:
-        contrast = _curvature_contrast(curve)
-        mine = ranks[:, np.searchsorted(teachers, curve.teacher_params)]
-        shuffled = np.argsort(np.argsort(mine, axis=1), axis=1)
-        scale = curve.loss.std() or 1.0
-        seen += max(0.0, float(contrast @ curve.loss) / scale) ** 2
-        drawn += np.maximum(0.0, curve.loss[shuffled] @ contrast / scale) ** 2
-    return float((1 + (drawn >= seen * (1 - 1e-12)).sum()) / (1 + permutations))
+def _blamed(located: Located) -> tuple[float, ...]:
+    """Teachers that a claim would rest on; none where nothing could be claimed anyway."""
+    interior = [c for c, o in zip(located.found, located.optima, strict=True) if o.status == "interior"]
+    if len({c.key["student"] for c in interior}) < LEAST_STUDENTS:
+        return ()
+    return rests_on(interior, _inside, LEAST_STUDENTS)
 
 
-def _curvature_contrast(curve: Curve) -> np.ndarray:
-    """Unit vector v with `v·loss` the quadratic coefficient over its standard error at unit noise [K]."""
-    u = curve.x - curve.x.mean()
-    q, _ = np.linalg.qr(np.stack([np.ones_like(u), u, u * u], axis=1))
-    return q[:, 2] * np.sign(q[:, 2] @ (u * u))
+def _inside(found: Sequence[Curve]) -> list[bool]:
+    """Whether each curve's least lies inside its grid, by a parabola; of three teachers, whether the middle is best."""
+    wide = [c for c in found if len(c.x) >= LEAST_TEACHERS]
+    verdicts = {id(c): bool(c.loss[1:-1].min() < min(c.loss[0], c.loss[-1])) for c in found}
+    if wide:
+        located = locate(wide, method="quadratic", bootstraps=1)
+        grid = located.design.grid
+        strict = (located.best > grid.first + 1e-9) & (located.best < grid.last - 1e-9)
+        verdicts |= {id(c): bool(s) for c, s in zip(wide, strict, strict=True)}
+    return [verdicts[id(c)] for c in found]
 
 
-def _ratio(interior: Sequence[Optimum]) -> tuple[float, Pair]:
-    """Geometric mean of the students' ratios, its interval from their spread (t with n − 1 degrees of freedom)."""
-    logs = np.log([o.ratio for o in interior if o.ratio])
-    # The spread between students holds each optimum's own error, so it is the honest yardstick; the intervals of the
-    # single optima bound it from below, lest three students agree by luck.
-    own = [np.log(o.interval[1] / o.interval[0]) / (2 * 1.96) for o in interior if o.interval[0] and o.interval[1]]
-    error = max(logs.std(ddof=1), float(np.mean(own)) if own else 0.0) / np.sqrt(len(logs))
-    half = stats.t.ppf(0.975, len(logs) - 1) * error
-    middle = float(logs.mean())
-    return float(np.exp(middle)), (float(np.exp(middle - half)), float(np.exp(middle + half)))
-
-
-def _exponent(interior: Sequence[Optimum]) -> tuple[float | None, Pair]:
-    """b of `log N_T* = log r + b·log N_S`, by least squares."""
-    x = np.log([o.student_params for o in interior])
-    y = np.log([o.teacher_params for o in interior if o.teacher_params])
-    if np.ptp(x) < 1e-9 or len(x) < LEAST_STUDENTS:
-        return None, None
-    line = stats.linregress(x, y)
-    half = stats.t.ppf(0.975, len(x) - 2) * line.stderr
-    return float(line.slope), (float(line.slope - half), float(line.slope + half))
-
-
-def _without_outer(found: Sequence[Curve]) -> float | None:
+def _outer_ratio(located: Located, seed: int) -> Estimate | None:
     """The ratio from the same curves without their smallest and largest teachers, or None if too little is left."""
-    inner = [
-        Curve(c.key, c.student_params, c.teacher_params[1:-1], c.loss[1:-1], c.count[1:-1], c.within, c.within_df)
-        for c in found
-        if len(c.x) >= LEAST_TEACHERS + 2
-    ]
-    left = [o for o in optima_of(inner) if o.status == "interior"]
-    return float(np.exp(np.mean(np.log([o.ratio for o in left if o.ratio])))) if len(left) >= 2 else None
+    inner = without_outer(located.found)
+    if not inner:
+        return None
+    again = locate(inner, seed=seed)
+    responses = Responses.of(again, range(len(inner)))
+    responses = responses.part(responses.kind(responses.y[None])[0] == SEEN)
+    if len(set(responses.keys("student"))) < 2:
+        return None
+    fit = regress(responses, np.ones((len(responses.y), 1)), responses.log_student, seed=seed)
+    return Estimate.of(np.exp(fit.beta[0]), np.exp(fit.draws[:, 0]))

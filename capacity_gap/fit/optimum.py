@@ -1,13 +1,13 @@
-"""The optimum of one curve, with what the noise allows one to say about it.
+"""The optimum of each curve, with what the noise allows one to say about it.
 
-A parabola in x = log teacher scale, `ℓ(x) = a + b·x + c·x²`, is fitted to the means over seeds. Its slope at x is
-linear in the estimates, so whether ℓ falls or rises at x is a t-test, and the set of all x whose slope cannot be told
-from zero is an exact interval for the vertex (Fieller). An optimum is *interior* only if the slope is negative at the
-first teacher and positive at the last beyond noise; noise alone rarely manages both.
+Every curve is fitted by the form of `valley.py`; the whole chain is then repeated on bootstrap draws whose errors have
+the components of `noise.py`, shared teachers included. An optimum is *interior* only if the slope is negative at the
+first teacher and positive at the last in 97.5 % of the draws each; noise alone rarely manages both.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,12 @@ import pandas as pd
 from scipy import stats
 
 from capacity_gap.fit.frame import BY, Curve, curves
+from capacity_gap.fit.noise import Noise, components
+from capacity_gap.fit.valley import LEAST_TEACHERS, METHODS, SHAPES, Design, Grid, Valley, near_the_best
 
-LEAST_TEACHERS = 4  # a parabola through three points leaves nothing to judge it by
 FLAT_NATS = 0.005  # differences below this matter to nobody, and are called flat even without noise
-NOISE_FLOOR = 1e-6  # nats: what rounding leaves on a noise-free curve
+BOOTSTRAPS = 1000
+SURE = 0.975  # share of the draws that must agree on the sign of a slope
 
 Interval = tuple[float | None, float | None]
 
@@ -55,45 +57,58 @@ class Optimum:
 
 
 @dataclass(frozen=True)
-class Parabola:
-    """`ℓ(x) = β₀ + β₁u + β₂u²` with u = x − `centre`; `unit` is (XᵀWX)⁻¹, W the replicates of each point."""
+class Located:
+    """All curves of a table, fitted together, with the draws of the whole chain.
 
-    centre: float
-    beta: np.ndarray
-    unit: np.ndarray
-    residual: float  # weighted sum of squares about the fit
-    df: int
+    `best` [C] and `best_draws` [B, C]: log teacher scale where the fitted loss is least within the grid.
+    """
 
-    def value(self, x: np.ndarray | float) -> np.ndarray:
-        """Fitted loss."""
-        u = np.asarray(x) - self.centre
-        return self.beta[0] + self.beta[1] * u + self.beta[2] * u * u
-
-    def slope(self, x: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
-        """Slope at x and its standard error for unit noise."""
-        v = 2.0 * (np.asarray(x) - self.centre)
-        variance = self.unit[1, 1] + 2 * v * self.unit[1, 2] + v * v * self.unit[2, 2]
-        return self.beta[1] + v * self.beta[2], np.sqrt(variance)
+    found: tuple[Curve, ...]
+    design: Design
+    noise: Noise
+    shape: int
+    beta: np.ndarray  # [C, 3]
+    best: np.ndarray
+    best_draws: np.ndarray
+    falls: np.ndarray  # [C] share of draws whose slope is negative at the first teacher
+    rises: np.ndarray  # [C] share of draws whose slope is positive at the last teacher
+    method: str
 
     @property
-    def vertex(self) -> float:
-        """Where the slope is zero."""
-        return self.centre - self.beta[1] / (2 * self.beta[2]) if self.beta[2] else np.inf
+    def kappa(self) -> float:
+        """The shape: 0 for a parabola, positive where curves rise more steeply to the right of their minimum."""
+        return float(self.design.kappas[self.shape])
 
+    def valley(self, index: int) -> Valley | None:
+        """The fit of one curve, None if it has too few teachers."""
+        if len(self.found[index].x) < LEAST_TEACHERS:
+            return None
+        return Valley(self.beta[index], float(self.design.grid.centre[index]), self.kappa)
 
-def fit_parabola(curve: Curve) -> Parabola:
-    """Least squares, each mean weighted by its replicates."""
-    centre = float(curve.x.mean())
-    u = curve.x - centre
-    X = np.stack([np.ones_like(u), u, u * u], axis=1)
-    unit = np.linalg.inv(X.T @ (curve.count[:, None] * X))
-    beta = unit @ X.T @ (curve.count * curve.loss)
-    residual = float(curve.count @ (curve.loss - X @ beta) ** 2)
-    return Parabola(centre, beta, unit, residual, len(u) - 3)
+    @cached_property
+    def optima(self) -> tuple[Optimum, ...]:
+        """One optimum a curve."""
+        return tuple(_optimum(self, i) for i in range(len(self.found)))
+
+    def residuals(self) -> pd.DataFrame:
+        """One row a mean: what was measured, what the form says, and the standard error."""
+        fitted, error = self.design.fitted(self.beta, self.shape), np.sqrt(self.noise.variance)
+        rows = []
+        for i, curve in enumerate(self.found):
+            for k, teacher in enumerate(curve.teacher_params):
+                row = {**curve.key, "student_params": curve.student_params, "teacher_params": teacher}
+                row |= {"loss_mean": curve.loss[k], "runs": int(curve.count[k]), "stderr": error[i, k]}
+                rows.append(row | {"fitted": fitted[i, k] if self.valley(i) else None})
+        return pd.DataFrame(rows)
 
 
 def locate_optima(
-    frame: pd.DataFrame, *, metric: str | None = None, axis: str = "total", by: Sequence[str] = BY
+    frame: pd.DataFrame,
+    *,
+    metric: str | None = None,
+    axis: str = "total",
+    by: Sequence[str] = BY,
+    method: str = "asymmetric",
 ) -> list[Optimum]:
     """Locates each student's best teacher.
 
@@ -101,103 +116,116 @@ def locate_optima(
         frame: tidy table, one row a run; needs `student_params, teacher_params` and `loss` (or `student_loss`).
         metric: the column to minimise, if another.
         axis: `total` or `non_embedding` parameters.
-        by: columns that part curves.
+        by: columns that part curves, where they are there.
+        method: `asymmetric` (a warped parabola, its asymmetry chosen by leaving teachers out), `quadratic`, `local` (a
+            quadratic weighted towards the minimum), `argmin` (the best teacher that was tried: the paper's).
 
     Returns:
         One optimum a curve. Status `interior`; `left_edge`, `right_edge` (best at the end of the grid, or beyond);
         `flat` (cannot be told from noise); `not_unimodal` (worst in the middle); `too_few` (under four teachers).
     """
     found, _ = curves(frame, metric=metric, axis=axis, by=by)
-    return optima_of(found)
+    return list(locate(found, method=method).optima)
 
 
-def optima_of(found: Sequence[Curve]) -> list[Optimum]:
-    """The optimum of each curve; the noise is pooled over all of them."""
-    fits = [fit_parabola(c) if len(c.x) >= LEAST_TEACHERS else None for c in found]
-    noise = pooled_noise(found, fits)
-    return [_optimum(c, f, noise) for c, f in zip(found, fits, strict=True)]
+def locate(
+    found: Sequence[Curve], *, method: str = "asymmetric", bootstraps: int = BOOTSTRAPS, seed: int = 0
+) -> Located:
+    """Fits all curves together, and repeats the fit on `bootstraps` draws.
 
-
-def pooled_noise(found: Sequence[Curve], fits: Sequence[Parabola | None]) -> tuple[float, int]:
-    """Variance of one run and its degrees of freedom: the larger of what seeds and the fits' residuals say.
-
-    Residuals hold what seeds cannot show: the luck of a teacher that all runs share, and the form's own misfit.
+    Raises:
+        ValueError: an unknown method, or no curve at all.
     """
-    seeds, seeds_df = sum(c.within for c in found), sum(c.within_df for c in found)
-    rest, rest_df = sum(f.residual for f in fits if f), sum(f.df for f in fits if f)
-    options = [(total / df, df) for total, df in ((seeds, seeds_df), (rest, rest_df)) if df > 0]
-    return max(options) if options else (np.inf, 1)
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is not known. Allowed: {', '.join(METHODS)}.")
+    if not found:
+        raise ValueError("there is no curve to fit: the table has no usable row.")
+    design, noise, shape = _fit(found, SHAPES if method == "asymmetric" else (0.0,))
+    loss = design.grid.loss[None]
+    if method == "local":
+        at = design.best(design.coefficients(loss, np.array([shape])), np.array([shape]))[0]
+        design = Design.of(design.grid, near_the_best(design.grid, design.weight, at), (0.0,))
+    beta = design.coefficients(loss, np.array([shape]))
+    drawn = design.fitted(beta[0], shape) + noise.draws(design, bootstraps, np.random.default_rng(seed))
+    shapes = design.shape_of(drawn)
+    betas = design.coefficients(drawn, shapes)
+    best, draws = design.best(beta, np.array([shape]))[0], design.best(betas, shapes)
+    if method == "argmin":
+        best, draws = _argmin(design.grid, loss)[0], _argmin(design.grid, drawn - design.fitted(beta[0], shape) + loss)
+    left, right = design.slopes(betas, shapes)
+    falls, rises = (left < 0).mean(0), (right > 0).mean(0)
+    return Located(tuple(found), design, noise, shape, beta[0], best, draws, falls, rises, method)
 
 
-def _optimum(curve: Curve, fit: Parabola | None, noise: tuple[float, int]) -> Optimum:
-    variance, df = noise
-    if fit is None:
-        return _make(curve, "too_few", (None, None), (None, None), variance, 0.0)
-    t = stats.t.ppf(0.975, df) * np.sqrt(max(variance, NOISE_FLOOR**2))
-    ends = (float(curve.x[0]), float(curve.x[-1]))
-    status, gain = _status(curve, fit, ends, variance, df, t)
-    interval = _interval(fit, t, ends, status)
-    return _make(curve, status, interval, _flat(fit, ends), variance, gain, fit.vertex)
+def _fit(found: Sequence[Curve], shapes: Sequence[float]) -> tuple[Design, Noise, int]:
+    """Design, noise and shape: once with weights by replicates, then with weights by the variances so found."""
+    grid = Grid.of(found)
+    design = Design.of(grid, grid.count, shapes)
+    shape = int(design.shape_of(grid.loss[None])[0])
+    noise = components(design, shape, found)
+    design = Design.of(grid, 1 / noise.variance, shapes)
+    shape = int(design.shape_of(grid.loss[None])[0])
+    return design, components(design, shape, found), shape
 
 
-def _status(
-    curve: Curve, fit: Parabola, ends: tuple[float, float], variance: float, df: int, t: float
-) -> tuple[str, float]:
-    """What the slopes at both ends say, beyond noise."""
-    grid = np.linspace(*ends, 201)
-    values = fit.value(grid)
+def _argmin(grid: Grid, loss: np.ndarray) -> np.ndarray:
+    """The best teacher that was tried [B, C]."""
+    at = np.where(grid.count > 0, loss, np.inf).argmin(-1)
+    return np.take_along_axis(np.broadcast_to(grid.x, loss.shape), at[..., None], -1)[..., 0]
+
+
+def _optimum(located: Located, i: int) -> Optimum:
+    curve, valley = located.found[i], located.valley(i)
+    if valley is None:
+        return _make(located, i, "too_few", (None, None), (None, None), 0.0)
+    grid = np.linspace(curve.x[0], curve.x[-1], 1001)
+    values = valley.value(grid)
+    near = grid[values <= values.min() + FLAT_NATS]
     gain = float(values.max() - values.min())
-    if gain < FLAT_NATS and variance < FLAT_NATS**2 / 25:
-        return "flat", gain
-    explained = float(curve.count @ (fit.value(curve.x) - np.average(curve.loss, weights=curve.count)) ** 2)
-    if stats.f.sf(explained / 2 / max(variance, NOISE_FLOOR**2), 2, df) > 0.05:
-        return "flat", gain
-    (left, left_se), (right, right_se) = fit.slope(ends[0]), fit.slope(ends[1])
-    falls, rises = left < -t * left_se, right > t * right_se
-    if falls and rises:
-        return "interior", gain
-    if left > t * left_se and right < -t * right_se:
-        return "not_unimodal", gain
-    if falls or right < -t * right_se:
-        return "right_edge", gain
-    if rises or left > t * left_se:
-        return "left_edge", gain
-    return "flat", gain
+    status = _status(located, i, gain)
+    flat = (_scale(near[0]), _scale(near[-1]))
+    return _make(located, i, status, _interval(located, i, status), flat, gain)
 
 
-def _interval(fit: Parabola, t: float, ends: tuple[float, float], status: str) -> Interval:
-    """The x whose slope cannot be told from zero; open on the side where the grid ends first."""
+def _status(located: Located, i: int, gain: float) -> str:
+    """What the slopes at both ends say, beyond noise."""
+    noise, curve = located.noise, located.found[i]
+    used = slice(0, len(curve.x))
+    weight = 1 / noise.variance[i, used]
+    if gain < FLAT_NATS and 1 / weight.max() < FLAT_NATS**2 / 25:
+        return "flat"
+    fitted = located.design.fitted(located.beta, located.shape)[i, used]
+    explained = float(weight @ (fitted - np.average(fitted, weights=weight)) ** 2)
+    if stats.f.sf(explained / 2, 2, noise.df) > 0.05:
+        return "flat"
+    falls, rises = located.falls[i], located.rises[i]
+    if falls >= SURE and rises >= SURE:
+        return "interior"
+    if falls <= 1 - SURE and rises <= 1 - SURE:
+        return "not_unimodal"
+    if falls >= SURE or rises <= 1 - SURE:
+        return "right_edge"
+    return "left_edge" if rises >= SURE or falls <= 1 - SURE else "flat"
+
+
+def _interval(located: Located, i: int, status: str) -> Interval:
+    """The middle 95 % of the draws; open on the side where the grid ends first."""
     if status in ("flat", "not_unimodal"):
         return None, None
-    grid = np.linspace(*ends, 2001)
-    slope, error = fit.slope(grid)
-    undecided = grid[np.abs(slope) <= t * error]
-    if status == "interior":
-        first, last = (undecided[0], undecided[-1]) if len(undecided) else (fit.vertex, fit.vertex)
-        return _scale(first), _scale(last)
-    if status == "right_edge":
-        return _scale(undecided[0] if len(undecided) else ends[1]), None
-    return None, _scale(undecided[-1] if len(undecided) else ends[0])
-
-
-def _flat(fit: Parabola, ends: tuple[float, float]) -> Interval:
-    grid = np.linspace(*ends, 2001)
-    values = fit.value(grid)
-    near = grid[values <= values.min() + FLAT_NATS]
-    return _scale(near[0]), _scale(near[-1])
+    low, high = (_scale(x) for x in np.quantile(located.best_draws[:, i], [0.025, 0.975]))
+    return (None if status == "left_edge" else low), (None if status == "right_edge" else high)
 
 
 def _scale(x: float) -> float:
     return float(np.exp(x))
 
 
-def _make(
-    curve: Curve, status: str, interval: Interval, flat: Interval, variance: float, gain: float, vertex: float = np.nan
-) -> Optimum:
+def _make(located: Located, i: int, status: str, interval: Interval, flat: Interval, gain: float) -> Optimum:
+    curve = located.found[i]
     tokens, family, init = (curve.key.get(k) for k in ("data_tokens", "family", "init"))
     return Optimum(
         student_params=curve.student_params,
-        teacher_params=_scale(vertex) if status == "interior" else None,
+        teacher_params=_scale(located.best[i]) if status == "interior" else None,
         interval=interval,
         flat_interval=flat,
         status=status,
@@ -206,6 +234,6 @@ def _make(
         student=str(curve.key["student"]),
         init=None if init is None else str(init),
         teachers=len(curve.x),
-        noise=float(np.sqrt(variance)) if np.isfinite(variance) else 0.0,
+        noise=located.noise.run,
         gain=gain,
     )

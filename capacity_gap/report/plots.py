@@ -12,7 +12,8 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from capacity_gap.fit.frame import Curve
 from capacity_gap.fit.law import LawFit
-from capacity_gap.fit.optimum import LEAST_TEACHERS, Optimum, fit_parabola
+from capacity_gap.fit.optimum import Located, Optimum
+from capacity_gap.fit.valley import LEAST_TEACHERS, Valley
 from capacity_gap.scales import format_scale
 
 POINT, LINE, BEST, BAND = "#4c6a92", "#222222", "#c1432e", "#e9a23b"
@@ -41,20 +42,18 @@ def short_scale(count: float, _position: int = 0) -> str:
     return format_scale(round(round(count, digits)))
 
 
-def plot_curves(found: Sequence[Curve], optima: Sequence[Optimum], points: Sequence[np.ndarray] = ()) -> Figure:
-    """Loss against teacher scale, a panel a curve: runs, fitted parabola, optimum with interval, and the flat region.
-
-    Args:
-        found: the curves.
-        optima: their optima, in the same order.
-        points: single runs of each curve, [n, 2] teacher scale and loss; the means over seeds if not given.
+def plot_curves(located: Located) -> Figure:
+    """Loss against teacher scale, a panel a curve: means over seeds with their standard errors, the fitted form, the
+    optimum with its interval, and the flat region.
     """
-    columns = min(3, len(found))
+    found = located.found
+    columns = min(3 if len(found) < 12 else 4, len(found))
     rows = math.ceil(len(found) / columns)
     figure = Figure(figsize=(4.2 * columns, 3.5 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for i, (curve, optimum) in enumerate(zip(found, optima, strict=True)):
-        _panel(axes[i], curve, optimum, points[i] if len(points) else np.stack([curve.teacher_params, curve.loss], 1))
+    for i, (curve, optimum) in enumerate(zip(found, located.optima, strict=True)):
+        error = np.sqrt(located.noise.variance[i, : len(curve.x)])
+        _panel(axes[i], curve, optimum, located.valley(i), error)
     for unused in axes[len(found) :]:
         unused.set_visible(False)
     figure.supxlabel("teacher parameters (above: teacher / student)", fontsize=9)
@@ -62,22 +61,23 @@ def plot_curves(found: Sequence[Curve], optima: Sequence[Optimum], points: Seque
     return figure
 
 
-def _panel(axes: Axes, curve: Curve, optimum: Optimum, points: np.ndarray) -> None:
+def _panel(axes: Axes, curve: Curve, optimum: Optimum, valley: Valley | None, error: np.ndarray) -> None:
     axes.set_xscale("log")
-    if len(curve.x) >= LEAST_TEACHERS:
+    if valley:
         grid = np.linspace(curve.x[0], curve.x[-1], 200)
-        axes.plot(np.exp(grid), fit_parabola(curve).value(grid), color=LINE, lw=1)
+        axes.plot(np.exp(grid), valley.value(grid), color=LINE, lw=1)
         low, high = optimum.flat_interval
         if low is not None and high is not None:
             axes.axvspan(low, high, color=BAND, alpha=0.18, lw=0)
-    axes.plot(points[:, 0], points[:, 1], "o", color=POINT, ms=4, alpha=0.7)
-    if optimum.teacher_params is not None:
+    axes.errorbar(curve.teacher_params, curve.loss, yerr=error, fmt="o", color=POINT, ms=4, lw=0.8, alpha=0.8)
+    if optimum.teacher_params is not None and valley:
         low, high = optimum.interval
-        best = float(fit_parabola(curve).value(math.log(optimum.teacher_params)))
-        error = [[optimum.teacher_params - (low or 0)], [(high or 0) - optimum.teacher_params]]
-        axes.errorbar(optimum.teacher_params, best, xerr=error, fmt="D", color=BEST, ms=6, capsize=3, zorder=5)
+        best = float(valley.value(math.log(optimum.teacher_params)))
+        reach = [[optimum.teacher_params - (low or 0)], [(high or 0) - optimum.teacher_params]]
+        axes.errorbar(optimum.teacher_params, best, xerr=reach, fmt="D", color=BEST, ms=6, capsize=3, zorder=5)
     title = f"student {optimum.student}"
     title += f", {short_scale(optimum.data_tokens)} tokens" if optimum.data_tokens else ""
+    title += f", {optimum.init}" if optimum.init not in (None, "pruned") else ""
     word = WORDS[optimum.status] + (f" at {optimum.ratio:.2f}×" if optimum.ratio else "")
     axes.set_title(f"{title}\n{word}", fontsize=9)
     _scales(axes, curve.teacher_params)

@@ -1,0 +1,122 @@
+"""The curse of capacity gap, tested: is the largest teacher worse than the best one? And does a larger student help?
+
+The loss of the largest teacher less that of the best is never negative, whatever the truth, because the best is chosen
+after the fact. Hsu's comparison with the best takes that into account: with d the 95 % quantile of the largest of
+(luck of the last − luck of teacher k) over k, in standard errors, `max_k(ℓ_last − ℓ_k − d·se_k)` is a lower confidence
+bound on the excess, and the curse is shown where it is above zero. No form of the curve is assumed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from capacity_gap.fit.frame import BY, default_metric
+from capacity_gap.fit.optimum import Located
+
+DRAWS = 4000
+
+
+@dataclass(frozen=True)
+class Curse:
+    """Loss under the largest teacher less that under the best one tried, nats, for one curve.
+
+    `interval`: 95 %, its lower end at least 0; `p` of the hypothesis that no smaller teacher is better.
+    """
+
+    student: str
+    data_tokens: int | None
+    largest: float
+    best: float
+    excess: float
+    interval: tuple[float, float]
+    p: float
+
+
+def curses(located: Located, *, seed: int = 0) -> tuple[Curse, ...]:
+    """One test a curve with at least two teachers."""
+    rng = np.random.default_rng(seed)
+    return tuple(_curse(located, i, rng) for i, c in enumerate(located.found) if len(c.x) > 1)
+
+
+def _curse(located: Located, i: int, rng: np.random.Generator) -> Curse:
+    curve, noise = located.found[i], located.noise
+    K = len(curve.x)
+    variance = noise.variance[i, :K]
+    gap = curve.loss[-1] - curve.loss[:-1]
+    error = np.sqrt(variance[-1] + variance[:-1])
+    luck = rng.standard_normal((DRAWS, K)) * np.sqrt(variance)
+    scale = np.sqrt(noise.df / rng.chisquare(noise.df, DRAWS))[:, None]
+    null = ((luck[:, -1:] - luck[:, :-1]) / error * scale).max(1)
+    critical = float(np.quantile(null, 0.95))
+    low, high = float((gap - critical * error).max()), float((gap + critical * error).max())
+    p = float((1 + (null >= (gap / error).max()).sum()) / (1 + DRAWS))
+    best = int(curve.loss.argmin())
+    tokens = curve.key.get("data_tokens")
+    return Curse(
+        student=str(curve.key["student"]),
+        data_tokens=None if tokens is None else int(tokens),  # type: ignore[call-overload]
+        largest=float(curve.teacher_params[-1]),
+        best=float(curve.teacher_params[best]),
+        excess=float(curve.loss[-1] - curve.loss[best]),
+        interval=(max(0.0, low), max(0.0, high)),
+        p=p,
+    )
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Under one teacher, how the loss moves with the student: nats per doubling of its parameters, and p of ≥ 0.
+
+    `worse`: pairs of neighbouring students of which the larger has the higher mean loss, of `pairs`.
+    """
+
+    teacher: float
+    setting: str
+    students: int
+    per_doubling: float
+    interval: tuple[float, float]
+    p: float
+    pairs: int
+    worse: int
+
+
+def student_growth(
+    frame: pd.DataFrame, *, metric: str | None = None, axis: str = "total", by: Sequence[str] = BY
+) -> tuple[Growth, ...]:
+    """The other half of the paper's observation: under a fixed teacher, does a growing student always improve?
+
+    Args:
+        frame: as for `locate_optima`; teachers with at least three students are tested.
+        metric: the column to minimise, if another.
+        axis: `total` or `non_embedding` parameters.
+        by: columns that part settings.
+    """
+    column, suffix = metric or default_metric(frame), "" if axis == "total" else "_non_embedding"
+    names = [c for c in by if c in frame and frame[c].nunique(dropna=False) > 1]
+    keep = frame[np.isfinite(pd.to_numeric(frame[column], errors="coerce"))]
+    found = []
+    for key, group in keep.groupby([*names, "teacher_params" + suffix], dropna=False):
+        if group["student_params" + suffix].nunique() > 2:
+            setting = ", ".join(f"{n}={v}" for n, v in zip(names, key[:-1], strict=True))
+            found.append(_growth(group, "student_params" + suffix, column, float(key[-1]), setting))
+    return tuple(found)
+
+
+def _growth(group: pd.DataFrame, student: str, column: str, teacher: float, setting: str) -> Growth:
+    means = group.groupby(student)[column].mean()
+    line = stats.linregress(np.log2(group[student].to_numpy(float)), group[column].to_numpy(float))
+    half = float(stats.t.ppf(0.975, len(group) - 2) * line.stderr)
+    t = line.slope / line.stderr if line.stderr > 0 else np.copysign(np.inf, line.slope)
+    return Growth(
+        teacher=teacher,
+        setting=setting,
+        students=len(means),
+        per_doubling=float(line.slope),
+        interval=(float(line.slope) - half, float(line.slope) + half),
+        p=float(stats.t.cdf(t, len(group) - 2)),
+        pairs=len(means) - 1,
+        worse=int((np.diff(means.to_numpy()) > 0).sum()),
+    )

@@ -1,0 +1,80 @@
+"""What could have made up a law: chance, the outer rungs, or one bad teacher."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from capacity_gap.fit.frame import Curve
+from capacity_gap.fit.valley import LEAST_TEACHERS
+
+PERMUTATIONS = 999
+
+
+def null_p_value(found: Sequence[Curve], *, seed: int = 0, permutations: int = PERMUTATIONS) -> float | None:
+    """How often teachers dealt at random to the same losses give as much convexity as was seen.
+
+    The statistic is the sum over curves of `max(0, c)²/Var(c)`, c the quadratic coefficient. One random ranking of all
+    teachers reorders every curve at once, so that one teacher's luck, shared by all students, is part of the null.
+    """
+    usable = [c for c in found if len(c.x) >= LEAST_TEACHERS]
+    if not usable:
+        return None
+    generator = np.random.default_rng(seed)
+    teachers = np.unique(np.concatenate([c.teacher_params for c in usable]))
+    ranks = np.argsort(generator.random((permutations, len(teachers))), axis=1)
+    seen, drawn = 0.0, np.zeros(permutations)
+    for curve in usable:
+        contrast = _curvature_contrast(curve)
+        mine = ranks[:, np.searchsorted(teachers, curve.teacher_params)]
+        shuffled = np.argsort(np.argsort(mine, axis=1), axis=1)
+        scale = curve.loss.std() or 1.0
+        seen += max(0.0, float(contrast @ curve.loss) / scale) ** 2
+        drawn += np.maximum(0.0, curve.loss[shuffled] @ contrast / scale) ** 2
+    return float((1 + (drawn >= seen * (1 - 1e-12)).sum()) / (1 + permutations))
+
+
+def _curvature_contrast(curve: Curve) -> np.ndarray:
+    """Unit vector v with `v·loss` the quadratic coefficient over its standard error at unit noise [K]."""
+    u = curve.x - curve.x.mean()
+    q, _ = np.linalg.qr(np.stack([np.ones_like(u), u, u * u], axis=1))
+    return q[:, 2] * np.sign(q[:, 2] @ (u * u))
+
+
+def without(curve: Curve, drop: np.ndarray) -> Curve:
+    """The curve without the teachers marked in `drop` [K]."""
+    keep = ~drop
+    names = tuple(n for n, k in zip(curve.clusters, keep, strict=True) if k) if curve.clusters else ()
+    return replace(
+        curve,
+        teacher_params=curve.teacher_params[keep],
+        loss=curve.loss[keep],
+        count=curve.count[keep],
+        clusters=names,
+    )
+
+
+def without_outer(found: Sequence[Curve]) -> list[Curve]:
+    """Every curve without its smallest and largest teacher, where enough are left."""
+    ends = [np.isin(np.arange(len(c.x)), (0, len(c.x) - 1)) for c in found]
+    return [without(c, e) for c, e in zip(found, ends, strict=True) if len(c.x) >= LEAST_TEACHERS + 2]
+
+
+def rests_on(
+    found: Sequence[Curve], inside: Callable[[Sequence[Curve]], Sequence[bool]], least: int
+) -> tuple[float, ...]:
+    """The teachers without which fewer than `least` students keep a minimum inside their grid.
+
+    Args:
+        found: the curves with an interior optimum.
+        inside: says of each curve whether its fitted minimum lies inside its grid.
+        least: students that must keep theirs.
+    """
+    blamed = []
+    for teacher in np.unique(np.concatenate([c.teacher_params for c in found])):
+        left = [without(c, c.teacher_params == teacher) for c in found]
+        left = [c for c in left if len(c.x) >= LEAST_TEACHERS]
+        students = {c.key["student"] for c, ok in zip(left, inside(left) if left else (), strict=True) if ok}
+        if len(students) < least:
+            blamed.append(float(teacher))
+    return tuple(blamed)

@@ -1,0 +1,263 @@
+"""From optima to a law: regressions of log N_T* on log N_S and covariates, repeated on every draw of the chain.
+
+    log N_T* = log r + log N_S (+ covariates)        `proportional`: N_T* = r·N_S
+    log N_T* = log a + b·log N_S (+ covariates)      `power`
+    N_T* = a + r·N_S                                 `affine`, after the covariates' effects are taken out
+
+Each optimum weighs by its own error and the scatter between students; optima at the end of a grid are bounds
+(`censored.py`). A draw of the chain moves all optima together, so what they share through their teachers is in every
+interval.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from capacity_gap.fit.censored import ABOVE, BELOW, SEEN, scatter, tobit
+from capacity_gap.fit.frame import BY
+from capacity_gap.fit.optimum import Located
+
+NAMED = ("interior", "left_edge", "right_edge")  # what enters a law: an optimum, or a bound
+END = 1e-9  # in log scale
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval."""
+
+    value: float
+    interval: tuple[float, float]
+
+    @classmethod
+    def of(cls, value: float, draws: np.ndarray) -> "Estimate":
+        """From a point estimate and its draws."""
+        low, high = np.quantile(draws, [0.025, 0.975])
+        return cls(float(value), (float(low), float(high)))
+
+
+@dataclass(frozen=True)
+class Form:
+    """One law: its parameters, and how far off it predicts left-out students (root mean square in log N_T*)."""
+
+    name: str
+    formula: str
+    parameters: dict[str, Estimate]
+    left_out_error: float | None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Ratios by level of one column, and whether they are one: I² (share of their scatter beyond error) and p."""
+
+    by: str
+    ratios: dict[str, Estimate]
+    i2: float
+    p: float
+
+
+@dataclass(frozen=True)
+class Responses:
+    """The optima that enter a law, and their draws: log N_T* or a bound on it."""
+
+    located: Located
+    index: np.ndarray  # [C] curves of `located`
+    log_student: np.ndarray  # [C]
+    y: np.ndarray  # [C]
+    draws: np.ndarray  # [B, C]
+    error: np.ndarray  # [C]
+
+    @classmethod
+    def of(cls, located: Located, index: Sequence[int]) -> "Responses":
+        """The named curves' optima."""
+        chosen = np.asarray(index, dtype=int)
+        draws = located.best_draws[:, chosen]
+        spread = np.diff(np.quantile(draws, [0.16, 0.84], axis=0), axis=0)[0] / 2
+        inside = _kind(located, chosen, located.best[chosen][None])[0] == SEEN
+        typical = float(np.median(spread[inside])) if inside.any() else 0.1
+        error = np.maximum(np.where(inside, spread, np.maximum(spread, typical)), 1e-4)
+        students = np.log([located.found[i].student_params for i in chosen])
+        return cls(located, chosen, students, located.best[chosen], draws, error)
+
+    def kind(self, y: np.ndarray) -> np.ndarray:
+        """Which of the responses [B, C] are seen, and which are bounds."""
+        return _kind(self.located, self.index, y)
+
+    def keys(self, name: str) -> list[Any]:
+        """Each curve's value of a column."""
+        return [self.located.found[i].key.get(name) for i in self.index]
+
+    def part(self, keep: np.ndarray) -> "Responses":
+        """Some of them."""
+        return Responses(
+            self.located, self.index[keep], self.log_student[keep], self.y[keep], self.draws[:, keep], self.error[keep]
+        )
+
+
+def _kind(located: Located, index: np.ndarray, y: np.ndarray) -> np.ndarray:
+    grid = located.design.grid
+    low, high = y <= grid.first[index] + END, y >= grid.last[index] - END
+    return np.where(high, ABOVE, np.where(low, BELOW, SEEN))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Coefficients [P], their draws [B, P], and the scatter between students beyond error."""
+
+    beta: np.ndarray
+    draws: np.ndarray
+    omega: float
+
+
+def regress(responses: Responses, X: np.ndarray, offset: np.ndarray, *, seed: int = 0) -> Fitted:
+    """`log N_T* − offset = Xβ`, by Tobit, on the data and on each draw."""
+    y = responses.y - offset
+    kind = responses.kind(responses.y[None])
+    beta = tobit(X, y[None], kind, responses.error)[0]
+    seen = kind[0] == SEEN
+    omega = scatter((y - X @ beta)[seen], responses.error[seen], X.shape[1])
+    total = np.hypot(responses.error, omega)
+    if omega > 0:
+        beta = tobit(X, y[None], kind, total)[0]
+    kinds = responses.kind(responses.draws)
+    drawn = responses.draws - offset
+    if omega > 0:
+        rng, df = np.random.default_rng(seed), max(1, int(seen.sum()) - X.shape[1])
+        spread = omega * np.sqrt(df / rng.chisquare(df, (len(drawn), 1))) * rng.standard_normal(drawn.shape)
+        drawn = drawn + np.where(kinds == SEEN, spread, 0.0)
+    return Fitted(beta, tobit(X, drawn, kinds, total), omega)
+
+
+def covariates(responses: Responses, room: int) -> tuple[np.ndarray, list[str], list[str]]:
+    """Columns [C, P] for what varies between curves beyond the student, their names, and what found no room.
+
+    log data scale is centred, other columns are coded by deviation from their mean, so that the ratio is that of the
+    average setting.
+    """
+    columns, names, left = [], [], []
+    for name in BY:
+        values = responses.keys(name)
+        levels = sorted({str(v) for v in values if v is not None})
+        if len(levels) < 2:
+            continue
+        made = _columns(name, values, levels)
+        if len(columns) + len(made) > room:
+            left.append(name)
+            continue
+        columns += list(made.values())
+        names += list(made)
+    return (np.stack(columns, 1) if columns else np.zeros((len(responses.y), 0))), names, left
+
+
+def _columns(name: str, values: Sequence[Any], levels: Sequence[str]) -> dict[str, np.ndarray]:
+    if name == "data_tokens":
+        logs = np.log(np.array([float(v) for v in values]))
+        return {"log data_tokens": logs - logs.mean()}
+    hot = np.array([[float(str(v) == level) for level in levels] for v in values])
+    return {f"{name}={level}": hot[:, i] - hot[:, -1] for i, level in enumerate(levels[:-1])}
+
+
+def forms_of(responses: Responses, Z: np.ndarray, *, seed: int) -> tuple[dict[str, Form], Fitted, Fitted | None]:
+    """The three laws, with the fits of the proportional and the power law."""
+    ones, N = np.ones((len(responses.y), 1)), responses.log_student
+    X = np.hstack([ones, Z])
+    proportional = regress(responses, X, N, seed=seed)
+    r = Estimate.of(np.exp(proportional.beta[0]), np.exp(proportional.draws[:, 0]))
+    off = _left_out(responses, lambda part, z: np.hstack([np.ones((len(z), 1)), z]), Z, fixed=True)
+    forms = {"proportional": Form("proportional", "N_T* = r·N_S", {"r": r}, off)}
+    if np.ptp(N) < 0.05 or len(set(responses.keys("student"))) < 3:
+        return forms, proportional, None
+    middle = N.mean()
+    power = regress(responses, np.hstack([ones, (N - middle)[:, None], Z]), np.zeros_like(N), seed=seed)
+    scale = power.draws[:, 0] - power.draws[:, 1] * middle
+    parameters = {
+        "a": Estimate.of(np.exp(power.beta[0] - power.beta[1] * middle), np.exp(scale)),
+        "b": Estimate.of(power.beta[1], power.draws[:, 1]),
+    }
+    off = _left_out(responses, lambda part, z: np.hstack([np.ones((len(z), 1)), part[:, None] - middle, z]), Z)
+    forms["power"] = Form("power", "N_T* = a·N_S^b", parameters, off)
+    forms["affine"] = affine(responses, Z, proportional)
+    log_a = power.beta[0] - power.beta[1] * middle
+    return forms, proportional, Fitted(np.array([log_a, power.beta[1]]), np.stack([scale, power.draws[:, 1]], 1), 0.0)
+
+
+def _left_out(responses: Responses, design: Any, Z: np.ndarray, *, fixed: bool = False) -> float | None:
+    """Root mean square error of log N_T* of students left out of the fit, over those whose optimum was seen."""
+    students = np.array([str(s) for s in responses.keys("student")])
+    seen = responses.kind(responses.y[None])[0] == SEEN
+    X = design(responses.log_student, Z)
+    offset = responses.log_student if fixed else np.zeros_like(responses.log_student)
+    errors = []
+    for student in np.unique(students[seen]):
+        keep, out = students != student, (students == student) & seen
+        if (keep & seen).sum() < X.shape[1]:
+            return None
+        part = responses.part(keep)
+        beta = tobit(X[keep], (part.y - offset[keep])[None], part.kind(part.y[None]), part.error)[0]
+        errors += list(responses.y[out] - offset[out] - X[out] @ beta)
+    return float(np.sqrt(np.mean(np.square(errors)))) if errors else None
+
+
+def affine(responses: Responses, Z: np.ndarray, proportional: Fitted) -> Form:
+    """`N_T* = a + r·N_S` by weighted least squares on the scale of parameters; bounds take no part."""
+    seen = responses.kind(responses.y[None])[0] == SEEN
+    part, z = responses.part(seen), Z[seen]
+    n = np.exp(part.log_student)
+    expected = np.exp(part.log_student + proportional.beta[0])
+    weight = 1 / (expected * np.hypot(part.error, proportional.omega)) ** 2
+    X = np.stack([np.ones_like(n), n], 1)
+
+    def solve(y: np.ndarray, effects: np.ndarray, keep: np.ndarray) -> np.ndarray:
+        """[B, 2] for log optima y [B, C]."""
+        teacher = np.exp(y - effects)
+        normal = (X[keep] * weight[keep, None]).T @ X[keep]
+        return np.linalg.solve(normal, (X[keep].T @ (weight[keep, None] * teacher[:, keep].T))).T
+
+    everyone = np.ones(len(n), dtype=bool)
+    point = solve(part.y[None], (z @ proportional.beta[1:])[None], everyone)[0]
+    draws = solve(part.draws, proportional.draws[:, 1:] @ z.T, everyone)
+    errors = []
+    students = np.array([str(s) for s in part.keys("student")])
+    for student in np.unique(students):
+        keep = students != student
+        if len(set(students[keep])) < 2:
+            errors = []
+            break
+        a, r = solve(part.y[None], (z @ proportional.beta[1:])[None], keep)[0]
+        predicted = np.log(np.maximum(a + r * n[~keep], 1.0)) + (z @ proportional.beta[1:])[~keep]
+        errors += list(part.y[~keep] - predicted)
+    parameters = {name: Estimate.of(point[i], draws[:, i]) for i, name in enumerate(("a", "r"))}
+    off = float(np.sqrt(np.mean(np.square(errors)))) if errors else None
+    return Form("affine", "N_T* = a + r·N_S", parameters, off)
+
+
+def agreements(responses: Responses, *, seed: int) -> tuple[Agreement, ...]:
+    """Is the ratio the same at every level of each column that varies? Levels need an optimum that was seen."""
+    seen = responses.kind(responses.y[None])[0] == SEEN
+    found = []
+    for name in BY:
+        values = np.array([str(v) for v in responses.keys(name)])
+        levels = [str(v) for v in np.unique(values) if seen[values == v].any()]
+        if len(levels) > 1:
+            keep = np.isin(values, levels)
+            found.append(_agreement(name, responses.part(keep), values[keep], levels, seed))
+    return tuple(found)
+
+
+def _agreement(name: str, part: Responses, values: np.ndarray, levels: list[str], seed: int) -> Agreement:
+    X = (values[:, None] == np.array(levels)).astype(float)
+    fit = regress(part, X, part.log_student, seed=seed)
+    ratios = {v: Estimate.of(np.exp(fit.beta[i]), np.exp(fit.draws[:, i])) for i, v in enumerate(levels)}
+    contrast = fit.beta[1:] - fit.beta[:1]
+    covariance = np.atleast_2d(np.cov((fit.draws[:, 1:] - fit.draws[:, :1]).T)) + 1e-12 * np.eye(len(contrast))
+    q, df = float(contrast @ np.linalg.solve(covariance, contrast)), len(contrast)
+    p = float(stats.f.sf(q / df, df, max(2.0, part.located.noise.df)))
+    return Agreement(name, ratios, max(0.0, (q - df) / q) if q > 0 else 0.0, p)
+
+
+def two_sided(draws: np.ndarray, value: float) -> float:
+    """p of the hypothesis that a parameter is `value`: twice the smaller share of draws on one side."""
+    above = float((draws > value).mean())
+    return float(min(1.0, 2 * max(min(above, 1 - above), 1 / (2 * len(draws)))))
