@@ -2,8 +2,8 @@
 
     python -m benchmarks.sweeper [--repeats 5] [--out results/sweeper.csv]      about three minutes
 
-60 cells are composed, resolved and planned, and one cell is, by the grid sweeper and by Hydra's basic one with its basic
-launcher (which does the same cell by cell); the difference over 59 is what a cell costs. Nothing is computed.
+60 cells are composed, resolved and planned, and one cell is, by the grid sweeper and by Hydra's basic one with its
+basic launcher (which does the same cell by cell); the difference over 59 is what a cell costs. Nothing is computed.
 """
 
 import argparse

@@ -172,9 +172,13 @@ def adjust_for_size(
     others = [frame[k] for k in (*keys, teacher) if k != "_student"]
     within = [v - v.groupby(others, dropna=False).transform("mean") for v in (logs, frame[column].astype(float))]
     if (within[0].abs() < 0.05).all():
-        return frame, [f"student sizes differ by up to {off.abs().max():.1%} within a curve; not adjusted for: one size"]
+        return frame, [
+            f"student sizes differ by up to {off.abs().max():.1%} within a curve; not adjusted for: one size"
+        ]
     gamma = float((within[0] * within[1]).sum() / (within[0] ** 2).sum())
-    note = f"losses adjusted for student sizes that differ by up to {off.abs().max():.1%} ({gamma:.3f} nats per log unit)"
+    note = (
+        f"losses adjusted for student sizes that differ by up to {off.abs().max():.1%} ({gamma:.3f} nats per log unit)"
+    )
     return frame.assign(**{column: frame[column].astype(float) - gamma * off}), [note]
 
 

@@ -234,19 +234,7 @@ def _blamed(located: Located) -> tuple[float, ...]:
     interior = [c for c, o in zip(located.found, located.optima, strict=True) if o.status == "interior"]
     if len({c.key["student"] for c in interior}) < LEAST_STUDENTS:
         return ()
-    return rests_on(interior, _inside, LEAST_STUDENTS)
-
-
-def _inside(found: Sequence[Curve]) -> list[bool]:
-    """Whether each curve's least lies inside its grid, by a parabola; of three teachers, whether the middle is best."""
-    wide = [c for c in found if len(c.x) >= LEAST_TEACHERS]
-    verdicts = {id(c): bool(c.loss[1:-1].min() < min(c.loss[0], c.loss[-1])) for c in found}
-    if wide:
-        located = locate(wide, method="quadratic", bootstraps=1)
-        grid = located.design.grid
-        strict = (located.best > grid.first + 1e-9) & (located.best < grid.last - 1e-9)
-        verdicts |= {id(c): bool(s) for c, s in zip(wide, strict, strict=True)}
-    return [verdicts[id(c)] for c in found]
+    return rests_on(interior, LEAST_STUDENTS)
 
 
 def _outer_ratio(located: Located, seed: int) -> Estimate | None:

@@ -2,11 +2,11 @@
 
     mean loss of curve c under teacher k = f_c(x_k) + luck_k + misfit_ck + seeds_ck
 
-`luck_k` (variance τ²) is one trained teacher's and is shared by every curve it appears in; `misfit_ck` (γ²) belongs to one
-curve and teacher, and holds what the form cannot follow; `seeds_ck` (σ²/n) is what n replicates leave. σ² is known from
-replicates, τ² and γ² from the residuals by the method of moments: their sum of squares, and that of their sums over
-each teacher. Without replicates, σ² and γ² are one. Intervals that ignore τ² are too short: all students' optima move
-together with a teacher's luck.
+`luck_k` (variance τ²) is one trained teacher's and is shared by every curve it appears in; `misfit_ck` (γ²) belongs to
+one curve and teacher, and holds what the form cannot follow; `seeds_ck` (σ²/n) is what n replicates leave. σ² is known
+from replicates, τ² and γ² from the residuals by the method of moments: their sum of squares, and that of their sums
+over each teacher. Without replicates, σ² and γ² are one. Intervals that ignore τ² are too short: all students' optima
+move together with a teacher's luck.
 """
 
 from collections.abc import Sequence

@@ -1,12 +1,12 @@
 """What could have made up a law: chance, the outer rungs, or one bad teacher."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from capacity_gap.fit.frame import Curve
-from capacity_gap.fit.valley import LEAST_TEACHERS
+from capacity_gap.fit.valley import LEAST_TEACHERS, Design, Grid
 
 PERMUTATIONS = 999
 
@@ -60,21 +60,30 @@ def without_outer(found: Sequence[Curve]) -> list[Curve]:
     return [without(c, e) for c, e in zip(found, ends, strict=True) if len(c.x) >= LEAST_TEACHERS + 2]
 
 
-def rests_on(
-    found: Sequence[Curve], inside: Callable[[Sequence[Curve]], Sequence[bool]], least: int
-) -> tuple[float, ...]:
+def rests_on(found: Sequence[Curve], least: int) -> tuple[float, ...]:
     """The teachers without which fewer than `least` students keep a minimum inside their grid.
 
     Args:
         found: the curves with an interior optimum.
-        inside: says of each curve whether its fitted minimum lies inside its grid.
         least: students that must keep theirs.
     """
-    blamed = []
-    for teacher in np.unique(np.concatenate([c.teacher_params for c in found])):
-        left = [without(c, c.teacher_params == teacher) for c in found]
-        left = [c for c in left if len(c.x) >= LEAST_TEACHERS]
-        students = {c.key["student"] for c, ok in zip(left, inside(left) if left else (), strict=True) if ok}
-        if len(students) < least:
-            blamed.append(float(teacher))
-    return tuple(blamed)
+    teachers = np.unique(np.concatenate([c.teacher_params for c in found]))
+    cases = [(t, without(c, c.teacher_params == t)) for t in teachers for c in found]
+    keep: dict[float, set] = {float(t): set() for t in teachers}
+    for (teacher, curve), inside in zip(cases, _inside([c for _, c in cases]), strict=True):
+        if inside:
+            keep[float(teacher)].add(curve.key["student"])
+    return tuple(t for t, students in keep.items() if len(students) < least)
+
+
+def _inside(found: Sequence[Curve]) -> list[bool]:
+    """Whether each curve's least lies inside its grid, by a parabola; of three teachers, whether the middle is best."""
+    verdicts = [bool(c.loss[1:-1].min() < min(c.loss[0], c.loss[-1])) for c in found]
+    wide = [i for i, c in enumerate(found) if len(c.x) >= LEAST_TEACHERS]
+    if wide:
+        grid = Grid.of([found[i] for i in wide])
+        design, plain = Design.of(grid, grid.count, (0.0,)), np.array([0])
+        best = design.best(design.coefficients(grid.loss[None], plain), plain)[0]
+        for i, x, first, last in zip(wide, best, grid.first, grid.last, strict=True):
+            verdicts[i] = bool(first + 1e-9 < x < last - 1e-9)
+    return verdicts

@@ -171,7 +171,7 @@ def forms_of(responses: Responses, Z: np.ndarray, *, seed: int) -> tuple[dict[st
         return forms, proportional, None
     middle = N.mean()
     power = regress(responses, np.hstack([ones, (N - middle)[:, None], Z]), np.zeros_like(N), seed=seed)
-    scale = power.draws[:, 0] - power.draws[:, 1] * middle
+    scale = np.clip(power.draws[:, 0] - power.draws[:, 1] * middle, -300, 300)
     parameters = {
         "a": Estimate.of(np.exp(power.beta[0] - power.beta[1] * middle), np.exp(scale)),
         "b": Estimate.of(power.beta[1], power.draws[:, 1]),

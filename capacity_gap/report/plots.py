@@ -1,7 +1,7 @@
 """Figures from a fitted table, for PNG and SVG. No global state: every function returns a new figure."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
