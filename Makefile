@@ -33,9 +33,11 @@ bench: $(VENV)/.installed  ## every claim of speed, one script each
 	$(BIN)/python -m benchmarks.plan --out results/plan.csv
 	$(BIN)/python -m benchmarks.sweeper --out results/sweeper.csv
 	$(BIN)/python -m benchmarks.surgery --out results/surgery.csv
+	$(BIN)/python -m benchmarks.fit --out results/fit_speed.csv
 	$(BIN)/pip install --quiet -c constraints.txt trl torch-pruning
 	$(BIN)/python -m benchmarks.pruning --out results/pruning_speed.csv
 	$(BIN)/python -m benchmarks.distill_step --out results/distill_step.csv
 
 evidence: $(VENV)/.installed  ## the long runs whose tables are in results/
 	$(BIN)/python -m benchmarks.chaos --out results/chaos.csv
+	$(BIN)/python -m benchmarks.fit_coverage --out results/fit_coverage.csv

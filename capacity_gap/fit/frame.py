@@ -1,6 +1,7 @@
 """From a tidy table to curves: loss against log teacher scale, one curve a student (and data scale, family, start)."""
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -164,7 +165,7 @@ def adjust_for_size(
     γ = ∂ℓ/∂log N_S is estimated between students under the same teacher and settings; 2 % of a student's parameters are
     worth about 0.006 nats at pico scale, as much as neighbouring teachers differ (METHOD §8).
     """
-    logs = np.log(frame[student].astype(float))
+    logs = frame[student].astype(float).map(math.log)
     groups = [frame[k] for k in keys]
     off = logs - logs.groupby(groups, dropna=False).transform("mean")
     if off.abs().max() < 1e-3:

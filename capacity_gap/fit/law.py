@@ -181,7 +181,8 @@ def law_from(located: Located, *, axis: str, notes: Sequence[str] = (), seed: in
         "curses": curses(located, seed=seed),
     }
     if status != "law":
-        empty = dict.fromkeys(("ratio", "ratio_interval", "slope", "slope_interval", "without_outer_rungs"))
+        names = ("ratio", "ratio_interval", "slope", "slope_interval", "without_outer_rungs")
+        empty: dict[str, Any] = dict.fromkeys(names)
         return LawFit(**common, **empty, notes=tuple(notes))
     return LawFit(**common, **_estimated(located, notes, seed))
 

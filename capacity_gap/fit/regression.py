@@ -136,7 +136,9 @@ def covariates(responses: Responses, room: int) -> tuple[np.ndarray, list[str], 
     log data scale is centred, other columns are coded by deviation from their mean, so that the ratio is that of the
     average setting.
     """
-    columns, names, left = [], [], []
+    columns: list[np.ndarray] = []
+    names: list[str] = []
+    left: list[str] = []
     for name in BY:
         values = responses.keys(name)
         levels = sorted({str(v) for v in values if v is not None})
@@ -218,7 +220,7 @@ def affine(responses: Responses, Z: np.ndarray, proportional: Fitted) -> Form:
     everyone = np.ones(len(n), dtype=bool)
     point = solve(part.y[None], (z @ proportional.beta[1:])[None], everyone)[0]
     draws = solve(part.draws, proportional.draws[:, 1:] @ z.T, everyone)
-    errors = []
+    errors: list[float] = []
     students = np.array([str(s) for s in part.keys("student")])
     for student in np.unique(students):
         keep = students != student
