@@ -125,7 +125,8 @@ class _State:
         p = self.problem
         with np.errstate(all="ignore"):
             gradient, hessian = self._model()
-            trial = np.clip(self.theta + self._step(gradient, hessian), p.lower, p.upper)
+            wanted = self.theta + self._step(gradient, hessian)
+            trial = np.clip(wanted, p.lower, p.upper)
             f, residual, slopes = p.value(trial, self.weights, self.columns)
             step = trial - self.theta
             foretold = -np.einsum("bp,bp->b", gradient, step) - 0.5 * np.einsum("bp,bpq,bq->b", step, hessian, step)
@@ -134,15 +135,17 @@ class _State:
             trust = np.where(good, fall / np.maximum(foretold, 1e-300), 0.0)
         small = tolerance * np.maximum(np.abs(self.f), tolerance)
         # Done: a step that damping did not shorten brought nothing, or the model promises nothing, or no step helps.
-        done = (good & (fall <= small) & (self.mu <= 10)) | (~good & (foretold <= small)) | (self.mu >= DAMPING[1])
+        # (Of a step that a bound cut off the model promises nothing either: that says only that it was too long.)
+        nothing = ~good & (foretold <= small) & (trial == wanted).all(axis=1)
+        done = (good & (fall <= small) & (self.mu <= 10)) | nothing | (self.mu >= DAMPING[1])
         self.theta = np.where(good[:, None], trial, self.theta)
         self.f = np.where(good, f, self.f)
         if good.all():
             self.residual, self.slopes = residual, slopes
         else:
             self.residual[good], self.slopes[good] = residual[good], slopes[good]
-        grown = np.where(trust > 0.75, self.mu / 10, np.where(trust > 0.25, self.mu, self.mu * 4))
-        self.mu = np.clip(np.where(good, grown, self.mu * 10), *DAMPING)
+        grown = np.where(trust > 0.75, self.mu / 3, np.where(trust > 0.25, self.mu, self.mu * 2))
+        self.mu = np.clip(np.where(good, grown, self.mu * 4), *DAMPING)
         return done
 
     def _model(self) -> tuple[Array, Array]:

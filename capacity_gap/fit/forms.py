@@ -93,27 +93,32 @@ def distillation_loss(theta: Array, x: Columns, slopes: bool) -> tuple[Array, Ar
     `own_loss` is log L̃(N_S, D_S), what the student would reach on text alone; `log_teacher_loss` is log L_T itself, and
     `teacher_loss` the same about its mean.
     """
-    a, alpha, b, beta, g, c0, log_c1, log_f1, log_d1 = _parts(theta)
+    a, alpha, b, beta, g, c0, log_k, log_f1, log_d1 = _parts(theta)
     n, d, t, own = (x[k] for k in ("student_params", "data_tokens", "teacher_loss", "own_loss"))
     gamma, f1 = np.exp(g), np.exp(log_f1)
     of_n, of_d = np.exp(a - alpha * n), np.exp(b - beta * d)
     log_sum = np.log(of_n + of_d)
-    z = (x["log_teacher_loss"] - own - log_d1) / f1
-    weight = np.exp(log_c1) * f1 * np.logaddexp(0.0, z)
+    z = np.maximum((x["log_teacher_loss"] - own - log_d1) / f1, VANISHED)
+    strength = np.exp(log_k + log_d1 / f1)  # c1·f1
+    weight = strength * np.logaddexp(0.0, z)
     gap = np.exp(gamma * log_sum - c0 * t - weight)
     loss = np.exp(x["log_teacher_loss"]) + gap
     if not slopes:
         return loss, None
     per_n, per_d = gamma * gap * (of_n / (of_n + of_d)), gamma * gap * (of_d / (of_n + of_d))
-    pull = np.exp(log_c1) * gap / (1 + np.exp(-z))
-    grads = [per_n, -n * per_n, per_d, -d * per_d, gap * gamma * log_sum]
-    grads += [-t * gap, -weight * gap, -weight * gap + f1 * z * pull, pull]
+    pull = strength / (1 + np.exp(-z))
+    grads = [per_n, -n * per_n, per_d, -d * per_d, gap * gamma * log_sum, -t * gap, -weight * gap]
+    grads += [gap * (weight * log_d1 / f1 + z * pull), gap * (pull - weight) / f1]
     return loss, _filled(grads, loss)
 
 
 def distillation_natural(theta: Array, at: Mapping[str, float]) -> dict[str, Array]:
-    """The mean of log L_T is moved out of L_T^(−c0) into A' and B'."""
-    a, alpha, b, beta, g, c0, log_c1, log_f1, log_d1 = theta.T
+    """The mean of log L_T is moved out of L_T^(−c0) into A' and B'; log_k = log c1 + log f1 − log d1/f1.
+
+    Where L_T is well below d1·L̃ only k can be seen, not c1 and d1 apart; so d1 has a direction of its own to be
+    unknown in, instead of a curved valley.
+    """
+    a, alpha, b, beta, g, c0, log_k, log_f1, log_d1 = theta.T
     shift = c0 * at["teacher_loss"] / np.exp(g)
     return {
         "A": np.exp(a + alpha * at["student_params"] + shift),
@@ -122,7 +127,7 @@ def distillation_natural(theta: Array, at: Mapping[str, float]) -> dict[str, Arr
         "beta": beta,
         "gamma": np.exp(g),
         "c0": c0,
-        "c1": np.exp(log_c1),
+        "c1": np.exp(log_k - log_f1 + log_d1 / np.exp(log_f1)),
         "f1": np.exp(log_f1),
         "d1": np.exp(log_d1),
     }
@@ -212,11 +217,11 @@ DISTILLATION = Form(
     name="distillation",
     equation="L_S = L_T + L_T^-c0 * [1 + (L_T/(d1*L(N,D)))^(1/f1)]^(-c1*f1) * (A/N^alpha + B/D^beta)^gamma",
     inputs=(*_POWERS, "teacher_loss"),
-    parameters=("log_A", "alpha", "log_B", "beta", "log_gamma", "c0", "log_c1", "log_f1", "log_d1"),
-    lower=(-40.0, 0.0, -40.0, 0.0, -3.0, 0.0, -7.0, -4.0, -1.5),
-    upper=(20.0, 3.0, 20.0, 3.0, 1.5, 12.0, 14.0, 1.5, 3.0),
-    low=(-3.0, 0.1, -3.0, 0.1, -1.0, 0.5, 0.0, -3.0, -0.3),
-    high=(1.0, 0.8, 1.0, 0.8, 0.3, 5.0, 8.0, -0.5, 0.7),
+    parameters=("log_A", "alpha", "log_B", "beta", "log_gamma", "c0", "log_k", "log_f1", "log_d1"),
+    lower=(-40.0, 0.0, -40.0, 0.0, -3.0, 0.0, -14.0, -4.0, -1.5),
+    upper=(20.0, 3.0, 20.0, 3.0, 1.5, 12.0, 10.0, 1.5, 3.0),
+    low=(-3.0, 0.1, -3.0, 0.1, -1.0, 0.5, -3.0, -3.0, -0.3),
+    high=(1.0, 0.8, 1.0, 0.8, 0.3, 5.0, 3.0, -0.5, 0.7),
     loss=distillation_loss,
     natural=distillation_natural,
     alone=_ALONE,

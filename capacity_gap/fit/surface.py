@@ -181,6 +181,8 @@ def from_parameters(
     names = FORMS[form].parameters
     logs = {"log_" + name: np.log(v) if v > 0 else VANISHED for name, v in parameters.items()}
     logs["mu"] = logs.get("log_ratio", 0.0)
+    if form == "distillation":
+        logs["log_k"] = logs["log_c1"] + logs["log_f1"] - logs["log_d1"] / parameters["f1"]
     theta = tuple(float(parameters[n] if n in parameters else logs[n]) for n in names)
     columns = ("student_params", "data_tokens", "teacher_params", "teacher_loss", "ratio", "tokens_per_param")
     return SurfaceFit(
