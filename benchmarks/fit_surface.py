@@ -134,8 +134,8 @@ def race(form: str, *, bootstraps: int, sample: int, rounds: int) -> dict[str, o
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bootstraps", type=int, default=4096)
-    parser.add_argument("--sample", type=int, default=24, help="bootstraps that the loop fits in each round")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sample", type=int, default=16, help="bootstraps that the loop fits in each round")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="CSV for the table")
     given = parser.parse_args()
     shape = {"bootstraps": given.bootstraps, "sample": given.sample, "rounds": given.rounds}

@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
         help="how the optimum of a curve is found (default: %(default)s; argmin is the paper's)",
     )
     fit.add_argument("--sweep", metavar="NAME", help="of a store: only the cells of this sweep (`store ls` names them)")
+    fit.add_argument("--surface", action="store_true", help="also the additive loss surface (docs/surfaces.md)")
     fit.add_argument("--out", type=Path, help="folder for law.json, optima.csv and the figures; without it, only text")
     fit.set_defaults(run=run_fit)
     plan = commands.add_parser("plan", help="what a grid would run and cost; takes what `run.py -m` takes")
@@ -44,8 +45,37 @@ def parser() -> argparse.ArgumentParser:
     fetch = commands.add_parser("fetch", help="download checkpoints for machines without a network")
     fetch.add_argument("what", nargs="+", help="repositories, or FAMILY:RUNG such as qwen2_5:1.5b")
     fetch.set_defaults(run=run_fetch)
+    _add_recommend(commands)
     _add_store(commands)
     return root
+
+
+def _add_recommend(commands) -> None:  # type: ignore[no-untyped-def]
+    recommend = commands.add_parser(
+        "recommend", help="which rung of a ladder to take as the teacher, and how sure that is"
+    )
+    recommend.add_argument("--student", required=True, help="total parameters, such as 1b")
+    recommend.add_argument("--family", required=True, help="the ladder, such as qwen2_5")
+    recommend.add_argument(
+        "--data", default="20x", help="distillation tokens, such as 10b, or 20x parameters (default)"
+    )
+    recommend.add_argument(
+        "--fit", type=Path, help="a law.json or surface.json of `fit` (default: the study's, results/pico)"
+    )
+    recommend.set_defaults(run=run_recommend)
+
+
+def run_recommend(given: argparse.Namespace) -> int:
+    """Prints the ladder with what the fit says of each rung."""
+    from capacity_gap.models.ladders import family
+    from capacity_gap.recommend import read_fit, recommend
+    from capacity_gap.scales import parse_scale, parse_tokens
+
+    ladder, student = family(given.family), parse_scale(given.student, key="--student")
+    tokens = parse_tokens(given.data, params=student, key="--data")
+    law, surface = read_fit(given.fit)
+    print(recommend(ladder, student, tokens, law, surface).summary())
+    return 0
 
 
 def _add_store(commands) -> None:  # type: ignore[no-untyped-def]
@@ -180,9 +210,25 @@ def run_fit(given: argparse.Namespace) -> int:
         raise UserError(str(error)) from error
     law = law_from(located, axis=given.axis, notes=notes)
     print(law.summary())
+    surface = _surface(frame, given) if given.surface else None
     if given.out:
         _write_fit(law, located, given.out)
+        if surface is not None:
+            (given.out / "surface.json").write_text(surface.to_json() + "\n")
     return 0
+
+
+def _surface(frame, given: argparse.Namespace):  # type: ignore[no-untyped-def]
+    """The additive surface of runs of one kind, printed; None, and why, where there are several kinds."""
+    from capacity_gap.fit.fitting import fit_surface
+    from capacity_gap.fit.runs import mixed
+
+    if differ := mixed(frame):
+        print(f"\nno surface: the runs differ in {differ}. Fit a table of one kind.")
+        return None
+    surface = fit_surface(frame, metric=given.metric, axis=given.axis)
+    print("\n" + surface.summary())
+    return surface
 
 
 def _of_sweep(frame, source: str, name: str):  # type: ignore[no-untyped-def]

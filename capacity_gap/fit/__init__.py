@@ -1,7 +1,34 @@
-"""Where each student's best teacher lies, and the law that joins them. numpy, scipy, pandas; never torch, never W&B."""
+"""Where each student's best teacher lies, the law that joins them, and surfaces of the loss. Never torch, never W&B."""
 
 from capacity_gap.fit.curse import Curse, Growth, student_growth
+from capacity_gap.fit.fitting import fit_surface
 from capacity_gap.fit.law import LawFit, fit_law
 from capacity_gap.fit.optimum import Optimum, locate_optima
+from capacity_gap.fit.runs import teachers_of
+from capacity_gap.fit.surface import SurfaceFit, published
+from capacity_gap.fit.teacher import (
+    Teachers,
+    best_teacher,
+    compute_optimal,
+    distil_or_direct,
+    distil_or_direct_at_compute,
+)
 
-__all__ = ["Curse", "Growth", "LawFit", "Optimum", "fit_law", "locate_optima", "student_growth"]
+__all__ = [
+    "Curse",
+    "Growth",
+    "LawFit",
+    "Optimum",
+    "SurfaceFit",
+    "Teachers",
+    "best_teacher",
+    "compute_optimal",
+    "distil_or_direct",
+    "distil_or_direct_at_compute",
+    "fit_law",
+    "fit_surface",
+    "locate_optima",
+    "published",
+    "student_growth",
+    "teachers_of",
+]

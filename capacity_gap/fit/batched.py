@@ -14,8 +14,9 @@ Array = np.ndarray
 Columns = Mapping[str, Array]  # each [n], or [B, n] where problems see different values
 Model = Callable[[Array, Columns, bool], tuple[Array, Array | None]]  # θ [B,p] → L [B,n], ∂L/∂θ [B,p,n]
 
-POINTS_AT_ONCE = 12_000  # problems × runs in one block: its arrays (8 bytes · parameters) stay in a core's cache
+POINTS_AT_ONCE = 25_000  # problems × runs in one block; measured best of 6,000 to 100,000
 DAMPING = (1e-9, 1e12)
+LEAST_SHIFT = 1e-3  # of the curvature's diagonal, at damping 1
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def minimise(
         problem: what all have in common.
         start: θ [B, p].
         weights: of the runs, [B, n], or [n] if the same for all.
-        tolerance: a problem ends when an accepted step lowers F by less than this part of max(F, `tolerance`).
+        tolerance: a problem ends when an accepted step lowers F by less than this part of max(F, 1).
         most_steps: of one problem; one that takes them all has not converged.
     """
     size, (count, _) = len(problem.target), start.shape
@@ -125,18 +126,16 @@ class _State:
         p = self.problem
         with np.errstate(all="ignore"):
             gradient, hessian = self._model()
-            wanted = self.theta + self._step(gradient, hessian)
-            trial = np.clip(wanted, p.lower, p.upper)
+            trial = np.clip(self.theta + self._step(gradient, hessian), p.lower, p.upper)
             f, residual, slopes = p.value(trial, self.weights, self.columns)
             step = trial - self.theta
             foretold = -np.einsum("bp,bp->b", gradient, step) - 0.5 * np.einsum("bp,bpq,bq->b", step, hessian, step)
             fall = self.f - f
             good = np.isfinite(f) & (fall > 0)
             trust = np.where(good, fall / np.maximum(foretold, 1e-300), 0.0)
-        small = tolerance * np.maximum(np.abs(self.f), tolerance)
+        small = tolerance * np.maximum(self.f, 1.0)
         # Done: a step that damping did not shorten brought nothing, or the model promises nothing, or no step helps.
-        # (Of a step that a bound cut off the model promises nothing either: that says only that it was too long.)
-        nothing = ~good & (foretold <= small) & (trial == wanted).all(axis=1)
+        nothing = ~good & (np.abs(foretold) <= small)
         done = (good & (fall <= small) & (self.mu <= 10)) | nothing | (self.mu >= DAMPING[1])
         self.theta = np.where(good[:, None], trial, self.theta)
         self.f = np.where(good, f, self.f)
@@ -163,17 +162,31 @@ class _State:
         return gradient, np.matmul(self.slopes * curve[:, None, :], self.slopes.transpose(0, 2, 1))
 
     def _step(self, gradient: Array, hessian: Array) -> Array:
-        """(C + μ·diag C)·s = −g over the parameters that may move: free, and not held at a bound by the gradient."""
+        """(C + μ·diag C)·s = −g over the parameters that may move: free, and not held at a bound by the gradient.
+
+        Where that leads across bounds, what crosses stops at its bound and the others are solved for anew.
+        """
         p = self.problem
         pinned = ((self.theta <= p.lower) & (gradient > 0)) | ((self.theta >= p.upper) & (gradient < 0)) | ~p.free
-        moving = ~pinned
-        matrix = hessian * (moving[:, :, None] & moving[:, None, :])
-        diagonal = np.einsum("bpp->bp", hessian)
-        floor = 1e-12 * diagonal.max(axis=1, keepdims=True) + 1e-300
-        added = np.where(moving, self.mu[:, None] * diagonal * 1e-3 + floor, 1.0)
-        index = np.arange(matrix.shape[1])
-        matrix[:, index, index] += added
-        right = np.where(moving, -gradient, 0.0)
-        bad = ~(np.isfinite(matrix).all(axis=(1, 2)) & np.isfinite(right).all(axis=1))
-        matrix[bad], right[bad] = np.eye(matrix.shape[1]), 0.0
-        return np.linalg.solve(matrix, right[:, :, None])[:, :, 0]
+        step = _solve(hessian, -gradient, ~pinned, self.mu)
+        stop = np.clip(self.theta + step, p.lower, p.upper) - self.theta
+        crossing = (stop != step) & ~pinned & (np.abs(stop - step) > 1e-12)
+        rows = np.flatnonzero(crossing.any(axis=1))
+        if len(rows):
+            fixed = np.where(crossing[rows], stop[rows], 0.0)
+            right = -gradient[rows] - np.einsum("bpq,bq->bp", hessian[rows], fixed)
+            step[rows] = fixed + _solve(hessian[rows], right, ~pinned[rows] & ~crossing[rows], self.mu[rows])
+        return step
+
+
+def _solve(hessian: Array, right: Array, moving: Array, mu: Array) -> Array:
+    """Damped steps [B, p]; zero where a parameter does not move, or the system is not finite."""
+    index = np.arange(hessian.shape[1])
+    diagonal = hessian[:, index, index]
+    floor = 1e-12 * diagonal.max(axis=1, keepdims=True) + 1e-300
+    matrix = np.where(moving[:, :, None] & moving[:, None, :], hessian, 0.0)
+    matrix[:, index, index] += np.where(moving, LEAST_SHIFT * mu[:, None] * diagonal + floor, 1.0)
+    right = np.where(moving, right, 0.0)
+    bad = ~(np.isfinite(matrix).all(axis=(1, 2)) & np.isfinite(right).all(axis=1))
+    matrix[bad], right[bad] = np.eye(len(index)), 0.0
+    return np.linalg.solve(matrix, right[:, :, None])[:, :, 0]

@@ -17,6 +17,7 @@ from capacity_gap.fit.surface import SurfaceFit, centred
 SCREENED = 2048  # starts that are looked at; the best of them are run to the end
 DISTINCT = 1e-2  # minima whose parameters differ by less are one
 AT_BOUND = 1e-7  # of a parameter's range
+ROUGHLY = 1e-8  # tolerance of bootstraps and permutations: a sum of relative errors to eight digits
 TAIL = 0.025  # each side of a 95 % interval
 
 
@@ -141,7 +142,23 @@ def _nothing(form: Form, runs: Runs, axis: str, base: SurfaceFit | None, task: _
     span = runs.span if len(runs.loss) else {}
     notes = (*runs.notes, f"no {form.name} surface can be fitted: {task.lacking}")
     return SurfaceFit(
-        form.name, "too_few", {}, {}, (), (), axis, len(runs.loss), span, 0.0, None, notes, task.centre, (), (), base
+        form=form.name,
+        status="too_few",
+        parameters={},
+        intervals={},
+        at_bound=(),
+        held=(),
+        axis=axis,
+        runs=len(runs.loss),
+        families=runs.families,
+        span=span,
+        residual=0.0,
+        null_p=None,
+        notes=notes,
+        centre=task.centre,
+        theta=(),
+        draws=(),
+        base=base,
     )
 
 
@@ -187,7 +204,9 @@ def _drawn_weights(runs: Runs, bootstraps: int, generator: np.random.Generator) 
 def _bootstrap(task: _Task, minima: Minima, weights: Array) -> Minima:
     """The best minimum of each draw, from the two best minima of all runs."""
     tries = [
-        minimise(task.problem, np.tile(theta, (len(weights), 1)), weights) for theta in minima.theta[:2] if len(weights)
+        minimise(task.problem, np.tile(theta, (len(weights), 1)), weights, tolerance=ROUGHLY)
+        for theta in minima.theta[:2]
+        if len(weights)
     ]
     if not tries:
         empty = np.empty(0)
@@ -217,7 +236,8 @@ def _null_p(task: _Task, minima: Minima, permutations: int, generator: np.random
     problem = replace(task.problem, columns={**task.problem.columns, **_teacher_columns(task, dealt)})
     weights = np.ones(len(third))
     starts = _gap_starts(task, minima.theta[0]) if task.form.name == "additive" else list(minima.theta[:3])
-    value = _best_of([minimise(problem, np.tile(s, (len(dealt), 1)), weights) for s in starts]).value
+    tries = [minimise(problem, np.tile(s, (len(dealt), 1)), weights, tolerance=ROUGHLY) for s in starts]
+    value = _best_of(tries).value
     return float((1 + (value[1:] <= value[0] * (1 + 1e-9)).sum()) / (1 + permutations))
 
 
@@ -271,6 +291,7 @@ def _result(task: _Task, runs: Runs, minima: Minima, draws: Minima, null_p: floa
         held=held,
         axis=axis,
         runs=len(runs.loss),
+        families=runs.families,
         span=runs.span,
         residual=float(np.median(np.abs(loss[0] / runs.loss - 1))),
         null_p=null_p,
@@ -303,7 +324,9 @@ def _doubts(task: _Task, names: Sequence[str], at_bound: Sequence[str], draws: M
         if often:
             notes.append(f"at a bound in part of the bootstraps, so hardly identified: {', '.join(often)}")
         if not draws.converged.all():
-            notes.append(f"{(~draws.converged).sum()} of {len(draws.converged)} bootstraps did not converge")
+            notes.append(
+                f"{(~draws.converged).sum()} of {len(draws.converged)} bootstraps had not converged when they were stopped"
+            )
     if "c" in at_bound:
         notes.append("c = 0: no capacity gap in these data, so k, ratio and nu mean nothing")
     elif "ratio" in at_bound:

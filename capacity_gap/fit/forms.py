@@ -64,7 +64,10 @@ def chinchilla_loss(theta: Array, x: Columns, slopes: bool) -> tuple[Array, Arra
 def chinchilla_natural(theta: Array, at: Mapping[str, float]) -> dict[str, Array]:
     """A = e^a·N₀^α, B = e^b·D₀^β."""
     E, a, alpha, b, beta = theta.T
-    A, B = np.exp(a + alpha * at["student_params"]), np.exp(b + beta * at["data_tokens"])
+    A, B = (
+        np.where(log <= VANISHED, 0.0, np.exp(log + power * at[column]))
+        for log, power, column in ((a, alpha, "student_params"), (b, beta, "data_tokens"))
+    )
     return {"E": E, "A": A, "alpha": alpha, "B": B, "beta": beta}
 
 
@@ -119,11 +122,12 @@ def distillation_natural(theta: Array, at: Mapping[str, float]) -> dict[str, Arr
     unknown in, instead of a curved valley.
     """
     a, alpha, b, beta, g, c0, log_k, log_f1, log_d1 = theta.T
-    shift = c0 * at["teacher_loss"] / np.exp(g)
+    shift = np.exp(c0 * at["teacher_loss"] / np.exp(g))
+    powers = chinchilla_natural(np.stack([c0, a, alpha, b, beta], axis=1), at)
     return {
-        "A": np.exp(a + alpha * at["student_params"] + shift),
+        "A": powers["A"] * shift,
         "alpha": alpha,
-        "B": np.exp(b + beta * at["data_tokens"] + shift),
+        "B": powers["B"] * shift,
         "beta": beta,
         "gamma": np.exp(g),
         "c0": c0,

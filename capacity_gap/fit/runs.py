@@ -9,7 +9,7 @@ import pandas as pd
 
 from capacity_gap.errors import ConfigError
 from capacity_gap.fit.batched import Array
-from capacity_gap.fit.frame import AXES, default_metric
+from capacity_gap.fit.frame import AXES, BY, default_metric
 
 SAME = 0.03  # a column whose values all lie within 3 % takes one value
 SHOWN = 10  # rows that a message names
@@ -22,6 +22,7 @@ class Runs:
     inputs: Mapping[str, Array]
     loss: Array
     cluster: Array | None
+    families: tuple[str, ...]
     notes: tuple[str, ...]
 
     @property
@@ -68,6 +69,7 @@ def read_runs(
         inputs={name: kept[c].to_numpy(float) for name, c in columns.items()},
         loss=kept[column].to_numpy(float),
         cluster=pd.factorize(kept[cluster])[0] if cluster else None,
+        families=tuple(sorted(map(str, kept["family"].dropna().unique()))) if "family" in kept else (),
         notes=tuple(notes),
     )
 
@@ -134,3 +136,12 @@ def collinear(a: Array, b: Array) -> bool:
     if constant(a) or constant(b):
         return False
     return abs(float(np.corrcoef(a, b)[0, 1])) > 0.999
+
+
+def mixed(frame: pd.DataFrame) -> str:
+    """The settings, data scale apart, in which runs differ, with their values; nothing if they are of one kind."""
+    names = [c for c in BY if c != "data_tokens"]
+    if not pd.api.types.is_numeric_dtype(frame.get("loss", pd.Series(dtype=float))):
+        names.append("loss")  # in our records the name of the objective
+    found = {c: sorted(map(str, frame[c].dropna().unique())) for c in names if c in frame}
+    return "; ".join(f"{c} ({', '.join(values[:5])})" for c, values in found.items() if len(values) > 1)

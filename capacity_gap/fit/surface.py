@@ -37,6 +37,7 @@ class SurfaceFit:
     held: tuple[str, ...]
     axis: str
     runs: int
+    families: tuple[str, ...]
     span: Mapping[str, Pair]
     residual: float  # median |L̂/L − 1|
     null_p: float | None
@@ -122,7 +123,7 @@ class SurfaceFit:
 def _from_dict(given: dict[str, Any]) -> SurfaceFit:
     for name in ("intervals", "span"):
         given[name] = {k: tuple(v) for k, v in given[name].items()}
-    for name in ("at_bound", "held", "notes", "theta"):
+    for name in ("at_bound", "held", "families", "notes", "theta"):
         given[name] = tuple(given[name])
     given["draws"] = tuple(map(tuple, given["draws"]))
     base = given.pop("base")
@@ -194,6 +195,7 @@ def from_parameters(
         held=(),
         axis=axis,
         runs=0,
+        families=(),
         span={},
         residual=0.0,
         null_p=None,
