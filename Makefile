@@ -32,6 +32,7 @@ bench: $(VENV)/.installed  ## every claim of speed, one script each
 	$(BIN)/python -m benchmarks.grid --out results/grid.csv
 	$(BIN)/python -m benchmarks.plan --out results/plan.csv
 	$(BIN)/python -m benchmarks.sweeper --out results/sweeper.csv
+	$(BIN)/python -m benchmarks.fit_surface --out results/fit_surface.csv
 	$(BIN)/python -m benchmarks.surgery --out results/surgery.csv
 	$(BIN)/python -m benchmarks.fit --out results/fit_speed.csv
 	$(BIN)/pip install --quiet -c constraints.txt trl torch-pruning

@@ -186,8 +186,9 @@ def _by_law(ask: _Ask, law: Mapping[str, Any]) -> Recommendation:
     best = draws[:, 0] + draws[:, 1] * np.log(ask.student_count)
     left, right = bends(optima)
     away = ask.x[None, :] - best[:, None]
-    excess = np.where(away < 0, left, right) * away**2
-    rungs, first = _scored(ask.rungs, excess, known=bool(np.isfinite(left)))
+    known = bool(np.isfinite(left))
+    excess = away**2 * (np.where(away < 0, left, right) if known else 1.0)
+    rungs, first = _scored(ask.rungs, excess, known=known)
     low, middle, high = np.exp(np.quantile(best, (0.025, 0.5, 0.975)))
     findings = [
         f"The law puts the best teacher at {middle / ask.student_count:.2f} times the student: {_short(middle)} "

@@ -1,0 +1,210 @@
+"""Recommendations: from a law, from a surface, from bounds alone; and always at what scale the fit was made."""
+
+import json
+
+import numpy as np
+import pytest
+
+from capacity_gap import cli
+from capacity_gap.errors import UserError
+from capacity_gap.fit.surface import SurfaceFit, from_parameters
+from capacity_gap.models.ladders import family
+from capacity_gap.recommend import bends, law_draws, recommend
+from tests.test_surface import QUICK, fit_surface, grid, valley
+
+
+def optimum(student, status="interior", *, ratio=2.5, interval=(2.0, 3.0), tokens=1_000_000, family="pico"):
+    best = student * ratio
+    return {
+        "student_params": student,
+        "teacher_params": best if status == "interior" else None,
+        "interval": [None if v is None else v * student for v in interval],
+        "flat_interval": [best / 1.5, best * 1.5],
+        "status": status,
+        "family": family,
+        "data_tokens": tokens,
+        "student": str(student),
+    }
+
+
+def a_law(**more):
+    optima = [optimum(n) for n in (50e3, 100e3, 200e3)]
+    fit = {"status": "law", "axis": "total", "ratio": 2.5, "ratio_interval": [2.3, 2.7], "optima": optima}
+    return {**fit, "slope": None, "slope_interval": None, **more}
+
+
+def rungs(answer):
+    return {r.name: r for r in answer.rungs}
+
+
+def test_a_law_gives_each_rung_its_probability_regret_and_cost():
+    answer = recommend(family("pico"), 100_000, 1_000_000, a_law(), None)
+    found = rungs(answer)
+    assert (answer.basis, answer.best) == ("law", "270k")
+    assert list(found) == ["120k", "180k", "270k", "400k", "600k", "900k", "1.3m", "2m"]
+    assert found["270k"].probability > 0.99
+    assert sum(r.probability for r in answer.rungs) == pytest.approx(1)
+    # The flat interval says 0.005 nats at 1.5 times the best: 0.005·(log(400/250)/log 1.5)² at 400k.
+    assert found["400k"].regret == pytest.approx(0.005 * (np.log(1.6) / np.log(1.5)) ** 2, rel=0.1)
+    costs = [r.flops for r in answer.rungs]
+    assert costs == sorted(costs) and answer.warnings == ()
+
+
+def test_a_law_far_from_its_fit_says_so_and_is_less_sure():
+    near = recommend(family("pico"), 100_000, 1_000_000, a_law(slope=1.0, slope_interval=[0.9, 1.1]), None)
+    far = recommend(family("qwen2_5"), 10**9, 20 * 10**9, a_law(slope=1.0, slope_interval=[0.9, 1.1]), None)
+    assert max(r.probability for r in far.rungs) < max(r.probability for r in near.rungs)
+    text = far.summary()
+    assert "EXTRAPOLATES: the student is 5k times the largest in the fit" in text
+    assert "The fit was made on students of 50k to 200k parameters, 1m tokens, family pico." in text
+    assert "no run of the fit is of family qwen2_5 (it saw pico)" in text
+    assert "[]" not in text and "nan" not in text
+
+
+def test_tokens_per_parameter_outside_the_fit_are_a_warning():
+    assert (
+        "500 tokens per parameter lie outside"
+        in recommend(family("pico"), 100_000, 50_000_000, a_law(), None).summary()
+    )
+
+
+def test_draws_of_the_law_are_used_as_they_are():
+    law = a_law(draws=[[np.log(2.5), 1.0]] * 3 + [[np.log(5.5), 1.0]])
+    answer = recommend(family("pico"), 100_000, 1_000_000, law, None)
+    assert rungs(answer)["270k"].probability == 0.75 and rungs(answer)["600k"].probability == 0.25
+    np.testing.assert_array_equal(law_draws(law), law["draws"])
+
+
+def test_intervals_stand_in_for_draws_and_turn_about_the_fits_middle():
+    draws = law_draws(a_law(slope=1.0, slope_interval=[0.8, 1.2]))
+    for student, width in ((100e3, 0.16), (100e6, 2.77)):
+        low, middle, high = np.quantile(draws[:, 0] + draws[:, 1] * np.log(student), (0.025, 0.5, 0.975))
+        assert middle == pytest.approx(np.log(2.5 * student), abs=0.15)
+        assert high - low == pytest.approx(width, rel=0.1)
+
+
+def test_a_side_without_a_flat_interval_takes_the_other():
+    one = optimum(1e5) | {"flat_interval": [None, 2.5e5 * 1.5]}
+    assert bends([one]) == pytest.approx((0.005 / np.log(1.5) ** 2,) * 2)
+    none = a_law(optima=[optimum(n) | {"flat_interval": [None, None]} for n in (5e4, 1e5, 2e5)])
+    answer = recommend(family("pico"), 100_000, 1_000_000, none, None)
+    assert answer.best == "270k" and rungs(answer)["270k"].regret is None
+
+
+def test_without_a_law_the_bounds_say_what_they_can():
+    optima = [optimum(n, "right_edge", interval=(4.5, None)) for n in (5e4, 1e5)] + [
+        optimum(2e5, "flat", interval=(None, None))
+    ]
+    law = a_law(status="censored", ratio=None, ratio_interval=None, optima=optima)
+    answer = recommend(family("pico"), 100_000, 1_000_000, law, None)
+    assert (answer.basis, answer.best) == ("bounds", "600k")
+    assert [rungs(answer)[n].allowed for n in ("400k", "600k")] == [0, 2]
+    assert all(r.probability is None and r.regret is None for r in answer.rungs)
+    assert "There is NO LAW in this fit (status censored" in answer.summary()
+    assert "That is no law." in answer.summary()
+
+
+def test_where_nothing_is_known_nothing_is_recommended():
+    law = a_law(status="no_optimum", optima=[optimum(1e5, "flat", interval=(None, None))])
+    answer = recommend(family("pico"), 100_000, 1_000_000, law, None)
+    assert (answer.basis, answer.best) == ("nothing", None)
+    assert "No rung is recommended." in answer.summary()
+
+
+def test_a_surface_stands_in_where_there_is_no_law():
+    surface = fit_surface(grid(valley, noise=0.002).assign(family="pico"), **QUICK)
+    law = a_law(status="too_few", optima=[])
+    answer = recommend(family("pico"), 100_000, 3_000_000, law, surface)
+    assert (answer.basis, answer.best) == ("surface", "270k")
+    assert rungs(answer)["270k"].probability > 0.9
+    assert rungs(answer)["2m"].probability is None and rungs(answer)["2m"].note == "ratio never tested"
+    assert answer.warnings == ()
+    far = recommend(family("qwen2_5"), 10**9, 10**10, law, surface)
+    assert any("EXTRAPOLATES in student_params, fitted on 50k to 200k" in w for w in far.warnings)
+    assert any("no run of the fit is of family qwen2_5" in w for w in far.warnings)
+
+
+def test_a_flat_surface_recommends_the_cheapest_and_claims_no_probability():
+    flat = from_parameters(
+        "additive",
+        {"E": 2.0, "A": 20.0, "alpha": 0.3, "B": 60.0, "beta": 0.3, "c": 0.0, "k": 0.0, "ratio": 2.0, "nu": 0.0},
+    )
+    given = json.loads(flat.to_json()) | {"span": {"ratio": [1, 8], "student_params": [5e4, 2e5]}}
+    answer = recommend(family("pico"), 100_000, 3_000_000, None, SurfaceFit.from_json(json.dumps(given)))
+    assert (answer.basis, answer.best) == ("surface", "120k")
+    assert all(r.probability is None for r in answer.rungs)
+    assert "no teacher can be told from another" in answer.summary()
+
+
+def test_the_other_axis_counts_other_parameters():
+    total = recommend(family("pico"), 100_000, 1_000_000, a_law(), None)
+    other = recommend(family("pico"), 100_000, 1_000_000, a_law(axis="non_embedding"), None)
+    assert rungs(other)["270k"].ratio > rungs(total)["270k"].ratio
+    assert rungs(other)["270k"].flops == rungs(total)["270k"].flops
+
+
+def test_command(tmp_path, capsys):
+    file = tmp_path / "law.json"
+    file.write_text(json.dumps(a_law()))
+    command = ["recommend", "--student", "1b", "--family", "qwen2_5", "--data", "10b", "--fit", str(file)]
+    assert cli.main(command) == 0
+    text = capsys.readouterr().out
+    assert "Student of 1b parameters, family qwen2_5, 10b tokens (10 per parameter). Basis: law" in text
+    assert "EXTRAPOLATES" in text and text.rstrip().endswith("Take 3b.")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--student", "1b", "--family", "qwen2_5", "--fit", "none.json"], "--fit=none.json does not exist. Make one"),
+        (["--student", "1b", "--family", "qwen", "--fit", "x"], "family='qwen' is not known"),
+        (["--student", "x", "--family", "pico", "--fit", "x"], "--student=x cannot be read as a scale"),
+        (["--student", "1b", "--family", "pico", "--data", "y", "--fit", "x"], "--data=y cannot be read"),
+        (
+            ["--student", "1b", "--family", "pico", "--fit", "law.json"],
+            "student=1b is larger than every rung of family",
+        ),
+        (["--student", "1b", "--family", "pico", "--fit", "bad.json"], "is neither a law.json nor a surface.json"),
+    ],
+)
+def test_bad_questions_are_one_clear_paragraph(words, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "law.json").write_text(json.dumps(a_law()))
+    (tmp_path / "bad.json").write_text('{"some": "thing"}')
+    assert cli.main(["recommend", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_published_fit_is_asked_for_by_name_until_it_is_there(tmp_path, monkeypatch):
+    from capacity_gap import recommend as module
+
+    monkeypatch.setattr(module, "PUBLISHED_FIT", tmp_path / "law.json")
+    with pytest.raises(UserError, match="the published fit.*is not here.*capacity_gap fit STORE --surface --out DIR"):
+        module.read_fit(None)
+    (tmp_path / "law.json").write_text(json.dumps(a_law()))
+    assert module.read_fit(None)[0]["status"] == "law"
+
+
+def test_fit_writes_a_surface_that_recommend_reads(tmp_path, capsys):
+    runs = grid(valley, noise=0.002, seeds=1).query("data_tokens == 3e6")
+    runs.to_csv(tmp_path / "runs.csv", index=False)
+    assert cli.main(["fit", str(tmp_path / "runs.csv"), "--surface", "--out", str(tmp_path / "out")]) == 0
+    assert "Loss surface: additive" in capsys.readouterr().out
+    fit = str(tmp_path / "out" / "surface.json")
+    assert cli.main(["recommend", "--student", "100k", "--family", "pico", "--data", "3m", "--fit", fit]) == 0
+    assert "Take 270k." in capsys.readouterr().out
+
+
+def test_a_surface_is_not_fitted_through_runs_of_several_kinds(tmp_path, capsys):
+    runs = grid(valley, noise=0.002, seeds=1)
+    runs.assign(init=np.where(runs.index % 2, "pruned", "random")).to_csv(tmp_path / "runs.csv", index=False)
+    assert cli.main(["fit", str(tmp_path / "runs.csv"), "--surface"]) == 0
+    assert "no surface: the runs differ in init (pruned, random)" in capsys.readouterr().out
+
+
+def test_recommend_needs_no_torch():
+    import subprocess
+    import sys
+
+    check = "import sys, capacity_gap.recommend; assert not {'torch', 'wandb', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True)
