@@ -325,7 +325,7 @@ def _doubts(task: _Task, names: Sequence[str], at_bound: Sequence[str], draws: M
             notes.append(f"at a bound in part of the bootstraps, so hardly identified: {', '.join(often)}")
         if not draws.converged.all():
             notes.append(
-                f"{(~draws.converged).sum()} of {len(draws.converged)} bootstraps had not converged when they were stopped"
+                f"{(~draws.converged).sum()} of {len(draws.converged)} bootstraps were stopped before they converged"
             )
     if "c" in at_bound:
         notes.append("c = 0: no capacity gap in these data, so k, ratio and nu mean nothing")
