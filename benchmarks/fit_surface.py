@@ -1,6 +1,6 @@
 """Claim: a surface with 4,096 bootstraps is fitted at least 20 times as fast as by a loop over scipy's L-BFGS-B.
 
-    python -m benchmarks.fit_surface [--out results/fit_surface.csv]      about five minutes on one core
+    python -m benchmarks.fit_surface [--out results/fit_surface.csv]      about three CPU minutes
 
 Same runs, weights, starts, bounds, objective and tolerance (a relative decrease under 1e-9). The loop differentiates by
 finite differences, as `scipy.optimize.minimize` does when it is given no gradient; it is timed on `--sample` of the
