@@ -7,9 +7,10 @@ import pytest
 
 from capacity_gap import cli
 from capacity_gap.errors import UserError
+from capacity_gap.fit import fit_law
 from capacity_gap.fit.surface import SurfaceFit, from_parameters
 from capacity_gap.models.ladders import family
-from capacity_gap.recommend import bends, law_draws, recommend
+from capacity_gap.recommend import bends, law_draws, read_fit, recommend
 from tests.test_surface import QUICK, fit_surface, grid, valley
 
 
@@ -193,6 +194,17 @@ def test_fit_writes_a_surface_that_recommend_reads(tmp_path, capsys):
     fit = str(tmp_path / "out" / "surface.json")
     assert cli.main(["recommend", "--student", "100k", "--family", "pico", "--data", "3m", "--fit", fit]) == 0
     assert "Take 270k." in capsys.readouterr().out
+
+
+def test_a_law_from_data_and_its_own_draws_agree_with_its_prediction(tmp_path):
+    law = fit_law(grid(valley, noise=0.002, seeds=1).query("data_tokens == 3e6"))
+    law.save(tmp_path / "law.json")
+    given, surface = read_fit(tmp_path / "law.json")
+    assert surface is None and given["status"] == "law" and len(given["draws"]) > 100
+    draws = law_draws(given)
+    middle = np.median(draws[:, 0] + draws[:, 1] * np.log(1e5))
+    assert np.exp(middle) == pytest.approx(law.predict(1e5), rel=0.05)
+    assert recommend(family("pico"), 100_000, 3_000_000, given, None).best == "270k"
 
 
 def test_a_surface_is_not_fitted_through_runs_of_several_kinds(tmp_path, capsys):
