@@ -23,7 +23,7 @@ from capacity_gap.distill.losses import distill_loss
 from capacity_gap.distill.signals import Signal
 from capacity_gap.distill.sparse import SparseTargets
 from capacity_gap.errors import StageError
-from capacity_gap.models.loading import hidden_states, output_weight
+from capacity_gap.models.loading import hidden_states, output_weight, predicted
 from capacity_gap.runtime import Interrupted, Runtime
 
 log = logging.getLogger(__name__)
@@ -78,9 +78,15 @@ class Batch:
 
     rows: np.ndarray
     sequences: np.ndarray
+    predicted: int  # labels of a sequence that the model predicts, the last ones
+
+    @property
+    def label_count(self) -> float:
+        """The labels of the whole step."""
+        return float(len(self.rows) * self.predicted)
 
     def share(self, rank: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """One rank's inputs and labels [n, T], and the indices of its sequences [n].
+        """One rank's inputs [n, T] and labels [n, predicted], and the indices of its sequences [n].
 
         All ranks get equally many, so that they meet in every collective call: where the batch has too few, a sequence
         comes twice, the second time with no label that counts.
@@ -88,7 +94,7 @@ class Batch:
         places = np.arange(rank, rank + -(-len(self.rows) // size) * size, size)
         inside = np.minimum(places, len(self.rows) - 1)
         mine = torch.from_numpy(self.rows[inside])
-        labels = mine[:, 1:].clone()
+        labels = mine[:, -self.predicted :].clone()
         labels[torch.from_numpy(places >= len(self.rows))] = -100
         return mine[:, :-1], labels, torch.from_numpy(self.sequences[inside])
 
@@ -219,6 +225,7 @@ def train(
     bare = Objective(student, plan.distill)
     optimizer = make_optimizer(student, plan.optim)
     objective, prepared = accelerator.prepare(bare, optimizer)
+    labels = predicted(student, sequences.sequence_length)
     start, history = checkpoint.load(checkpoints, student, optimizer)
     clock, saved, tokens, micro = time.monotonic(), time.monotonic(), 0, plan.micro_batch
 
@@ -226,7 +233,7 @@ def train(
         rate = learning_rate(step, plan.steps, plan.optim, plan.peak)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batch = Batch(sequences.batch(plan.sequences(step)), plan.sequences(step))
+        batch = Batch(sequences.batch(plan.sequences(step)), plan.sequences(step), labels)
         parts, norm, micro = _fitting_step(accelerator, objective, prepared, teacher, batch, plan, micro)
         tokens += len(batch.rows) * sequences.sequence_length
         last = step + 1 == plan.steps
@@ -275,7 +282,6 @@ def _step(
     accelerator: Any, objective: Any, optimizer: Any, teacher: Any, batch: Batch, plan: Plan, micro: int
 ) -> tuple[dict[str, Tensor], Tensor]:
     """One optimiser step: this rank's share of the batch, in micro-batches; the global mean over all labels."""
-    count = float(len(batch.rows) * (batch.rows.shape[1] - 1))
     mine = batch.share(accelerator.process_index, accelerator.num_processes)
     pieces = list(zip(*(part.split(micro) for part in mine), strict=True))
     sums: dict[str, Tensor] = {}
@@ -285,7 +291,7 @@ def _step(
         with contextlib.nullcontext() if last else accelerator.no_sync(objective):
             targets = _teach(accelerator, teacher, inputs, piece[2]) if plan.distill.kd_weight > 0 else None
             with accelerator.autocast():
-                loss, parts = objective(inputs, labels, targets, count)
+                loss, parts = objective(inputs, labels, targets, batch.label_count)
             # Data-parallel wrappers average gradients over ranks; each loss is already divided by the global count.
             accelerator.backward(loss * accelerator.num_processes)
         sums = {k: sums.get(k, 0) + v for k, v in parts.items()}

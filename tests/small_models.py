@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from capacity_gap.models.axes import architecture, dims
+from capacity_gap.models.loading import auto_class
 from capacity_gap.pruning.hooks import layers_of
 
 LLAMA = {
@@ -32,6 +33,19 @@ OPT = {
     "word_embed_proj_dim": 16,
 }
 GPT2 = {"vocab_size": 40, "n_embd": 16, "n_inner": 12, "n_layer": 3, "n_head": 4, "n_positions": 64}
+T5 = {
+    "vocab_size": 40,
+    "d_model": 16,
+    "d_kv": 6,
+    "d_ff": 12,
+    "num_layers": 3,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 6,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 1,
+}
+GATED = {"feed_forward_proj": "gated-gelu"}
 SMALL = {
     "llama": ("llama", LLAMA),
     "llama with biases": ("llama", {**LLAMA, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
@@ -43,19 +57,22 @@ SMALL = {
     "gpt_neox in sequence": ("gpt_neox", {**NEOX, "use_parallel_residual": False}),
     "opt": ("opt", OPT),
     "opt with norms after": ("opt", {**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 10}),
+    "t5": ("t5", T5),
+    "t5 gated": ("t5", {**T5, **GATED}),
+    "t5 gated, unscaled": ("t5", {**T5, **GATED, "scale_decoder_outputs": False}),
 }
 TOKENS = torch.randint(3, 40, (3, 4, 10), generator=torch.Generator().manual_seed(1))
 
 
 def small_model(name="llama", **changes):
     """A model whose every parameter is random, norms and biases too, so that nothing cancels by chance."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     kind, settings = SMALL[name]
     config = AutoConfig.for_model(kind, **{**settings, "pad_token_id": 1, **changes})
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").double().eval()
+        model = auto_class(config).from_config(config, attn_implementation="sdpa").double().eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
@@ -70,7 +87,7 @@ def exact_norms(model, kept=None):
         kind = type(module).__name__
         if kind.endswith("Norm"):
             of = kept if kept is not None and module.weight.shape[0] == hidden and "_norm." not in name[-8:] else None
-            forward = _rms if kind.endswith("RMSNorm") else _layer_norm
+            forward = _rms if hasattr(module, "variance_epsilon") else _layer_norm
             module.forward = MethodType(_of_kept(forward, of), module)  # a method, so that copies norm by their own
 
 
@@ -93,34 +110,20 @@ def _layer_norm(x, over, module):
 
 @contextlib.contextmanager
 def masked(model, queries=None, neurons=None, hidden=None):
-    """Multiplies by masks where METHOD §2 puts them: `queries` [L, H], `neurons` [L, F], `hidden` [D]."""
+    """Multiplies by masks where METHOD §2 puts them: `queries` [R, H], `neurons` [R, F], `hidden` [D]; a row a place."""
     table, sizes = architecture(model.config), dims(model.config)
-    masks, hooks = table.masks, []
-
-    def scale(_m, _i, output):
-        return (output[0] * hidden, *output[1:]) if isinstance(output, tuple) else output * hidden
+    hooks = []
 
     def times(mask):
         return lambda _m, inputs: (inputs[0] * mask, *inputs[1:])
 
-    def first(_m, inputs, named):
-        if inputs:
-            return (inputs[0] * hidden, *inputs[1:]), named
-        return inputs, {**named, "hidden_states": named["hidden_states"] * hidden}
-
-    layers = layers_of(model, table, sizes)
-    for i, layer in enumerate(layers):
-        if queries is not None:
-            spread = queries[i].repeat_interleave(sizes.head_dim)
-            hooks.append(layer.get_submodule(masks.attention_out).register_forward_pre_hook(times(spread)))
-        if neurons is not None:
-            hooks.append(layer.get_submodule(masks.mlp_out).register_forward_pre_hook(times(neurons[i])))
-        if hidden is not None:
-            hooks += [layer.get_submodule(m).register_forward_hook(scale) for m in (masks.attention, masks.mlp)]
-            hooks += _mid_streams(model, layer, masks.stream, hidden)
-            hooks.append(layer.register_forward_hook(scale))
-    if hidden is not None:
-        hooks.append(layers[0].register_forward_pre_hook(first, with_kwargs=True))
+    spread = None if queries is None else queries.repeat_interleave(sizes.head_dim, dim=-1)
+    for axis, masks in (("heads", spread), ("neurons", neurons)):
+        for row, name in enumerate(table.unit_maps(axis, sizes.layers) if masks is not None else ()):
+            hooks.append(model.get_submodule(name).register_forward_pre_hook(times(masks[row])))
+    for number, stack in enumerate(table.stacks if hidden is not None else ()):
+        layers = layers_of(model, table, sizes)[number * sizes.layers : (number + 1) * sizes.layers]
+        hooks += _stream_masks(model, layers, stack, hidden)
     try:
         yield model
     finally:
@@ -128,13 +131,34 @@ def masked(model, queries=None, neurons=None, hidden=None):
             hook.remove()
 
 
+def _stream_masks(model, layers, stack, hidden):
+    def scale(_m, _i, output):
+        return (output[0] * hidden, *output[1:]) if isinstance(output, tuple) else output * hidden
+
+    def first(_m, inputs, named):
+        if inputs:
+            return (inputs[0] * hidden, *inputs[1:]), named
+        return inputs, {**named, "hidden_states": named["hidden_states"] * hidden}
+
+    hooks = []
+    for layer in layers:
+        sublayers = [s.module for s in (*stack.attentions, stack.mlp)]
+        hooks += [layer.get_submodule(m).register_forward_hook(scale) for m in sublayers]
+        hooks += _mid_streams(model, layer, stack.stream, hidden)
+        hooks.append(layer.register_forward_hook(scale))
+    return [*hooks, layers[0].register_forward_pre_hook(first, with_kwargs=True)]
+
+
 def _mid_streams(model, layer, readers, hidden):
-    """The stream after an addition inside a layer: a norm reads it and, where norms come first, the next sum too."""
+    """The stream after an addition inside a layer: a norm reads it and, where norms come first, the next sum too.
+
+    T5's readers hold both, norm and sum.
+    """
     sums, hooks = [], []
 
     def scale(_m, inputs):
         sums.append(inputs[0])
-        return (inputs[0] * hidden,)
+        return (inputs[0] * hidden, *inputs[1:])
 
     def scale_the_other_reader(_m, _i, output):
         stream = output[0] if isinstance(output, tuple) else output
@@ -143,12 +167,21 @@ def _mid_streams(model, layer, readers, hidden):
 
     for reader in readers:
         hooks.append(layer.get_submodule(reader).register_forward_pre_hook(scale))
-    if readers and getattr(model.config, "do_layer_norm_before", True):
+    both = model.config.is_encoder_decoder or not getattr(model.config, "do_layer_norm_before", True)
+    if readers and not both:
         hooks.append(layer.register_forward_hook(scale_the_other_reader))
     return hooks
 
 
+def logits_of(model, tokens):
+    """The model's own logits [B, T, V] for tokens [B, T + 1]; of an encoder–decoder for the second half of the labels."""
+    if model.config.is_encoder_decoder:
+        prefix = (tokens.shape[1] - 1) // 2 + 1
+        return model(input_ids=tokens[:, :prefix], labels=tokens[:, prefix:].contiguous()).logits
+    return model(tokens[:, :-1]).logits
+
+
 def loss_of(model, tokens):
     """Mean cross-entropy, through the model's own logits."""
-    logits = model(tokens[:, :-1]).logits
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+    logits = logits_of(model, tokens)
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, -logits.shape[1] :].flatten()).item()

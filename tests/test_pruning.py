@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from capacity_gap.errors import ConfigError, ImpossibleCell
-from capacity_gap.models.axes import architecture, count_params, dims, pattern_of
+from capacity_gap.models.axes import architecture, count_params, dims, pattern_of, place
 from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.models.loading import lm_loss
 from capacity_gap.pruning import choose_shape, common_shape, expressive_scores
@@ -22,7 +22,9 @@ PICO = FAMILIES["pico"]
 def test_expressive_scores_are_central_differences_of_the_loss_under_those_masks(name, axis):
     model, step = small_model(name), 1e-5
     sizes = dims(model.config)
-    shape = {"queries": (3, sizes.heads), "neurons": (3, 12), "hidden": (16,)}[axis]
+    table = architecture(model.config)
+    rows = {a: table.rows(a, 3) for a in ("heads", "neurons")}
+    shape = {"queries": (rows["heads"], sizes.heads), "neurons": (rows["neurons"], 12), "hidden": (16,)}[axis]
     measured = torch.zeros(len(TOKENS), *shape, dtype=torch.float64)
     for index in torch.cartesian_prod(*map(torch.arange, shape)).reshape(-1, len(shape)).tolist():
         for batch, tokens in enumerate(TOKENS):
@@ -38,7 +40,7 @@ def test_expressive_scores_are_central_differences_of_the_loss_under_those_masks
     if found is not None:
         torch.testing.assert_close(found.double(), unit(measured.abs().sum(0)), rtol=2e-4, atol=1e-6)
     if axis == "queries":  # a unit is a key-value head with all its queries: one mask, one absolute value
-        groups = measured.view(len(TOKENS), 3, sizes.kv_heads, -1).sum(-1).abs().sum(0)
+        groups = measured.unflatten(2, (sizes.kv_heads, -1)).sum(-1).abs().sum(0)
         torch.testing.assert_close(scores.heads.double(), unit(groups), rtol=2e-4, atol=1e-6)
 
 
@@ -59,7 +61,7 @@ def test_scoring_leaves_the_model_as_it_was(method):
 
 
 @pytest.mark.parametrize("method", [m for m in SCORES if m != "random"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "opt"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "opt", "t5 gated"])
 def test_permuting_units_permutes_scores(name, method):
     """Neurons of every layer, and hidden units of the whole model, in another order: the same function."""
     model = small_model(name)
@@ -71,7 +73,7 @@ def test_permuting_units_permutes_scores(name, method):
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             for dimension, axis in enumerate(table.parameters[pattern_of(table, parameter_name)[0]]):
-                order = orders.get("hidden" if axis == "embed" else axis)
+                order = orders.get("hidden" if axis == "embed" else place(axis)[0])
                 if order is not None:
                     parameter.copy_(parameter.index_select(dimension, order))
     again = SCORES[method](model, TOKENS)
@@ -166,8 +168,10 @@ def test_wanda_by_hand():
 def test_a_layer_that_does_nothing_has_no_influence(name):
     model = small_model(name)
     layer = layers_of(model, architecture(model.config), dims(model.config))[1]
-    layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
+    t5 = model.config.is_encoder_decoder  # its layers hand the position biases on
+    layer.forward = lambda hidden_states, *args, **kwargs: (hidden_states, args[1], args[4]) if t5 else hidden_states
     influence, rise = block_influence(model, TOKENS), loss_increase(model, TOKENS)
+    assert len(influence) == len(rise) == 3 * len(architecture(model.config).stacks)
     assert influence[1].abs() < 1e-6
     assert rise[1].abs() < 1e-9
     assert influence[0] > 1e-3

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from capacity_gap.errors import ConfigError
-from capacity_gap.models.axes import architecture, count, count_params, dims
+from capacity_gap.models.axes import architecture, count, count_params, dims, pattern_of, place
 from capacity_gap.models.loading import lm_loss, save_model
 from capacity_gap.pruning import choose_shape, expressive_scores, prune
 from capacity_gap.pruning.scores import random_scores
 from capacity_gap.pruning.shape import Shape, between, shape_of
 from capacity_gap.pruning.surgery import choose_units, kept_layers, prune_checkpoint, symmetric_layers
-from tests.small_models import SMALL, TOKENS, exact_norms, masked, small_model
+from tests.small_models import SMALL, TOKENS, exact_norms, logits_of, masked, small_model
 
 GROUPED = ("llama", "llama with biases", "mistral", "qwen2", "qwen3")
 
@@ -28,25 +28,25 @@ def smaller(model):
     """A shape that cuts every axis."""
     if architecture(model.config).square:
         return shape_with(model, hidden=8, heads=2, kv_heads=2, neurons=5, layers=2)
-    return shape_with(model, hidden=8, heads=2, kv_heads=1, neurons=5, layers=2)
+    return shape_with(model, hidden=8, heads=2, kv_heads=2 // dims(model.config).group, neurons=5, layers=2)
 
 
 def query_mask(kept, sizes):
-    mask = torch.zeros(sizes.layers, sizes.heads).double()
+    mask = torch.zeros(len(kept.heads), sizes.heads).double()
     for layer, heads in enumerate(kept.heads):
         mask[layer, heads] = 1.0
     return mask
 
 
 def neuron_mask(kept, sizes):
-    mask = torch.zeros(sizes.layers, sizes.neurons).double()
+    mask = torch.zeros(len(kept.neurons), sizes.neurons).double()
     for layer, units in enumerate(kept.neurons):
         mask[layer, units] = 1.0
     return mask
 
 
 def logits(model):
-    return model(TOKENS[0]).logits
+    return logits_of(model, TOKENS[0])
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -55,7 +55,7 @@ def test_sliced_units_equal_the_masked_dense_model(name):
     model = small_model(name)
     shape = dataclasses.replace(smaller(model), layers=3)
     scores = expressive_scores(model, TOKENS)
-    kept = choose_units(scores, shape, dims(model.config))
+    kept = choose_units(scores, shape, model.config)
     student = prune(model, scores, shape)
     exact_norms(student)
     mask = torch.zeros(16).double()
@@ -74,9 +74,9 @@ def test_each_axis_alone(name, axis):
     square = architecture(model.config).square
     if axis == "heads" and square:
         pytest.skip("heads and hidden are tied here: cut together, above")
-    cut = {"neurons": 5} if axis == "neurons" else {"heads": 2, "kv_heads": 1}
+    cut = {"neurons": 5} if axis == "neurons" else {"heads": 2, "kv_heads": 2 // dims(model.config).group}
     shape, scores = shape_with(model, **cut), expressive_scores(model, TOKENS)
-    kept, sizes = choose_units(scores, shape, dims(model.config)), dims(model.config)
+    kept, sizes = choose_units(scores, shape, model.config), dims(model.config)
     student = prune(model, scores, shape)
     exact_norms(student)
     with masked(model, queries=query_mask(kept, sizes), neurons=neuron_mask(kept, sizes)):
@@ -90,9 +90,15 @@ def test_sliced_layers_equal_the_model_without_them(name):
     scores = expressive_scores(model, TOKENS)
     student = prune(model, scores, shape_with(model, layers=1))
     exact_norms(student)
-    parent, _, last = architecture(model.config).masks.layer.replace(".{i}", "").rpartition(".")
-    holder = model.get_submodule(parent)
-    setattr(holder, last, torch.nn.ModuleList([getattr(holder, last)[1]]))
+    for stack in architecture(model.config).stacks:
+        parent, _, last = stack.layer.replace(".{i}", "").rpartition(".")
+        holder = model.get_submodule(parent)
+        first, middle = getattr(holder, last)[:2]
+        if model.config.is_encoder_decoder:  # the first layer's relative bias serves all
+            bias = first.layer[0].SelfAttention.relative_attention_bias
+            middle.layer[0].SelfAttention.relative_attention_bias = bias
+            middle.layer[0].SelfAttention.has_relative_attention_bias = True
+        setattr(holder, last, torch.nn.ModuleList([middle]))
     torch.testing.assert_close(logits(student), logits(model), rtol=1e-9, atol=1e-9)
 
 
@@ -140,22 +146,26 @@ def test_a_checkpoint_without_safetensors_is_refused(tmp_path):
 
 
 def test_saved_then_loaded_by_plain_transformers_in_a_fresh_process(tmp_path):
+    kinds = []
     for number, name in enumerate(SMALL):
         student = prune(small_model(name), random_scores(small_model(name), ()), smaller(small_model(name)))
         save_model(student, tmp_path / str(number))
         torch.save(logits(student), tmp_path / str(number) / "logits.pt")
+        kinds.append(student.config.is_encoder_decoder)
     torch.save(TOKENS[0], tmp_path / "tokens.pt")
     script = (
         "import sys, torch, transformers as t\n"
         f"x = torch.load({str(tmp_path / 'tokens.pt')!r}, weights_only=True)\n"
-        f"for n in range({len(SMALL)}):\n"
+        f"for n, two in enumerate({kinds}):\n"
         f"    folder = {str(tmp_path)!r} + '/' + str(n)\n"
-        "    m = t.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()\n"
-        "    torch.testing.assert_close(m(x).logits, torch.load(folder + '/logits.pt', weights_only=True))\n"
+        "    kind = t.AutoModelForSeq2SeqLM if two else t.AutoModelForCausalLM\n"
+        "    m = kind.from_pretrained(folder, dtype=torch.float64).eval()\n"
+        "    found = m(input_ids=x[:, :5], labels=x[:, 5:].contiguous()) if two else m(x[:, :-1])\n"
+        "    torch.testing.assert_close(found.logits, torch.load(folder + '/logits.pt', weights_only=True))\n"
         "    ends = {'do_sample': False, 'max_new_tokens': 5, 'pad_token_id': 1, 'eos_token_id': None}\n"
         "    out = m.generate(x[:, :4], use_cache=True, **ends)\n"
         "    slow = m.generate(x[:, :4], use_cache=False, **ends)\n"
-        "    assert out.shape == (4, 9) and torch.equal(out, slow), folder\n"
+        "    assert out.shape == (4, 6 if two else 9) and torch.equal(out, slow), folder\n"
         "assert not any(name.split('.')[0] == 'capacity_gap' for name in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, timeout=180)
@@ -170,7 +180,7 @@ def test_saved_then_loaded_by_plain_transformers_in_a_fresh_process(tmp_path):
 def test_a_student_with_smaller_groups_or_none_equals_the_masked_dense_model(name, heads, kv_heads):
     model = small_model(name, hidden_size=24)
     shape, scores = shape_with(model, heads=heads, kv_heads=kv_heads), expressive_scores(model, TOKENS)
-    kept, sizes = choose_units(scores, shape, dims(model.config)), dims(model.config)
+    kept, sizes = choose_units(scores, shape, model.config), dims(model.config)
     student = prune(model, scores, shape)
     exact_norms(student)
     assert dims(student.config).group == heads // kv_heads
@@ -184,10 +194,10 @@ def test_smaller_groups_keep_the_best_queries_of_the_best_groups():
     scores = random_scores(model, ())
     scores.heads[:] = torch.tensor([0.0, 1.0])
     scores.queries[:] = torch.tensor([9.0, 9, 9, 1, 3, 2])
-    kept = choose_units(scores, shape_with(model, heads=2, kv_heads=1), dims(model.config))
+    kept = choose_units(scores, shape_with(model, heads=2, kv_heads=1), model.config)
     assert kept.heads[0].tolist() == [4, 5]
     assert kept.kv_heads[0].tolist() == [1]
-    kept = choose_units(scores, shape_with(model, heads=4, kv_heads=4), dims(model.config))
+    kept = choose_units(scores, shape_with(model, heads=4, kv_heads=4), model.config)
     assert kept.heads[0].tolist() == [0, 1, 2, 4]
     assert kept.kv_heads[0].tolist() == [0, 0, 0, 1]
 
@@ -214,8 +224,8 @@ def test_a_global_student_equals_the_masked_dense_model(name):
     model = small_model(name)
     shape, scores = uneven(model)
     assert len(set(shape.layer_neurons)) > 1
-    assert sum(shape.layer_neurons) == 3 * shape.neurons
-    kept, sizes = choose_units(scores, shape, dims(model.config)), dims(model.config)
+    assert sum(shape.layer_neurons) == len(shape.layer_neurons) * shape.neurons
+    kept, sizes = choose_units(scores, shape, model.config), dims(model.config)
     student = prune(model, scores, shape)
     assert dims(student.config).neurons == max(shape.layer_neurons)
     hidden = torch.zeros(16).double()
@@ -232,15 +242,12 @@ def test_training_leaves_the_zeros_of_a_global_student_zero(name):
     model = small_model(name)
     shape, scores = uneven(model)
     student = prune(model, scores, shape).train()
-    layer = min(range(3), key=lambda i: shape.layer_neurons[i])
-    down = student.get_submodule(architecture(model.config).masks.layer.replace("{i}", str(layer)))
-    down = down.get_submodule(architecture(model.config).masks.mlp_out).weight
-    axis = (
-        architecture(model.config)
-        .parameters[f"{architecture(model.config).masks.layer}.{architecture(model.config).masks.mlp_out}.weight"]
-        .index("neurons")
-    )
-    padding = down.detach().narrow(axis, shape.layer_neurons[layer], down.shape[axis] - shape.layer_neurons[layer])
+    table = architecture(model.config)
+    row = min(range(len(shape.layer_neurons)), key=lambda i: shape.layer_neurons[i])
+    name = table.unit_maps("neurons", 3)[row]
+    down = student.get_submodule(name).weight
+    axis = [place(a)[0] for a in table.parameters[pattern_of(table, f"{name}.weight")[0]]].index("neurons")
+    padding = down.detach().narrow(axis, shape.layer_neurons[row], down.shape[axis] - shape.layer_neurons[row])
     assert padding.numel()
     zeros = {n: p.detach() == 0 for n, p in student.named_parameters()}
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
@@ -287,13 +294,17 @@ def test_layers_go_evenly_from_both_ends_or_by_score():
     assert symmetric_layers(32, 24) == list(range(4, 28))
     assert symmetric_layers(4, 3) == [0, 1, 2]
     assert symmetric_layers(4, 4) == [0, 1, 2, 3]
+    llama, t5 = small_model().config, small_model("t5").config
     scores = dataclasses.replace(random_scores(small_model(), ()), layers=torch.tensor([0.3, 0.1, 0.2]))
-    assert kept_layers(scores, 3, 2, "block_influence") == [0, 2]
+    assert kept_layers(scores, llama, 2, "block_influence") == [[0, 2]]
     with pytest.raises(ConfigError, match=r"layers=loss_increase needs scores of layers"):
-        kept_layers(dataclasses.replace(scores, layers=None), 3, 2, "loss_increase")
+        kept_layers(dataclasses.replace(scores, layers=None), llama, 2, "loss_increase")
+    both = dataclasses.replace(scores, layers=torch.tensor([0.3, 0.1, 0.2, 0.1, 0.3, 0.2]))
+    assert kept_layers(both, t5, 2, "block_influence") == [[0, 2], [1, 2]]
+    assert kept_layers(both, t5, 1, "symmetric") == [[1], [1]]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "t5"])
 def test_shapes_on_the_way_are_legal_and_hold_the_end(name):
     model = small_model(name)
     table, full = architecture(model.config), dims(model.config)
@@ -349,6 +360,7 @@ def test_the_tables_know_every_parameter():
         model = small_model(name)
         table, sizes = architecture(model.config), dims(model.config)
         named = {n.replace(f".{i}.", ".{i}.", 1) for i in range(3) for n, _ in model.named_parameters()}
+        named |= {n for n, _ in model.named_parameters()}
         assert set(table.parameters) <= named | {table.output}, name
         assert count(table, sizes) == sum(p.numel() for p in model.parameters()), name
         assert json.dumps(model.config.to_dict(), default=str)

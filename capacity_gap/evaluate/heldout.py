@@ -8,13 +8,16 @@ import numpy as np
 import torch
 
 from capacity_gap.distill.losses import token_losses
-from capacity_gap.models.loading import hidden_states, output_weight
+from capacity_gap.models.loading import hidden_states, output_weight, predicted
 from capacity_gap.runtime import Runtime
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Scores of one model on one text. The standard error is over sequences: tokens of one are not independent."""
+    """Scores of one model on one text. The standard error is over sequences: tokens of one are not independent.
+
+    `tokens` are those predicted: all of the text, or of a prefix language model the second half of each sequence.
+    """
 
     loss: float  # nats per token
     stderr: float
@@ -30,6 +33,7 @@ class HeldOut:
 @torch.no_grad()
 def held_out(model: Any, sequences: Any, *, tokens: int, batch_size: int, runtime: Runtime) -> HeldOut:
     """Scores `model` on the first `tokens` tokens (whole sequences) of `sequences`, or on all if there are fewer."""
+    labels = predicted(model, sequences.sequence_length)
     count = max(1, min(len(sequences), tokens // sequences.sequence_length))
     losses, entropies, n_bytes = [], [], 0.0
     for start in range(0, count, batch_size):
@@ -37,10 +41,10 @@ def held_out(model: Any, sequences: Any, *, tokens: int, batch_size: int, runtim
         loss, entropy = _sequence_means(model, torch.from_numpy(batch).to(runtime.device))
         losses.append(loss)
         entropies.append(entropy)
-        n_bytes += float(sequences.bytes_per_id[batch[:, 1:]].sum())
+        n_bytes += float(sequences.bytes_per_id[batch[:, -labels:]].sum())
         runtime.report(start + len(batch), count, "sequences")
     per_sequence = torch.cat(losses).double()
-    seen = count * sequences.sequence_length
+    seen = count * labels
     mean = float(per_sequence.mean())
     stderr = float(per_sequence.std() / math.sqrt(count)) if count > 1 else 0.0
     bits = mean / math.log(2) * seen / n_bytes if n_bytes else 0.0
@@ -49,7 +53,7 @@ def held_out(model: Any, sequences: Any, *, tokens: int, batch_size: int, runtim
 
 def _sequence_means(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean label cross-entropy and mean predictive entropy of each sequence of a batch [B, T+1]."""
-    labels = tokens[:, 1:]
     hidden = hidden_states(model, tokens[:, :-1])
+    labels = tokens[:, -hidden.shape[1] :]
     loss, entropy = token_losses(hidden.flatten(0, 1), output_weight(model), labels.flatten())
     return loss.view(labels.shape).mean(1).cpu(), entropy.view(labels.shape).mean(1).cpu()

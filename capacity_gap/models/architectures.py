@@ -3,7 +3,12 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from capacity_gap.models.axes import Architecture, Config, Masks, get
+from capacity_gap.errors import ConfigError
+from capacity_gap.models.axes import Architecture, Config, Stack, Sublayer, get
+
+
+def _one_stack(layer: str, attention: Sublayer, mlp: Sublayer, stream: tuple[str, ...]) -> tuple[Stack]:
+    return (Stack(layer, (attention,), mlp, stream),)
 
 
 def _llama(config: Config, *, qkv_bias: bool = False) -> Architecture:
@@ -42,13 +47,11 @@ def _llama(config: Config, *, qkv_bias: bool = False) -> Architecture:
             "layers": "num_hidden_layers",
         },
         output="lm_head.weight",
-        masks=Masks(
-            layer="model.layers.{i}",
-            attention="self_attn",
-            attention_out="self_attn.o_proj",
-            mlp="mlp",
-            mlp_out="mlp.down_proj",
-            stream=("post_attention_layernorm",),
+        stacks=_one_stack(
+            "model.layers.{i}",
+            Sublayer("self_attn", "self_attn.o_proj"),
+            Sublayer("mlp", "mlp.down_proj"),
+            ("post_attention_layernorm",),
         ),
     )
 
@@ -86,9 +89,10 @@ def _gpt2(config: Config) -> Architecture:
     biased = {layer + "attn.c_attn": "qkv", layer + "attn.c_proj": "hidden"}
     biased |= {layer + "mlp.c_fc": "neurons", layer + "mlp.c_proj": "hidden", **dict.fromkeys(norms, "hidden")}
     keys = {"vocab": "vocab_size", "hidden": "n_embd", "heads": "n_head", "neurons": "n_inner", "layers": "n_layer"}
-    masks = Masks("transformer.h.{i}", "attn", "attn.c_proj", "mlp", "mlp.c_proj", ("ln_2",))
+    attention, mlp = Sublayer("attn", "attn.c_proj"), Sublayer("mlp", "mlp.c_proj")
+    stacks = _one_stack("transformer.h.{i}", attention, mlp, ("ln_2",))
     keys["positions"] = "n_positions"
-    return Architecture(_with_biases(parameters, biased), keys, "lm_head.weight", masks, square=True)
+    return Architecture(_with_biases(parameters, biased), keys, "lm_head.weight", stacks, square=True)
 
 
 def _gpt_neox(config: Config) -> Architecture:
@@ -110,12 +114,13 @@ def _gpt_neox(config: Config) -> Architecture:
     biased |= dict.fromkeys(norms, "hidden")
     # With a parallel residual both sublayers read the layer's input: nothing is added between them.
     between = () if get(config, "use_parallel_residual", True) else ("post_attention_layernorm",)
-    masks = Masks("gpt_neox.layers.{i}", "attention", "attention.dense", "mlp", "mlp.dense_4h_to_h", between)
+    attention, mlp = Sublayer("attention", "attention.dense"), Sublayer("mlp", "mlp.dense_4h_to_h")
+    stacks = _one_stack("gpt_neox.layers.{i}", attention, mlp, between)
     return Architecture(
         _with_biases(parameters, biased),
         keys,
         "lm_head.weight",
-        masks,
+        stacks,
         square=True,
         in_checkpoints={"lm_head.weight": "embed_out.weight"},
     )
@@ -147,8 +152,83 @@ def _opt(config: Config) -> Architecture:
     # Norms before the sublayers (all but 350m): the second reads the middle stream. After them: each reads a sum.
     before = get(config, "do_layer_norm_before", True)
     sums = ("final_layer_norm",) if before else ("self_attn_layer_norm", "final_layer_norm")
-    masks = Masks("model.decoder.layers.{i}", "self_attn", "self_attn.out_proj", "fc2", "fc2", sums)
-    return Architecture(_with_biases(parameters, biased), keys, "lm_head.weight", masks, square=True)
+    attention, mlp = Sublayer("self_attn", "self_attn.out_proj"), Sublayer("fc2", "fc2")
+    stacks = _one_stack("model.decoder.layers.{i}", attention, mlp, sums)
+    return Architecture(_with_biases(parameters, biased), keys, "lm_head.weight", stacks, square=True)
+
+
+T5_KEYS = {
+    "vocab": "vocab_size",
+    "hidden": "d_model",
+    "heads": "num_heads",
+    "head_dim": "d_kv",
+    "neurons": "d_ff",
+    "layers": "num_layers",
+    "decoder_layers": "num_decoder_layers",
+    "buckets": "relative_attention_num_buckets",
+}
+
+
+def _t5(config: Config) -> Architecture:
+    """Encoder and decoder on one embedding, so on one hidden axis; a head's relative bias belongs to all layers.
+
+    Each stack's biases lie in its first layer and serve every layer, so the heads that stay are the same in all of
+    them; the decoder's heads on the encoder have no bias and are free.
+    """
+    _check_t5(config)
+    encoder, decoder = "encoder.block.{i}.", "decoder.block.{i}."
+    parameters: dict[str, tuple[str, ...]] = {
+        "shared.weight": ("vocab", "hidden"),
+        **_t5_attention(encoder + "layer.0.", "SelfAttention", "heads"),
+        **_t5_mlp(config, encoder + "layer.1.", "neurons"),
+        "encoder.final_layer_norm.weight": ("hidden",),
+        **_t5_attention(decoder + "layer.0.", "SelfAttention", "heads.1"),
+        **_t5_attention(decoder + "layer.1.", "EncDecAttention", "heads.2"),
+        **_t5_mlp(config, decoder + "layer.2.", "neurons.1"),
+        "decoder.final_layer_norm.weight": ("hidden",),
+        "lm_head.weight": ("vocab", "hidden"),
+    }
+    bias = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    parameters |= {"encoder." + bias: ("buckets", "per_head"), "decoder." + bias: ("buckets", "per_head.1")}
+    itself = Sublayer("layer.0.SelfAttention", "layer.0.SelfAttention.o")
+    on_encoder = Sublayer("layer.1.EncDecAttention", "layer.1.EncDecAttention.o")
+    mlps = [Sublayer(f"layer.{n}.DenseReluDense", f"layer.{n}.DenseReluDense.wo") for n in (1, 2)]
+    stacks = (
+        Stack("encoder.block.{i}", (itself,), mlps[0], ("layer.1",)),
+        Stack("decoder.block.{i}", (itself, on_encoder), mlps[1], ("layer.1", "layer.2")),
+    )
+    scaled = "decoder.final_layer_norm.weight" if get(config, "scale_decoder_outputs", True) else ""
+    return Architecture(parameters, T5_KEYS, "lm_head.weight", stacks, one_set=(0, 1), scaled=scaled)
+
+
+def _t5_attention(layer: str, name: str, heads: str) -> dict[str, tuple[str, ...]]:
+    maps: dict[str, tuple[str, ...]] = {f"{layer}{name}.{x}.weight": (heads, "hidden") for x in "qkv"}
+    return maps | {f"{layer}{name}.o.weight": ("hidden", heads), layer + "layer_norm.weight": ("hidden",)}
+
+
+def _t5_mlp(config: Config, layer: str, neurons: str) -> dict[str, tuple[str, ...]]:
+    gated = get(config, "feed_forward_proj", "relu").startswith("gated")
+    maps: dict[str, tuple[str, ...]] = {
+        f"{layer}DenseReluDense.{x}.weight": (neurons, "hidden") for x in (("wi_0", "wi_1") if gated else ("wi",))
+    }
+    return maps | {
+        layer + "DenseReluDense.wo.weight": ("hidden", neurons),
+        layer + "layer_norm.weight": ("hidden",),
+    }
+
+
+def _check_t5(config: Config) -> None:
+    layers, decoder = get(config, "num_layers"), get(config, "num_decoder_layers")
+    if decoder not in (None, layers):
+        raise ConfigError(
+            f"this T5 has {layers} encoder and {decoder} decoder layers. Only stacks of equal depth can be counted and "
+            "pruned."
+        )
+    if get(config, "tie_word_embeddings") is False:
+        raise ConfigError(
+            "this T5 has an output matrix of its own (tie_word_embeddings: false, as in T5 v1.1), and the T5Config of "
+            "transformers 5 cannot say so: it ties every T5. Give one whose embeddings are shared, as in the first T5."
+        )
 
 
 ARCHITECTURES: dict[str, Callable[[Config], Architecture]] = {
@@ -159,4 +239,5 @@ ARCHITECTURES: dict[str, Callable[[Config], Architecture]] = {
     "gpt2": _gpt2,
     "gpt_neox": _gpt_neox,
     "opt": _opt,
+    "t5": _t5,
 }

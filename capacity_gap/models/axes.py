@@ -1,10 +1,14 @@
 """Per architecture, which named axis each dimension of each parameter is: all that pruning needs to know of a model.
 
 An axis is one of `vocab`, `hidden`, `heads` (query heads × head_dim), `kv_heads` (key-value heads × head_dim), `qkv`
-(fused, all queries before all keys before all values), `qkv_by_head` (fused, head by head), `head_dim`, `neurons`,
-`positions` (learned ones), `embed` (OPT's narrower embedding); layers are the `{i}` in a parameter's name. Parameters
-are counted, and models cut, from these tables alone (`architectures.py`); a new architecture is one table and one test.
-This file imports no torch.
+(fused, all queries before all keys before all values), `qkv_by_head` (fused, head by head), `per_head` (one number a
+query head), `head_dim`, `neurons`, `positions` (learned ones), `buckets` (of relative positions), `embed` (OPT's narrower embedding); layers are the `{i}`
+in a parameter's name. Parameters are counted, and models cut, from these tables alone (`architectures.py`); a new
+architecture is one table and one test. This file imports no torch.
+
+An encoder–decoder has two stacks of equally many layers, and units in several places of each: `heads.1` are the heads
+of its second attention (decoder, on itself), `heads.2` of its third (decoder, on the encoder). Scores have one row for
+each such place and layer: place p of layer i is row p·L + i. A model with one stack has one place, and row i is layer i.
 """
 
 import re
@@ -32,6 +36,7 @@ class Dims:
     tied: bool  # output matrix = embedding
     positions: int = 0
     embed: int = 0
+    buckets: int = 0
 
     @property
     def group(self) -> int:
@@ -39,9 +44,12 @@ class Dims:
         return self.heads // self.kv_heads
 
     def axis(self, name: str) -> int:
-        """Length of a named axis."""
+        """Length of a named axis, wherever it is."""
+        name = place(name)[0]
         if name in ("heads", "kv_heads"):
             return getattr(self, name) * self.head_dim
+        if name == "per_head":
+            return self.heads
         return 3 * self.heads * self.head_dim if name in ("qkv", "qkv_by_head") else getattr(self, name)
 
     def with_units(self, *, hidden: int, kv_heads: int, neurons: int, layers: int, group: int | None = None) -> "Dims":
@@ -58,14 +66,20 @@ class Dims:
 
 
 @dataclass(frozen=True)
-class Masks:
-    """The places of one architecture where the masks of METHOD §2 act, as submodules of a layer."""
+class Sublayer:
+    """A module whose output joins the residual stream, and the linear map in it whose inputs a unit mask acts on."""
+
+    module: str
+    out: str
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One stack of layers, and the places in a layer where the masks of METHOD §2 act, as its submodules."""
 
     layer: str
-    attention: str  # its output joins the residual stream
-    attention_out: str  # the linear map whose inputs the head mask acts on
-    mlp: str  # its output joins the residual stream
-    mlp_out: str  # the linear map whose inputs the neuron mask acts on
+    attentions: tuple[Sublayer, ...]
+    mlp: Sublayer
     stream: tuple[str, ...] = ()  # read the stream after an addition inside the layer
 
 
@@ -76,9 +90,40 @@ class Architecture:
     parameters: Mapping[str, tuple[str, ...]]
     keys: Mapping[str, str]  # axis → config key
     output: str  # the output matrix, absent where it is the embedding
-    masks: Masks
+    stacks: tuple[Stack, ...]  # one; of an encoder–decoder both
     square: bool = False  # hidden = heads × head_dim: the two axes are tied
     in_checkpoints: Mapping[str, str] = field(default_factory=dict)  # names that differ in files
+    one_set: tuple[int, ...] = ()  # attentions whose heads all layers share: one set stays, the same in every layer
+    scaled: str = ""  # the weight that takes up the output's factor hidden^−½, which changes with the width
+
+    def stacks_of(self, axis: str) -> list[int]:
+        """The stack of each place that has units of `heads` or `neurons`."""
+        if axis == "neurons":
+            return list(range(len(self.stacks)))
+        return [number for number, stack in enumerate(self.stacks) for _ in stack.attentions]
+
+    def unit_maps(self, axis: str, layers: int) -> list[str]:
+        """The linear maps whose inputs the units of `heads` or `neurons` are, one for each row of the scores."""
+        places = [
+            f"{stack.layer}.{sublayer.out}"
+            for stack in self.stacks
+            for sublayer in (stack.attentions if axis == "heads" else (stack.mlp,))
+        ]
+        return [name.replace("{i}", str(i)) for name in places for i in range(layers)]
+
+    def rows(self, axis: str, layers: int) -> int:
+        """Rows of the scores of `heads` or `neurons`: a place and a layer each."""
+        return len(self.stacks_of(axis)) * layers
+
+    def stack_of(self, pattern: str) -> int:
+        """The stack that a row of the table belongs to; the first for what is outside the layers."""
+        return next((n for n, stack in enumerate(self.stacks) if pattern.startswith(stack.layer)), 0)
+
+
+def place(axis: str) -> tuple[str, int]:
+    """An axis and which of its places: `heads.2` is the heads of the third attention."""
+    name, _, number = axis.partition(".")
+    return name, int(number or 0)
 
 
 UNTIED_BY_DEFAULT = (
@@ -119,12 +164,13 @@ def dims(config: Config) -> Dims:
         hidden=hidden,
         heads=heads,
         kv_heads=(get(config, keys["kv_heads"]) or heads) if "kv_heads" in keys else heads,
-        head_dim=get(config, "head_dim") or hidden // heads,
+        head_dim=get(config, keys.get("head_dim", "head_dim")) or hidden // heads,
         neurons=get(config, keys["neurons"]) or 4 * hidden,
         layers=get(config, keys["layers"]),
         tied=bool(get(config, "tie_word_embeddings", model_type not in UNTIED_BY_DEFAULT)),
         positions=positions + (OPT_OFFSET if model_type == "opt" else 0),
         embed=(get(config, keys["embed"]) or hidden) if "embed" in keys else 0,
+        buckets=get(config, keys["buckets"]) if "buckets" in keys else 0,
     )
 
 
@@ -135,8 +181,10 @@ def config_with(config: Mapping[str, Any], sizes: Dims) -> dict[str, Any]:
     for axis in ("hidden", "heads", "kv_heads", "neurons", "layers"):
         if axis in table.keys:
             found[table.keys[axis]] = getattr(sizes, axis)
+    if "decoder_layers" in table.keys:
+        found[table.keys["decoder_layers"]] = sizes.layers
     if not table.square:
-        found["head_dim"] = sizes.head_dim
+        found[table.keys.get("head_dim", "head_dim")] = sizes.head_dim
     elif "embed" in table.keys and get(config, table.keys["embed"]) == get(config, table.keys["hidden"]):
         found[table.keys["embed"]] = sizes.hidden
     if layer_types := get(config, "layer_types"):
@@ -146,6 +194,8 @@ def config_with(config: Mapping[str, Any], sizes: Dims) -> dict[str, Any]:
 
 def pattern_of(table: Architecture, name: str) -> tuple[str, int]:
     """The row of the table that parameter `name` belongs to, and its layer (0 outside the layers)."""
+    if name in table.parameters:
+        return name, 0
     found = re.search(r"\.(\d+)\.", name)
     pattern = name.replace(found[0], ".{i}.", 1) if found else name
     if pattern not in table.parameters:

@@ -20,13 +20,20 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def new_model(shape: Mapping[str, Any], seed: int) -> Any:
     """A model with random weights: `shape` is the content of a config.json, `seed` decides every weight."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     settings = dict(shape)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        return auto_class(config).from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that makes a language model of this config."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def load_model(folder: Path, *, device: str = "cpu") -> Any:
@@ -34,7 +41,7 @@ def load_model(folder: Path, *, device: str = "cpu") -> Any:
 
     Our own models load in fp32; published ones in the dtype, and if asked the 8-bit form, that their pointer names.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -47,7 +54,11 @@ def load_model(folder: Path, *, device: str = "cpu") -> Any:
             from transformers import BitsAndBytesConfig
 
             options |= {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
-    model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="sdpa", use_safetensors=True, **options)
+    config = AutoConfig.from_pretrained(
+        source, **{k: v for k, v in options.items() if k in ("revision", "local_files_only")}
+    )
+    options |= {"config": config, "attn_implementation": "sdpa", "use_safetensors": True}
+    model = auto_class(config).from_pretrained(source, **options)
     return (model if "quantization_config" in options else model.to(device)).eval()
 
 
@@ -133,8 +144,31 @@ def save_model(model: Any, folder: Path, *, leads: bool = True) -> None:
 
 
 def hidden_states(model: Any, tokens: Tensor) -> Tensor:
-    """Last hidden states [B, T, D] of tokens [B, T]: what the output matrix is applied to."""
+    """Last hidden states of tokens [B, T], which the output matrix is applied to; position t predicts token t + 1.
+
+    All positions [B, T, D]; of an encoder–decoder, trained as a prefix language model (Raffel et al. 2020, §3.2.3), the
+    last T − ⌊T/2⌋: the encoder reads the first ⌊T/2⌋ + 1 tokens, and the decoder predicts each token after them.
+    """
+    if model.config.is_encoder_decoder:
+        return _decoder_states(model, tokens)
     return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+
+
+def predicted(model: Any, length: int) -> int:
+    """How many labels of a sequence of `length` have a hidden state: always the last ones."""
+    return length - length // 2 if model.config.is_encoder_decoder else length
+
+
+def _decoder_states(model: Any, tokens: Tensor) -> Tensor:
+    """What `model(input_ids=prefix, labels=rest)` multiplies by its output matrix, the last label not needed."""
+    prefix, rest = tokens.tensor_split([tokens.shape[1] // 2 + 1], dim=1)
+    start = torch.full_like(tokens[:, :1], model.config.decoder_start_token_id)
+    encoded = model.get_encoder()(input_ids=prefix).last_hidden_state
+    found = model.get_decoder()(
+        input_ids=torch.cat([start, rest], dim=1), encoder_hidden_states=encoded, use_cache=False
+    ).last_hidden_state
+    scaled = getattr(model.config, "scale_decoder_outputs", False)  # T5's way to tie its embeddings
+    return found * model.config.hidden_size**-0.5 if scaled else found
 
 
 def output_weight(model: Any) -> Tensor:
@@ -148,8 +182,8 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def lm_loss(model: Any, tokens: Tensor) -> Tensor:
-    """Mean cross-entropy of tokens [B, T + 1], each predicted from those before it; nats per token."""
+    """Mean cross-entropy of tokens [B, T + 1], each that is predicted from those before it; nats per token."""
     from capacity_gap.distill.losses import distill_loss
 
     hidden = hidden_states(model, tokens[:, :-1])
-    return distill_loss(hidden, output_weight(model), tokens[:, 1:], kd_weight=0.0)[0]
+    return distill_loss(hidden, output_weight(model), tokens[:, -hidden.shape[1] :], kd_weight=0.0)[0]

@@ -7,39 +7,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capacity_gap.models.axes import Architecture, Dims
+from capacity_gap.models.axes import Architecture, Dims, Stack, pattern_of, place
 from capacity_gap.models.loading import lm_loss
 
 
 def mask_gradients(model: Any, table: Architecture, sizes: Dims, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """∂L/∂mask of one batch, in fp32 on the CPU: query heads [L, H], neurons [L, F], hidden [D]."""
-    layers = layers_of(model, table, sizes)
-    out = [layer.get_submodule(table.masks.attention_out).weight for layer in layers]
-    down = [layer.get_submodule(table.masks.mlp_out).weight for layer in layers]
-    with _residual_stream(model, table, layers) as sites, torch.enable_grad():
+    """∂L/∂mask of one batch, in fp32 on the CPU: query heads [R, H], neurons [R, F] (a row a place), hidden [D]."""
+    names = {axis: table.unit_maps(axis, sizes.layers) for axis in ("heads", "neurons")}
+    maps = [model.get_submodule(name).weight for name in (*names["heads"], *names["neurons"])]
+    with _residual_stream(model, table, sizes) as sites, torch.enable_grad():
         loss = lm_loss(model, tokens)
-    grads = torch.autograd.grad(loss, [*out, *down, *sites])
-    products = [(w.detach().float() * g.float()) for w, g in zip([*out, *down, *sites], grads, strict=True)]
-    heads, neurons = products[: sizes.layers], products[sizes.layers : 2 * sizes.layers]
-    by_head = torch.stack([_inputs(p, table, table.masks.attention_out, "heads") for p in heads])
-    by_neuron = torch.stack([_inputs(p, table, table.masks.mlp_out, "neurons") for p in neurons])
-    stream = torch.stack([p.flatten(0, -2).sum(0) for p in products[2 * sizes.layers :]]).sum(0)
-    return by_head.view(sizes.layers, sizes.heads, -1).sum(-1).cpu(), by_neuron.cpu(), stream.cpu()
+    grads = torch.autograd.grad(loss, [*maps, *sites])
+    products = [(w.detach().float() * g.float()) for w, g in zip([*maps, *sites], grads, strict=True)]
+    found = []
+    for axis, of in names.items():
+        mine, products = products[: len(of)], products[len(of) :]
+        found.append(torch.stack([_inputs(p, table, n, axis) for p, n in zip(mine, of, strict=True)]))
+    stream = torch.stack([p.flatten(0, -2).sum(0) for p in products]).sum(0)
+    return found[0].unflatten(1, (sizes.heads, -1)).sum(-1).cpu(), found[1].cpu(), stream.cpu()
 
 
 def _inputs(product: Tensor, table: Architecture, module: str, axis: str) -> Tensor:
     """Sums a linear map's W ⊙ ∂L/∂W over its outputs; GPT-2 stores its maps transposed."""
-    axes = table.parameters[f"{table.masks.layer}.{module}.weight"]
-    return product.sum(1 - axes.index(axis))
+    axes = table.parameters[pattern_of(table, f"{module}.weight")[0]]
+    return product.sum(1 - [place(a)[0] for a in axes].index(axis))
 
 
 def layers_of(model: Any, table: Architecture, sizes: Dims) -> list[Any]:
-    """The layers of a model, first to last."""
-    return [model.get_submodule(table.masks.layer.replace("{i}", str(i))) for i in range(sizes.layers)]
+    """The layers of a model, first to last; of an encoder–decoder those of the encoder first."""
+    return [layer for stack in table.stacks for layer in _stack(model, stack, sizes)]
+
+
+def _stack(model: Any, stack: Stack, sizes: Dims) -> list[Any]:
+    return [model.get_submodule(stack.layer.replace("{i}", str(i))) for i in range(sizes.layers)]
 
 
 @contextlib.contextmanager
-def _residual_stream(model: Any, table: Architecture, layers: list[Any]) -> Iterator[list[Tensor]]:
+def _residual_stream(model: Any, table: Architecture, sizes: Dims) -> Iterator[list[Tensor]]:
     """Collects the tensors that the hidden mask acts on: embeddings, each sublayer's output, the stream after each sum.
 
     Every parameter takes part in the graph meanwhile.
@@ -49,13 +53,16 @@ def _residual_stream(model: Any, table: Architecture, layers: list[Any]) -> Iter
     def keep(_module: Any, _inputs: Any, output: Any) -> None:
         sites.append(output[0] if isinstance(output, tuple) else output)
 
-    hooks = [layers[0].register_forward_pre_hook(_keeps_input(sites), with_kwargs=True)]
-    for layer in layers:
-        hooks += [layer.get_submodule(m).register_forward_hook(keep) for m in (table.masks.attention, table.masks.mlp)]
-        for reader in table.masks.stream:
-            hook = _keeps_input(sites)
-            hooks.append(layer.get_submodule(reader).register_forward_pre_hook(hook, with_kwargs=True))
-        hooks.append(layer.register_forward_hook(keep))
+    readers, givers = [], []
+    for stack in table.stacks:
+        layers = _stack(model, stack, sizes)
+        readers.append(layers[0])
+        for layer in layers:
+            givers += [layer.get_submodule(sublayer.module) for sublayer in (*stack.attentions, stack.mlp)]
+            readers += [layer.get_submodule(reader) for reader in stack.stream]
+            givers.append(layer)
+    hooks = [module.register_forward_pre_hook(_keeps_input(sites), with_kwargs=True) for module in readers]
+    hooks += [module.register_forward_hook(keep) for module in givers]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     for parameter, _ in flags:
         parameter.requires_grad_(True)
@@ -76,20 +83,19 @@ def _keeps_input(kept: list[Tensor]) -> Any:
 
 
 @contextlib.contextmanager
-def unit_inputs(model: Any, table: Architecture, sizes: Dims) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Collects per layer, tokens flattened, what the head and neuron masks act on: [N, H·head_dim] and [N, F]."""
-    heads: list[Tensor] = []
-    neurons: list[Tensor] = []
+def unit_inputs(model: Any, table: Architecture, sizes: Dims) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
+    """Collects by row, tokens flattened, what the head and neuron masks act on: [N, H·head_dim] and [N, F]."""
+    found: tuple[dict[int, Tensor], dict[int, Tensor]] = {}, {}
 
-    def keeps(kept: list[Tensor]) -> Any:
-        return lambda _module, inputs: kept.append(inputs[0].detach().float().flatten(0, -2))
+    def keeps(kept: dict[int, Tensor], row: int) -> Any:
+        return lambda _module, inputs: kept.update({row: inputs[0].detach().float().flatten(0, -2)})
 
     hooks = []
-    for layer in layers_of(model, table, sizes):
-        hooks.append(layer.get_submodule(table.masks.attention_out).register_forward_pre_hook(keeps(heads)))
-        hooks.append(layer.get_submodule(table.masks.mlp_out).register_forward_pre_hook(keeps(neurons)))
+    for axis, kept in zip(("heads", "neurons"), found, strict=True):
+        for row, name in enumerate(table.unit_maps(axis, sizes.layers)):
+            hooks.append(model.get_submodule(name).register_forward_pre_hook(keeps(kept, row)))
     try:
-        yield heads, neurons
+        yield found
     finally:
         for hook in hooks:
             hook.remove()
@@ -120,7 +126,7 @@ def norm_outputs(model: Any) -> Iterator[list[Tensor]]:
 
 @contextlib.contextmanager
 def layer_streams(model: Any, table: Architecture, sizes: Dims) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Collects every layer's input and output, tokens flattened."""
+    """Collects every layer's input and output, in the order of `layers_of`."""
     before: list[Tensor] = []
     after: list[Tensor] = []
 

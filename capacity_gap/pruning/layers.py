@@ -1,4 +1,7 @@
-"""How much whole layers matter, where they are not simply removed from both ends: one function a method."""
+"""How much whole layers matter, where they are not simply removed from both ends: one function a method.
+
+L is the number of layers; an encoder–decoder has the encoder's first, then the decoder's.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,13 +18,13 @@ from capacity_gap.pruning.hooks import layer_streams, layers_of
 def block_influence(model: Any, batches: Iterable[Tensor]) -> Tensor:
     """`1 − E[cos(x_in, x_out)]` of each layer, over all tokens (ShortGPT, arXiv 2403.03853, eq. 1). Returns [L]."""
     table, sizes = architecture(model.config), dims(model.config)
-    total, count = torch.zeros(sizes.layers), 0
+    total, count = torch.zeros(2, len(layers_of(model, table, sizes)))
     for tokens in batches:
         with layer_streams(model, table, sizes) as (before, after), torch.no_grad():
             lm_loss(model, tokens)
         for i, (x, y) in enumerate(zip(before, after, strict=True)):
             total[i] += (1 - F.cosine_similarity(x.float(), y.float(), dim=-1)).sum().cpu()
-        count += before[0].shape[:-1].numel()
+            count[i] += x.shape[:-1].numel()
     return total / count
 
 

@@ -2,7 +2,8 @@
 
 A unit is one key-value head with all its query heads, one neuron of one layer, or one hidden dimension of the whole
 model; larger is more important. Methods differ in what they look at; all give the same `Scores`. Shape suffixes: L
-layers, K key-value heads, H query heads, F neurons, D hidden size.
+rows (one a layer; in an encoder–decoder one a place and layer, `models/axes.py`), K key-value heads, H query heads, F
+neurons, D hidden size.
 """
 
 import copy
@@ -18,7 +19,7 @@ from capacity_gap.errors import ConfigError, StageError
 from capacity_gap.models.axes import Architecture, Dims, architecture, dims
 from capacity_gap.models.loading import lm_loss
 from capacity_gap.pruning.hooks import mask_gradients, norm_outputs, unit_inputs
-from capacity_gap.pruning.units import UnitSums, named_weights
+from capacity_gap.pruning.units import UnitSums, named_weights, zeros
 
 SCORES_FILE = "scores.safetensors"
 OnBatch = Callable[[int], None]
@@ -73,10 +74,10 @@ def expressive_scores(
     """
     del seed
     sizes, table = _open(model)
-    sums = _zeros(sizes)
+    sums = zeros(table, sizes)
     for tokens in _counted(batches, on_batch, "expressive"):
         queries, neurons, hidden = mask_gradients(model, table, sizes, tokens)
-        heads = queries.view(sizes.layers, sizes.kv_heads, -1).sum(-1)
+        heads = queries.unflatten(1, (sizes.kv_heads, -1)).sum(-1)
         for total, batch in zip(sums, (heads, neurons, hidden, queries), strict=True):
             total += batch.abs()
     return _finished(sums, sizes, "expressive")
@@ -87,9 +88,9 @@ def random_scores(
 ) -> Scores:
     """Uniform random scores, decided by `seed`: the baseline that every method must beat. Sees no data."""
     del batches, on_batch
-    sizes, _ = _open(model)
+    sizes, table = _open(model)
     generator = torch.Generator().manual_seed(seed)
-    heads, neurons, hidden, queries = (torch.rand(z.shape, generator=generator) for z in _zeros(sizes))
+    heads, neurons, hidden, queries = (torch.rand(z.shape, generator=generator) for z in zeros(table, sizes))
     return Scores(heads, neurons, hidden, "random", queries if sizes.group > 1 else None)
 
 
@@ -149,15 +150,16 @@ def activation_scores(
     """
     del seed
     sizes, table = _open(model)
-    sums = _zeros(sizes)
+    sums = zeros(table, sizes)
     for tokens in _counted(batches, on_batch, "activation"):
         with norm_outputs(model) as norms, unit_inputs(model, table, sizes) as (heads, neurons), torch.no_grad():
             lm_loss(model, tokens)
-        for layer in range(sizes.layers):
-            queries = heads[layer].unflatten(-1, (sizes.heads, -1)).norm(dim=-1).mean(0).cpu()
-            sums[3][layer] += queries
-            sums[0][layer] += queries.view(sizes.kv_heads, -1).sum(-1)
-            sums[1][layer] += neurons[layer].abs().mean(0).cpu()
+        for row, x in heads.items():
+            queries = x.unflatten(-1, (sizes.heads, -1)).norm(dim=-1).mean(0).cpu()
+            sums[3][row] += queries
+            sums[0][row] += queries.view(sizes.kv_heads, -1).sum(-1)
+        for row, x in neurons.items():
+            sums[1][row] += x.abs().mean(0).cpu()
         sums[2].add_(sum(x.abs().mean(0).cpu() for x in norms))
     return _finished(sums, sizes, "activation")
 
@@ -244,12 +246,6 @@ def _gradients(model: Any, tokens: Tensor) -> Iterable[tuple[str, Tensor, Tensor
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
     return ((name, weight.detach(), grad) for (name, weight), grad in zip(weights, grads, strict=True))
-
-
-def _zeros(sizes: Dims) -> list[Tensor]:
-    """Heads, neurons, hidden, query heads."""
-    per_layer = (sizes.kv_heads, sizes.neurons, None, sizes.heads)
-    return [torch.zeros((sizes.layers, n) if n else (sizes.hidden,)) for n in per_layer]
 
 
 def _unit(scores: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ class Shape:
     """The sizes of a student and its parameters. `heads` are query heads; a unit is a key-value head.
 
     Under global priority layers differ: `layer_heads` and `layer_neurons` are the units of each of the teacher's layers
-    that stay (0 units: the layer goes), and `kv_heads` and `neurons` what a layer has on average.
+    (of an encoder–decoder each row, `models/axes.py`) that stay, 0 where the layer goes, and `kv_heads` and `neurons`
+    what a layer has on average. `layers` are those of one stack.
     """
 
     hidden: int
@@ -120,18 +121,19 @@ def spread(shape: Shape, config: Config, scores: "Scores | None", *, layers: str
     """
     if scores is None:
         raise ConfigError("policy=global ranks units across layers: it needs scores.")
-    from capacity_gap.pruning.surgery import kept_layers
+    from capacity_gap.pruning.surgery import kept_layers, kept_rows
 
-    stay = kept_layers(scores, dims(config).layers, shape.layers, layers)
-    square = architecture(config).square
-    heads = [shape.kv_heads] * len(stay) if square else _counts(scores.heads[stay], shape.kv_heads, 1)
-    neurons = _counts(scores.neurons[stay], shape.neurons, multiple)
-    full = dims(config).layers
-    by_layer = [dict(zip(stay, counts, strict=True)) for counts in (heads, neurons)]
+    table, full = architecture(config), dims(config).layers
+    stay = kept_layers(scores, config, shape.layers, layers)
+    rows = {axis: kept_rows(table, axis, full, stay) for axis in ("heads", "neurons")}
+    local = table.square or table.one_set
+    heads = [shape.kv_heads] * len(rows["heads"]) if local else _counts(scores.heads[rows["heads"]], shape.kv_heads, 1)
+    neurons = _counts(scores.neurons[rows["neurons"]], shape.neurons, multiple)
+    found = [dict(zip(rows[axis], units, strict=True)) for axis, units in (("heads", heads), ("neurons", neurons))]
     return replace(
         shape,
-        layer_heads=tuple(by_layer[0].get(i, 0) for i in range(full)),
-        layer_neurons=tuple(by_layer[1].get(i, 0) for i in range(full)),
+        layer_heads=tuple(found[0].get(row, 0) for row in range(table.rows("heads", full))),
+        layer_neurons=tuple(found[1].get(row, 0) for row in range(table.rows("neurons", full))),
     )
 
 

@@ -4,9 +4,10 @@
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from capacity_gap.errors import ConfigError
-from capacity_gap.models.axes import Architecture, Dims, architecture, config_with, dims, pattern_of
+from capacity_gap.models.axes import Architecture, Config, Dims, architecture, config_with, dims, pattern_of, place
 from capacity_gap.pruning.scores import Scores
 from capacity_gap.pruning.shape import Shape, sized, unfit
 
@@ -23,18 +24,19 @@ SHARDS = 48  # the student is written in shards of this part of the teacher's ch
 LEAST_SHARD = 2**25
 BLOCK_NUMBERS = 2**23  # of a large tensor are read at once
 Read = Callable[[str, Sequence[Tensor | None]], Tensor]
-UNITS = ("hidden", "embed", "neurons", "heads", "kv_heads", "qkv", "qkv_by_head")
+UNITS = ("hidden", "embed", "neurons", "heads", "per_head", "kv_heads", "qkv", "qkv_by_head")
 
 
 @dataclass(frozen=True)
 class Kept:
-    """The units of a model that stay, in its order: indices, per layer of the model where they belong to one.
+    """The units of a model that stay, in its order: indices, per row (`axes.py`) where they belong to one.
 
-    `heads` are query heads, `kv_heads` key-value heads: one for each that the student has, repeated where a student
-    without groups is cut from a teacher with them.
+    `layers` lists those of each stack. `heads` are query heads, `kv_heads` key-value heads: one for each that the
+    student has, repeated where a student without groups is cut from a teacher with them.
     """
 
-    layers: list[int]
+    depth: int  # layers of a stack before any went
+    layers: list[list[int]]
     hidden: Tensor
     heads: list[Tensor]
     kv_heads: list[Tensor]
@@ -42,20 +44,24 @@ class Kept:
 
     def rows(self, axis: str, layer: int, sizes: Dims) -> Tensor | None:
         """Indices into one axis of a parameter of layer `layer`; None keeps the whole axis."""
+        axis, number = place(axis)
+        row = number * self.depth + layer
         width = sizes.head_dim
         if axis == "hidden" or (axis == "embed" and sizes.embed == sizes.hidden):
             return self.hidden
         if axis == "neurons":
-            return self.neurons[layer]
+            return self.neurons[row]
         if axis == "kv_heads":
-            return _spread(self.kv_heads[layer], width)
+            return _spread(self.kv_heads[row], width)
         if axis == "heads":
-            return _spread(self.heads[layer], width)
+            return _spread(self.heads[row], width)
+        if axis == "per_head":
+            return self.heads[row]
         if axis == "qkv":
-            rows = _spread(self.heads[layer], width)
+            rows = _spread(self.heads[row], width)
             return torch.cat([rows + part * sizes.heads * width for part in range(3)])
         if axis == "qkv_by_head":
-            return _spread(self.heads[layer], 3 * width)
+            return _spread(self.heads[row], 3 * width)
         return None
 
 
@@ -70,48 +76,71 @@ def symmetric_layers(layers: int, keep: int) -> list[int]:
     return list(range(bottom, bottom + keep))
 
 
-def kept_layers(scores: Scores, layers: int, keep: int, by: str) -> list[int]:
-    """Which of a model's layers stay: the middle ones (`symmetric`), or those with the highest scores."""
+def kept_layers(scores: Scores, config: Config, keep: int, by: str) -> list[list[int]]:
+    """Which layers of each stack stay: the middle ones (`symmetric`), or those with the highest scores.
+
+    An encoder and its decoder keep equally many.
+    """
+    layers, stacks = dims(config).layers, len(architecture(config).stacks)
     if by == "symmetric" or keep == layers:
-        return symmetric_layers(layers, keep)
+        return [symmetric_layers(layers, keep)] * stacks
     if scores.layers is None:
         raise ConfigError(f"layers={by} needs scores of layers: score with prune.layers={by}.")
-    return _top(scores.layers, keep).tolist()
+    return _top(scores.layers.unflatten(0, (stacks, layers)), keep).tolist()
 
 
-def choose_units(scores: Scores, shape: Shape, sizes: Dims, *, layers: str = "symmetric") -> Kept:
+def kept_rows(table: Architecture, axis: str, layers: int, stay: list[list[int]]) -> list[int]:
+    """The rows of the scores of `heads` or `neurons` that lie in layers which stay."""
+    return [n * layers + i for n, stack in enumerate(table.stacks_of(axis)) for i in stay[stack]]
+
+
+def choose_units(scores: Scores, shape: Shape, config: Config, *, layers: str = "symmetric") -> Kept:
     """The units with the highest scores, as many in each layer as the shape says."""
-    heads, kv_heads = zip(*(_choose_heads(scores, shape, sizes, i) for i in range(sizes.layers)), strict=True)
-    counts = shape.layer_neurons or [shape.neurons] * sizes.layers
+    table, sizes = architecture(config), dims(config)
+    stay = kept_layers(scores, config, shape.layers, layers)
+    scores = _jointly(scores, table, sizes, stay)
+    rows = range(table.rows("heads", sizes.layers))
+    heads, kv_heads = zip(*(_choose_heads(scores, shape, sizes, row) for row in rows), strict=True)
+    counts = shape.layer_neurons or [shape.neurons] * table.rows("neurons", sizes.layers)
     return Kept(
-        kept_layers(scores, sizes.layers, shape.layers, layers),
+        sizes.layers,
+        stay,
         _top(scores.hidden, shape.hidden),
         list(heads),
         list(kv_heads),
-        [_top(scores.neurons[i], n) for i, n in enumerate(counts)],
+        [_top(scores.neurons[row], n) for row, n in enumerate(counts)],
     )
 
 
-def _choose_heads(scores: Scores, shape: Shape, sizes: Dims, layer: int) -> tuple[Tensor, Tensor]:
-    """Query heads and key-value heads of one layer.
+def _jointly(scores: Scores, table: Architecture, sizes: Dims, stay: list[list[int]]) -> Scores:
+    """Scores in which heads that all layers share have, in every layer, their sum over the layers that stay."""
+    heads, stacks = scores.heads.clone(), table.stacks_of("heads")
+    for number in table.one_set:
+        mine = heads.view(-1, sizes.layers, sizes.kv_heads)[number]
+        mine[:] = mine[stay[stacks[number]]].sum(0)
+    return replace(scores, heads=heads)
+
+
+def _choose_heads(scores: Scores, shape: Shape, sizes: Dims, row: int) -> tuple[Tensor, Tensor]:
+    """Query heads and key-value heads of one row.
 
     A student with the teacher's groups takes whole groups. One with smaller groups takes the best queries of the best
     groups. One without groups takes the best queries anywhere, each with a copy of its key-value head.
     """
-    keep = shape.layer_heads[layer] if shape.layer_heads else shape.kv_heads
+    keep = shape.layer_heads[row] if shape.layer_heads else shape.kv_heads
     queries = scores.heads if sizes.group == 1 else scores.queries
     if shape.group == sizes.group:
-        units = _top(scores.heads[layer], keep)
+        units = _top(scores.heads[row], keep)
         return _spread(units, sizes.group), units
     if queries is None:
         raise ConfigError(
             "the student groups queries differently from its teacher, and these scores have none of them."
         )
     if shape.group == 1:
-        chosen = _top(queries[layer], keep)
+        chosen = _top(queries[row], keep)
         return chosen, chosen // sizes.group
-    units = _top(scores.heads[layer], keep)
-    best = _top(queries[layer].view(sizes.kv_heads, sizes.group)[units], shape.group)
+    units = _top(scores.heads[row], keep)
+    best = _top(queries[row].view(sizes.kv_heads, sizes.group)[units], shape.group)
     return (units[:, None] * sizes.group + best).flatten(), units
 
 
@@ -147,6 +176,11 @@ def prune(model: Any, scores: Scores, shape: Shape, *, layers: str = "symmetric"
     """
     cut = _Cut(model.config.to_dict(), scores, shape, layers)
     source = dict(model.named_parameters())
+    if cut.sizes.tied and cut.table.output in source:
+        raise ConfigError(
+            f"this model has an output matrix of its own ({cut.table.output}), but its config says that it shares the "
+            "embedding: what is pruned by the config would lose it."
+        )
     student = _empty(model, cut.config)
     with torch.no_grad():
         for name, parameter in student.named_parameters():
@@ -170,7 +204,7 @@ class _Cut:
         self.table, self.sizes = architecture(config), dims(config)
         if reasons := unfit(shape, self.sizes):
             raise ConfigError(f"a student of shape {shape} cannot be cut from this teacher: {'; '.join(reasons)}.")
-        self.kept = choose_units(scores, shape, self.sizes, layers=layers)
+        self.kept = choose_units(scores, shape, config, layers=layers)
         self.stored = stored_sizes(self.sizes, shape, self.table)
         self.config = config_with(config, self.stored)
         self.padded = shape.layer_heads is not None
@@ -179,11 +213,13 @@ class _Cut:
     def __call__(self, name: str, read: Read) -> Tensor:
         """The student's parameter `name`."""
         pattern, own = pattern_of(self.table, name)
-        layer = self.kept.layers[own] if "{i}" in pattern else 0
+        layer = self.kept.layers[self.table.stack_of(pattern)][own] if "{i}" in pattern else 0
         axes = self.table.parameters[pattern]
         tensor = read(pattern.replace("{i}", str(layer)), [self.kept.rows(a, layer, self.sizes) for a in axes])
+        if pattern == self.table.scaled:  # the model multiplies what follows by hidden^−½, and hidden has changed
+            tensor = tensor * math.sqrt(self.stored.hidden / self.sizes.hidden)
         for dimension, axis in enumerate(axes if self.padded else ()):
-            if axis in UNITS:
+            if place(axis)[0] in UNITS:
                 tensor = _filled(tensor, dimension, self.targets.rows(axis, layer, self.stored), self.stored.axis(axis))
         return tensor
 
@@ -205,7 +241,7 @@ def _positions(kept: Kept, stored: Dims) -> Kept:
         return [torch.arange(len(units)) for units in chosen]
 
     hidden = torch.arange(stored.hidden)
-    return Kept(kept.layers, hidden, front(kept.heads), front(kept.kv_heads), front(kept.neurons))
+    return Kept(kept.depth, kept.layers, hidden, front(kept.heads), front(kept.kv_heads), front(kept.neurons))
 
 
 def _filled(tensor: Tensor, dimension: int, index: Tensor | None, length: int) -> Tensor:

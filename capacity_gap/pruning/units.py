@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capacity_gap.models.axes import Architecture, Dims, pattern_of
+from capacity_gap.models.axes import Architecture, Dims, pattern_of, place
 
 
 def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
@@ -19,33 +19,40 @@ class UnitSums:
 
     def __init__(self, table: Architecture, sizes: Dims) -> None:
         self.table, self.sizes = table, sizes
-        self.heads = torch.zeros(sizes.layers, sizes.kv_heads)
-        self.neurons = torch.zeros(sizes.layers, sizes.neurons)
-        self.hidden = torch.zeros(sizes.hidden)
-        self.queries = torch.zeros(sizes.layers, sizes.heads)
+        self.heads, self.neurons, self.hidden, self.queries = zeros(table, sizes)
 
     @property
     def totals(self) -> list[Tensor]:
-        """Heads [L, K], neurons [L, F], hidden [D], query heads [L, H]."""
+        """Heads [R, K], neurons [R, F], hidden [D], query heads [R, H]; a row R a place and layer (`axes.py`)."""
         return [self.heads, self.neurons, self.hidden, self.queries]
 
     def add(self, name: str, values: Tensor) -> None:
         """Adds the values of parameter `name`, of its own shape."""
         pattern, layer = pattern_of(self.table, name)
+        # What all layers use, such as a relative bias, counts for each of them.
+        layers = [layer] if "{i}" in pattern else list(range(self.sizes.layers))
         for dimension, axis in enumerate(self.table.parameters[pattern]):
             others = [d for d in range(values.ndim) if d != dimension]
             line = (values.sum(others) if others else values).float().cpu()
-            self._add_line(axis, layer, line)
+            kind, number = place(axis)
+            self._add_line(kind, [number * self.sizes.layers + i for i in layers], line)
 
-    def _add_line(self, axis: str, layer: int, line: Tensor) -> None:
+    def _add_line(self, axis: str, rows: list[int], line: Tensor) -> None:
         s = self.sizes
         if axis == "hidden" or (axis == "embed" and s.embed == s.hidden):
             self.hidden += line
         elif axis == "neurons":
-            self.neurons[layer] += line
+            self.neurons[rows] += line
         elif axis == "kv_heads":
-            self.heads[layer] += line.view(s.kv_heads, -1).sum(-1)
-        elif axis in ("heads", "qkv", "qkv_by_head"):
+            self.heads[rows] += line.view(s.kv_heads, -1).sum(-1)
+        elif axis in ("heads", "per_head", "qkv", "qkv_by_head"):
             parts = line.view(3, s.heads, -1).sum(0) if axis == "qkv" else line.view(s.heads, -1)
-            self.queries[layer] += parts.sum(-1)
-            self.heads[layer] += parts.view(s.kv_heads, -1).sum(-1)
+            self.queries[rows] += parts.sum(-1)
+            self.heads[rows] += parts.view(s.kv_heads, -1).sum(-1)
+
+
+def zeros(table: Architecture, sizes: Dims) -> list[Tensor]:
+    """Room for the scores of heads, neurons, hidden, query heads."""
+    rows = {axis: table.rows(axis, sizes.layers) for axis in ("heads", "neurons")}
+    heads, queries = (torch.zeros(rows["heads"], n) for n in (sizes.kv_heads, sizes.heads))
+    return [heads, torch.zeros(rows["neurons"], sizes.neurons), torch.zeros(sizes.hidden), queries]
