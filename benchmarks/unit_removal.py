@@ -35,7 +35,7 @@ SEQUENCES, BATCHES = 48, 32
 def without(model, axis: str, layer: int, unit: int):
     """The model as if the unit were not there: its activations are zero wherever they are read."""
     table, sizes = architecture(model.config), dims(model.config)
-    layers, hooks = layers_of(model, table, sizes), []
+    hooks = []
     width = {"heads": sizes.head_dim * sizes.group, "neurons": 1, "hidden": 1}[axis]
     gone = slice(unit * width, (unit + 1) * width)
 
@@ -49,11 +49,12 @@ def without(model, axis: str, layer: int, unit: int):
 
     if axis == "hidden":
         norms = [m for n, m in model.named_modules() if type(m).__name__.endswith("Norm")]
-        sublayers = [s.get_submodule(m) for s in layers for m in (table.masks.attention, table.masks.mlp)]
+        (stack,) = table.stacks
+        layers = layers_of(model, table, sizes)
+        sublayers = [m.get_submodule(s.module) for m in layers for s in (*stack.attentions, stack.mlp)]
         hooks = [m.register_forward_hook(after) for m in [model.get_input_embeddings(), *norms, *sublayers]]
     else:
-        name = table.masks.attention_out if axis == "heads" else table.masks.mlp_out
-        inside = layers[layer].get_submodule(name)
+        inside = model.get_submodule(table.unit_maps(axis, sizes.layers)[layer])
         hooks = [inside.register_forward_pre_hook(lambda _m, inputs: (zero(inputs[0]), *inputs[1:]))]
     try:
         yield

@@ -8,7 +8,7 @@ and a training step 6·N per token (Kaplan et al. 2020, §2.1).
 from collections.abc import Mapping
 from typing import Any
 
-from capacity_gap.models.axes import count_params, dims
+from capacity_gap.models.axes import architecture, count_params, dims
 
 
 def non_embedding(shape: Mapping[str, Any]) -> int:
@@ -16,10 +16,13 @@ def non_embedding(shape: Mapping[str, Any]) -> int:
     return count_params(shape, non_embedding=True)
 
 
-def multiplied(shape: Mapping[str, Any]) -> int:
-    """N of the conventions: the parameters that multiply each token."""
+def multiplied(shape: Mapping[str, Any]) -> float:
+    """N of the conventions: the parameters that multiply each token.
+
+    Of an encoder–decoder half of them: the encoder reads one half of a sequence, the decoder the other.
+    """
     sizes = dims(shape)
-    return non_embedding(shape) + sizes.vocab * sizes.hidden
+    return (non_embedding(shape) + sizes.vocab * sizes.hidden) / len(architecture(shape).stacks)
 
 
 def train_flops(shape: Mapping[str, Any], tokens: int) -> float:

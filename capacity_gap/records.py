@@ -52,6 +52,7 @@ class Record:
     batch: int | None = None  # sequences in one optimiser step
     learning_rate: float | None = None  # peak
     precision: str | None = None
+    objective: str | None = None  # prefix_lm: losses over the second half of each sequence; null: over every token
     loss: str | None = None  # name of the distillation loss
     kd_weight: float | None = None
     temperature: float | None = None

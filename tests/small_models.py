@@ -110,7 +110,7 @@ def _layer_norm(x, over, module):
 
 @contextlib.contextmanager
 def masked(model, queries=None, neurons=None, hidden=None):
-    """Multiplies by masks where METHOD §2 puts them: `queries` [R, H], `neurons` [R, F], `hidden` [D]; a row a place."""
+    """Multiplies by masks where METHOD §2 puts them: `queries` [R, H], `neurons` [R, F], `hidden` [D]; R places."""
     table, sizes = architecture(model.config), dims(model.config)
     hooks = []
 
@@ -174,7 +174,7 @@ def _mid_streams(model, layer, readers, hidden):
 
 
 def logits_of(model, tokens):
-    """The model's own logits [B, T, V] for tokens [B, T + 1]; of an encoder–decoder for the second half of the labels."""
+    """The model's own logits [B, T, V] for tokens [B, T + 1]; T5's for the second half of the labels."""
     if model.config.is_encoder_decoder:
         prefix = (tokens.shape[1] - 1) // 2 + 1
         return model(input_ids=tokens[:, :prefix], labels=tokens[:, prefix:].contiguous()).logits

@@ -11,23 +11,24 @@ from capacity_gap.errors import ConfigError, StageError
 from capacity_gap.models.axes import count_params
 from capacity_gap.models.folders import local_family
 from capacity_gap.models.ladders import FAMILIES
+from capacity_gap.models.loading import auto_class
 from capacity_gap.scales import parse_scale
 from capacity_gap.stage import Store
 from tests.conftest import compose, run_py
 
 RUNGS = [(f.name, rung) for f in FAMILIES.values() for rung in f.rungs]
-STAND_INS = ("pico_gpt2", "pico_neox", "pico_mistral")
+STAND_INS = ("pico_gpt2", "pico_neox", "pico_mistral", "pico_t5")
 
 
 @pytest.mark.parametrize(("name", "rung"), RUNGS)
 def test_a_rung_has_exactly_the_parameters_that_its_table_counts(name, rung):
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     settings = dict(FAMILIES[name].rungs[rung])
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class(config).from_config(config)
     assert FAMILIES[name].params[rung] == sum(p.numel() for p in model.parameters())
     assert count_params(config) == FAMILIES[name].params[rung], "counting a config object gives the same"
 
@@ -75,7 +76,7 @@ def test_a_stand_in_is_pre_trained_evaluated_and_trained_directly(name, tiny, tm
     assert row["student_params"] < row["teacher_params"]
 
 
-@pytest.mark.parametrize("name", ["pico_gpt2", "pico_neox", "pico_mistral"])
+@pytest.mark.parametrize("name", STAND_INS)
 def test_every_architecture_is_pruned_and_distilled_to_its_record(tiny, tmp_path, name):
     given = [*tiny, f"family={name}", "family.teacher_data=8k", "student=60k", "teacher=180k", f"store={tmp_path}"]
     pipeline.run(compose(given))

@@ -1,17 +1,19 @@
 """Scores against the very masks they differentiate, rivals against their formulas by hand, shapes."""
 
+import time
+
 import pytest
 import torch
 
 from capacity_gap.errors import ConfigError, ImpossibleCell
-from capacity_gap.models.axes import architecture, count_params, dims, pattern_of, place
+from capacity_gap.models.axes import architecture, config_with, count_params, dims, pattern_of, place
 from capacity_gap.models.ladders import FAMILIES
-from capacity_gap.models.loading import lm_loss
+from capacity_gap.models.loading import auto_class, lm_loss
 from capacity_gap.pruning import choose_shape, common_shape, expressive_scores
 from capacity_gap.pruning.hooks import layers_of
 from capacity_gap.pruning.layers import block_influence, loss_increase
 from capacity_gap.pruning.scores import SCORES, Scores, random_scores
-from capacity_gap.pruning.shape import Shape, student_config, unfit
+from capacity_gap.pruning.shape import Shape, sized, student_config, unfit
 from tests.small_models import SMALL, TOKENS, loss_of, masked, small_model
 
 PICO = FAMILIES["pico"]
@@ -58,6 +60,29 @@ def test_scoring_leaves_the_model_as_it_was(method):
     assert all(p.grad is None for p in model.parameters())
     assert not model.model.embed_tokens.weight.requires_grad
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("method", SCORES)
+@pytest.mark.parametrize("name", ["llama", "t5 gated"])
+def test_scores_repeat_to_the_bit(name, method):
+    model = small_model(name)
+    one, two = (SCORES[method](model, TOKENS) for _ in range(2))
+    assert all(torch.equal(getattr(one, a), getattr(two, a)) for a in ("heads", "neurons", "hidden"))
+
+
+@pytest.mark.parametrize("method", ["expressive", "taylor", "activation", "wanda", "magnitude"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5 gated"])
+def test_a_bf16_model_is_scored_in_fp32(name, method):
+    config = small_model(name).config
+    kinds = {
+        dtype: auto_class(config).from_config(config, dtype=dtype).eval() for dtype in (torch.float32, torch.bfloat16)
+    }
+    kinds[torch.bfloat16].load_state_dict(kinds[torch.float32].state_dict())
+    exact, rough = (SCORES[method](m, TOKENS) for m in kinds.values())
+    for axis in ("heads", "neurons", "hidden"):
+        found, expected = getattr(rough, axis), getattr(exact, axis)
+        assert found.dtype == torch.float32
+        assert torch.nn.functional.cosine_similarity(found, expected, dim=-1).min() > 0.98
 
 
 @pytest.mark.parametrize("method", [m for m in SCORES if m != "random"])
@@ -228,11 +253,30 @@ def test_shapes_that_cannot_be_say_what_can():
         student_config(PICO.rungs, PICO.rungs["55k"], 90_000, policy="common", multiple=1)
 
 
+def test_a_7b_is_planned_to_3b_in_seconds_and_the_count_is_exact():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    teacher = FAMILIES["llama2"].rungs["7b"]
+    began = time.monotonic()
+    shape = choose_shape(teacher, 3_000_000_000, depth=24)
+    assert time.monotonic() - began < 20
+    settings = config_with(teacher, sized(dims(teacher), shape))
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for p in built.parameters()) == shape.params
+    assert abs(shape.params / 3e9 - 1) < 0.005
+    assert config.num_hidden_layers == 24
+
+
 def test_unfit_names_every_axis():
     small = dims(PICO.rungs["55k"])
     too_large = Shape(999, 4, 4, 8, 999, 9, 0)
     assert unfit(too_large, small) == ["hidden 999 > 24", "heads 4 > 3", "neurons 999 > 73", "layers 9 > 4"]
     assert unfit(Shape(24, 3, 3, 4, 9, 4, 0), small) == ["head_dim 4 ≠ 8"]
+    grouped = dims(small_model("llama").config)  # two key-value heads with two queries each
+    forbidden = unfit(Shape(16, 3, 1, 6, 12, 3, 0), grouped)
+    assert forbidden == ["1 key-value heads with 3 queries each, teacher 2 with 2"]
 
 
 def test_a_ladder_that_mixes_groups_and_head_sizes_has_a_common_student():

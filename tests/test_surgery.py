@@ -172,6 +172,45 @@ def test_saved_then_loaded_by_plain_transformers_in_a_fresh_process(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+CUT_ON_DISK = """
+import json, resource, sys
+from pathlib import Path
+import torch
+from capacity_gap.models.axes import dims
+from capacity_gap.pruning.scores import Scores
+from capacity_gap.pruning.shape import choose_shape
+from capacity_gap.pruning.surgery import prune_checkpoint
+teacher, out = map(Path, sys.argv[1:])
+config = json.loads((teacher / "config.json").read_text())
+sizes = dims(config)
+shapes = (sizes.layers, sizes.kv_heads), (sizes.layers, sizes.neurons), (sizes.hidden,)
+scores, shape = Scores(*map(torch.rand, shapes), method="random"), choose_shape(config, 60_000_000)
+import safetensors.torch
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+prune_checkpoint(teacher, scores, shape, out)
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+@pytest.mark.slow
+def test_surgery_on_disk_never_holds_the_teacher(tmp_path):
+    """The same at 2.4 GB, libraries included: `python -m benchmarks.surgery`."""
+    from benchmarks import surgery
+
+    sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "num_key_value_heads": 12}
+    config = {**surgery.CONFIG, **sizes, "num_hidden_layers": 10, "vocab_size": 16000}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(surgery, "CONFIG", config)
+        patch.setattr(surgery, "SHARD", 4e7)
+        size = surgery.write_checkpoint(tmp_path / "teacher")
+    (tmp_path / "student").mkdir()
+    command = [sys.executable, "-c", CUT_ON_DISK, str(tmp_path / "teacher"), str(tmp_path / "student")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert int(done.stdout) < 0.4 * size
+    config = json.loads((tmp_path / "student" / "config.json").read_text())
+    assert abs(count_params(config) / 60e6 - 1) < 0.005
+
+
 # Groups of queries
 
 

@@ -2,13 +2,13 @@
 
 An axis is one of `vocab`, `hidden`, `heads` (query heads × head_dim), `kv_heads` (key-value heads × head_dim), `qkv`
 (fused, all queries before all keys before all values), `qkv_by_head` (fused, head by head), `per_head` (one number a
-query head), `head_dim`, `neurons`, `positions` (learned ones), `buckets` (of relative positions), `embed` (OPT's narrower embedding); layers are the `{i}`
-in a parameter's name. Parameters are counted, and models cut, from these tables alone (`architectures.py`); a new
-architecture is one table and one test. This file imports no torch.
+query head), `head_dim`, `neurons`, `positions` (learned ones), `buckets` (of relative positions), `embed` (OPT's
+narrower embedding); layers are the `{i}` in a parameter's name. Parameters are counted, and models cut, from these
+tables alone (`architectures.py`); a new architecture is one table and one test. This file imports no torch.
 
 An encoder–decoder has two stacks of equally many layers, and units in several places of each: `heads.1` are the heads
 of its second attention (decoder, on itself), `heads.2` of its third (decoder, on the encoder). Scores have one row for
-each such place and layer: place p of layer i is row p·L + i. A model with one stack has one place, and row i is layer i.
+each such place and layer: place p of layer i is row p·L + i. A model with one stack has one place: row i is layer i.
 """
 
 import re

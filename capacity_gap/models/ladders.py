@@ -60,8 +60,9 @@ class Family:
         )
 
 
-# Pico families: four layers, heads of 8, a vocabulary of 1024, trained on the spot. Hidden sizes are chosen, neurons
-# make each name true within 0.5 %, and every axis grows along the ladder: each rung can hold every smaller student.
+# Pico families: four layers (T5: two and two), heads of 8, a vocabulary of 1024, trained on the spot. Hidden sizes are
+# chosen, neurons make each name true within 0.5 %, and every axis grows along the ladder: each rung can hold every
+# smaller student.
 PICO_VOCABULARY = 1024
 PICO_HEAD = 8
 PICO_LAYERS = 4
@@ -80,6 +81,7 @@ PICO_HIDDEN = {
     },
     "pico_gpt2": {"55k": 24, "80k": 32, "120k": 40, "180k": 48, "270k": 64, "400k": 80, "600k": 104, "900k": 128},
     "pico_neox": {"80k": 24, "120k": 32, "180k": 40, "270k": 56, "400k": 72, "600k": 88, "900k": 112},
+    "pico_t5": {"80k": 32, "120k": 40, "180k": 48, "270k": 64, "400k": 80, "600k": 96, "900k": 120},
     "pico_mistral": {"80k": 32, "130k": 48, "180k": 48, "270k": 64, "400k": 80, "600k": 96, "900k": 128},
 }
 _ENDS = {"bos_token_id": 0, "eos_token_id": 0}
@@ -152,6 +154,29 @@ def _pico_neox(hidden: int, neurons: int) -> Shape:
     }
 
 
+def _pico_t5(hidden: int, neurons: int) -> Shape:
+    """Two layers in each stack, gated neurons, one embedding for encoder, decoder and output."""
+    return {
+        "model_type": "t5",
+        "architectures": ["T5ForConditionalGeneration"],
+        "vocab_size": PICO_VOCABULARY,
+        "d_model": hidden,
+        "d_kv": PICO_HEAD,
+        "d_ff": neurons,
+        "num_layers": PICO_LAYERS // 2,
+        "num_decoder_layers": PICO_LAYERS // 2,
+        "num_heads": hidden // PICO_HEAD,
+        "relative_attention_num_buckets": 32,
+        "relative_attention_max_distance": 128,
+        "feed_forward_proj": "gated-gelu",
+        "scale_decoder_outputs": True,
+        "dropout_rate": 0.0,
+        "decoder_start_token_id": 0,
+        "pad_token_id": 0,
+        "eos_token_id": 0,
+    }
+
+
 def _pico(name: str, make: Callable[[int, int], Shape]) -> Family:
     """The ladder of one pico architecture: for each rung, as many neurons as make its name true."""
     rungs = {}
@@ -196,6 +221,7 @@ FAMILIES = {
         _pico("pico_gpt2", _pico_gpt2),
         _pico("pico_neox", _pico_neox),
         _pico("pico_mistral", _pico_mistral),
+        _pico("pico_t5", _pico_t5),
         _published(
             "pythia",
             _PYTHIA,

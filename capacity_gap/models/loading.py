@@ -45,11 +45,11 @@ def load_model(folder: Path, *, device: str = "cpu") -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    source, options = folder, {"dtype": torch.float32, "local_files_only": True}
+    source, where, options = folder, {"local_files_only": True}, {"dtype": torch.float32}
     if (folder / POINTER).exists():
         pointer = json.loads((folder / POINTER).read_text())
         source = pointer["repository"]
-        options = {"dtype": DTYPES[pointer["dtype"]], "revision": pointer["revision"]}
+        where, options = {"revision": pointer["revision"]}, {"dtype": DTYPES[pointer["dtype"]]}
         if pointer["quantization"] == "8bit":
             from transformers import BitsAndBytesConfig
 
@@ -57,7 +57,7 @@ def load_model(folder: Path, *, device: str = "cpu") -> Any:
     config = AutoConfig.from_pretrained(
         source, **{k: v for k, v in options.items() if k in ("revision", "local_files_only")}
     )
-    options |= {"config": config, "attn_implementation": "sdpa", "use_safetensors": True}
+    options |= {**where, "config": config, "attn_implementation": "sdpa", "use_safetensors": True}
     model = auto_class(config).from_pretrained(source, **options)
     return (model if "quantization_config" in options else model.to(device)).eval()
 
