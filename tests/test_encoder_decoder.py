@@ -1,6 +1,7 @@
 """Encoder–decoders as prefix language models: what is read, what is predicted, what is counted, and whole cells."""
 
 import json
+import shutil
 from contextlib import nullcontext
 
 import numpy as np
@@ -194,3 +195,18 @@ def test_the_recorded_loss_is_what_plain_transformers_makes_of_the_saved_student
 def test_records_of_other_families_say_nothing_of_it(tiny_cell):
     (row,) = records.read(tiny_cell.store_path)
     assert row["objective"] is None
+
+
+def test_a_t5_of_ones_own_is_cut_where_it_lies(cells, tiny, tmp_path):
+    store, found = cells
+    cell = found["online"][0]
+    folder = tmp_path / "mine"
+    shutil.copytree(store.path(cell.teacher), folder)
+    for file in store.path(cell.tokenizer).glob("token*.json"):
+        shutil.copy(file, folder)
+    given = [g for g in tiny if not g.startswith("family.")]
+    config = compose([*given, "family=folders", f"teacher={folder}", "student=50k", f"store={tmp_path / 'store'}"])
+    pipeline.run(config)
+    (row,) = records.read(tmp_path / "store")
+    assert (row["status"], row["objective"], row["teacher_tokens"]) == ("done", "prefix_lm", None)
+    assert row["teacher_loss"] == found["online"][1]["teacher_loss"]

@@ -45,7 +45,8 @@ def load_model(folder: Path, *, device: str = "cpu") -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    source, where, options = folder, {"local_files_only": True}, {"dtype": torch.float32}
+    source, where = folder, {"local_files_only": True}
+    options: dict[str, Any] = {"dtype": torch.float32}
     if (folder / POINTER).exists():
         pointer = json.loads((folder / POINTER).read_text())
         source = pointer["repository"]
@@ -54,9 +55,7 @@ def load_model(folder: Path, *, device: str = "cpu") -> Any:
             from transformers import BitsAndBytesConfig
 
             options |= {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
-    config = AutoConfig.from_pretrained(
-        source, **{k: v for k, v in options.items() if k in ("revision", "local_files_only")}
-    )
+    config = AutoConfig.from_pretrained(source, **where)
     options |= {**where, "config": config, "attn_implementation": "sdpa", "use_safetensors": True}
     model = auto_class(config).from_pretrained(source, **options)
     return (model if "quantization_config" in options else model.to(device)).eval()
