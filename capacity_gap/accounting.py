@@ -49,7 +49,8 @@ def peak_memory(shape: Mapping[str, Any], *, tokens: int, precision: str) -> flo
     16 bytes a parameter (fp32 weight, gradient, two Adam moments); activations kept for the backward pass of one
     layer and token as in Korthikanti et al. 2022 (arXiv 2205.05198), eq. 2, without the attention matrix, which fused
     attention never stores: 34·hidden bytes in half precision (its 4·hidden MLP taken as the neurons that there are);
-    the chunked loss holds a few rows of logits only and is left out.
+    the chunked loss holds a few rows of logits only and is left out. A token of an encoder–decoder is in the layers of
+    one stack; its cross-attention is left out.
     """
     sizes = dims(shape)
     per_token = BYTES[precision] * sizes.layers * (11 * sizes.hidden + 1.5 * sizes.neurons)

@@ -1,5 +1,6 @@
 """Encoder–decoders as prefix language models: what is read, what is predicted, what is counted, and whole cells."""
 
+import dataclasses
 import json
 import shutil
 from contextlib import nullcontext
@@ -19,7 +20,7 @@ from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.models.loading import hidden_states, lm_loss, new_model, output_weight, predicted
 from capacity_gap.pruning import prune
 from capacity_gap.pruning.scores import random_scores
-from capacity_gap.pruning.shape import shape_of
+from capacity_gap.pruning.shape import shape_of, spread
 from capacity_gap.pruning.surgery import choose_units
 from capacity_gap.runtime import Runtime
 from capacity_gap.stage import Store
@@ -131,6 +132,22 @@ def test_only_layers_that_stay_choose_the_shared_heads():
     kept = choose_units(scores, shape_with(model, heads=2, kv_heads=2, layers=1), model.config)
     assert kept.layers == [[1], [1]]
     assert kept.heads[1].tolist() == [2, 3]
+
+
+def test_the_bias_stays_when_its_layer_goes():
+    """A global student that keeps every neuron is the local one, whichever layers go."""
+    model = small_model("t5")
+    scores = dataclasses.replace(random_scores(model, ()), layers=torch.tensor([0.0, 1, 2, 2, 0, 1]))
+    shape = shape_with(model, heads=2, kv_heads=2, layers=2)
+    local = prune(model, scores, shape, layers="block_influence")
+    spread_out = spread(shape, model.config, scores, layers="block_influence", multiple=1)
+    everywhere = prune(model, scores, spread_out, layers="block_influence")
+    for (name, one), two in zip(local.named_parameters(), everywhere.parameters(), strict=True):
+        assert torch.equal(one, two), name
+    for stack in ("encoder", "decoder"):
+        bias = local.get_submodule(f"{stack}.block.0.layer.0.SelfAttention").relative_attention_bias.weight
+        assert bias.shape == (8, 2)
+        assert (bias != 0).all()
 
 
 def test_what_cannot_be_counted_is_refused():

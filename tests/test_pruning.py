@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from capacity_gap.errors import ConfigError, ImpossibleCell
-from capacity_gap.models.axes import architecture, config_with, count_params, dims, pattern_of, place
+from capacity_gap.models.axes import architecture, config_with, count_params, dims, pattern_of
 from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.models.loading import auto_class, lm_loss
 from capacity_gap.pruning import choose_shape, common_shape, expressive_scores
@@ -14,6 +14,7 @@ from capacity_gap.pruning.hooks import layers_of
 from capacity_gap.pruning.layers import block_influence, loss_increase
 from capacity_gap.pruning.scores import SCORES, Scores, random_scores
 from capacity_gap.pruning.shape import Shape, sized, student_config, unfit
+from capacity_gap.pruning.surgery import Kept
 from tests.small_models import SMALL, TOKENS, loss_of, masked, small_model
 
 PICO = FAMILIES["pico"]
@@ -88,23 +89,27 @@ def test_a_bf16_model_is_scored_in_fp32(name, method):
 @pytest.mark.parametrize("method", [m for m in SCORES if m != "random"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "opt", "t5 gated"])
 def test_permuting_units_permutes_scores(name, method):
-    """Neurons of every layer, and hidden units of the whole model, in another order: the same function."""
+    """Heads and neurons of every layer, and hidden units of the whole model, in another order: the same function."""
     model = small_model(name)
+    table, sizes = architecture(model.config), dims(model.config)
     scores = SCORES[method](model, TOKENS)
-    orders = {
-        n: torch.randperm(k, generator=torch.Generator().manual_seed(2)) for n, k in (("neurons", 12), ("hidden", 16))
-    }
-    table = architecture(model.config)
+    generator = torch.Generator().manual_seed(2)
+    units, neurons, hidden = (torch.randperm(n, generator=generator) for n in (sizes.kv_heads, 12, 16))
+    queries = (units[:, None] * sizes.group + torch.arange(sizes.group)).flatten()
+    rows = {axis: table.rows(axis, 3) for axis in ("heads", "neurons")}
+    per_row = [queries] * rows["heads"], [units] * rows["heads"], [neurons] * rows["neurons"]
+    order = Kept(3, [[0, 1, 2]] * len(table.stacks), hidden, *per_row)
     with torch.no_grad():
+        before = lm_loss(model, TOKENS[0])
         for parameter_name, parameter in model.named_parameters():
             for dimension, axis in enumerate(table.parameters[pattern_of(table, parameter_name)[0]]):
-                order = orders.get("hidden" if axis == "embed" else place(axis)[0])
-                if order is not None:
-                    parameter.copy_(parameter.index_select(dimension, order))
+                if (index := order.rows(axis, 0, sizes)) is not None:
+                    parameter.copy_(parameter.index_select(dimension, index))
+        torch.testing.assert_close(lm_loss(model, TOKENS[0]), before)
     again = SCORES[method](model, TOKENS)
-    torch.testing.assert_close(again.neurons, scores.neurons[:, orders["neurons"]], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(again.hidden, scores.hidden[orders["hidden"]], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(again.heads, scores.heads, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(again.heads, scores.heads[:, units], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(again.neurons, scores.neurons[:, neurons], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(again.hidden, scores.hidden[hidden], rtol=1e-4, atol=1e-6)
 
 
 def test_the_absolute_value_is_taken_per_batch():

@@ -31,7 +31,8 @@ class Shape:
 
     Under global priority layers differ: `layer_heads` and `layer_neurons` are the units of each of the teacher's layers
     (of an encoder–decoder each row, `models/axes.py`) that stay, 0 where the layer goes, and `kv_heads` and `neurons`
-    what a layer has on average. `layers` are those of one stack.
+    what a layer has on average. Heads that are tied, to the hidden size or over layers, are as many in every layer.
+    `layers` are those of one stack.
     """
 
     hidden: int
@@ -125,15 +126,18 @@ def spread(shape: Shape, config: Config, scores: "Scores | None", *, layers: str
 
     table, full = architecture(config), dims(config).layers
     stay = kept_layers(scores, config, shape.layers, layers)
-    rows = {axis: kept_rows(table, axis, full, stay) for axis in ("heads", "neurons")}
+
+    def spread_over(axis: str, found: Any, mean: int, step: int) -> tuple[int, ...]:
+        rows = kept_rows(table, axis, full, stay)
+        counts = dict(zip(rows, _counts(found[rows], mean, step), strict=True))
+        return tuple(counts.get(row, 0) for row in range(table.rows(axis, full)))
+
     local = table.square or table.one_set
-    heads = [shape.kv_heads] * len(rows["heads"]) if local else _counts(scores.heads[rows["heads"]], shape.kv_heads, 1)
-    neurons = _counts(scores.neurons[rows["neurons"]], shape.neurons, multiple)
-    found = [dict(zip(rows[axis], units, strict=True)) for axis, units in (("heads", heads), ("neurons", neurons))]
+    heads = (shape.kv_heads,) * table.rows("heads", full)
     return replace(
         shape,
-        layer_heads=tuple(found[0].get(row, 0) for row in range(table.rows("heads", full))),
-        layer_neurons=tuple(found[1].get(row, 0) for row in range(table.rows("neurons", full))),
+        layer_heads=heads if local else spread_over("heads", scores.heads, shape.kv_heads, 1),
+        layer_neurons=spread_over("neurons", scores.neurons, shape.neurons, multiple),
     )
 
 
