@@ -1,15 +1,18 @@
 """Claim: the chunked loss takes a fraction of the time and memory of full logits, and a training step beats TRL's.
 
     pip install trl
-    python -m benchmarks.distill_step [--repeats 3] [--out results/distill_step.csv]    about half an hour on two cores
+    python -m benchmarks.distill_step [--repeats 3] [--out results/distill_step.csv]    about ten minutes a repeat
 
-Interleaved, each measurement in a fresh process: seconds and the rise of its peak memory. `loss`: 2,048 tokens, student
-width 256, teacher width 512, forward KL mixed with CE, value and gradients. `step`: a whole optimiser step of a 4-layer
+Interleaved, each measurement in a fresh process with one thread: CPU seconds (other programs then hardly matter) and
+the rise of its peak memory. `loss`: 2,048 tokens, student
+width 64 and teacher width 128 (`loss, wide`: 256 and 512, where matrix products that every way needs take most of the
+time), forward KL mixed with CE, value and gradients. `step`: a whole optimiser step of a 4-layer
 student under a 4-layer teacher, 8 × 256 tokens, pure forward KL (all that GKD has). Ways: ours; `naive`, the full
 logits in plain PyTorch; `trl`, GKDTrainer's own loss (lmbda=0, beta=0), its trainer's bookkeeping left out.
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -24,8 +27,15 @@ from types import SimpleNamespace
 import pandas as pd
 
 VOCABULARIES = (8_192, 32_768, 131_072)
-TOKENS, BATCH, LENGTH, WIDTHS = 2048, 8, 256, (256, 512)
-WARM, STEPS = 1, 3
+TOKENS, BATCH, LENGTH = 2048, 8, 256
+NARROW, WIDTHS = (64, 128), (256, 512)
+CASES = (
+    *(("loss", v) for v in VOCABULARIES),
+    ("loss, wide", 32_768),
+    *(("step", v) for v in VOCABULARIES[:2]),
+)
+WARM = 1
+CALLS = {8_192: 3, 32_768: 1, 131_072: 1}  # timed, after the warm one
 
 
 def _model(width: int, vocabulary: int):
@@ -35,7 +45,7 @@ def _model(width: int, vocabulary: int):
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, **sizes))
 
 
-def loss_of(way: str, vocabulary: int):
+def loss_of(way: str, vocabulary: int, widths: tuple[int, int] = NARROW):
     """A function that computes the loss and its gradients once, and returns the value."""
     import torch
     from torch.nn import functional as F
@@ -43,8 +53,8 @@ def loss_of(way: str, vocabulary: int):
     from capacity_gap.distill import distill_loss
 
     g = torch.Generator().manual_seed(0)
-    hidden, taught = (torch.randn(1, TOKENS, w, generator=g) for w in WIDTHS)
-    weight, teacher = (torch.randn(vocabulary, w, generator=g) * w**-0.5 for w in WIDTHS)
+    hidden, taught = (torch.randn(1, TOKENS, w, generator=g) for w in widths)
+    weight, teacher = (torch.randn(vocabulary, w, generator=g) * w**-0.5 for w in widths)
     labels = torch.randint(0, vocabulary, (1, TOKENS), generator=g)
     hidden.requires_grad_(), weight.requires_grad_()
 
@@ -58,8 +68,9 @@ def loss_of(way: str, vocabulary: int):
         return 0.5 * ce + 0.5 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
     def trl():
-        loss = _gkd().generalized_jsd_loss((hidden @ weight.T), (taught @ teacher.T), labels, beta=0.0)
-        return 0.5 * F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten()) + 0.5 * loss
+        z = hidden @ weight.T
+        loss = _gkd().generalized_jsd_loss(z, taught @ teacher.T, labels, beta=0.0)
+        return 0.5 * F.cross_entropy(z.flatten(0, 1), labels.flatten()) + 0.5 * loss
 
     def once():
         hidden.grad = weight.grad = None
@@ -131,14 +142,18 @@ def step_of(way: str, vocabulary: int):
 def measure(what: str, way: str, vocabulary: int) -> dict:
     """Seconds a call, and the peak memory above what the inputs take, in this process."""
     warnings.simplefilter("ignore")
-    once = {"loss": loss_of, "step": step_of}[what](way, vocabulary)
+    import torch
+
+    torch.set_num_threads(1)
+    makers = {"loss": loss_of, "loss, wide": functools.partial(loss_of, widths=WIDTHS), "step": step_of}
+    once = makers[what](way, vocabulary)
     if way == "trl":
         _gkd()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     values = [once() for _ in range(WARM)]
-    began = time.perf_counter()
-    values += [once() for _ in range(STEPS)]
-    seconds = (time.perf_counter() - began) / STEPS
+    began = time.process_time()
+    values += [once() for _ in range(CALLS[vocabulary])]
+    seconds = (time.process_time() - began) / CALLS[vocabulary]
     rise = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     return {"seconds": seconds, "MB": rise, "loss": values[0]}
 
@@ -152,36 +167,47 @@ def main() -> None:
     if given.only:
         print(json.dumps(measure(given.only[0], given.only[1], int(given.only[2]))))
         return
-    rows = []
+    rows: list[dict] = []
     for repeat in range(given.repeats):
-        for what in ("loss", "step"):
-            for vocabulary in VOCABULARIES if what == "loss" else VOCABULARIES[:2]:
-                for way in ("ours", "naive", "trl")[:: 1 if repeat % 2 else -1]:
-                    command = [sys.executable, "-m", "benchmarks.distill_step", "--only", what, way, str(vocabulary)]
-                    done = subprocess.run(command, capture_output=True, text=True, check=True)
-                    row = {"repeat": repeat, "what": what, "vocabulary": vocabulary, "way": way}
-                    rows.append({**row, **json.loads(done.stdout.splitlines()[-1])})
-                    print(rows[-1], flush=True)
-    wide = pd.DataFrame(rows).pivot(
-        index=["what", "vocabulary", "repeat"], columns="way", values=["seconds", "MB", "loss"]
-    )
-    assert ((wide["loss"]["ours"] - wide["loss"]["naive"]).abs() < 1e-4).all(), "the losses disagree"
-    summary = []
-    for (what, vocabulary), group in wide.groupby(level=[0, 1]):
-        for peer in ("naive", "trl"):
-            ratios = {k: group[k]["ours"] / group[k][peer] for k in ("seconds", "MB")}
-            row = {"what": what, "vocabulary": vocabulary, "ours against": peer}
-            row |= {"time": ratios["seconds"].median(), "time, from": ratios["seconds"].min()}
-            summary.append(row | {"time, to": ratios["seconds"].max(), "memory": ratios["MB"].median()})
-    table = pd.DataFrame(summary)
+        rows += one_repeat(repeat)
+        table = summary(pd.DataFrame(rows))
+        if given.out:
+            table.to_csv(given.out, index=False, float_format="%.3g")
     print(table.to_string(index=False, float_format="{:.2f}".format))
+
+
+def one_repeat(repeat: int) -> list[dict]:
+    rows = []
+    for what, vocabulary in CASES:
+        for way in ("ours", "naive", "trl")[:: 1 if repeat % 2 else -1]:
+            command = [sys.executable, "-m", "benchmarks.distill_step", "--only", what, way, str(vocabulary)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            row = {"repeat": repeat, "what": what, "vocabulary": vocabulary, "way": way}
+            rows.append({**row, **json.loads(done.stdout.splitlines()[-1])})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """Ratios of ours to each peer: median and spread over repeats of the time, median of the memory."""
     import torch
     import trl
 
-    versions = f"torch {torch.__version__}, trl {trl.__version__}, {torch.get_num_threads()} threads"
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {versions}")
-    if given.out:
-        table.to_csv(given.out, index=False, float_format="%.3g")
+    wide = rows.pivot(index=["what", "vocabulary", "repeat"], columns="way", values=["seconds", "MB", "loss"])
+    found = []
+    for (what, vocabulary), group in wide.groupby(level=[0, 1]):
+        for peer in ("naive", "trl"):
+            time_, memory = (group[k]["ours"] / group[k][peer] for k in ("seconds", "MB"))
+            row = {"what": what, "vocabulary": vocabulary, "ours against": peer, "repeats": len(group)}
+            row |= {"time": time_.median(), "time, from": time_.min(), "time, to": time_.max()}
+            row |= {"memory": memory.median(), "ours, s": group["seconds"]["ours"].median()}
+            apart = (group["loss"]["ours"] - group["loss"][peer]).abs().max()
+            found.append(row | {"losses apart": apart})
+    table = pd.DataFrame(found)
+    assert (table["losses apart"] < 1e-4).all(), "the losses disagree"
+    versions = f"torch {torch.__version__}, trl {trl.__version__}"
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, 1 thread, {versions}"
+    return table.assign(machine=machine)
 
 
 if __name__ == "__main__":

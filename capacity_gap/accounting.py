@@ -35,6 +35,33 @@ def forward_flops(shape: Mapping[str, Any], tokens: int) -> float:
     return 2.0 * multiplied(shape) * tokens
 
 
+def flops_per_token(student: Any, teacher: Any = None) -> float:
+    """Of training: 6·N, and 2·N_T for a teacher that runs beside. What is computed twice to save memory counts once."""
+    return train_flops(student.to_dict(), 1) + (0.0 if teacher is None else forward_flops(teacher.to_dict(), 1))
+
+
+# Peak FLOP/s of one device by a part of its name, dense: with bf16 inputs, and with fp32 (no TF32). The data sheets'.
+PEAKS = {
+    "B200": (2.25e15, 75e12),
+    "H200": (989e12, 67e12),
+    "H100 PCIe": (756e12, 51e12),
+    "H100": (989e12, 67e12),
+    "A100": (312e12, 19.5e12),
+    "L40S": (362e12, 91.6e12),
+    "L4": (121e12, 30.3e12),
+    "A10": (125e12, 31.2e12),
+    "RTX 4090": (165e12, 82.6e12),
+    "RTX 3090": (71e12, 35.6e12),
+}
+
+
+def peak_flops(device: str, precision: str) -> float | None:
+    """What the maker promises of a device of this name; None where it is not in the table (every CPU)."""
+    words = device.replace("-", " ")
+    found = [peaks for name, peaks in PEAKS.items() if f" {name} " in f" {words} "]
+    return found[0][precision != "bf16"] if found else None
+
+
 BYTES = {"fp32": 4, "bf16": 2}
 
 
@@ -43,15 +70,23 @@ def stored_bytes(shape: Mapping[str, Any], *, dtype: str = "fp32", quantization:
     return count_params(shape) * (1 if quantization == "8bit" else BYTES[dtype])
 
 
-def peak_memory(shape: Mapping[str, Any], *, tokens: int, precision: str) -> float:
+def signal_bytes_per_token(kind: str, size: int, vocabulary: int) -> float:
+    """Bytes of a cached signal: for each value an id (2 bytes up to 65,536 tokens) and a half-precision
+    log-probability or a one-byte count; four for the teacher's entropy."""
+    return size * ((2 if vocabulary <= 2**16 else 4) + (2 if kind == "topk" else 1)) + 4.0
+
+
+def peak_memory(shape: Mapping[str, Any], *, tokens: int, precision: str, checkpointing: bool = False) -> float:
     """Bytes that training a model takes on one device, `tokens` at once.
 
     16 bytes a parameter (fp32 weight, gradient, two Adam moments); activations kept for the backward pass of one
     layer and token as in Korthikanti et al. 2022 (arXiv 2205.05198), eq. 2, without the attention matrix, which fused
     attention never stores: 34·hidden bytes in half precision (its 4·hidden MLP taken as the neurons that there are);
-    the chunked loss holds a few rows of logits only and is left out. A token of an encoder–decoder is in the layers of
-    one stack; its cross-attention is left out.
+    the chunked loss holds a few rows of logits only and is left out. With activation checkpointing, each layer's input
+    and the activations of one layer at a time. A token of an encoder–decoder is in the layers of one stack; its
+    cross-attention is left out.
     """
     sizes = dims(shape)
-    per_token = BYTES[precision] * sizes.layers * (11 * sizes.hidden + 1.5 * sizes.neurons)
-    return 16.0 * count_params(shape) + per_token * tokens
+    per_layer = 11 * sizes.hidden + 1.5 * sizes.neurons
+    values = sizes.layers * sizes.hidden + per_layer if checkpointing else sizes.layers * per_layer
+    return 16.0 * count_params(shape) + BYTES[precision] * values * tokens

@@ -155,6 +155,7 @@ class Settings:
             "init": c.prune.init,
             "prune_method": None if c.prune.init == "random" else c.prune.method,
             **self._pruned_otherwise,
+            **self._distilled_otherwise,
             "shape": c.prune.shape if c.prune.fixed is None else c.prune.fixed,
             "batch": c.train.batch_size,
             "learning_rate": self.learning_rate,
@@ -184,9 +185,27 @@ class Settings:
         return {"objective": "prefix_lm"} if len(architecture(self.teacher_shape).stacks) == 2 else {}
 
     @property
+    def _distilled_otherwise(self) -> dict[str, Any]:
+        """The same for the objective."""
+        c = self.config.distill
+        return {k: v for k, v in (("skew", c.skew), ("hidden_weight", c.hidden_weight)) if v}
+
+    @property
     def _training(self) -> dict[str, Any]:
         """How a training stage is run, which changes nothing in its identity."""
-        return {"micro_batch_size": self.config.train.micro_batch_size}
+        names = ("micro_batch_size", "activation_checkpointing", "peak_flops")
+        return {name: getattr(self.config.train, name) for name in names}
+
+    @property
+    def _compiled(self) -> dict[str, Any]:
+        """Compiled kernels round otherwise."""
+        return {"compile": True} if self.config.train.compile else {}
+
+    @property
+    def _dynamics(self) -> dict[str, Any]:
+        """Tokens between the held-out losses that a student's history holds."""
+        every = parse_scale(self.config.train.evaluate_every, key="train.evaluate_every", allow_zero=True)
+        return {"evaluate_every": every} if every else {}
 
     @property
     def _arithmetic(self) -> dict[str, Any]:

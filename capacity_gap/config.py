@@ -11,16 +11,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from capacity_gap.checks import need as _need
+from capacity_gap.checks import positive as _positive
+from capacity_gap.checks import runtime as _runtime
 from capacity_gap.errors import ConfigError, choose
-from capacity_gap.fingerprint import LATER, RUNTIME
+from capacity_gap.fingerprint import RUNTIME
+from capacity_gap.training_config import PRECISIONS, DistillConfig, OptimConfig, TrainConfig
 
-SCHEDULES = ("cosine", "wsd", "constant")
-PRECISIONS = ("fp32", "bf16")
-SHARDINGS = ("none", "fsdp")
-LOSSES = ("forward_kl", "soft_ce", "reverse_kl", "js", "skewed_forward_kl", "skewed_reverse_kl", "tvd")
-SKEWED = ("js", "skewed_forward_kl", "skewed_reverse_kl")
-SAMPLED = ("forward_kl", "soft_ce")  # what sampled signals estimate without bias
-SIGNALS = ("online", "topk", "sampled")
 SOURCES = ("embedded", "code", "text", "hub", "mixture")
 METHODS = ("expressive", "random", "magnitude", "movement", "taylor", "activation", "wanda")
 PRIORITIES = ("local", "global")
@@ -28,89 +25,6 @@ LAYERS = ("symmetric", "block_influence", "loss_increase")
 INITS = ("pruned", "random", "shared")
 SHAPES = ("common", "per_teacher", "fixed")
 TRACKING_MODES = ("offline", "online", "disabled")
-
-
-def _runtime(default: Any) -> Any:
-    return field(default=default, metadata=RUNTIME)
-
-
-def _need(given: bool, key: str, value: Any, allowed: str) -> None:
-    if not given:
-        raise ConfigError(f"{key}={value} is out of range. Allowed: {allowed}.")
-
-
-def _positive(section: str, config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _need(value > 0, f"{section}.{name}", value, "more than zero")
-
-
-def _share(section: str, config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _need(0 <= value <= 1, f"{section}.{name}", value, "0 to 1")
-
-
-@dataclass
-class OptimConfig:
-    """One training run's optimiser: AdamW with decay on matrices only, a warm-up and a schedule (METHOD §4).
-
-    The peak learning rate is `learning_rate`, or where that is not set `learning_rate_times_width` / hidden size: the
-    best rate falls in proportion to the width, so one number serves a whole ladder.
-    """
-
-    batch_size: int = 16  # sequences in one optimiser step, over all devices
-    learning_rate: float | None = None
-    learning_rate_times_width: float = 0.4
-    schedule: str = "cosine"
-    warmup: float = 0.01  # share of all steps
-    decay: float = 0.2  # share of all steps in which `wsd` falls to its end
-    final: float = 0.1  # learning rate at the end, as a share of the peak (cosine, wsd)
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.1
-    clip: float = 1.0  # gradient norm
-
-    def __post_init__(self) -> None:
-        _positive("train", self, "batch_size", "learning_rate_times_width", "epsilon", "clip")
-        _share("train", self, "warmup", "decay", "final", "beta1", "beta2")
-        _need(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "zero or more")
-        _need(
-            self.learning_rate is None or self.learning_rate > 0,
-            "train.learning_rate",
-            self.learning_rate,
-            "more than zero, or null for learning_rate_times_width / hidden size",
-        )
-        choose("train.schedule", self.schedule, SCHEDULES)
-
-    def peak(self, hidden_size: int) -> float:
-        """The peak learning rate for a model of this width."""
-        return self.learning_rate or self.learning_rate_times_width / hidden_size
-
-
-@dataclass
-class TrainConfig(OptimConfig):
-    """How students are trained, and where everything is run."""
-
-    precision: str = "fp32"
-    threads: int = 1  # CPU threads of one process: hashed, because sums depend on it
-    device: str = _runtime("auto")
-    sharding: str = _runtime("none")  # of student and optimiser over several ranks: none (DDP), or fsdp
-    micro_batch_size: int | None = _runtime(None)  # sequences on one device at once; null: the whole batch
-    checkpoint_minutes: float = _runtime(1.0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _positive("train", self, "threads", "checkpoint_minutes")
-        choose("train.precision", self.precision, PRECISIONS)
-        choose("train.sharding", self.sharding, SHARDINGS)
-        _need(
-            self.micro_batch_size is None or self.micro_batch_size > 0,
-            "train.micro_batch_size",
-            self.micro_batch_size,
-            "more than zero, or null for the whole batch",
-        )
 
 
 @dataclass
@@ -250,38 +164,6 @@ class PruneConfig:
                 f"prune.init={self.init} with prune.reference={self.reference}: a reference teacher is named for "
                 "init=shared, and only for it, such as prune.init=shared prune.reference=120k."
             )
-
-
-@dataclass
-class DistillConfig:
-    """The objective (1 − kd_weight)·CE + kd_weight·KD (METHOD §4); kd_weight = 0 is direct training."""
-
-    loss: str = "forward_kl"
-    kd_weight: float = 0.5
-    temperature: float = 1.0
-    tau_squared: bool = True
-    signal: str = "online"
-    skew: float | None = field(default=None, metadata=LATER)  # β of js (null: 0.5), α of the skewed KLs (null: 0.1)
-    signal_size: int | None = field(default=None, metadata=LATER)  # topk: k; sampled: draws; null: 64
-
-    def __post_init__(self) -> None:
-        choose("distill.loss", self.loss, LOSSES)
-        choose("distill.signal", self.signal, SIGNALS)
-        if self.signal == "sampled" and self.loss not in SAMPLED:
-            raise ConfigError(
-                f"distill.signal=sampled with distill.loss={self.loss}: samples estimate only {' and '.join(SAMPLED)} "
-                "without bias. Use distill.signal=topk or online."
-            )
-        if self.skew is not None and self.loss not in SKEWED:
-            raise ConfigError(f"distill.skew={self.skew} is for the losses {', '.join(SKEWED)}; {self.loss} has none.")
-        _need(self.skew is None or 0 < self.skew < 1, "distill.skew", self.skew, "between 0 and 1, or null")
-        if self.signal_size is not None and self.signal == "online":
-            raise ConfigError(f"distill.signal_size={self.signal_size} is for distill.signal=topk or sampled.")
-        _need(
-            self.signal_size is None or 0 < self.signal_size < 256, "distill.signal_size", self.signal_size, "1 to 255"
-        )
-        _share("distill", self, "kd_weight")
-        _positive("distill", self, "temperature")
 
 
 @dataclass

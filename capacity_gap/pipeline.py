@@ -18,6 +18,7 @@ from capacity_gap import accounting, running, steps
 from capacity_gap.cell import Settings, teacher_tokens
 from capacity_gap.config import RunConfig
 from capacity_gap.data.sources import identity
+from capacity_gap.errors import ConfigError
 from capacity_gap.fingerprint import identity_fields
 from capacity_gap.models.axes import dims
 from capacity_gap.models.folders import content_digest
@@ -37,6 +38,20 @@ class Cell(Settings):
         subset(packed, self.data_tokens, epochs=self.config.epochs, key="data")
         if self.teacher_tokens:
             subset(packed, self.teacher_tokens, epochs=self.config.family.teacher_epochs, key="family.teacher_data")
+        self._check_vocabularies(store, len(packed.bytes_per_id))
+
+    def _check_vocabularies(self, store: Store, tokens: int) -> None:
+        """Ids must mean the same to teacher and student, and every id must have its row in both output matrices."""
+        from capacity_gap.models.loading import check_tokenizer
+
+        for rung in {self.rung, self.origin} & set(self.family.published):
+            check_tokenizer(self.family.published[rung], store.path(self.tokenizer))
+        for name, shape in (("teacher", self.teacher_shape), ("student", self.student_shape)):
+            if dims(shape).vocab < tokens:
+                raise ConfigError(
+                    f"the {name}'s vocabulary has {dims(shape).vocab:,} rows, its tokenizer {tokens:,} tokens. Rows "
+                    "may be padded, never too few: take the tokenizer that the model was trained with."
+                )
 
     # The chain. Each stage names what decides its result, and nothing else.
 
@@ -103,6 +118,7 @@ class Cell(Settings):
             "optim": steps.optim_identity(c.family.pretrain),
             "learning_rate": c.family.pretrain.peak(dims(shape).hidden),
             **self._arithmetic,
+            **self._compiled,
         }
         return Stage(
             "teacher",
@@ -176,6 +192,8 @@ class Cell(Settings):
             "distill": identity_fields(c.distill),
             "learning_rate": c.train.peak(dims(shape).hidden),
             **self._arithmetic,
+            **self._compiled,
+            **self._dynamics,
         }
         inputs = {"student": student, "tokens": self.tokens}
         teacher_flops = 0.0

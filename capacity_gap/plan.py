@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from capacity_gap.accounting import peak_memory, stored_bytes
+from capacity_gap.accounting import peak_memory, signal_bytes_per_token, stored_bytes
 from capacity_gap.errors import ConfigError
 from capacity_gap.stage import META, Stage, Store, closure
 
@@ -101,6 +101,7 @@ class Plan:
     workers: int
     memory_bytes: float  # of one worker, at its largest stage
     disk_bytes: float  # of what is still to be written
+    signals: tuple[str, ...]  # kinds of cached signals, with their bytes a token
     speed: Speed
 
     @property
@@ -119,6 +120,7 @@ class Plan:
             f"{format_seconds(self.wall_s)} with {self.workers} at once",
             f"speed {self.speed.source}",
             f"tensors up to {format_bytes(self.memory_bytes)} a worker, disk {format_bytes(self.disk_bytes)}",
+            *([f"cached signals, bytes a token: {', '.join(self.signals)}"] if self.signals else []),
             f"every cell alone would take {self.flops_alone:.3g} FLOPs, shared {self.flops_shared:.3g} ({share:.0%})",
         ]
 
@@ -148,6 +150,7 @@ def make_plan(cells: Sequence["Cell"], store: Store, *, workers: int = 1) -> Pla
         workers=workers,
         memory_bytes=max(_memory(c) for c in cells),
         disk_bytes=sum(_written(cells, left)),
+        signals=tuple(sorted({f"{s.config['kind']}-{s.config['size']} {e:g}" for s, e in _signals(cells).values()})),
         speed=pace,
     )
 
@@ -160,6 +163,20 @@ def _written(cells: Sequence["Cell"], left: Mapping[str, Stage]) -> Iterator[flo
     for cell in {c.distilled.key: c for c in cells}.values():
         if cell.distilled.key in left and cell.data_tokens:
             yield stored_bytes(cell.student_shape)
+    for key, (stage, each) in _signals(cells).items():
+        if key in left:
+            yield stage.config["tokens"] * each
+
+
+def _signals(cells: Sequence["Cell"]) -> dict[str, tuple[Stage, float]]:
+    """The cached signals that cells read, each with its bytes a token."""
+    found = {}
+    for cell in cells:
+        if stage := cell.distilled.inputs.get("signal"):
+            given = stage.config
+            each = signal_bytes_per_token(given["kind"], given["size"], cell.teacher_shape["vocab_size"])
+            found[stage.key] = (stage, each)
+    return found
 
 
 def _wall(cells: Sequence["Cell"], left: dict[str, Stage], pace: Speed, workers: int) -> float:
@@ -189,13 +206,14 @@ def _memory(cell: "Cell") -> float:
     c = cell.config
     batch = c.train.micro_batch_size or c.train.batch_size
     tokens = batch * c.corpus.sequence_length
-    own = peak_memory(cell.student_shape, tokens=tokens, precision=c.train.precision)
+    way: dict[str, Any] = {"precision": c.train.precision, "checkpointing": c.train.activation_checkpointing}
+    own = peak_memory(cell.student_shape, tokens=tokens, **way)
     if cell.teacher_flops:
         own += stored_bytes(cell.teacher_shape, dtype=c.family.dtype, quantization=c.family.quantization)
     if cell.teacher_tokens is None:
         return own
     pretraining = c.family.pretrain.batch_size * c.corpus.sequence_length
-    return max(own, peak_memory(cell.teacher_shape, tokens=pretraining, precision=c.train.precision))
+    return max(own, peak_memory(cell.teacher_shape, tokens=pretraining, **way))
 
 
 def check_budget(plan: Plan, hours: float | None) -> None:

@@ -56,7 +56,10 @@ class Record:
     loss: str | None = None  # name of the distillation loss
     kd_weight: float | None = None
     temperature: float | None = None
+    skew: float | None = None  # where it was set
+    hidden_weight: float | None = None  # where it was set
     signal: str | None = None
+    signal_bytes_per_token: float | None = None  # of a cached signal, on disk
     student_loss: float | None = None
     student_loss_stderr: float | None = None
     student_bits_per_byte: float | None = None
@@ -72,6 +75,7 @@ class Record:
     teacher_flops: float | None = None  # the teacher's forward passes in this cell
     teacher_train_flops: float | None = None
     tokens_per_s: float | None = None
+    mfu: float | None = None  # model FLOPs over the devices' peak, where that is known
     wall_s: float | None = None
     peak_memory_bytes: int | None = None
     micro_batch: int | None = None

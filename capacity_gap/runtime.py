@@ -22,7 +22,7 @@ from capacity_gap.ranks import Ranks
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 PARENT = "CAPACITY_GAP_PARENT"  # process id of the grid that started this worker
-VERSIONED = ("capacity_gap", "torch", "transformers", "tokenizers", "accelerate", "numpy")
+VERSIONED = ("capacity_gap", "torch", "transformers", "tokenizers", "accelerate", "numpy", "liger_kernel")
 
 
 class Interrupted(BaseException):

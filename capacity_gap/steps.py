@@ -79,7 +79,7 @@ def pretrain(run: StageRun) -> None:
         optim=OptimConfig(**given["optim"], learning_rate=given["learning_rate"]),
         distill=DistillConfig(kd_weight=0.0),
         peak=given["learning_rate"],
-        micro_batch=run.options["micro_batch_size"] or given["optim"]["batch_size"],
+        **_way_of_training(run),
     )
     _train(run, model, plan, teacher=None)
 
@@ -158,9 +158,17 @@ def distil(run: StageRun) -> None:
         optim=OptimConfig(**given["optim"], learning_rate=given["learning_rate"]),
         distill=DistillConfig(**given["distill"]),
         peak=given["learning_rate"],
-        micro_batch=run.options["micro_batch_size"] or given["optim"]["batch_size"],
+        evaluate_every=given.get("evaluate_every", 0),
+        **_way_of_training(run),
     )
     _train(run, load_model(run.inputs["student"]), plan, teacher=teacher)
+
+
+def _way_of_training(run: StageRun) -> dict[str, Any]:
+    """How a plan is carried out, from the stage's options."""
+    options = {k: v for k, v in run.options.items() if k != "micro_batch_size"}
+    micro = run.options["micro_batch_size"] or run.config["optim"]["batch_size"]
+    return {"micro_batch": micro, "compile": run.config.get("compile", False), **options}
 
 
 def _teacher(run: StageRun) -> Any:
@@ -199,6 +207,7 @@ def signal(run: StageRun) -> None:
         temperature=given["temperature"],
         seed=given["seed"],
         batch_size=run.options["batch_size"],
+        vocabulary=len(packed.bytes_per_id),
         autocast=lambda: autocast(run.runtime.device, given["precision"]),
         on_block=on_block,
     )
@@ -250,6 +259,8 @@ def record(run: StageRun) -> None:
         train_ce=_tail_mean(history, "ce"),
         train_kl=_tail_mean(history, "kl"),
         tokens_per_s=trained.get("tokens_per_s"),
+        mfu=trained.get("mfu"),
+        signal_bytes_per_token=trained.get("signal_bytes_per_token"),
         wall_s=made["wall_s"],
         peak_memory_bytes=trained.get("peak_memory_bytes"),
         micro_batch=trained.get("micro_batch"),
@@ -290,6 +301,7 @@ def _train(run: StageRun, model: Any, plan: Any, *, teacher: Any) -> None:
         runtime=run.runtime,
         checkpoints=run.checkpoint,
         teacher=teacher,
+        held_out=_packed(run, "validation") if plan.evaluate_every else None,
         precision=run.config["precision"],
         on_log=run.runtime.on_log,
     )
@@ -301,6 +313,8 @@ def _train(run: StageRun, model: Any, plan: Any, *, teacher: Any) -> None:
             "steps": result.steps,
             "tokens": result.tokens,
             "tokens_per_s": result.tokens_per_s,
+            "mfu": result.mfu,
+            "signal_bytes_per_token": getattr(teacher, "bytes_per_token", None),
             "peak_memory_bytes": result.peak_memory_bytes,
             "micro_batch": result.micro_batch,
         },

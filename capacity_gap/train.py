@@ -19,15 +19,19 @@ from torch import Tensor, nn
 
 from capacity_gap import checkpoint
 from capacity_gap.config import DistillConfig, OptimConfig
+from capacity_gap.distill.hidden import HiddenMatch
 from capacity_gap.distill.losses import distill_loss
 from capacity_gap.distill.signals import Signal
 from capacity_gap.distill.sparse import SparseTargets
 from capacity_gap.errors import StageError
 from capacity_gap.models.loading import hidden_states, output_weight, predicted
+from capacity_gap.optim import learning_rate, make_optimizer
+from capacity_gap.pace import Pace, peak_memory
 from capacity_gap.runtime import Interrupted, Runtime
 
 log = logging.getLogger(__name__)
 LOG_EVERY = 10  # steps between points of the history
+HELD_OUT = 20_480  # tokens of held-out text that a loss on the way is measured on: the same for every run
 
 
 class Sequences(Protocol):
@@ -48,11 +52,22 @@ class Plan:
     distill: DistillConfig
     peak: float  # learning rate
     micro_batch: int  # sequences on one device at once
+    evaluate_every: int = 0  # tokens between held-out losses on the way
+    activation_checkpointing: bool = False
+    compile: bool = False
+    peak_flops: float | None = None  # of one device; None: by its name
 
     @property
     def steps(self) -> int:
         """Optimiser steps; the last one may hold fewer sequences."""
         return math.ceil(len(self.order) / self.optim.batch_size)
+
+    def measures(self, step: int, length: int) -> bool:
+        """Whether a held-out loss is due after this step: it passed a multiple of `evaluate_every`, or is the last."""
+        if not self.evaluate_every:
+            return False
+        before, after = (min(s * self.optim.batch_size, len(self.order)) * length for s in (step, step + 1))
+        return after // self.evaluate_every > before // self.evaluate_every or step + 1 == self.steps
 
     def sequences(self, step: int) -> np.ndarray:
         """The indices that make up one step, over all devices."""
@@ -67,6 +82,7 @@ class TrainResult:
     tokens: int
     wall_s: float
     tokens_per_s: float
+    mfu: float | None  # model FLOPs over the devices' peak, where that is known
     peak_memory_bytes: int
     micro_batch: int  # sequences on one device at once, after any halving
     history: list[dict]
@@ -102,63 +118,43 @@ class Batch:
 class Objective(nn.Module):
     """Student and loss in one module, so that a data-parallel wrapper sees every parameter in one forward pass."""
 
-    def __init__(self, student: Any, distill: DistillConfig) -> None:
+    def __init__(self, student: Any, distill: DistillConfig, teacher: Any = None) -> None:
         super().__init__()
         self.student = student
         self.distill = distill
+        self.match: HiddenMatch | None = None
+        if distill.hidden_weight > 0:
+            self.match = HiddenMatch(output_weight(student).shape[1], output_weight(teacher).shape[1])
+
+    @property
+    def trained(self) -> nn.Module:
+        """What a checkpoint holds: the student, and where hidden states are matched their projection."""
+        return self.student if self.match is None else self
 
     def forward(
         self, tokens: Tensor, labels: Tensor, teacher: tuple | SparseTargets | None, count: float
     ) -> tuple[Tensor, dict]:
         """The loss of one micro-batch and its parts, divided by the label count of the whole step."""
         online = teacher if isinstance(teacher, tuple) else (None, None)
-        return distill_loss(
-            hidden_states(self.student, tokens),
+        hidden = hidden_states(self.student, tokens)
+        loss, parts = distill_loss(
+            hidden,
             output_weight(self.student),
             labels,
             teacher_hidden=online[0],
             teacher_weight=online[1],
             signal=teacher if isinstance(teacher, SparseTargets) else None,
             loss=self.distill.loss,
-            kd_weight=self.distill.kd_weight,
+            kd_weight=0.0 if teacher is None else self.distill.kd_weight,
             temperature=self.distill.temperature,
             tau_squared=self.distill.tau_squared,
             skew=self.distill.skew,
             label_count=count,
         )
-
-
-def learning_rate(step: int, steps: int, optim: OptimConfig, peak: float) -> float:
-    """The rate of step 0 … steps − 1: a linear warm-up, then the schedule.
-
-    `cosine` and `wsd` (constant, then linear decay over the last `optim.decay` of the steps) end at
-    `optim.final`·peak; `constant` stays.
-    """
-    warm = max(1, round(optim.warmup * steps))
-    if step < warm:
-        return peak * (step + 1) / warm
-    if optim.schedule == "constant":
-        return peak
-    start = warm if optim.schedule == "cosine" else max(warm, round((1 - optim.decay) * steps))
-    progress = min(1.0, max(0.0, (step - start) / max(1, steps - 1 - start)))
-    fall = 0.5 * (1 + math.cos(math.pi * progress)) if optim.schedule == "cosine" else 1 - progress
-    return peak * (optim.final + (1 - optim.final) * fall)
-
-
-def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices, none on norms and biases (METHOD §4)."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]],
-        lr=0.0,
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.epsilon,
-        fused=parameters[0].device.type in ("cpu", "cuda"),
-    )
+        if self.match is not None and online[0] is not None:
+            parts["hidden"] = self.match(hidden, online[0], labels) / count
+            loss = loss + self.distill.hidden_weight * parts["hidden"]
+        return loss, {name: value.detach() for name, value in parts.items()}
 
 
 def make_accelerator(runtime: Runtime, precision: str, student: Any) -> Any:
@@ -196,6 +192,7 @@ def train(
     runtime: Runtime,
     checkpoints: Path,
     teacher: Any = None,
+    held_out: Sequences | None = None,
     precision: str = "fp32",
     on_log: Callable[[dict], None] = lambda point: None,
 ) -> TrainResult:
@@ -208,11 +205,13 @@ def train(
         runtime: device, progress, interruption.
         checkpoints: folder for checkpoints; a run found there is continued.
         teacher: gives the soft targets: a model, or a cached `Signal`; needed if `plan.distill.kd_weight` > 0.
+        held_out: text for the losses on the way, at multiples of `plan.evaluate_every` tokens and at the end.
         precision: `fp32`, or `bf16` autocast.
         on_log: called with each logged point.
 
     Returns:
-        The result; each point of its history has step, tokens, ce, (kl, teacher_entropy,) learning_rate, grad_norm.
+        The result; each point of its history has step, tokens, ce, (kd, kl, teacher_entropy, hidden,) learning_rate,
+        grad_norm, and where it was measured held_out.
 
     Raises:
         StageError: the loss is no longer finite.
@@ -220,14 +219,19 @@ def train(
     """
     accelerator = make_accelerator(runtime, precision, student)
     student.to(accelerator.device).train()
+    _lean(student, plan, on=True)
     if isinstance(teacher, nn.Module):
         teacher.to(accelerator.device).eval()
-    bare = Objective(student, plan.distill)
-    optimizer = make_optimizer(student, plan.optim)
+        _compile(teacher, plan.compile)
+    _note_widths(student, teacher)
+    bare = Objective(student, plan.distill, teacher).to(accelerator.device)
+    optimizer = make_optimizer(bare, plan.optim)
     objective, prepared = accelerator.prepare(bare, optimizer)
     labels = predicted(student, sequences.sequence_length)
-    start, history = checkpoint.load(checkpoints, student, optimizer)
-    clock, saved, tokens, micro = time.monotonic(), time.monotonic(), 0, plan.micro_batch
+    start, history = checkpoint.load(checkpoints, bare.trained, optimizer)
+    beside = teacher if isinstance(teacher, nn.Module) and plan.distill.kd_weight > 0 else None
+    pace = Pace.of(student, beside, peak=plan.peak_flops, runtime=runtime, precision=precision)
+    saved, micro = time.monotonic(), plan.micro_batch
 
     for step in range(start, plan.steps):
         rate = learning_rate(step, plan.steps, plan.optim, plan.peak)
@@ -235,23 +239,68 @@ def train(
             group["lr"] = rate
         batch = Batch(sequences.batch(plan.sequences(step)), plan.sequences(step), labels)
         parts, norm, micro = _fitting_step(accelerator, objective, prepared, teacher, batch, plan, micro)
-        tokens += len(batch.rows) * sequences.sequence_length
+        pace.tokens += len(batch.rows) * sequences.sequence_length
         last = step + 1 == plan.steps
-        if step % LOG_EVERY == 0 or last:
+        measured = held_out is not None and plan.measures(step, sequences.sequence_length)
+        if step % LOG_EVERY == 0 or last or measured:
             point = _point(accelerator, parts, norm, step, rate, plan, sequences.sequence_length)
+            if held_out is not None and measured:
+                point["held_out"] = pace.apart(_held_out, accelerator, objective, held_out, micro, labels)
             history.append(point)
-            on_log({**point, "tokens_per_s": tokens / max(1e-9, time.monotonic() - clock)})
+            on_log({**point, **pace.now})
         runtime.report(step + 1, plan.steps, "steps")
         due = time.monotonic() - saved > 60 * runtime.checkpoint_minutes
         if not last and runtime.ranks.any(due or runtime.stop.is_set()):
-            checkpoint.save(checkpoints, step + 1, student, optimizer, history, leads=runtime.ranks.leads)
+            checkpoint.save(checkpoints, step + 1, bare.trained, optimizer, history, leads=runtime.ranks.leads)
             saved = time.monotonic()
             if runtime.ranks.any(runtime.stop.is_set()):
                 raise Interrupted
-    student.eval()
-    wall = time.monotonic() - clock
-    peak = _peak_memory(runtime.device)
-    return TrainResult(plan.steps, tokens, wall, tokens / max(1e-9, wall), peak, micro, history)
+    _lean(student.eval(), plan, on=False)
+    now, peak = pace.now, peak_memory(runtime.device)
+    return TrainResult(plan.steps, pace.tokens, pace.seconds, now["tokens_per_s"], now.get("mfu"), peak, micro, history)
+
+
+def _note_widths(student: Any, teacher: Any) -> None:
+    """Says so where the output matrices have two heights: the rows that only one has take no part in KD."""
+    if isinstance(teacher, nn.Module):
+        ours, theirs = (len(output_weight(m)) for m in (student, teacher))
+        if ours != theirs:
+            log.warning(
+                "the student's vocabulary is padded to %d rows, the teacher's to %d: KD compares the first %d",
+                *(ours, theirs, min(ours, theirs)),
+            )
+
+
+def _lean(student: Any, plan: Plan, *, on: bool) -> None:
+    """Switches on (and after the run off) what changes how a student computes."""
+    if plan.activation_checkpointing:
+        old = not hasattr(student, "activation_checkpointing_enable")  # older transformers
+        switch = f"{'gradient' if old else 'activation'}_checkpointing_{'enable' if on else 'disable'}"
+        getattr(student, switch)(*([{"use_reentrant": False}] if on else []))
+    _compile(student, plan.compile and on)
+
+
+def _compile(model: Any, on: bool) -> None:
+    """Compiles the layers in place, so that parameters keep their names."""
+    if on:
+        model.base_model.compile()
+    else:
+        model.base_model._compiled_call_impl = None
+
+
+@torch.no_grad()
+def _held_out(accelerator: Any, objective: Any, text: Sequences, micro: int, labels: int) -> float:
+    """Label cross-entropy on the first sequences of a held-out text; every rank computes all of it."""
+    objective.eval()
+    rows = text.batch(np.arange(max(1, HELD_OUT // text.sequence_length)))
+    total = 0.0
+    for part in torch.from_numpy(rows).split(micro):
+        tokens = part.to(accelerator.device)
+        with accelerator.autocast():
+            _, parts = objective(tokens[:, :-1], tokens[:, -labels:], None, float(len(rows) * labels))
+        total += float(parts["ce"])
+    objective.train()
+    return total
 
 
 def _fitting_step(
@@ -324,12 +373,3 @@ def _point(
             "family.pretrain.learning_rate) or raise train.warmup."
         )
     return point
-
-
-def _peak_memory(device: str) -> int:
-    """Most memory ever held: on CUDA by torch's allocator, else by this process."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,16 +1,18 @@
 """Ladders: exact counts without building, stand-ins of every architecture, and the user's own folders."""
 
+import dataclasses
 import json
 import shutil
 
 import pytest
 
 from capacity_gap import cli, pipeline, records
+from capacity_gap.config import FamilyConfig
 from capacity_gap.data.tokenizer import bytes_per_id
 from capacity_gap.errors import ConfigError, StageError
 from capacity_gap.models.axes import count_params
 from capacity_gap.models.folders import local_family
-from capacity_gap.models.ladders import FAMILIES
+from capacity_gap.models.ladders import FAMILIES, Family
 from capacity_gap.models.loading import auto_class
 from capacity_gap.scales import parse_scale
 from capacity_gap.stage import Store
@@ -203,6 +205,35 @@ def test_a_checkpoint_that_cannot_be_had_says_what_to_do(monkeypatch, tmp_path, 
     assert "Qwen/Qwen2.5-0.5B cannot be fetched" in capsys.readouterr().err
     assert cli.main(["fetch", "qwen2_5:9b"]) == 2
     assert "Its rungs: 0.5b 1.5b" in capsys.readouterr().err
+
+
+def test_a_ladder_whose_checkpoints_have_other_tokens_stops_before_compute(folders, tiny, tmp_path, monkeypatch):
+    """As on the hub, where a ladder is written down before its tokenizers are seen: equal sizes, two tokens swapped."""
+    places = {name: tmp_path / name for name in ("small", "large")}
+    for name, place in places.items():
+        shutil.copytree(folders / name, place)
+    shapes = {name: json.loads((place / "config.json").read_text()) for name, place in places.items()}
+    ladder = Family("ladder", shapes, 1, {name: str(place) for name, place in places.items()})
+    monkeypatch.setitem(FAMILIES, "ladder", ladder)
+    content = json.loads((places["large"] / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    one, two = list(vocab)[-2:]
+    vocab[one], vocab[two] = vocab[two], vocab[one]
+    (places["large"] / "tokenizer.json").write_text(json.dumps(content))
+    config = compose([*tiny, "student=40k", "teacher=large", f"store={tmp_path / 'store'}"])
+    with pytest.raises(StageError, match="large has another vocabulary .*1,024 and 1,024 tokens"):
+        pipeline.run(dataclasses.replace(config, family=FamilyConfig("ladder")))
+    assert not (tmp_path / "store" / "published").exists()
+
+
+def test_a_vocabulary_lower_than_its_tokenizer_stops_before_compute(folders, tiny, tmp_path):
+    shutil.copytree(folders / "small", tmp_path / "low")
+    content = json.loads((tmp_path / "low" / "config.json").read_text())
+    (tmp_path / "low" / "config.json").write_text(json.dumps({**content, "vocab_size": 1000}))
+    given = [g for g in tiny if not g.startswith("family.")]
+    local = ["family=folders", f"family.folders=[{tmp_path}/low]", "teacher=low", "student=40k"]
+    with pytest.raises(ConfigError, match="vocabulary has 1,000 rows, its tokenizer 1,024 tokens"):
+        pipeline.run(compose([*given, *local, f"store={tmp_path / 'store'}"]))
 
 
 def test_bytes_of_sentencepiece_tokens():

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from capacity_gap import config
-from capacity_gap.distill import distill_loss, divergences, losses, signals
+from capacity_gap import training_config as config
+from capacity_gap.distill import distill_loss, divergences, fused, losses, signals
+from capacity_gap.distill.hidden import HiddenMatch
 from capacity_gap.distill.sparse import SparseTargets
 
 B, T, D, E, V = 2, 5, 4, 6, 11
@@ -260,3 +262,148 @@ def test_huge_logits_stay_finite():
     )
     assert torch.isfinite(loss)
     assert torch.isfinite(torch.autograd.grad(loss, hidden)[0]).all()
+
+
+# Vocabularies padded to two heights
+
+
+@pytest.mark.parametrize("loss", DENSE)
+@pytest.mark.parametrize("w", [0.4, 1.0])
+def test_rows_that_only_one_side_has_take_no_part_in_kd(parts, loss, w):
+    hidden, weight, labels, teacher = parts
+    labels = labels.clamp_max(V - 3)
+    taller = torch.cat((teacher["teacher_weight"], torch.ones(4, E, dtype=torch.float64)))
+    equal, _ = distill_loss(hidden, weight, labels, **teacher, loss=loss, kd_weight=w)
+    cropped, _ = distill_loss(hidden, weight, labels, **{**teacher, "teacher_weight": taller}, loss=loss, kd_weight=w)
+    torch.testing.assert_close(cropped, equal)
+
+    lower = {**teacher, "teacher_weight": teacher["teacher_weight"][: V - 2]}
+    found, _ = distill_loss(hidden, weight, labels, **lower, loss=loss, kd_weight=w)
+    keep = labels != losses.IGNORE
+    z, zt = (hidden @ weight.T)[keep], (teacher["teacher_hidden"] @ lower["teacher_weight"].T)[keep]
+    p, q = zt.softmax(-1), z[:, : V - 2].softmax(-1)
+    dense = (1 - w) * F.cross_entropy(z, labels[keep]) + w * DENSE[loss](p, q, divergences.SKEWS.get(loss)).mean()
+    torch.testing.assert_close(found, dense)
+    for one, two in zip(
+        torch.autograd.grad(found, (hidden, weight)), torch.autograd.grad(dense, (hidden, weight)), strict=True
+    ):
+        torch.testing.assert_close(one, two)
+
+
+# What it costs, and in single precision
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, tuple | list) else [found]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return found
+
+
+@pytest.mark.parametrize("tokens", [512, 4096])
+def test_no_tensor_grows_with_tokens_times_vocabulary(tokens):
+    vocabulary = 4096
+    hidden, weight = torch.randn(1, tokens, 8, requires_grad=True), torch.randn(vocabulary, 8, requires_grad=True)
+    labels = torch.zeros(1, tokens, dtype=torch.long)
+    with Largest() as largest:
+        distill_loss(hidden, weight, labels, teacher_hidden=hidden.detach(), teacher_weight=weight.detach())[
+            0
+        ].backward()
+    assert largest.numel == max(losses.CHUNK_TOKENS * vocabulary, losses.CHUNK_ELEMENTS)
+
+
+@pytest.mark.parametrize("loss", DENSE)
+def test_single_precision_agrees_with_the_dense_form_to_1e_5(loss):
+    g = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(2, 64, 16, generator=g), torch.randn(500, 16, generator=g)
+    taught, teacher = torch.randn(2, 64, 24, generator=g), torch.randn(500, 24, generator=g) / 2
+    labels = torch.randint(0, 500, (2, 64), generator=g)
+    hidden.requires_grad_(), weight.requires_grad_()
+    found, _ = distill_loss(hidden, weight, labels, teacher_hidden=taught, teacher_weight=teacher, loss=loss)
+    z, zt = hidden.double() @ weight.double().T, taught.double() @ teacher.double().T
+    p, q = zt.softmax(-1), z.softmax(-1)
+    exact = 0.5 * F.cross_entropy(z.flatten(0, 1), labels.flatten())
+    exact = exact + 0.5 * DENSE[loss](p, q, divergences.SKEWS.get(loss)).mean()
+    assert abs(float((found - exact).detach())) < 1e-5 * float(exact.detach())
+    for one, two in zip(
+        torch.autograd.grad(found, (hidden, weight)), torch.autograd.grad(exact, (hidden, weight)), strict=True
+    ):
+        assert (one - two).norm() < 1e-5 * two.norm()
+
+
+# Liger's kernels
+
+
+def torch_cross_entropy():
+    return lambda weight, hidden, labels: F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
+
+
+def torch_forward_kl(tau):
+    def mean(hidden, weight, teacher_hidden, teacher_weight, labels):
+        keep = labels != losses.IGNORE
+        z, zt = (hidden @ weight.T / tau)[keep], (teacher_hidden @ teacher_weight.T / tau)[keep]
+        return F.kl_div(z.log_softmax(-1), zt.log_softmax(-1), log_target=True, reduction="batchmean")
+
+    return mean
+
+
+@pytest.mark.parametrize(("w", "tau"), [(0.0, 1.0), (0.3, 2.0), (1.0, 1.0)])
+@pytest.mark.parametrize("count", [None, 20.0])
+def test_with_fused_kernels_the_objective_is_the_same(parts, monkeypatch, w, tau, count):
+    """torch's own losses in the kernels' place, with the kernels' signatures and reductions."""
+    hidden, weight, labels, teacher = parts
+    given = {**teacher, "kd_weight": w, "temperature": tau, "label_count": count}
+    ours, ours_parts = distill_loss(hidden, weight, labels, **given)
+    expected = torch.autograd.grad(ours, (hidden, weight))
+    monkeypatch.setattr(fused, "cross_entropy", torch_cross_entropy)
+    monkeypatch.setattr(fused, "forward_kl", torch_forward_kl)
+    monkeypatch.setattr(fused, "serves", lambda *_, **__: True)
+    found, found_parts = distill_loss(hidden, weight, labels, **given)
+    torch.testing.assert_close(found, ours)
+    for name, value in found_parts.items():
+        torch.testing.assert_close(value, ours_parts[name])
+    for one, two in zip(torch.autograd.grad(found, (hidden, weight)), expected, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_fused_kernels_serve_only_what_they_compute_exactly(monkeypatch):
+    class OnCuda:
+        device = torch.device("cuda")
+
+    weight, pair = torch.zeros(8, 2), (torch.zeros(3, 2), torch.zeros(8, 2))
+    given = {"loss": "forward_kl", "kd_weight": 0.5, "teacher": pair, "weight": weight}
+    monkeypatch.setattr(fused, "installed", lambda: True)
+    assert fused.serves(OnCuda(), **given)
+    assert fused.serves(OnCuda(), **{**given, "kd_weight": 0.0, "teacher": None})
+    assert not fused.serves(torch.zeros(3, 2), **given), "not on a CPU"
+    for other in ({"loss": "soft_ce"}, {"loss": "js"}, {"teacher": object()}, {"weight": torch.zeros(9, 2)}):
+        assert not fused.serves(OnCuda(), **{**given, **other})
+    monkeypatch.setattr(fused, "installed", lambda: False)
+    assert not fused.serves(OnCuda(), **given)
+
+
+# Hidden states
+
+
+def test_equal_hidden_states_match_and_masked_ones_do_not_count():
+    hidden, labels = torch.randn(1, 4, 6), torch.tensor([[1, losses.IGNORE, 2, 3]])
+    match = HiddenMatch(6, 6)
+    assert list(match.parameters()) == []
+    assert abs(float(match(hidden, 3 * hidden, labels))) < 1e-6
+    opposite = hidden.clone()
+    opposite[0, 0] *= -1
+    opposite[0, 1] = torch.randn(6)
+    torch.testing.assert_close(match(opposite, hidden, labels), torch.tensor(2.0))
+
+
+def test_other_widths_are_mapped_first_without_loss_and_the_same_way_every_time():
+    one, two = HiddenMatch(4, 6), HiddenMatch(4, 6)
+    weight = one.projection.weight
+    assert torch.equal(weight, two.projection.weight)
+    torch.testing.assert_close(weight.T @ weight, torch.eye(4))

@@ -12,6 +12,7 @@ from capacity_gap.distill import signals
 from capacity_gap.distill.signals import Signal, write_signal
 from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.models.loading import hidden_states, new_model, output_weight
+from capacity_gap.plan import make_plan
 from capacity_gap.stage import Store
 from tests.conftest import compose
 
@@ -88,6 +89,16 @@ def test_a_killed_writer_loses_one_block_and_ends_with_the_same_signal(teacher, 
         assert torch.equal(getattr(whole.targets(ORDER), name), getattr(again.targets(ORDER), name))
 
 
+def test_rows_beyond_the_tokenizer_are_no_part_of_a_signal(teacher, tmp_path):
+    kept = written(teacher, tmp_path, size=5, vocabulary=900).targets(ORDER)
+    assert kept.ids.max() < 900
+    inputs = torch.from_numpy(TOKENS[ORDER][:, :-1])
+    with torch.no_grad():
+        logits = hidden_states(teacher, inputs) @ output_weight(teacher)[:900].T
+    expected = logits.log_softmax(-1).flatten(0, 1).topk(5).values
+    torch.testing.assert_close(kept.values, expected, rtol=2e-3, atol=2e-3)
+
+
 def test_a_sequence_that_is_not_there_is_an_error(teacher, tmp_path):
     with pytest.raises(IndexError, match="holds no targets"):
         written(teacher, tmp_path).targets(np.array([7, 5]))
@@ -108,8 +119,15 @@ def test_cells_share_one_signal_and_come_near_the_online_result(tiny, tmp_path, 
     assert len(folders) == 1
     assert json.loads((folders[0] / "signal.json").read_text())["bytes_per_token"] < 600
     rows = {r["cell"]: r for r in records.read(tmp_path)}
+    planned = make_plan([pipeline.resolve(cells[0])], Store(tmp_path)).signals
+    on_disk = json.loads((folders[0] / "signal.json").read_text())["bytes_per_token"]
+    assert [float(s.split()[1]) for s in planned] == [pytest.approx(on_disk, rel=0.05)], "but for headers of blocks"
+        pytest.approx(on_disk, abs=1),
+    ]
     near, exact = (rows[pipeline.resolve(c).record.digest] for c in (cells[0], online))
     assert near["signal"] == f"{signal}-128"
+    assert near["signal_bytes_per_token"] == on_disk
+    assert exact["signal_bytes_per_token"] is None
     # A teacher of 8k tokens is nearly uniform: the likeliest 128 tokens are a poor picture of it, draws a fair one.
     assert near["student_loss"] == pytest.approx(exact["student_loss"], abs=0.2 if signal == "topk" else 0.05)
     assert near["teacher_entropy"] == exact["teacher_entropy"]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from capacity_gap import accounting
 from capacity_gap.config import DistillConfig, OptimConfig
 from capacity_gap.errors import StageError
 from capacity_gap.models.ladders import FAMILIES
@@ -167,3 +168,93 @@ def test_other_errors_are_not_taken_for_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(module.Objective, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         run(tmp_path, plan())
+
+
+def test_activation_checkpointing_changes_no_bit(tmp_path):
+    whole, _ = run(tmp_path / "a", plan(order=np.arange(16)))
+    lean, _ = run(tmp_path / "b", plan(order=np.arange(16), activation_checkpointing=True))
+    assert equal(weights(whole), weights(lean))
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in lean.modules())
+
+
+def test_a_compiled_run_agrees_and_leaves_a_plain_student(tmp_path, monkeypatch):
+    compiled = []
+
+    def with_eager_backend(module):
+        compiled.append(module)
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", with_eager_backend)
+    plain, _ = run(tmp_path / "a", plan(order=np.arange(16)))
+    student, _ = run(tmp_path / "b", plan(order=np.arange(16), compile=True))
+    assert len(compiled) == 2, "student and teacher"
+    assert set(weights(plain)) == set(weights(student))
+    assert student.base_model._compiled_call_impl is None
+    for name, p in weights(student).items():
+        torch.testing.assert_close(p, weights(plain)[name], rtol=1e-4, atol=1e-5)
+
+
+def test_held_out_losses_come_at_their_tokens_and_change_nothing(tmp_path):
+    plain, _ = run(tmp_path / "a", plan())
+    student, teacher = new_model(RUNGS["55k"], 0), new_model(RUNGS["80k"], 7)
+    every = plan(evaluate_every=300)
+    result = train(student, Text(), every, runtime=Runtime(), checkpoints=tmp_path, teacher=teacher, held_out=Few())
+    assert equal(weights(plain), weights(student))
+    measured = {p["tokens"]: p["held_out"] for p in result.history if "held_out" in p}
+    assert list(measured) == [384, 640, 800], "the first steps of 128 tokens that passed 300 and 600; then the last"
+    with torch.no_grad():
+        rows = torch.from_numpy(Text.tokens[:5])
+        exact = student(rows[:, :-1]).logits.flatten(0, 1)
+    assert measured[800] == pytest.approx(float(torch.nn.functional.cross_entropy(exact, rows[:, 1:].flatten())))
+
+
+class Few(Text):
+    """A text that holds five sequences."""
+
+    def batch(self, indices):
+        return self.tokens[:5]
+
+
+def test_hidden_states_come_nearer_and_an_interrupted_run_keeps_their_projection(tmp_path):
+    the_plan = plan(order=np.arange(300) % 64, distill=DistillConfig(hidden_weight=1.0))
+    whole, expected = run(tmp_path / "whole", the_plan)
+    assert expected.history[-1]["hidden"] < 0.7 * expected.history[0]["hidden"]
+    runtime = Runtime()
+    with pytest.raises(Interrupted):
+        run(tmp_path / "parts", the_plan, runtime=runtime, on_log=lambda p: p["step"] > 1 and runtime.stop.set())
+    resumed, result = run(tmp_path / "parts", the_plan, seed=99)
+    assert equal(weights(whole), weights(resumed))
+    assert result.history == expected.history
+
+
+def test_mfu_is_what_the_tokens_cost_over_the_peak(tmp_path):
+    points = []
+    _, result = run(tmp_path, plan(order=np.arange(16), peak_flops=1e10), on_log=points.append)
+    student, teacher = (accounting.multiplied(RUNGS[r]) for r in ("55k", "80k"))
+    for rate, mfu in ((points[-1]["tokens_per_s"], points[-1]["mfu"]), (result.tokens_per_s, result.mfu)):
+        assert mfu == pytest.approx((6 * student + 2 * teacher) * rate / 1e10)
+    assert "mfu" not in result.history[0], "a history repeats to the bit"
+    assert run(tmp_path / "cpu", plan(order=np.arange(16)))[1].mfu is None
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16", "fp32"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12, 19.5e12),
+        ("NVIDIA H100 PCIe", 756e12, 51e12),
+        ("NVIDIA H100 80GB HBM3", 989e12, 67e12),
+        ("NVIDIA L40S", 362e12, 91.6e12),
+        ("NVIDIA A10G", None, None),
+        ("cpu (x86_64)", None, None),
+    ],
+)
+def test_peaks_go_by_the_devices_whole_name(name, bf16, fp32):
+    assert accounting.peak_flops(name, "bf16") == bf16
+    assert accounting.peak_flops(name, "fp32") == fp32
+
+
+def test_vocabularies_of_two_heights_are_cropped_with_a_note(tmp_path, caplog):
+    student = new_model({**RUNGS["55k"], "vocab_size": 1100}, 0)
+    teacher = new_model(RUNGS["80k"], 7)
+    train(student, Text(), plan(order=np.arange(8)), runtime=Runtime(), checkpoints=tmp_path, teacher=teacher)
+    assert "padded to 1100 rows, the teacher's to 1024: KD compares the first 1024" in caplog.text

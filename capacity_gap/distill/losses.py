@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from capacity_gap.distill import fused
 from capacity_gap.distill.divergences import (
     LOSSES,
     SAMPLED,
@@ -22,8 +23,9 @@ from capacity_gap.distill.divergences import (
 from capacity_gap.distill.sparse import AGAINST, SparseTargets
 
 IGNORE = -100
-CHUNK_ELEMENTS = 2**17  # logits of one chunk (0.5 MB in fp32): they stay in cache, measured fastest
-CHUNK_TOKENS = 64  # but never fewer tokens than this, or the matrix products of a large vocabulary starve
+CHUNK_ELEMENTS = 2**17  # logits of one chunk (0.5 MB in fp32): they stay in a CPU's cache, measured fastest
+DEVICE_ELEMENTS = 2**26  # on a GPU, which wants large products (256 MB in fp32; not measured)
+CHUNK_TOKENS = 128  # but never fewer tokens than this, or the matrix products of a large vocabulary starve
 
 
 def distill_loss(
@@ -50,7 +52,8 @@ def distill_loss(
         student_weight: output matrix [V, D], so that the logits are `z_S = hidden · weightᵀ`.
         labels: token ids [B, T]; −100 masks CE and KD alike.
         teacher_hidden: [B, T, E], with `teacher_weight` [V, E]; not needed if `kd_weight` is 0.
-        teacher_weight: the teacher's output matrix.
+        teacher_weight: the teacher's output matrix. Published vocabularies are padded to different heights: KD then
+            compares the rows that both have (whoever calls has made sure that the rest is padding).
         signal: instead of both, cached targets of all tokens [B·T], made at the same temperature.
         loss: a name of `LOSSES`.
         kd_weight: w; 0 is direct training.
@@ -78,9 +81,21 @@ def distill_loss(
     if kd_weight > 0 and signal is not None:
         teacher = signal
     elif kd_weight > 0 and teacher_hidden is not None and teacher_weight is not None:
-        teacher = (teacher_hidden.flatten(0, -2), teacher_weight)
+        teacher = (teacher_hidden.flatten(0, -2), teacher_weight[: len(student_weight)])
     skew = SKEWS.get(loss, 0.0) if skew is None else skew
-    terms = _Terms(LOSSES[loss], skew, kd_weight, temperature, temperature**2 if tau_squared else 1.0, scale)
+    tau_factor = temperature**2 if tau_squared else 1.0
+    if fused.serves(student_hidden, loss=loss, kd_weight=kd_weight, teacher=teacher, weight=student_weight):
+        return fused.fused_loss(
+            student_hidden.flatten(0, -2),
+            student_weight,
+            labels.flatten(),
+            teacher,
+            kd_weight=kd_weight,
+            temperature=temperature,
+            tau_factor=tau_factor,
+            scale=scale,
+        )
+    terms = _Terms(LOSSES[loss], skew, kd_weight, temperature, tau_factor, scale)
     total, sums = _ChunkedLoss.apply(student_hidden.flatten(0, -2), student_weight, labels.flatten(), teacher, terms)
     names = ("ce", "kd", "kl", "teacher_entropy") if teacher else ("ce",)
     return total, {name: sums[i] * scale for i, name in enumerate(names)}
@@ -105,7 +120,7 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden_ND) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight_VD, dtype=wide) if ctx.needs_input_grad[1] else None
         sums = torch.zeros(4, dtype=wide, device=hidden_ND.device)
-        for part in chunks(len(labels_N), weight_VD.shape[0]):
+        for part in chunks(len(labels_N), weight_VD.shape[0], labels_N.device):
             logits = _logits(hidden_ND[part], weight_VD, wide)
             targets = _targets(teacher, part, wide)
             chunk_sums, grad_nV = _chunk(logits, targets, labels_N[part], terms)
@@ -143,16 +158,16 @@ def _add_product(total: Tensor, one: Tensor, two: Tensor) -> None:
 def token_losses(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
     """Label cross-entropy and the predictions' own entropy of each token [N], in nats; no gradients."""
     losses, entropies = [], []
-    for part in chunks(len(labels_N), weight_VD.shape[0]):
+    for part in chunks(len(labels_N), weight_VD.shape[0], labels_N.device):
         predicted = Softmax.of(_logits(hidden_ND[part], weight_VD, torch.float32))
         losses.append(predicted.cross_entropy(labels_N[part]))
         entropies.append(predicted.entropy())
     return torch.cat(losses), torch.cat(entropies)
 
 
-def chunks(tokens: int, vocabulary: int) -> list[slice]:
+def chunks(tokens: int, vocabulary: int, device: torch.device) -> list[slice]:
     """How tokens are cut so that the logits of one part stay in the cache."""
-    step = max(CHUNK_TOKENS, CHUNK_ELEMENTS // vocabulary)
+    step = max(CHUNK_TOKENS, (CHUNK_ELEMENTS if device.type == "cpu" else DEVICE_ELEMENTS) // vocabulary)
     return [slice(start, start + step) for start in range(0, tokens, step)]
 
 
@@ -179,14 +194,16 @@ def _chunk(
     kd_grad = None
     if targets is not None:
         tau = terms.temperature
-        soft = student if tau == 1 else Softmax.of(logits_nV / tau)
+        width = logits_nV.shape[1] if isinstance(targets, SparseTargets) else targets.shape[1]
+        whole = tau == 1 and width == logits_nV.shape[1]
+        soft = student if whole else Softmax.of(logits_nV[:, :width] / tau)
         values, kl_values, entropies, kd_grad = _distance(soft, targets, terms)
         kd, kl, entropy = ((x * keep).sum() for x in (values, kl_values, entropies))
     grad = student.probs
     grad.scatter_add_(1, labels[:, None], torch.full_like(labels, -1, dtype=grad.dtype)[:, None])
     if kd_grad is not None:
         grad.mul_(1 - terms.kd_weight)
-        grad.add_(kd_grad, alpha=terms.kd_weight * terms.tau_factor / terms.temperature)
+        grad[:, : kd_grad.shape[1]].add_(kd_grad, alpha=terms.kd_weight * terms.tau_factor / terms.temperature)
     return torch.stack((ce, kd, kl, entropy)), grad.mul_((keep * terms.scale)[:, None])
 
 

@@ -67,6 +67,7 @@ def write_signal(
     temperature: float,
     seed: int,
     batch_size: int,
+    vocabulary: int | None = None,
     autocast: Callable[[], Any],
     on_block: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
@@ -82,6 +83,7 @@ def write_signal(
         temperature: of the teacher's softmax.
         seed: of the draws; each block has its own generator, so that a resumed signal is the same.
         batch_size: sequences in one forward pass.
+        vocabulary: tokens of the tokenizer; further rows of the teacher's output matrix are padding, and left out.
         autocast: context manager of the teacher's precision.
         on_block: called with blocks done and in all.
     """
@@ -95,7 +97,7 @@ def write_signal(
             for start in range(0, len(indices), batch_size):
                 tokens = torch.from_numpy(sequences.batch(indices[start : start + batch_size])).to(teacher.device)
                 with autocast():
-                    hidden, weight = hidden_states(teacher, tokens[:, :-1]), output_weight(teacher)
+                    hidden, weight = hidden_states(teacher, tokens[:, :-1]), output_weight(teacher)[:vocabulary]
                 parts.append(_targets(hidden, weight, kind, size, temperature, generator))
             _write_block(out, block, [torch.cat(p) for p in zip(*parts, strict=True)], weight.shape[0])
         on_block(block + 1, blocks)
@@ -111,7 +113,7 @@ def _targets(
 ) -> tuple[Tensor, ...]:
     """Ids, values [n, T, k] and entropy [n, T] of one batch, a chunk of tokens at a time."""
     flat, found = hidden.flatten(0, -2), []
-    for part in chunks(len(flat), weight.shape[0]):
+    for part in chunks(len(flat), weight.shape[0], flat.device):
         softmax = Softmax.of((flat[part] @ weight.to(flat.dtype).T).float() / temperature)
         found.append((*KINDS[kind](softmax, size, generator), softmax.entropy()))
     return tuple(torch.cat(p).unflatten(0, hidden.shape[:2]).cpu() for p in zip(*found, strict=True))
@@ -136,6 +138,11 @@ class Signal:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.header: Mapping[str, Any] = json.loads((folder / HEADER).read_text())
+
+    @property
+    def bytes_per_token(self) -> float:
+        """What it takes on disk."""
+        return self.header["bytes_per_token"]
 
     @cached_property
     def _places(self) -> np.ndarray:

@@ -101,6 +101,25 @@ def copy_tokenizer(repository: str, out: Path) -> None:
     _from_hub(AutoTokenizer.from_pretrained, repository).save_pretrained(out)
 
 
+def check_tokenizer(repository: str, folder: Path) -> None:
+    """Checks that a checkpoint's tokenizer has the vocabulary of the one in `folder`: token by token, not by size.
+
+    Raises:
+        StageError: they differ.
+    """
+    from transformers import AutoTokenizer
+
+    theirs = _from_hub(AutoTokenizer.from_pretrained, repository).get_vocab()
+    ours = AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
+    if theirs != ours:
+        changed = sorted(set(theirs.items()) ^ set(ours.items()))[:3]
+        raise StageError(
+            f"{repository} has another vocabulary than the tokenizer of this ladder ({len(theirs):,} and {len(ours):,} "
+            f"tokens; the first differences: {changed}). Students are distilled on their teachers' logits: take "
+            "teachers that share a tokenizer."
+        )
+
+
 def _from_hub(load: Any, repository: str) -> Any:
     """Loads something from the hub or a folder; what is missing or gated says what to accept or fetch."""
     try:

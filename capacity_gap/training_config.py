@@ -1,0 +1,124 @@
+"""Settings of training: optimiser, objective and how both are run; part of `config.py`, where they are described."""
+
+from dataclasses import dataclass, field
+
+from capacity_gap.checks import need, positive, runtime, share
+from capacity_gap.errors import ConfigError, choose
+from capacity_gap.fingerprint import LATER
+from capacity_gap.scales import parse_scale
+
+SCHEDULES = ("cosine", "wsd", "constant")
+PRECISIONS = ("fp32", "bf16")
+SHARDINGS = ("none", "fsdp")
+LOSSES = ("forward_kl", "soft_ce", "reverse_kl", "js", "skewed_forward_kl", "skewed_reverse_kl", "tvd")
+SKEWED = ("js", "skewed_forward_kl", "skewed_reverse_kl")
+SAMPLED = ("forward_kl", "soft_ce")  # what sampled signals estimate without bias
+SIGNALS = ("online", "topk", "sampled")
+
+
+@dataclass
+class OptimConfig:
+    """One training run's optimiser: AdamW with decay on matrices only, a warm-up and a schedule (METHOD §4).
+
+    The peak learning rate is `learning_rate`, or where that is not set `learning_rate_times_width` / hidden size: the
+    best rate falls in proportion to the width, so one number serves a whole ladder.
+    """
+
+    batch_size: int = 16  # sequences in one optimiser step, over all devices
+    learning_rate: float | None = None
+    learning_rate_times_width: float = 0.4
+    schedule: str = "cosine"
+    warmup: float = 0.01  # share of all steps
+    decay: float = 0.2  # share of all steps in which `wsd` falls to its end
+    final: float = 0.1  # learning rate at the end, as a share of the peak (cosine, wsd)
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0  # gradient norm
+
+    def __post_init__(self) -> None:
+        positive("train", self, "batch_size", "learning_rate_times_width", "epsilon", "clip")
+        share("train", self, "warmup", "decay", "final", "beta1", "beta2")
+        need(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "zero or more")
+        need(
+            self.learning_rate is None or self.learning_rate > 0,
+            "train.learning_rate",
+            self.learning_rate,
+            "more than zero, or null for learning_rate_times_width / hidden size",
+        )
+        choose("train.schedule", self.schedule, SCHEDULES)
+
+    def peak(self, hidden_size: int) -> float:
+        """The peak learning rate for a model of this width."""
+        return self.learning_rate or self.learning_rate_times_width / hidden_size
+
+
+@dataclass
+class TrainConfig(OptimConfig):
+    """How students are trained, and where everything is run."""
+
+    precision: str = "fp32"
+    threads: int = 1  # CPU threads of one process: hashed, because sums depend on it
+    device: str = runtime("auto")
+    sharding: str = runtime("none")  # of student and optimiser over several ranks: none (DDP), or fsdp
+    micro_batch_size: int | None = runtime(None)  # sequences on one device at once; null: the whole batch
+    checkpoint_minutes: float = runtime(1.0)
+    activation_checkpointing: bool = runtime(False)  # keep each layer's input only: less memory, a third more time
+    compile: bool = field(default=False, metadata=LATER)  # torch.compile: other kernels, so other last bits
+    evaluate_every: str = field(default="0", metadata=LATER)  # tokens between held-out losses on the way; 0: none
+    peak_flops: float | None = runtime(None)  # of one device, for the MFU; null: by the device's name
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("train", self, "threads", "checkpoint_minutes")
+        choose("train.precision", self.precision, PRECISIONS)
+        choose("train.sharding", self.sharding, SHARDINGS)
+        parse_scale(self.evaluate_every, key="train.evaluate_every", allow_zero=True)
+        need(self.peak_flops is None or self.peak_flops > 0, "train.peak_flops", self.peak_flops, "more than zero")
+        need(
+            self.micro_batch_size is None or self.micro_batch_size > 0,
+            "train.micro_batch_size",
+            self.micro_batch_size,
+            "more than zero, or null for the whole batch",
+        )
+
+
+@dataclass
+class DistillConfig:
+    """The objective (1 − kd_weight)·CE + kd_weight·KD (METHOD §4); kd_weight = 0 is direct training."""
+
+    loss: str = "forward_kl"
+    kd_weight: float = 0.5
+    temperature: float = 1.0
+    tau_squared: bool = True
+    signal: str = "online"
+    skew: float | None = field(default=None, metadata=LATER)  # β of js (null: 0.5), α of the skewed KLs (null: 0.1)
+    signal_size: int | None = field(default=None, metadata=LATER)  # topk: k; sampled: draws; null: 64
+    hidden_weight: float = field(default=0.0, metadata=LATER)  # of 1 − cos(last hidden states), added to the objective
+
+    def __post_init__(self) -> None:
+        choose("distill.loss", self.loss, LOSSES)
+        choose("distill.signal", self.signal, SIGNALS)
+        if self.signal == "sampled" and self.loss not in SAMPLED:
+            raise ConfigError(
+                f"distill.signal=sampled with distill.loss={self.loss}: samples estimate only {' and '.join(SAMPLED)} "
+                "without bias. Use distill.signal=topk or online."
+            )
+        if self.skew is not None and self.loss not in SKEWED:
+            raise ConfigError(f"distill.skew={self.skew} is for the losses {', '.join(SKEWED)}; {self.loss} has none.")
+        need(self.skew is None or 0 < self.skew < 1, "distill.skew", self.skew, "between 0 and 1, or null")
+        if self.signal_size is not None and self.signal == "online":
+            raise ConfigError(f"distill.signal_size={self.signal_size} is for distill.signal=topk or sampled.")
+        need(
+            self.signal_size is None or 0 < self.signal_size < 256, "distill.signal_size", self.signal_size, "1 to 255"
+        )
+        need(self.hidden_weight >= 0, "distill.hidden_weight", self.hidden_weight, "zero or more")
+        if self.hidden_weight and (self.signal != "online" or self.kd_weight == 0):
+            raise ConfigError(
+                f"distill.hidden_weight={self.hidden_weight} with distill.signal={self.signal} and "
+                f"distill.kd_weight={self.kd_weight}: hidden states are compared with those of a teacher that runs "
+                "beside the student. Use distill.signal=online and distill.kd_weight above zero."
+            )
+        share("distill", self, "kd_weight")
+        positive("distill", self, "temperature")
