@@ -38,6 +38,7 @@ bench: $(VENV)/.installed  ## every claim of speed, one script each
 	$(BIN)/pip install --quiet -c constraints.txt trl torch-pruning
 	$(BIN)/python -m benchmarks.pruning --out results/pruning_speed.csv
 	$(BIN)/python -m benchmarks.distill_step --out results/distill_step.csv
+	$(BIN)/python -m benchmarks.loop --out results/loop.csv
 
 evidence: $(VENV)/.installed  ## the long runs whose tables are in results/
 	$(BIN)/python -m benchmarks.chaos --out results/chaos.csv

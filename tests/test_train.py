@@ -258,3 +258,15 @@ def test_vocabularies_of_two_heights_are_cropped_with_a_note(tmp_path, caplog):
     teacher = new_model(RUNGS["80k"], 7)
     train(student, Text(), plan(order=np.arange(8)), runtime=Runtime(), checkpoints=tmp_path, teacher=teacher)
     assert "padded to 1100 rows, the teacher's to 1024: KD compares the first 1024" in caplog.text
+
+
+def test_bf16_trains_nearly_the_same(tmp_path):
+    points = []
+    for precision in ("fp32", "bf16"):
+        student, teacher = new_model(RUNGS["55k"], 0), new_model(RUNGS["80k"], 7)
+        where = {"runtime": Runtime(), "checkpoints": tmp_path / precision}
+        result = train(student, Text(), plan(order=np.arange(24)), **where, teacher=teacher, precision=precision)
+        points.append(result.history[-1])
+        assert {p.dtype for p in student.parameters()} == {torch.float32}
+    for name in ("ce", "kl", "teacher_entropy"):
+        assert points[1][name] == pytest.approx(points[0][name], rel=0.02)
