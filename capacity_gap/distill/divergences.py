@@ -25,8 +25,8 @@ class Softmax:
 
     @classmethod
     def of(cls, logits: Tensor) -> "Softmax":
-        """From logits [n, V]."""
-        shifted = logits - logits.amax(-1, keepdim=True)
+        """From logits [n, V], which it overwrites."""
+        shifted = logits.sub_(logits.amax(-1, keepdim=True))
         exponentials = shifted.exp()
         norm = exponentials.sum(-1, keepdim=True)
         return cls(shifted, exponentials.div_(norm), norm.log())

@@ -24,8 +24,9 @@ from capacity_gap.distill.sparse import AGAINST, SparseTargets
 
 IGNORE = -100
 CHUNK_ELEMENTS = 2**17  # logits of one chunk (0.5 MB in fp32): they stay in a CPU's cache, measured fastest
+CHUNK_LIMIT = 2**22  # and never more logits than this (16 MB): a CPU pays for larger blocks in page faults
 DEVICE_ELEMENTS = 2**26  # on a GPU, which wants large products (256 MB in fp32; not measured)
-CHUNK_TOKENS = 128  # but never fewer tokens than this, or the matrix products of a large vocabulary starve
+CHUNK_TOKENS = 128  # not fewer tokens than this below the limit, or the matrix products of a large vocabulary starve
 
 
 def distill_loss(
@@ -120,9 +121,11 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden_ND) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight_VD, dtype=wide) if ctx.needs_input_grad[1] else None
         sums = torch.zeros(4, dtype=wide, device=hidden_ND.device)
-        for part in chunks(len(labels_N), weight_VD.shape[0], labels_N.device):
-            logits = _logits(hidden_ND[part], weight_VD, wide)
-            targets = _targets(teacher, part, wide)
+        parts = chunks(len(labels_N), weight_VD.shape[0], labels_N.device)
+        ours, theirs = (hidden_ND.new_empty(0) for _ in range(2))  # reused: fresh pages cost more than arithmetic
+        for part in parts:
+            logits = _logits(hidden_ND[part], weight_VD, wide, ours)
+            targets = _targets(teacher, part, wide, theirs)
             chunk_sums, grad_nV = _chunk(logits, targets, labels_N[part], terms)
             sums += chunk_sums
             if grad_hidden is not None:
@@ -168,18 +171,27 @@ def token_losses(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> tupl
 def chunks(tokens: int, vocabulary: int, device: torch.device) -> list[slice]:
     """How tokens are cut so that the logits of one part stay in the cache."""
     step = max(CHUNK_TOKENS, (CHUNK_ELEMENTS if device.type == "cpu" else DEVICE_ELEMENTS) // vocabulary)
+    if device.type == "cpu":
+        step = max(1, min(step, CHUNK_LIMIT // vocabulary))
     return [slice(start, start + step) for start in range(0, tokens, step)]
 
 
-def _logits(hidden: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:
-    return (hidden @ weight.to(hidden.dtype).T).to(wide)
+def _logits(hidden: Tensor, weight: Tensor, wide: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Logits [n, V]; in the memory of `out`, which grows to what they take, where that has their type."""
+    weight = weight.to(hidden.dtype)
+    if out is None or hidden.dtype != wide or out.dtype != wide:
+        return (hidden @ weight.T).to(wide)
+    needed = len(hidden) * len(weight)
+    if out.numel() < needed:
+        out.resize_(needed)
+    return torch.mm(hidden, weight.T, out=out[:needed].view(len(hidden), len(weight)))
 
 
-def _targets(teacher: Any, part: slice, wide: torch.dtype) -> Tensor | SparseTargets | None:
+def _targets(teacher: Any, part: slice, wide: torch.dtype, out: Tensor) -> Tensor | SparseTargets | None:
     """What the teacher says of one chunk: logits [n, V], or a few values a token."""
     if teacher is None or isinstance(teacher, SparseTargets):
         return teacher and teacher.part(part)
-    return _logits(teacher[0][part], teacher[1], wide)
+    return _logits(teacher[0][part], teacher[1], wide, out)
 
 
 def _chunk(
