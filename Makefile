@@ -16,6 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed  ## the whole road on real text: about five minutes on two cores
 	$(BIN)/python run.py -m +sweeps=quick
 	$(BIN)/python -m capacity_gap fit store --sweep quick --out figures
+	$(BIN)/python -m capacity_gap report store --sweep quick --out figures/report.html
 
 test: $(VENV)/.installed  ## the default tests
 	$(BIN)/python -m pytest -q -n auto

@@ -8,6 +8,7 @@ from pathlib import Path
 from capacity_gap import __version__
 from capacity_gap.config import default_store
 from capacity_gap.errors import UserError
+from capacity_gap.report import commands as report_commands
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     fetch.add_argument("what", nargs="+", help="repositories, or FAMILY:RUNG such as qwen2_5:1.5b")
     fetch.set_defaults(run=run_fetch)
     _add_recommend(commands)
+    report_commands.add(commands)
     _add_store(commands)
     return root
 
@@ -199,9 +201,7 @@ def run_fit(given: argparse.Namespace) -> int:
     from capacity_gap.fit.law import law_from
     from capacity_gap.fit.optimum import locate
 
-    frame = records.load(given.source)
-    if given.sweep:
-        frame = _of_sweep(frame, given.source, given.sweep)
+    frame = _of_sweep(given.source, given.sweep) if given.sweep else records.load(given.source)
     by = [c for c in given.by.split(",") if c] if given.by is not None else BY
     try:
         found, notes = curves(frame, metric=given.metric, axis=given.axis, by=by)
@@ -231,14 +231,11 @@ def _surface(frame, given: argparse.Namespace):  # type: ignore[no-untyped-def]
     return surface
 
 
-def _of_sweep(frame, source: str, name: str):  # type: ignore[no-untyped-def]
+def _of_sweep(source: str, name: str):  # type: ignore[no-untyped-def]
     """The records of one sweep's cells."""
     from capacity_gap import store_tools
-    from capacity_gap.errors import choose
 
-    known = store_tools.sweeps(store_tools.open_store(source))
-    choose("--sweep", name, known)
-    return frame[("record/" + frame["cell"]).isin(list(known[name]))]
+    return store_tools.sweep_frame(store_tools.open_store(source), name)
 
 
 def _write_fit(law, located, out: Path) -> None:  # type: ignore[no-untyped-def]

@@ -25,6 +25,7 @@ LAYERS = ("symmetric", "block_influence", "loss_increase")
 INITS = ("pruned", "random", "shared")
 SHAPES = ("common", "per_teacher", "fixed")
 TRACKING_MODES = ("offline", "online", "disabled")
+ARTIFACTS = ("none", "record", "model")
 
 
 @dataclass
@@ -185,9 +186,11 @@ class TrackingConfig:
     mode: str = "offline"
     project: str = "capacity_gap"
     entity: str | None = None
+    artifacts: str = "none"  # what goes along: nothing, record and history, or the student's weights too
 
     def __post_init__(self) -> None:
         choose("tracking.mode", self.mode, TRACKING_MODES)
+        choose("tracking.artifacts", self.artifacts, ARTIFACTS)
 
 
 @dataclass

@@ -20,10 +20,12 @@ from capacity_gap.fingerprint import fingerprint
 from capacity_gap.lease import POLL_S, Pulse
 from capacity_gap.pipeline import Cell, resolve
 from capacity_gap.plan import Speed, check_budget, make_plan
+from capacity_gap.report.sweep_run import mirror_sweep
 from capacity_gap.running import fail
 from capacity_gap.runtime import PARENT, Interrupted
 from capacity_gap.stage import Stage, Store, closure
 from capacity_gap.store_tools import note_sweep
+from capacity_gap.tracking import settled
 from capacity_gap.watch import View, Watch, failure_file
 
 Launch = Callable[..., Sequence[Any]]
@@ -87,6 +89,7 @@ def run_grid(jobs: Sequence[Job], launch: Launch, *, workers: int = 1, max_batch
     check_budget(plan, first.budget_hours)
     store.create()
     os.environ[PARENT] = str(os.getpid())
+    settled(first.tracking)  # says once, for all workers, if W&B cannot be had
     noted = {c.record.key: _noted(c, overrides, plan.speed) for c, overrides in cells.values()}
     note_sweep(store, _name(jobs), noted)
     todo = {digest: c for digest, c in cells.items() if not store.has(c[0].record)}
@@ -102,6 +105,7 @@ def run_grid(jobs: Sequence[Job], launch: Launch, *, workers: int = 1, max_batch
         if not done:
             fail(cell, store, causes.get(cell.record.key, DIED))
     _print_outcome(outcome, store)
+    mirror_sweep(store, _name(jobs), first.tracking, changed=bool(todo))
     return not outcome.counts["failed"]
 
 

@@ -148,13 +148,17 @@ def to_frame(records: Iterable[dict[str, Any]]) -> "pd.DataFrame":
 
 
 def load(source: str | Path) -> "pd.DataFrame":
-    """Records as a table, from a store, a folder of CSVs, a CSV file or a parquet file.
+    """Records as a table, from a store, a folder of CSVs, a CSV file, a parquet file or `wandb:entity/project`.
 
     Raises:
         UserError: there is nothing of the kind at `source`.
     """
     import pandas as pd
 
+    if str(source).startswith("wandb:"):
+        from capacity_gap.wandb_api import load_rows
+
+        return to_frame(load_rows(str(source)))
     path = Path(source).expanduser()
     if path.is_file():
         return pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
@@ -164,6 +168,6 @@ def load(source: str | Path) -> "pd.DataFrame":
     if not tables:
         raise UserError(
             f"{source} holds no records. Give a store (a folder with store.json), a folder of CSV files, "
-            "a .csv or a .parquet file."
+            "a .csv or a .parquet file, or wandb:entity/project."
         )
     return pd.concat([pd.read_csv(t) for t in tables], ignore_index=True)

@@ -1,7 +1,8 @@
 """Running a cell: its record if it is there, else whatever of its chain is missing, tracked, and a note if it fails."""
 
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from capacity_gap import steps, tracking
 from capacity_gap.errors import Busy
@@ -10,6 +11,7 @@ from capacity_gap.plan import make_plan
 from capacity_gap.records import RECORD, SCHEMA_VERSION, Record
 from capacity_gap.runtime import Runtime, resolve_device
 from capacity_gap.stage import Store, closure, write_json
+from capacity_gap.store_tools import sweeps_of
 from capacity_gap.watch import failure_file
 
 if TYPE_CHECKING:
@@ -61,29 +63,50 @@ def _run_cell(cell: "Cell", store: Store, runtime: Runtime) -> str:
     record = cell.record
     if store.has(record):
         return record.key
-    track = cell.config.tracking
-    tracker = tracking.start(
-        track, cell=record.digest, name=cell.name, config=cell.description, folder=store.root / "wandb"
-    )
-    runtime.on_log = tracker.log
+    tracker = _tracker(cell, store)
     try:
+        for parent in cell.distilled.inputs.values():
+            store.compute(parent, runtime)
+        runtime.on_log = tracker.log  # from here on only the cell's own points, not its teacher's
         store.compute(cell.distilled, runtime)
-        for point in steps.read_history(store.path(cell.distilled)) if cell.data_tokens else ():
-            tracker.log(point)  # what another process computed, or an earlier one; what was logged is passed over
         row = json.loads((store.compute(record, runtime) / RECORD).read_text())
     except BaseException as error:
-        tracker.finish({"status": "failed", "error": str(error)}, failed=True)
         if isinstance(error, Exception) and not isinstance(error, Busy):
-            fail(cell, store, str(error) or type(error).__name__)
+            tracker.finish(fail(cell, store, str(error) or type(error).__name__))
+        else:
+            tracker.leave()
         raise
     failure_file(store, record.key).unlink(missing_ok=True)
-    tracker.finish(row, failed=False)
+    history = steps.read_history(store.path(cell.distilled)) if cell.data_tokens else []
+    tracker.finish(row, history, _keepsakes(cell, store))
     return record.key
 
 
-def fail(cell: "Cell", store: Store, cause: str) -> None:
-    """Leaves a failed record with its cause; it stays until the cell is done."""
+def _tracker(cell: "Cell", store: Store) -> tracking.Tracker:
+    """What mirrors the cell, grouped by the youngest grid that it belongs to."""
+    return tracking.start(
+        cell.config.tracking,
+        cell=cell.record.digest,
+        name=cell.name,
+        config=cell.description,
+        folder=store.root / "wandb",
+        sweeps=sweeps_of(store, cell.record.key),
+    )
+
+
+def _keepsakes(cell: "Cell", store: Store) -> list[Path]:
+    """The files of a cell that go to W&B as an artifact, if any."""
+    kind, trained = cell.config.tracking.artifacts, store.path(cell.distilled)
+    if kind == "none":
+        return []
+    history = [trained / steps.METRICS] if cell.data_tokens and kind == "record" else []
+    return [store.path(cell.record) / RECORD, *history, *([trained] if kind == "model" else [])]
+
+
+def fail(cell: "Cell", store: Store, cause: str) -> dict[str, Any]:
+    """Leaves a failed record with its cause, and returns it; it stays until the cell is done."""
     file = failure_file(store, cell.record.key)
     file.parent.mkdir(parents=True, exist_ok=True)
-    row = Record(SCHEMA_VERSION, cell.record.digest, "failed", cause, **cell.description)
-    write_json(file, row.to_dict())
+    row = Record(SCHEMA_VERSION, cell.record.digest, "failed", cause, **cell.description).to_dict()
+    write_json(file, row)
+    return row

@@ -2,14 +2,20 @@
 
 import json
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from capacity_gap.errors import StoreError
+from capacity_gap import records
+from capacity_gap.errors import StoreError, choose
+from capacity_gap.fingerprint import fingerprint
 from capacity_gap.lease import held_elsewhere
 from capacity_gap.stage import META, Store, write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 OUTSIDE = (".work", "sweeps", "failed", "jobs", "logs", "wandb")  # folders of a store that hold no stages
 SIGNAL = "signal"  # cached teacher outputs: large, and made again from the teacher when needed
@@ -84,14 +90,38 @@ def note_sweep(store: Store, name: str, cells: dict[str, dict[str, Any]]) -> Non
     """Writes down which cells a grid is made of: `<store>/sweeps/<name>.json`; a grown grid adds to what is there."""
     file = store.root / "sweeps" / f"{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(file.read_text())["cells"] if file.exists() else {}
-    write_json(file, {"name": name, "cells": {**known, **cells}})
+    known = json.loads(file.read_text()) if file.exists() else {"cells": {}}
+    own = known.get("id") or uuid.uuid4().hex[:12]
+    write_json(file, {"name": name, "id": own, "cells": {**known["cells"], **cells}})
+
+
+def sweep_id(store: Store, name: str) -> str:
+    """What tells this grid from others of its name in other stores; it stays when the grid grows."""
+    return json.loads((store.root / "sweeps" / f"{name}.json").read_text()).get("id") or fingerprint(name)[:12]
+
+
+def sweep_frame(store: Store, name: str) -> "pd.DataFrame":
+    """The records of one grid's cells, done and failed.
+
+    Raises:
+        ConfigError: there is no such grid; the message lists those that are there.
+    """
+    known = sweeps(store)
+    choose("--sweep", name, known)
+    frame = records.to_frame(records.read(store.root))
+    return frame[("record/" + frame["cell"]).isin(list(known[name]))]
 
 
 def sweeps(store: Store) -> dict[str, dict[str, Any]]:
     """The grids that were started in this store: name → record key → what is known of the cell."""
     files = sorted((store.root / "sweeps").glob("*.json"))
     return {f.stem: json.loads(f.read_text())["cells"] for f in files}
+
+
+def sweeps_of(store: Store, record_key: str) -> list[str]:
+    """The grids that a cell belongs to, the youngest first."""
+    files = sorted((store.root / "sweeps").glob("*.json"), key=lambda f: -f.stat().st_mtime)
+    return [f.stem for f in files if record_key in json.loads(f.read_text())["cells"]]
 
 
 def list_sweeps(store: Store) -> list[tuple[str, int, int, int]]:

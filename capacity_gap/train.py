@@ -207,7 +207,7 @@ def train(
         teacher: gives the soft targets: a model, or a cached `Signal`; needed if `plan.distill.kd_weight` > 0.
         held_out: text for the losses on the way, at multiples of `plan.evaluate_every` tokens and at the end.
         precision: `fp32`, or `bf16` autocast.
-        on_log: called with each logged point.
+        on_log: called with each logged point; a run that goes on from a checkpoint begins with those before it.
 
     Returns:
         The result; each point of its history has step, tokens, ce, (kd, kl, teacher_entropy, hidden,) learning_rate,
@@ -229,6 +229,8 @@ def train(
     objective, prepared = accelerator.prepare(bare, optimizer)
     labels = predicted(student, sequences.sequence_length)
     start, history = checkpoint.load(checkpoints, bare.trained, optimizer)
+    for point in history:
+        on_log(point)
     beside = teacher if isinstance(teacher, nn.Module) and plan.distill.kd_weight > 0 else None
     pace = Pace.of(student, beside, peak=plan.peak_flops, runtime=runtime, precision=precision)
     saved, micro = time.monotonic(), plan.micro_batch

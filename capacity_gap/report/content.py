@@ -1,0 +1,285 @@
+"""What a report says, before it is drawn: records cut into arms, the law, histories, costs, causes, commands."""
+
+import json
+import math
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from capacity_gap import records
+from capacity_gap.fit import LawFit
+from capacity_gap.fit.frame import AXES, Curve, curves, default_metric
+from capacity_gap.fit.law import law_from
+from capacity_gap.fit.optimum import Optimum, locate
+from capacity_gap.report.plots import short_scale
+from capacity_gap.store_tools import open_store, sweep_frame, sweeps
+
+HISTORY_POINTS = 40  # a training curve is averaged in so many bins: single batches are noise
+LONGEST_RUNG = 8  # letters; model folders have longer names
+SAME_SIZE = 0.03  # as in the fit: students within 3 % are one
+
+# What is told of a whole run in one line each, where all its cells agree.
+SETTINGS = {
+    "family": "family",
+    "corpus": "corpus",
+    "data_tokens": "distillation tokens",
+    "epochs": "epochs",
+    "teacher_data": "teacher's tokens",
+    "init": "start",
+    "prune_method": "score",
+    "shape": "shape",
+    "batch": "batch (sequences)",
+    "loss": "objective",
+    "kd_weight": "weight of distillation",
+    "temperature": "temperature",
+    "signal": "teacher's signal",
+    "precision": "precision",
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One curve with the rows that it was made from, and what was found on it."""
+
+    curve: Curve
+    optimum: Optimum | None
+    rows: pd.DataFrame
+    arm: str
+
+    @property
+    def student(self) -> str:
+        """The student's scale, as people say it."""
+        return str(self.curve.key["student"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """Everything in a report. `problem`: why nothing could be fitted, if so."""
+
+    frame: pd.DataFrame
+    metric: str
+    axis: str
+    law: LawFit | None
+    panels: list[Panel]
+    notes: list[str]
+    problem: str | None
+    histories: dict[str, pd.DataFrame]
+    commands: list[str]
+    names: list[str]
+
+    @property
+    def done(self) -> pd.DataFrame:
+        """The cells that have a result."""
+        return self.frame[self.frame["status"] == "done"] if "status" in self.frame else self.frame
+
+    @property
+    def failed(self) -> pd.DataFrame:
+        """The cells that have none."""
+        return self.frame[self.frame["status"] == "failed"] if "status" in self.frame else self.frame[:0]
+
+    @property
+    def teacher(self) -> str:
+        """The column that counts the teacher's parameters."""
+        return "teacher_params" + AXES[self.axis]
+
+    @property
+    def student(self) -> str:
+        """The column that counts the student's."""
+        return "student_params" + AXES[self.axis]
+
+    def rung(self, params: Any) -> str:
+        """What a teacher of so many parameters is called."""
+        return self.teachers.get(float(params)) or short_scale(float(params))
+
+    @cached_property
+    def teachers(self) -> dict[float, str]:
+        """The rungs' names by their parameters, where they have short ones."""
+        if "teacher" not in self.frame:
+            return {}
+        pairs = self.frame[[self.teacher, "teacher"]].dropna().drop_duplicates()
+        return {float(n): str(name) for n, name in pairs.itertuples(index=False) if len(str(name)) <= LONGEST_RUNG}
+
+
+def gather(source: str, *, sweep: str | None = None, axis: str = "total", metric: str | None = None) -> Content:
+    """Reads a store, or any other source of records, and fits it; what cannot be fitted is told, not raised."""
+    store = open_store(source) if sweep or (Path(source).expanduser() / "store.json").exists() else None
+    frame = sweep_frame(store, sweep) if store and sweep else records.load(source)
+    frame = frame.reset_index(drop=True)
+    found: list[Curve] = []
+    notes: list[str] = []
+    law = problem = None
+    try:
+        found, notes = curves(frame, metric=metric, axis=axis)
+        law = law_from(locate(found), axis=axis, notes=notes) if found else None
+    except ValueError as error:
+        problem = str(error)
+    optima: Sequence[Optimum | None] = law.optima if law and len(law.optima) == len(found) else [None] * len(found)
+    labels = arm_labels([c.key for c in found])
+    panels = [Panel(c, o, rows_of(frame, c, axis), label) for c, o, label in zip(found, optima, labels, strict=True)]
+    panels.sort(key=lambda p: (p.rows["data_tokens"].max() if "data_tokens" in p.rows else 0, p.curve.student_params))
+    known = {k: v for k, v in sweeps(store).items() if sweep in (None, k)} if store else {}
+    return Content(
+        frame=frame,
+        metric=metric or default_metric(frame),
+        axis=axis,
+        law=law,
+        panels=panels,
+        notes=list(notes),
+        problem=problem or (None if found else "No cell is done yet."),
+        histories=histories(store.root, frame) if store else {},
+        commands=[c for name, cells in known.items() for c in commands(name, cells.values())],
+        names=list(known),
+    )
+
+
+def arm_labels(keys: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What tells each curve from the others, the student aside: `300k tokens, init random`."""
+    varied = [
+        name
+        for name in dict.fromkeys(n for key in keys for n in key if n != "student")
+        if len({str(key.get(name)) for key in keys}) > 1
+    ]
+    return [", ".join(_said(name, key.get(name)) for name in varied) or "all runs" for key in keys]
+
+
+def _said(name: str, value: Any) -> str:
+    if name == "data_tokens" and value == value:
+        return f"{short_scale(float(value))} tokens" if value else "no distillation"
+    return f"{name.replace('_', ' ')} {value}"
+
+
+def rows_of(frame: pd.DataFrame, curve: Curve, axis: str) -> pd.DataFrame:
+    """The finished rows that a curve was made from."""
+    kept = frame["status"].eq("done") if "status" in frame else pd.Series(True, index=frame.index)
+    for name, value in curve.key.items():
+        if name in frame and not (name == "student" and frame["student"].isna().any()):
+            column = frame[name].astype(str) if name == "student" else frame[name]
+            kept &= column.isna() if value is None or value != value else column == value
+    counts = frame["student_params" + AXES[axis]].astype(float)
+    return frame[kept & (np.abs(np.log(counts / curve.student_params)) < np.log1p(SAME_SIZE))]
+
+
+def means(rows: pd.DataFrame, teacher: str, metric: str) -> pd.DataFrame:
+    """Mean over seeds at each teacher, with half the 95 % interval of that mean (missing without replicates)."""
+    from scipy import stats
+
+    groups = rows.groupby(teacher)[metric]
+    found = pd.DataFrame({"mean": groups.mean(), "count": groups.size()}).reset_index()
+    df = int((found["count"] - 1).sum())
+    if df:
+        spread = np.sqrt(((rows[metric] - groups.transform("mean")) ** 2).sum() / df)
+        found["half"] = stats.t.ppf(0.975, df) * spread / np.sqrt(found["count"])
+    else:
+        found["half"] = np.nan
+    return found
+
+
+def histories(root: Path, frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The training history of each cell, in bins; cells that share one training share its history."""
+    found: dict[str, pd.DataFrame] = {}
+    read: dict[str, pd.DataFrame | None] = {}
+    for cell in frame["cell"]:
+        meta = root / "record" / str(cell) / "stage.json"
+        if meta.exists():
+            trained = json.loads(meta.read_text())["inputs"]["trained"]
+            if trained not in read:
+                read[trained] = _history(root / trained / "metrics.jsonl")
+            if (history := read[trained]) is not None:
+                found[str(cell)] = history
+    return found
+
+
+def _history(file: Path) -> pd.DataFrame | None:
+    if not file.exists():
+        return None
+    points = pd.DataFrame([json.loads(line) for line in file.read_text().splitlines()])
+    bins = np.arange(len(points)) * HISTORY_POINTS // max(len(points), HISTORY_POINTS)
+    return points.groupby(bins).mean()
+
+
+def commands(name: str, cells: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The commands that make a grid again: one for each set of keys that its cells were given."""
+    grids: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for cell in cells:
+        given = [o.partition("=") for o in cell["overrides"] if not o.startswith(("hydra", "store=", "only="))]
+        grid = grids.setdefault(tuple(k for k, _, _ in given), {k: [] for k, _, _ in given})
+        for key, _, value in given:
+            grid[key] += [] if value in grid[key] else [value]
+    found = []
+    for grid in grids.values():
+        words = sorted(
+            (f"{k}={','.join(v)}" for k, v in grid.items()), key=lambda word: not word.startswith("+sweeps=")
+        )
+        found.append(shlex.join(["python", "run.py", "-m", *words]))
+    return [*found, shlex.join(["python", "-m", "capacity_gap", "report", "store", "--sweep", name])]
+
+
+def causes(failed: pd.DataFrame) -> list[tuple[str, int, str]]:
+    """Why cells failed: cause, how many, and the first of them."""
+    if failed.empty:
+        return []
+    said = failed["error"] if "error" in failed else pd.Series(np.nan, index=failed.index)
+    groups = failed.groupby(said.fillna("unknown"), sort=False)
+    found = [(str(cause), len(rows), cell_name(rows.iloc[0])) for cause, rows in groups]
+    return sorted(found, key=lambda row: -row[1])
+
+
+def cell_name(row: Any) -> str:
+    """A cell in words; `row` is a row of the table, or a dict."""
+    given: dict[str, Any] = dict(row)
+    scales = [
+        str(given[name]) if _is(given.get(name)) else short_scale(given.get(f"{name}_params", math.nan)) or "?"
+        for name in ("student", "teacher")
+    ]
+    tokens = [f"{short_scale(given['data_tokens'])} tokens"] if _is(given.get("data_tokens")) else []
+    seeds = [f"{k.replace('_', ' ')} {int(given[k])}" for k in ("seed", "teacher_seed") if _is(given.get(k))]
+    return ", ".join([" from ".join(scales), *tokens, *seeds])
+
+
+def _is(value: Any) -> bool:
+    return value is not None and value == value
+
+
+def constants(frame: pd.DataFrame) -> list[tuple[str, str]]:
+    """The settings of the cells: one value where all agree, else all values."""
+    found = []
+    for column, label in SETTINGS.items():
+        values: Iterable[Any] = frame[column].dropna().unique() if column in frame else ()
+        said = sorted((_value(column, v) for v in values), key=lambda s: (len(s), s))
+        found += [(label, ", ".join(said))] if said else []
+    return found
+
+
+def _value(column: str, value: Any) -> str:
+    if column == "data_tokens":
+        return f"{value:,.0f}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def costs(done: pd.DataFrame) -> dict[str, float]:
+    """What the cells took, each teacher counted once."""
+    which = [c for c in ("family", "teacher", "teacher_seed", "teacher_tokens") if c in done]
+    teachers = done.drop_duplicates(which) if which else done
+    return {
+        "students": _sum(done, "train_flops"),
+        "forward": _sum(done, "teacher_flops"),
+        "teachers": _sum(teachers, "teacher_train_flops"),
+        "seconds": _sum(done, "wall_s"),
+        "memory": float(done["peak_memory_bytes"].max()) if _sum(done, "peak_memory_bytes") else 0.0,
+    }
+
+
+def _sum(frame: pd.DataFrame, column: str) -> float:
+    return float(frame[column].sum()) if column in frame else 0.0
+
+
+def tasks(frame: pd.DataFrame) -> list[str]:
+    """The benchmarks that some cell was scored on."""
+    names = [str(c) for c in frame.columns if str(c).startswith("metrics/") and not str(c).endswith("/stderr")]
+    return [n for n in names if frame[n].notna().any()]

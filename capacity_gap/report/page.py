@@ -1,0 +1,166 @@
+"""The report: one HTML file that needs nothing else, neither a network nor another file."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from capacity_gap import __version__
+from capacity_gap.errors import UserError
+from capacity_gap.report.content import Content, causes, cell_name, constants, costs, gather, tasks
+from capacity_gap.report.plots import VERDICTS, short_scale
+
+TEMPLATE = "page.html.j2"
+HELD_OUT = {
+    "student_loss": "held-out loss",
+    "student_bits_per_byte": "bits per byte",
+    "student_loss_ood": "out of domain",
+    "teacher_loss": "its teacher's loss",
+    "init_loss": "before training",
+}
+
+
+def write_report(
+    source: str, out: Path, *, sweep: str | None = None, axis: str = "total", metric: str | None = None
+) -> Content:
+    """Writes the report of `source` to `out`; the same records give the same file.
+
+    Args:
+        source: a store, or anything that `records.load` reads.
+        out: the HTML file.
+        sweep: of a store: only this grid.
+        axis: count `total` parameters or `non_embedding` ones.
+        metric: the column to minimise, by default the held-out loss.
+
+    Raises:
+        UserError: there are no records, or the extra `[report]` is not installed.
+    """
+    content = gather(source, sweep=sweep, axis=axis, metric=metric)
+    title = f"Capacity gap: {sweep or ', '.join(content.names) or Path(source).name}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(render(content, title=title), encoding="utf-8")
+    return content
+
+
+def render(content: Content, *, title: str) -> str:
+    """The page as text."""
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise UserError("a report needs plotly: pip install 'capacity_gap[report]'.") from error
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    from capacity_gap.report import charts
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters["scale"] = short_scale
+    figures = _figures(content)
+    return environment.get_template(TEMPLATE).render(
+        title=title,
+        version=__version__,
+        content=content,
+        status=content.law.status if content.law else "none",
+        badge=VERDICTS.get(content.law.status, content.law.status) if content.law else "no fit",
+        verdict=content.law.verdict() if content.law else content.problem,
+        null_p=getattr(content.law, "null_p", None),
+        summary=content.law.summary() if content.law else None,
+        counts=_counts(content),
+        constants=constants(content.frame),
+        best=_best(content),
+        causes=causes(content.failed),
+        costs=costs(content.done),
+        provenance=_provenance(content.done),
+        cells=_cells(content),
+        has=figures.keys(),
+        heat_maps_left=max(0, len({p.arm for p in content.panels}) - charts.MOST_HEATMAPS),
+        figures=embedded({k: json.loads(f.to_json()) for k, f in figures.items()}),
+        themes=embedded(charts.themes()),
+        plotly=get_plotlyjs(),
+    )
+
+
+def embedded(value: Any) -> str:
+    """JSON that cannot end the script element that holds it."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text
+
+
+def _figures(content: Content) -> dict[str, Any]:
+    """Every figure that these records can fill, by the name of its place in the page."""
+    from capacity_gap.report import charts
+
+    if not content.panels:
+        return {}
+    named = tasks(content.done)
+    made = {
+        "curves": charts.u_curves(content),
+        "ratio": charts.ratio_law(content),
+        "heat": charts.heat_map(content),
+        "data": charts.data_scale(content),
+        "dynamics_ce": charts.dynamics(content, "ce"),
+        "dynamics_kl": charts.dynamics(content, "kl"),
+        "scores": charts.scores(content, named) if named else None,
+        "cost": charts.cost(content),
+    }
+    return {k: figure for k, figure in made.items() if figure is not None}
+
+
+def _counts(content: Content) -> Mapping[str, int]:
+    frame = content.frame
+    wanted = ("student", "teacher", "data_tokens", "seed", "teacher_seed")
+    found = {"done": len(content.done), "failed": len(content.failed)}
+    return found | {c: int(frame[c].nunique()) for c in wanted if c in frame and frame[c].notna().any()}
+
+
+def _best(content: Content) -> tuple[list[str], list[list[str]]]:
+    """For each curve its best cell with all its scores: the table's head and its rows."""
+    named = {c: label for c, label in HELD_OUT.items() if c in content.done and content.done[c].notna().any()}
+    named |= {c: c.removeprefix("metrics/") for c in tasks(content.done)}
+    rows = []
+    for panel in sorted(content.panels, key=lambda p: p.curve.student_params):
+        best = panel.rows.sort_values(content.metric).iloc[0]
+        rows.append([panel.student, panel.arm, cell_name(best), *(_score(best, c) for c in named)])
+    head = ["student", "arm", "best cell", *named.values()]
+    several = len({p.arm for p in content.panels}) > 1
+    return ([*head], rows) if several else ([head[0], *head[2:]], [[row[0], *row[2:]] for row in rows])
+
+
+def _score(row: pd.Series, name: str) -> str:
+    value, error = row[name], row.get(f"{name}_stderr", row.get(f"{name}/stderr"))
+    if value != value:
+        return "–"
+    return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None and error == error else "")
+
+
+def _provenance(done: pd.DataFrame) -> list[tuple[str, str]]:
+    names = {"git_commit": "commit", "device": "device", "threads": "threads", "ranks": "ranks", "created": "recorded"}
+    versions = {c: c.removeprefix("version/") for c in done.columns if str(c).startswith("version/")}
+    found = []
+    for column, label in {**names, **versions}.items():
+        values = sorted({str(v) for v in done[column].dropna()}) if column in done else []
+        if values:
+            many = column == "created" and len(values) > 1
+            found.append((label, f"{values[0]} to {values[-1]}" if many else ", ".join(values)))
+    return found
+
+
+def _cells(content: Content) -> str:
+    """All cells, the best first, as one block of text: a thousand of them must not slow the page down."""
+    frame = content.frame.sort_values(content.metric) if content.metric in content.frame else content.frame
+    rows = [
+        (cell_name(row), str(row.get("status", "done")), *(_number(row.get(c)) for c in (content.metric, "init_loss")))
+        for row in frame.to_dict("records")
+    ]
+    rows.insert(0, ("cell", "status", content.metric, "before training"))
+    width = max(len(row[0]) for row in rows)
+    return "\n".join(f"{name:<{width}}  {status:<7} {loss:>12} {start:>16}" for name, status, loss, start in rows)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) and value == value else "–"

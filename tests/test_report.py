@@ -1,0 +1,219 @@
+"""The report: what it says, that it needs nothing else, and that what users typed stays text."""
+
+import json
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from capacity_gap import cli, pipeline
+from capacity_gap.report import content, page
+from capacity_gap.stage import Store
+from capacity_gap.store_tools import note_sweep
+from tests.conftest import compose
+
+charts = pytest.importorskip("capacity_gap.report.charts")  # plotly
+HOSTILE = "<script>alert(1)</script>"
+SECTIONS = ["run", "curves", "law", "heat", "data", "dynamics", "scores", "cost", "failures", "provenance", "reproduce"]
+
+
+class Page(HTMLParser):
+    """A page as a browser reads it: its elements, and its text outside of scripts and styles."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.text, self.scripts, self._inside = [], "", [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self._inside = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        self._inside = None
+
+    def handle_data(self, data):
+        if self._inside == "script":
+            self.scripts[-1] += data
+        elif self._inside != "style":
+            self.text += data
+
+    def ids(self):
+        return [a["id"] for _, a in self.elements if "id" in a]
+
+
+def grid(students=(50, 60, 75), ratios=(1, 1.5, 2.2, 3.3, 5.0, 7.5), budgets=(300_000, 1_000_000), seeds=3, **more):
+    """Records of a grid whose best teachers are 2.6 times the student (with little data) and 3.4 times."""
+    noise = np.random.default_rng(0)
+    rows = []
+    for s in students:
+        for r in ratios:
+            for d in budgets:
+                for seed in range(seeds):
+                    away = np.log(r / (2.6 if d < 500_000 else 3.4))
+                    loss = 4 - 0.2 * np.log(s / 50) - 0.05 * np.log(d / 3e5) + 0.05 * away**2
+                    rows.append(
+                        {
+                            "cell": f"{len(rows):032x}",
+                            "status": "done",
+                            "student": f"{s}k",
+                            "teacher": f"{s * r:g}k",
+                            "data_tokens": d,
+                            "seed": seed,
+                            "student_params": s * 1000,
+                            "teacher_params": s * r * 1000,
+                            "student_loss": loss + noise.normal(0, 0.002),
+                            "student_loss_stderr": 0.009,
+                            "metrics/cloze": 0.5 - loss / 100,
+                            "metrics/cloze/stderr": 0.01,
+                            "train_flops": 1e9,
+                            "teacher_flops": 2e9,
+                            "teacher_train_flops": 5e9,
+                            "created": "2026-11-24T20:00:00+00:00",
+                            **more,
+                        }
+                    )
+    return pd.DataFrame(rows)
+
+
+def report(frame, tmp_path, **options):
+    """The report of a table, as text."""
+    source, out = tmp_path / "runs.csv", tmp_path / "report.html"
+    frame.to_csv(source, index=False)
+    page.write_report(str(source), out, **options)
+    return out.read_text(encoding="utf-8")
+
+
+def test_a_report_has_every_section_and_needs_nothing_else(tmp_path):
+    read = Page(report(grid(), tmp_path))
+    assert [i for i in read.ids() if i in SECTIONS] == SECTIONS
+    assert [tag for tag, a in read.elements if tag in ("link", "img", "iframe") or "src" in a] == []
+    assert all(a["href"].startswith("#") for tag, a in read.elements if tag == "a")
+    assert "The best teacher has" in read.text and "permuted data" in read.text
+    drawn = set(json.loads(read.scripts[1]))
+    assert drawn == {"curves", "ratio", "heat", "data", "scores", "cost"}, "no history: no dynamics"
+    assert {f"chart-{name}" for name in drawn} <= set(read.ids())
+
+
+def test_the_same_records_give_the_same_file(tmp_path):
+    assert report(grid(), tmp_path) == report(grid(), tmp_path)
+
+
+def test_what_users_typed_is_text(tmp_path):
+    frame = grid(corpus=HOSTILE, family=f"{HOSTILE}%{{x}}", git_commit=HOSTILE).assign(
+        student=lambda t: t["student"] + HOSTILE, teacher=HOSTILE, error=None
+    )
+    failed = frame[:1].assign(status="failed", error=f"no {HOSTILE}", student_loss=np.nan)
+    read = Page(report(pd.concat([frame, failed]), tmp_path))
+    assert [tag for tag, _ in read.elements].count("script") == 4
+    assert read.text.count(HOSTILE) > 5 and f"no {HOSTILE}" in read.text
+    figures = json.loads(read.scripts[1])
+    assert "<script" not in json.dumps(figures) and "&lt;script&gt;alert(1)" in json.dumps(figures)
+
+
+def hostile_grid(tiny, text_file, folder):
+    """A store with one cell of a grid whose corpus lies in a folder called like a script."""
+    corpus = folder / "<script>alert(1)<" / "script>"
+    corpus.mkdir(parents=True)
+    (corpus / "a.txt").write_text(text_file.read_text(encoding="utf-8"), encoding="utf-8")
+    given = [*[t for t in tiny if not t.startswith("corpus.path")], f"corpus.path='{corpus}'", "student=40k"]
+    config = compose([*given, "teacher=55k", f"store={folder / 'store'}"])
+    key = pipeline.run(config)
+    note_sweep(Store(config.store_path), "hostile", {key: {"name": "x", "overrides": given, "stages": {}}})
+    return config.store_path
+
+
+def test_a_hostile_corpus_folder_shows_as_text(tiny, tmp_path, text_file, capsys):
+    store = hostile_grid(tiny, text_file, tmp_path)
+    assert cli.main(["report", str(store), "--sweep", "hostile", "--out", str(tmp_path / "r.html")]) == 0
+    assert "No law can be fitted" in capsys.readouterr().out
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    read = Page(text)
+    assert [tag for tag, _ in read.elements].count("script") == 4
+    assert HOSTILE in read.text and HOSTILE not in text
+    assert {"curves", "dynamics_ce", "dynamics_kl"} <= set(json.loads(read.scripts[1]))
+
+
+def test_json_in_the_page_cannot_end_its_element():
+    text = page.embedded({"a": "</script>&\u2028"})
+    assert not set("<>&\u2028") & set(text) and json.loads(text) == {"a": "</script>&\u2028"}
+
+
+@pytest.mark.parametrize(
+    ("frame", "says"),
+    [
+        (pd.DataFrame({"a": [1]}), "the table lacks student_params"),
+        (grid().assign(status="failed", error="boom", student_loss=np.nan), "boom"),
+        (grid(students=(50,), ratios=(2.0,)), "No law can be fitted"),
+    ],
+)
+def test_what_cannot_be_fitted_is_told(frame, says, tmp_path):
+    read = Page(report(frame, tmp_path))
+    assert says in read.text and [i for i in read.ids() if i in SECTIONS] == SECTIONS
+
+
+def test_intervals_of_means_are_the_pooled_t_intervals():
+    rows = pd.DataFrame({"t": [1, 1, 2, 2], "loss": [1.0, 3.0, 5.0, 5.0]})
+    found = content.means(rows, "t", "loss")
+    assert list(found["mean"]) == [2.0, 5.0]
+    assert found["half"].tolist() == pytest.approx([4.302652730 * 1.0 / np.sqrt(2)] * 2)  # s² = 2/2, df = 2
+    assert content.means(rows[::2], "t", "loss")["half"].isna().all()
+
+
+def test_arms_are_named_by_what_differs():
+    keys = [{"family": "pico", "data_tokens": d, "init": i, "student": "a"} for d, i in ((300_000, "x"), (0, "y"))]
+    assert content.arm_labels(keys) == ["300k tokens, init x", "no distillation, init y"]
+    assert content.arm_labels(keys[:1]) == ["all runs"]
+
+
+def test_each_teacher_costs_once():
+    frame = grid(family="pico", teacher_seed=0, teacher_tokens=1)
+    found = content.costs(frame)
+    assert found["students"] == len(frame) * 1e9
+    assert found["teachers"] == frame["teacher"].nunique() * 5e9
+
+
+def test_commands_make_the_grid_again():
+    cells = [
+        {"overrides": [f"student={s}", f"teacher={t}", "+sweeps=quick", "hydra.x=1", "store=here"]}
+        for s in ("40k", "60k")
+        for t in ("80k", "120k")
+    ]
+    assert content.commands("quick", cells) == [
+        "python run.py -m +sweeps=quick student=40k,60k teacher=80k,120k",
+        "python -m capacity_gap report store --sweep quick",
+    ]
+
+
+def test_every_cell_is_a_point_and_every_optimum_a_diamond(tmp_path):
+    frame = grid()
+    frame.to_csv(tmp_path / "runs.csv", index=False)
+    found = content.gather(str(tmp_path / "runs.csv"))
+    drawn = charts.u_curves(found).data
+    points = [trace for trace in drawn if trace.mode == "markers" and trace.legendgroup != "optimum"]
+    assert sum(len(trace.x) for trace in points) == len(frame)
+    diamonds = {round(trace.x[0], 6) for trace in drawn if trace.legendgroup == "optimum"}
+    assert diamonds == {round(o.teacher_params, 6) for o in found.law.optima if o.teacher_params}
+    heat = charts.heat_map(found).data
+    assert len(heat) == 2 and all(np.nanmin(trace.z, axis=1).tolist() == [0.0] * 3 for trace in heat)
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic V1 style:DeprecationWarning")
+def test_the_dashboard_holds_curves_ratio_dynamics_and_throughput(tmp_path):
+    pytest.importorskip("wandb_workspaces")
+    out = tmp_path / "board.json"
+    assert cli.main(["dashboard", "team/gap", "--sweep", "quick", "--out", str(out)]) == 0
+    board = json.loads(out.read_text())
+    sections = board["spec"]["section"]["panelBankConfig"]["sections"]
+    assert [s["name"] for s in sections] == ["U-curves", "The ratio law", "Training dynamics", "Throughput and cost"]
+    text = out.read_text()
+    fields = {f"summary:{name}" for name in ("teacher_params", "student_loss", "teacher_over_student")}
+    assert all(field in text for field in fields)
+    assert {"train/ce", "train/kl", "train/tokens_per_s", "figures/curves", "summary_metrics.law/ratio"} <= set(
+        text.split('"')
+    )
+    assert board["spec"]["section"]["runSets"][0]["filters"]["filters"][0]["value"] == ["quick"]
+    assert cli.main(["dashboard", "gap"]) == 2

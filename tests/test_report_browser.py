@@ -1,0 +1,151 @@
+"""The report as people see it, in headless Chromium."""
+
+import re
+import shutil
+
+import pytest
+
+from capacity_gap.report import page as report_page
+from tests.conftest import run_py
+from tests.test_report import HOSTILE, SECTIONS, grid, hostile_grid
+
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        launched = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def visit(browser):
+    """Opens a file without a network; returns its page, whose `said` collects errors, warnings and dialogs."""
+    contexts = []
+
+    def visit(file, **options):
+        context = browser.new_context(viewport={"width": 1200, "height": 900}, offline=True, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(60_000)
+        page.said = []
+        page.on("console", lambda m: page.said.append(m.text))
+        page.on("pageerror", lambda e: page.said.append(str(e)))
+        page.on("dialog", lambda d: (page.said.append(d.message), d.dismiss()))
+        page.goto(file.as_uri())
+        page.wait_for_selector("html[data-drawn=all]")
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture(scope="module")
+def quick(tiny, tmp_path_factory):
+    """The report of the quick grid, on little text."""
+    folder = tmp_path_factory.mktemp("quick")
+    run_py("-m", "+sweeps=quick", *tiny, f"store={folder / 'store'}")
+    report_page.write_report(str(folder / "store"), folder / "report.html", sweep="quick")
+    return folder / "report.html"
+
+
+def contrast(page, selector, paint="color"):
+    """WCAG contrast between what an element is painted with and the page's paper."""
+    script = (
+        "([s, p]) => [getComputedStyle(document.querySelector(s))[p], getComputedStyle(document.body).backgroundColor]"
+    )
+    shades = []
+    for colour in page.evaluate(script, [selector, paint]):
+        channels = [int(v) / 255 for v in re.findall(r"\d+", colour)[:3]]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        shades.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    return (max(shades) + 0.05) / (min(shades) + 0.05)
+
+
+READ = [(".verdict p", "color"), ("figcaption", "color"), (".badge", "color"), ("#chart-curves .xtick text", "fill")]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_quick_report_opens_readable_and_without_a_word_on_the_console(visit, quick, scheme):
+    page = visit(quick, color_scheme=scheme)
+    assert page.said == []
+    assert [s for s in SECTIONS if page.locator(f"section#{s} h2").is_visible()] == SECTIONS
+    assert page.locator(".chart .main-svg").count() > 0
+    assert page.locator("#chart-curves .scatterlayer .trace .points path").count() >= 10
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (paper == "rgb(255, 255, 255)") == (scheme == "light")
+    assert {s: c for s, p in READ if (c := contrast(page, s, p)) < 4.5} == {}
+
+
+def test_the_theme_follows_the_system_while_the_page_is_open(visit, quick):
+    page = visit(quick, color_scheme="light")
+    page.emulate_media(color_scheme="dark")
+    playwright.expect(page.locator("#chart-curves .xtick text").first).to_have_css("fill", "rgb(215, 220, 226)")
+    assert page.said == []
+
+
+def test_a_click_in_the_legend_hides_a_trace(visit, quick):
+    page = visit(quick)
+    traces = page.locator("#chart-curves .scatterlayer .trace")
+    before = traces.count()
+    page.locator("#chart-curves .legendtoggle").first.click()
+    playwright.expect(traces).not_to_have_count(before)
+    assert traces.count() < before
+
+
+def test_a_point_tells_its_cell(visit, quick):
+    page = visit(quick)
+    page.locator("#chart-curves .scatterlayer .trace .points path").first.hover(force=True)
+    playwright.expect(page.locator("#chart-curves .hoverlayer")).to_contain_text("from")
+
+
+def test_it_prints_light_and_within_the_paper(visit, quick):
+    page = visit(quick, color_scheme="dark")
+    page.emulate_media(media="print", color_scheme="dark")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") in (
+        "rgb(255, 255, 255)",
+        "rgba(0, 0, 0, 0)",
+    )
+    playwright.expect(page.locator("#chart-curves .xtick text").first).to_have_css("fill", "rgb(31, 35, 40)")
+    widths = page.evaluate(
+        "[...document.querySelectorAll('.chart .main-svg')].map(e => e.getBoundingClientRect().width)"
+    )
+    assert max(widths) <= 690, "A4 less the margins is 688 pixels wide"
+    assert page.pdf(prefer_css_page_size=True).startswith(b"%PDF")
+
+
+def test_a_hostile_name_is_text_on_the_screen_and_under_the_pointer(visit, tiny, text_file, tmp_path):
+    store = hostile_grid(tiny, text_file, tmp_path)
+    report_page.write_report(str(store), tmp_path / "store.html")
+    assert HOSTILE in visit(tmp_path / "store.html").locator("#reproduce").inner_text()
+    frame = grid(seeds=1).assign(student=lambda t: t["student"] + HOSTILE, teacher=HOSTILE, corpus=HOSTILE)
+    frame.to_csv(tmp_path / "runs.csv")
+    report_page.write_report(str(tmp_path / "runs.csv"), tmp_path / "table.html")
+    page = visit(tmp_path / "table.html")
+    assert HOSTILE in page.locator("#run dl").inner_text()
+    assert HOSTILE in page.locator("#chart-curves .annotation-text").first.text_content()
+    page.locator("#chart-curves .scatterlayer .trace .points path").first.hover(force=True)
+    playwright.expect(page.locator("#chart-curves .hoverlayer")).to_contain_text(HOSTILE)
+    assert page.said == []
+
+
+def test_a_thousand_cells_open_in_two_seconds(browser, tmp_path):
+    """In seconds of the page's own thread: the clock on the wall also counts what else the machine is doing."""
+    frame = grid(students=tuple(range(30, 80, 5)), ratios=tuple(range(1, 11)), budgets=(300_000, 1_000_000), seeds=5)
+    assert len(frame) == 1000
+    frame.to_csv(tmp_path / "runs.csv", index=False)
+    report_page.write_report(str(tmp_path / "runs.csv"), tmp_path / "report.html")
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    session = page.context.new_cdp_session(page)
+    session.send("Performance.enable", {"timeDomain": "threadTicks"})
+    page.goto((tmp_path / "report.html").as_uri())
+    page.wait_for_selector("html[data-open=yes]")
+    spent = {m["name"]: m["value"] for m in session.send("Performance.getMetrics")["metrics"]}
+    page.close()
+    assert spent["TaskDuration"] < 2
