@@ -63,8 +63,11 @@ def _row(run: Any) -> dict[str, Any] | None:
     found = dict(run.summary)
     if found.get("status") not in ("done", "failed"):
         return None
-    fields = {f.name for f in dataclasses.fields(Record)}
-    kept = {k: json.loads(json.dumps(v, default=dict)) for k, v in found.items() if k in fields}
+    kinds = {f.name: str(f.type) for f in dataclasses.fields(Record)}
+    kept = {k: json.loads(json.dumps(v, default=dict)) for k, v in found.items() if k in kinds}
+    for name, value in kept.items():
+        if kinds[name].startswith("float") and value is not None:
+            kept[name] = float(value)  # on its way 1.0 has become 1
     return Record(**kept).to_dict()
 
 

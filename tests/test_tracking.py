@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import pandas as pd
 import pytest
 
 from capacity_gap import cli, pipeline, records, steps, tracking
@@ -133,8 +134,8 @@ def test_the_records_come_back_from_wandb(sweep, server):
         records.load("wandb:team/other")
     local = records.load(store)
     columns = [c for c in local.columns if local[c].notna().any()]
-    ordered = got.sort_values(["cell"])[columns].reset_index(drop=True)
-    assert ordered.equals(local.sort_values(["cell"])[columns].reset_index(drop=True))
+    ordered, expected = (t.sort_values("cell")[columns].reset_index(drop=True) for t in (got, local))
+    pd.testing.assert_frame_equal(ordered, expected, check_exact=True, check_dtype=False)
     assert {run["group"] for run in server.runs.values()} == {name}
 
 
