@@ -40,6 +40,8 @@ bench: $(VENV)/.installed  ## every claim of speed, one script each
 	$(BIN)/python -m benchmarks.pruning --out results/pruning_speed.csv
 	$(BIN)/python -m benchmarks.distill_step --out results/distill_step.csv
 	$(BIN)/python -m benchmarks.loop --out results/loop.csv
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[eval]'
+	$(BIN)/python -m benchmarks.evaluate --out results/evaluate.csv
 
 evidence: $(VENV)/.installed  ## the long runs whose tables are in results/
 	$(BIN)/python -m benchmarks.chaos --out results/chaos.csv

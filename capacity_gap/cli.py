@@ -23,7 +23,10 @@ def parser() -> argparse.ArgumentParser:
     fit = commands.add_parser("fit", help="locate each student's best teacher, fit the ratio law, draw the curves")
     fit.add_argument("source", help="a store, a folder of CSV files, a .csv or a .parquet file")
     fit.add_argument("--axis", choices=("total", "non_embedding"), default="total", help="which parameters are counted")
-    fit.add_argument("--metric", help="column to minimise (default: student_loss, or loss in foreign tables)")
+    fit.add_argument(
+        "--metric",
+        help="column to fit (default: student_loss, or loss in foreign tables)",
+    )
     fit.add_argument("--by", help="columns that part curves, such as family,data_tokens (default: every setting)")
     fit.add_argument(
         "--method",
@@ -35,6 +38,13 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("--surface", action="store_true", help="also the additive loss surface (docs/surfaces.md)")
     fit.add_argument("--out", type=Path, help="folder for law.json, optima.csv and the figures; without it, only text")
     fit.set_defaults(run=run_fit)
+    frontier = commands.add_parser("frontier", help="draw score against training compute, with the published models")
+    frontier.add_argument("source", nargs="?", help="as for fit; without it, the published models alone")
+    frontier.add_argument("--metric", default="average", help="a benchmark or recorded column (default: %(default)s)")
+    frontier.add_argument("--compute", default="distillation", help="student, distillation (default) or total")
+    frontier.add_argument("--out", type=Path, help="stem of the .png, .svg and .csv; without it, only text")
+    frontier.set_defaults(run=run_frontier)
+    _add_evaluate(commands)
     plan = commands.add_parser("plan", help="what a grid would run and cost; takes what `run.py -m` takes")
     plan.add_argument("overrides", nargs=argparse.REMAINDER, help="such as +sweeps=quick, or student=60k,90k teacher=…")
     plan.set_defaults(run=run_plan)
@@ -77,6 +87,63 @@ def run_recommend(given: argparse.Namespace) -> int:
     tokens = parse_tokens(given.data, params=student, key="--data")
     law, surface = read_fit(given.fit)
     print(recommend(ladder, student, tokens, law, surface).summary())
+    return 0
+
+
+def _add_evaluate(commands) -> None:  # type: ignore[no-untyped-def]
+    evaluate = commands.add_parser("evaluate", help="score any model on benchmarks, for tables of comparison")
+    evaluate.add_argument("model", help="a model folder, or a repository of the hub")
+    evaluate.add_argument("--tasks", help="name or name:shots, with commas (default: the paper's, or the folder's)")
+    evaluate.add_argument("--task-folder", type=Path, help="task files of your own, or a suite of a store")
+    evaluate.add_argument("--tokenizer", help="where the model's tokenizer is, if not beside it")
+    evaluate.add_argument("--limit", type=int, help="only so many questions of each task")
+    evaluate.add_argument("--batch-size", type=int, default=8, help="sequences at once (default: %(default)s)")
+    evaluate.add_argument("--device", default="auto", help="default: %(default)s")
+    evaluate.add_argument("--dtype", default="fp32", help="fp32 (default) or bf16")
+    evaluate.add_argument("--allow-code-execution", action="store_true", help="let tasks run what the model writes")
+    evaluate.add_argument("--out", type=Path, help="CSV to which the scores are added")
+    evaluate.set_defaults(run=run_evaluate)
+    judge = commands.add_parser("judge", help="let a model behind an OpenAI-compatible endpoint grade answers")
+    judge.add_argument("answers", nargs="+", help="one (single grades) or two (pairs): model folders or answers .jsonl")
+    judge.add_argument("--endpoint", required=True, help="base URL, such as http://localhost:8000/v1")
+    judge.add_argument("--model", required=True, help="the judge's name there")
+    judge.add_argument("--out", type=Path, required=True, help="folder for answers, judgements (the cache) and summary")
+    judge.add_argument("--questions", type=Path, help="questions .jsonl of your own (default: those of this package)")
+    judge.add_argument("--key-env", default="OPENAI_API_KEY", help="variable that holds the key (default: %(default)s)")
+    judge.add_argument("--price", type=float, nargs=2, default=(0.0, 0.0), metavar=("IN", "OUT"), help="a million")
+    judge.add_argument("--yes", action="store_true", help="ask the judge; without it only the cost is shown")
+    judge.set_defaults(run=run_judge)
+
+
+def run_evaluate(given: argparse.Namespace) -> int:
+    """Prints a model's scores, and adds them to a table if asked."""
+    from capacity_gap.evaluate.other import score_other
+
+    return score_other(given)
+
+
+def run_judge(given: argparse.Namespace) -> int:
+    """Shows what judging costs and, with --yes, does it."""
+    from capacity_gap.evaluate.judge import run
+
+    return run(given)
+
+
+def run_frontier(given: argparse.Namespace) -> int:
+    """Prints the points of the figure, cheapest first, and writes it if asked."""
+    from capacity_gap import records
+    from capacity_gap.report.frontier import better_up, frontier_points, plot_frontier
+    from capacity_gap.report.plots import save_figure
+
+    frame = records.load(given.source) if given.source else None
+    points = frontier_points(frame, given.metric, given.compute).sort_values("flops")
+    print(points.to_string(index=False, float_format="{:.4g}".format))
+    if given.out:
+        up = better_up(frame, given.metric)
+        drawn = plot_frontier(points, given.metric, given.compute, higher_is_better=up)
+        files = save_figure(drawn, given.out)
+        points.to_csv(given.out.with_suffix(".csv"), index=False)
+        print("\nwritten: " + ", ".join(map(str, [*files, given.out.with_suffix(".csv")])))
     return 0
 
 
@@ -197,12 +264,14 @@ def run_fetch(given: argparse.Namespace) -> int:
 def run_fit(given: argparse.Namespace) -> int:
     """Prints the summary of a fit, and writes its files if asked."""
     from capacity_gap import records
+    from capacity_gap.evaluate.scores import minimised
     from capacity_gap.fit.frame import BY, curves
     from capacity_gap.fit.law import law_from
     from capacity_gap.fit.optimum import locate
 
     frame = _of_sweep(given.source, given.sweep) if given.sweep else records.load(given.source)
     by = [c for c in given.by.split(",") if c] if given.by is not None else BY
+    frame = minimised(frame, given.metric)
     try:
         found, notes = curves(frame, metric=given.metric, axis=given.axis, by=by)
         located = locate(found, method=given.method)

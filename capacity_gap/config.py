@@ -15,7 +15,8 @@ from capacity_gap.checks import need as _need
 from capacity_gap.checks import positive as _positive
 from capacity_gap.checks import runtime as _runtime
 from capacity_gap.errors import ConfigError, choose
-from capacity_gap.fingerprint import RUNTIME
+from capacity_gap.evaluate.tasks import Task, folder_tasks, forbid_code, parse_tasks
+from capacity_gap.fingerprint import LATER, RUNTIME
 from capacity_gap.training_config import PRECISIONS, DistillConfig, OptimConfig, TrainConfig
 
 SOURCES = ("embedded", "code", "text", "hub", "mixture")
@@ -169,14 +170,37 @@ class PruneConfig:
 
 @dataclass
 class EvaluateConfig:
-    """How much held-out text every model is scored on."""
+    """How much held-out text every model is scored on, and on which benchmarks (`evaluate/tasks.py`)."""
 
     tokens: int = 200_000
     ood_tokens: int = 100_000
     batch_size: int = _runtime(32)
+    tasks: list[str] = field(default_factory=list, metadata=LATER)  # benchmarks, `name` or `name:shots`
+    code_tasks: list[str] = field(default_factory=list, metadata=LATER)  # run only with allow_code_execution
+    task_folder: str | None = _runtime(None)  # task files of one's own: their content is what is hashed
+    limit: int | None = field(default=None, metadata=LATER)  # only so many questions of each benchmark
+    allow_code_execution: bool = _runtime(False)
 
     def __post_init__(self) -> None:
         _positive("evaluate", self, "tokens", "ood_tokens", "batch_size")
+        _need(self.limit is None or self.limit > 0, "evaluate.limit", self.limit, "more than zero, or null")
+        if self.task_folder == "":
+            raise ConfigError("evaluate=local needs evaluate.task_folder=FOLDER with task files (.yaml).")
+        forbid_code(
+            parse_tasks(self.tasks), allowed=self.allow_code_execution, flag="evaluate.allow_code_execution=true"
+        )
+        parse_tasks([*self.tasks, *self.code_tasks])
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of task files, absolute."""
+        return Path(self.task_folder).expanduser().absolute() if self.task_folder else None
+
+    @property
+    def benchmarks(self) -> list[Task]:
+        """What is run: the tasks named, else all that the folder defines; those that run code only if allowed."""
+        named = parse_tasks([*self.tasks, *(self.code_tasks if self.allow_code_execution else [])])
+        return named or [Task(name) for name in (folder_tasks(self.folder) if self.folder else [])]
 
 
 @dataclass

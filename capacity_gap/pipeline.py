@@ -19,6 +19,7 @@ from capacity_gap.cell import Settings, teacher_tokens
 from capacity_gap.config import RunConfig
 from capacity_gap.data.sources import identity
 from capacity_gap.errors import ConfigError
+from capacity_gap.evaluate.tasks import GENERATED, Task, check_tasks, folder_digest, folder_names
 from capacity_gap.fingerprint import identity_fields
 from capacity_gap.models.axes import dims
 from capacity_gap.models.folders import content_digest
@@ -31,9 +32,10 @@ class Cell(Settings):
     """One cell: its settings with every scale read, and the stages that make its record."""
 
     def check_budgets(self, store: Store, runtime: Runtime) -> None:
-        """Raises, before any model is trained, if the corpus holds fewer tokens than teacher or student need."""
+        """Raises, before any model is trained, if there are too few tokens for teacher or student, or no such task."""
         from capacity_gap.data.packing import Packed, subset
 
+        check_tasks(self.config.evaluate.benchmarks, self.config.evaluate.folder)
         packed = Packed(store.compute(self.tokens, runtime) / "train", self.config.corpus.sequence_length)
         subset(packed, self.data_tokens, epochs=self.config.epochs, key="data")
         if self.teacher_tokens:
@@ -234,11 +236,31 @@ class Cell(Settings):
     def scored(self, model: Stage, shape: Mapping[str, Any]) -> Stage:
         """Held-out losses of one model."""
         c = self.config.evaluate
-        given = {**identity_fields(c), **self._arithmetic}
+        given = {"tokens": c.tokens, "ood_tokens": c.ood_tokens, **self._arithmetic}
         seen = c.tokens + c.ood_tokens
         cost = accounting.forward_flops(shape, seen)
         inputs = {"model": model, "tokens": self.tokens}
         return Stage("evaluate", 1, given, inputs, steps.evaluate, cost, {"batch_size": c.batch_size}, passes=seen)
+
+    @cached_property
+    def suite(self) -> Stage:
+        """Benchmarks made from the corpus' test split, for models that no public one can tell apart."""
+        return Stage("suite", 1, {}, {"corpus": self.corpus}, steps.suite)
+
+    def benchmarks(self, model: Stage) -> list[Stage]:
+        """One model's scores, a stage a benchmark: what is scored stays when the list grows."""
+        return [self._benchmark(model, task) for task in self.config.evaluate.benchmarks]
+
+    def _benchmark(self, model: Stage, task: Task) -> Stage:
+        c = self.config.evaluate
+        given = {"task": task.name, "shots": task.shots, "limit": c.limit, "threads": self.config.train.threads}
+        inputs = {"model": model, "tokenizer": self.tokenizer}
+        if task.name in GENERATED:
+            inputs["suite"] = self.suite
+        elif c.folder and task.name in folder_names(c.folder):
+            given["files"] = folder_digest(c.folder)
+        options = {"batch_size": c.batch_size, "folder": c.folder, "allow_code": c.allow_code_execution}
+        return Stage("benchmark", 1, given, inputs, steps.benchmark, options=options)
 
     @cached_property
     def record(self) -> Stage:
@@ -251,13 +273,15 @@ class Cell(Settings):
             "evaluate_init": self.scored(self.student, self.student_shape),
             "evaluate": self.scored(self.distilled, self.student_shape),
         }
+        for whose, model in (("student", self.distilled), ("teacher", self.teacher)):
+            inputs |= {f"{whose}_benchmark_{i}": stage for i, stage in enumerate(self.benchmarks(model))}
         return Stage("record", 1, self.description, inputs, steps.record)
 
     @property
     def waves(self) -> list[list[Stage]]:
         """Stages that other cells may need too; each wave needs only those before it, and the cell is the last."""
         start = [self.scored(self.student, self.student_shape)]
-        scored = [self.scored(self.teacher, self.teacher_shape)]
+        scored = [self.scored(self.teacher, self.teacher_shape), *self.benchmarks(self.teacher)]
         teachers = [self.teacher]
         if self.config.prune.init != "random":
             teachers.append(self._pretrained(self.origin))

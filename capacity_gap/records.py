@@ -70,7 +70,8 @@ class Record:
     init_loss: float | None = None
     train_ce: float | None = None  # the last logged points, averaged
     train_kl: float | None = None
-    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)  # {task: {value, stderr, shots}}
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)  # the student's {task: {value, stderr, shots, …}}
+    teacher_metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     train_flops: float | None = None
     teacher_flops: float | None = None  # the teacher's forward passes in this cell
     teacher_train_flops: float | None = None
@@ -117,11 +118,13 @@ RESULT_FIELDS = (
     "train_ce",
     "train_kl",
     "metrics",
+    "teacher_metrics",
     "train_flops",
     "teacher_flops",
     "teacher_train_flops",
 )
 RECORD = "record.json"
+NESTED = ("metrics", "teacher_metrics", "versions")  # spread over columns in tables
 
 
 def read(folder: str | Path) -> list[dict[str, Any]]:
@@ -132,17 +135,18 @@ def read(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def to_frame(records: Iterable[dict[str, Any]]) -> "pd.DataFrame":
-    """One row per record; `metrics` spread into columns `metrics/<task>` and `metrics/<task>/stderr`."""
+    """One row per record; scores in columns `metrics/<task>`, `…/stderr`, `…/shots` and `…/higher_is_better`."""
     import pandas as pd
 
     rows = []
     for record in records:
-        row = {k: v for k, v in record.items() if k not in ("metrics", "versions")}
-        for task, score in (record.get("metrics") or {}).items():
-            row[f"metrics/{task}"] = score["value"]
-            row[f"metrics/{task}/stderr"] = score.get("stderr")
+        row = {k: v for k, v in record.items() if k not in NESTED}
+        for kind in ("metrics", "teacher_metrics"):
+            for task, score in (record.get(kind) or {}).items():
+                row[f"{kind}/{task}"] = score["value"]
+                row |= {f"{kind}/{task}/{of}": score.get(of) for of in ("stderr", "shots", "higher_is_better")}
         rows.append(row | {f"version/{k}": v for k, v in (record.get("versions") or {}).items()})
-    columns = [f.name for f in dataclasses.fields(Record) if f.name not in ("metrics", "versions")]
+    columns = [f.name for f in dataclasses.fields(Record) if f.name not in NESTED]
     frame = pd.DataFrame(rows)
     return frame.reindex(columns=[*columns, *[c for c in frame.columns if c not in columns]])
 

@@ -233,6 +233,45 @@ def evaluate(run: StageRun) -> None:
     write_json(run.out / RESULT, found)
 
 
+def suite(run: StageRun) -> None:
+    """Two benchmarks made from the test split."""
+    from capacity_gap.evaluate.suite import build_suite
+
+    with (run.inputs["corpus"] / "test.jsonl").open(encoding="utf-8") as lines:
+        build_suite([json.loads(line) for line in lines], run.out)
+
+
+def benchmark(run: StageRun) -> None:
+    """One model's scores on one benchmark of the lm-evaluation-harness."""
+    from capacity_gap.data.tokenizer import load_tokenizer
+    from capacity_gap.evaluate.harness import harness_version, score_tasks
+    from capacity_gap.evaluate.tasks import Task
+    from capacity_gap.models.loading import load_model
+
+    given, options = run.config, run.options
+    scores = score_tasks(
+        load_model(run.inputs["model"], device=run.runtime.device),
+        load_tokenizer(run.inputs["tokenizer"]),
+        [Task(given["task"], given["shots"])],
+        folder=run.inputs.get("suite") or options["folder"],
+        batch_size=options["batch_size"],
+        limit=given["limit"],
+        allow_code=options["allow_code"],
+        on_forward=run.runtime.check,
+    )
+    write_json(run.out / RESULT, {"scores": [s.to_dict() for s in scores], "lm_eval": harness_version()})
+
+
+def _metrics(run: StageRun, whose: str) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """What the benchmarks gave, as a record holds it, and the version of the harness if there were any."""
+    from capacity_gap.evaluate.scores import Score, as_metrics
+
+    folders = [folder for name, folder in run.inputs.items() if name.startswith(f"{whose}_benchmark_")]
+    results = [json.loads((folder / RESULT).read_text()) for folder in folders]
+    scores = [Score(**s) for result in results for s in result["scores"]]
+    return as_metrics(scores), {"lm_eval": results[0]["lm_eval"]} if results else {}
+
+
 def record(run: StageRun) -> None:
     """The row of one cell, from what its stages left."""
     trained = json.loads((run.inputs["trained"] / RESULT).read_text()) if run.config["data_tokens"] else {}
@@ -242,6 +281,7 @@ def record(run: StageRun) -> None:
     )
     made = json.loads((run.inputs["trained"] / META).read_text())
     history = read_history(run.inputs["trained"]) if trained else []
+    metrics, harness = _metrics(run, "student")
     row = Record(
         schema_version=SCHEMA_VERSION,
         cell=run.digest,
@@ -258,13 +298,16 @@ def record(run: StageRun) -> None:
         init_loss=start["test"]["loss"],
         train_ce=_tail_mean(history, "ce"),
         train_kl=_tail_mean(history, "kl"),
+        metrics=metrics,
+        teacher_metrics=_metrics(run, "teacher")[0],
         tokens_per_s=trained.get("tokens_per_s"),
         mfu=trained.get("mfu"),
         signal_bytes_per_token=trained.get("signal_bytes_per_token"),
         wall_s=made["wall_s"],
         peak_memory_bytes=trained.get("peak_memory_bytes"),
         micro_batch=trained.get("micro_batch"),
-        **{k: made[k] for k in ("device", "threads", "ranks", "git_commit", "versions")},
+        **{k: made[k] for k in ("device", "threads", "ranks", "git_commit")},
+        versions=made["versions"] | harness,
         created=provenance(run.runtime)["created"],
     )
     write_json(run.out / RECORD, row.to_dict())

@@ -30,6 +30,10 @@ def test_every_config_composes(choice, text_file):
         with pytest.raises(ConfigError, match="family=folders needs the model folders"):
             pipeline.resolve(compose([choice]))
         return
+    if choice == "evaluate=local":
+        with pytest.raises(ConfigError, match="evaluate=local needs evaluate.task_folder"):
+            compose([choice])
+        return
     if group == "family":
         rung = next(iter(FAMILIES[name].rungs))
         extra = [f"student={rung}", f"teacher={rung}"]
@@ -85,6 +89,12 @@ BAD = [
     (["corpus=hub"], "a dataset is named for corpus=hub, and only for it"),
     (["corpus=mixture"], "parts are for corpus=mixture, and only for it"),
     (["corpus=mixture", "corpus.parts=[{name:prose}]"], "corpus.name='prose' is not known"),
+    (["evaluate.tasks=['mmlu:five']"], "'mmlu:five' is no task. Write name or name:shots, such as mmlu:5"),
+    (["evaluate.tasks=['mmlu:5','mmlu:0']"], "evaluate.tasks names mmlu more than once"),
+    (["evaluate.tasks=['humaneval:0']"], "Allow it with evaluate.allow_code_execution=true"),
+    (["evaluate.task_folder=/no/such"], "evaluate.task_folder=/no/such is no folder"),
+    (["evaluate=local"], "evaluate=local needs evaluate.task_folder=FOLDER"),
+    (["evaluate.limit=0"], "evaluate.limit=0 is out of range"),
     (["seed=-1"], "seed=-1 is out of range. Allowed: zero or more"),
     (["seed=1.5"], "seed=1.5 has the wrong type: it should be a whole number"),
     (["store=/proc/none"], "store=/proc/none cannot be written"),

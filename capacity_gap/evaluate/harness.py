@@ -1,0 +1,176 @@
+"""Benchmarks through the lm-evaluation-harness, in this process, on the model in memory.
+
+Scores equal those of its own command line on the same checkpoint (`tests/test_harness.py`). What differs is what is
+done around them: only the folders that define the tasks are indexed, where the harness parses fourteen thousand files;
+and `evaluate` is called, not `simple_evaluate`, which also collects the environment for reports that nobody reads here.
+"""
+
+import contextlib
+import importlib.metadata
+import io
+import logging
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from capacity_gap.errors import StageError
+from capacity_gap.evaluate.scores import Score
+from capacity_gap.evaluate.tasks import Task, place
+
+SEED = 1234  # of the harness: numpy, torch and the choice of few-shot examples; Python's own generator gets 0
+
+
+def score_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    *,
+    folder: Path | None = None,
+    batch_size: int = 1,
+    limit: int | None = None,
+    allow_code: bool = False,
+    on_forward: Callable[[], None] = lambda: None,
+) -> list[Score]:
+    """Scores `model` on every task; a task's first metric comes first.
+
+    Args:
+        model: a causal language model of transformers, on its device.
+        tokenizer: its tokenizer.
+        tasks: what to run, in the order of the scores that come back.
+        folder: task files of one's own; relative data files in them lie beside them.
+        batch_size: sequences at once.
+        limit: only so many questions of each task.
+        allow_code: let tasks execute what the model writes.
+        on_forward: called before each forward pass; what it raises ends the evaluation.
+
+    Returns:
+        The scores of the tasks asked for; of a group its own, or where it has none those of its members.
+
+    Raises:
+        StageError: a task, or its data, cannot be loaded.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    hook = model.register_forward_pre_hook(lambda *_: on_forward())
+    try:
+        with _harness_manners(allow_code):
+            loaded = load_tasks(tasks, folder)
+            lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            found = lm_eval.evaluate(
+                lm=lm, task_dict=loaded, limit=limit, log_samples=False, confirm_run_unsafe_code=allow_code
+            )
+    finally:
+        hook.remove()
+    return [score for task in tasks for score in _scores_of(task.name, loaded, found)]
+
+
+def load_tasks(tasks: Sequence[Task], folder: Path | None) -> dict[str, Any]:
+    """The harness's task objects, with the shots and the seed that its command line would give them."""
+    loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    own = _manager(folder) if folder else None
+    for task in tasks:
+        manager = own if own is not None and task.name in own.task_index else _manager(place(task.name))
+        with _loading(task), contextlib.chdir(folder) if manager is own and folder else contextlib.nullcontext():
+            part = manager.load([task.name])
+        for one in part["tasks"].values():
+            _set_shots(one, task.shots)
+        for kind in loaded:
+            loaded[kind] |= part.get(kind, {})
+    return loaded
+
+
+def _manager(folder: Path) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(folder), include_defaults=False)
+
+
+def _set_shots(task: Any, shots: int | None) -> None:
+    """As the command line does: a task file that says 0 means it; one that says nothing means 0 unless asked."""
+    default = task.get_config("num_fewshot")
+    if shots is not None and default != 0:
+        task.set_config(key="num_fewshot", value=shots)
+    elif default is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=SEED)
+
+
+@contextlib.contextmanager
+def _loading(task: Task) -> Iterator[None]:
+    """Whatever goes wrong while task files and data are read is one paragraph that names the task."""
+    try:
+        yield
+    except Exception as error:  # the harness and `datasets` raise anything from KeyError to their own connection errors
+        said = " ".join(str(error).split())
+        raise StageError(
+            f"the benchmark {task.name} cannot be loaded ({type(error).__name__}: {said}). If its data set is not in "
+            "the cache (HF_HOME), start once on a machine with a network; leave the task out of evaluate.tasks, or use "
+            "files of your own: evaluate=local evaluate.task_folder=FOLDER."
+        ) from error
+
+
+@contextlib.contextmanager
+def _harness_manners(allow_code: bool) -> Iterator[None]:
+    """The harness's seeds for as long as it runs, its chatter off, and everything as it was afterwards."""
+    import numpy as np
+    import torch
+
+    logger = logging.getLogger("lm_eval")
+    level, python, numpy_state = logger.level, random.getstate(), np.random.get_state()
+    added = {"HF_ALLOW_CODE_EVAL": "1"} if allow_code else {}
+    before = {name: os.environ.get(name) for name in added}
+    logger.setLevel(logging.ERROR)
+    os.environ.update(added)
+    try:
+        with (
+            torch.random.fork_rng(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            random.seed(0)
+            np.random.seed(SEED)
+            torch.manual_seed(SEED)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+        logger.setLevel(level)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _scores_of(name: str, loaded: Mapping[str, Any], found: Mapping[str, Any]) -> list[Score]:
+    """The scores of one task or group; a group or tag without scores of its own gives those of its members."""
+    values = found["results"].get(name, {})
+    scores = [
+        _score(name, key, values, found)
+        for key in values
+        if "," in key and not key.partition(",")[0].endswith("_stderr")
+    ]
+    if scores or name in loaded["tasks"]:
+        return scores
+    members = loaded["group_map"].get(name) or [n for n, t in loaded["tasks"].items() if name in (t.config.tag or ())]
+    return [score for member in members for score in _scores_of(member, loaded, found)]
+
+
+def _score(name: str, key: str, values: Mapping[str, Any], found: Mapping[str, Any]) -> Score:
+    metric, _, chosen = key.partition(",")
+    stderr = values.get(f"{metric}_stderr,{chosen}")
+    samples = values.get("sample_len") or values.get("sample_count", {})
+    return Score(
+        task=name,
+        metric=metric if chosen == "none" else key,
+        value=float(values[key]),
+        stderr=float(stderr) if isinstance(stderr, int | float) else None,
+        shots=found["n-shot"].get(name),
+        higher_is_better=found["higher_is_better"].get(name, {}).get(metric),
+        samples=samples if isinstance(samples, int) else samples.get(key),
+    )
+
+
+def harness_version() -> str:
+    """The installed release of the harness: task files change between releases."""
+    return importlib.metadata.version("lm_eval")

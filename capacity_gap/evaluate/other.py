@@ -1,0 +1,97 @@
+"""Scores of any other model, for tables of comparison: what `python -m capacity_gap evaluate MODEL` does."""
+
+import argparse
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from capacity_gap.errors import UserError, choose
+from capacity_gap.evaluate.scores import Score
+from capacity_gap.evaluate.tasks import Task, check_tasks, folder_tasks, forbid_code, parse_tasks
+
+PAPER = ("mmlu:5", "ceval-valid:5", "drop:3", "bbh:3", "gsm8k:8", "wikitext", "lambada_openai")
+
+
+def score_other(given: argparse.Namespace) -> int:
+    """Scores the model that the command line names, prints its table, adds it to a CSV if asked."""
+    from capacity_gap.models.loading import DTYPES
+    from capacity_gap.runtime import resolve_device
+
+    tasks = chosen(given.tasks, given.task_folder, allow_code=given.allow_code_execution)
+    choose("--dtype", given.dtype, DTYPES)
+    if given.limit is not None and given.limit < 1:
+        raise UserError(f"--limit={given.limit} is out of range. Allowed: 1 or more.")
+    device = resolve_device(given.device)
+    model, tokenizer = _load(given.model, given.tokenizer or given.model, device=device, dtype=DTYPES[given.dtype])
+    from capacity_gap.evaluate.harness import harness_version, score_tasks
+
+    scores = score_tasks(
+        model,
+        tokenizer,
+        tasks,
+        folder=given.task_folder,
+        batch_size=given.batch_size,
+        limit=given.limit,
+        allow_code=given.allow_code_execution,
+    )
+    params = sum(p.numel() for p in model.parameters())
+    print(f"{given.model}: {params:,} parameters, lm_eval {harness_version()}\n" + "\n".join(lines(scores)))
+    if given.out:
+        same = {"model": given.model, "params": params, "lm_eval": harness_version()}
+        add_rows(given.out, [same | score.to_dict() for score in scores])
+    return 0
+
+
+def chosen(named: str | None, folder: Path | None, *, allow_code: bool) -> list[Task]:
+    """The tasks that were named; else all that the folder defines; else the paper's."""
+    if named:
+        tasks = parse_tasks(named.split(","), key="--tasks")
+    elif folder:
+        tasks = [Task(name) for name in folder_tasks(folder)]
+    else:
+        tasks = parse_tasks([*PAPER, *(["humaneval:0"] if allow_code else [])])
+    forbid_code(tasks, allowed=allow_code, flag="--allow-code-execution")
+    check_tasks(tasks, folder)
+    return tasks
+
+
+def _load(model: str, tokenizer: str, *, device: str, dtype: Any) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        found = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, use_safetensors=True)
+        return found.to(device).eval(), AutoTokenizer.from_pretrained(tokenizer)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{model} cannot be loaded as a causal language model with the tokenizer of {tokenizer}: "
+            f"{str(error).splitlines()[0]} Give a model folder or a repository of the hub, and --tokenizer if the "
+            "tokenizer lies elsewhere."
+        ) from error
+
+
+def lines(scores: Sequence[Score]) -> list[str]:
+    """The scores as a table of text."""
+    rows = [f"{'task':<32}{'shots':>6}  {'metric':<32}{'score':>10}{'± s.e.':>10}"]
+    for s in scores:
+        stderr, shots = ("–" if v is None else v for v in (s.stderr and f"{s.stderr:.4f}", s.shots))
+        rows.append(f"{s.task:<32}{shots!s:>6}  {s.metric:<32}{s.value:>10.4f}{stderr:>10}")
+    return rows
+
+
+def add_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Appends rows to a CSV that has these columns, or begins one."""
+    fresh = not file.exists()
+    if not fresh:
+        with file.open(encoding="utf-8", newline="") as stream:
+            header = next(csv.reader(stream), [])
+        if header != list(rows[0]):
+            raise UserError(f"--out={file} is another table (columns {', '.join(header)}). Name a new file.")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
+        if fresh:
+            writer.writeheader()
+        writer.writerows(rows)

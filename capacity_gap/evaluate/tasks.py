@@ -1,0 +1,204 @@
+"""Which benchmarks: names, shots, and where their task files lie. Imports neither torch nor the harness.
+
+A task is written `name` or `name:shots`, such as `mmlu:5`. Its name is one of the lm-evaluation-harness, one of a
+folder of task files, or one of `GENERATED`, which are made from the corpus.
+"""
+
+import functools
+import importlib.util
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from capacity_gap.errors import ConfigError, nearest
+from capacity_gap.fingerprint import files_digest
+
+GENERATED = ("pico_cloze", "pico_next")  # evaluate/suite.py
+RUNS_CODE = ("humaneval", "mbpp")  # tasks whose names begin so execute what the model wrote
+# Where the harness keeps the paper's tasks, so that one folder is read instead of fourteen thousand files.
+KNOWN = {
+    "mmlu": "mmlu/default",
+    "ceval-valid": "ceval",
+    "drop": "drop",
+    "humaneval": "humaneval",
+    "bbh": "bbh/cot_fewshot",
+    "gsm8k": "gsm8k",
+    "wikitext": "wikitext",
+    "lambada_openai": "lambada",
+}
+_TASK = re.compile(r"(?P<name>[^\s:]+)(?::(?P<shots>\d+))?")
+_DEFINED = re.compile(r"^(?:task|group):[ \t]*[\"']?([^\s\"'#]+)", re.MULTILINE)
+_TAGS = re.compile(r"^(?:tag):[ \t]*([^\s#]+)?((?:\n[ \t]*-[ \t]+\S+)*)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One benchmark; `shots` None means what its task file says."""
+
+    name: str
+    shots: int | None = None
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether it executes code that the model wrote."""
+        return self.name.startswith(RUNS_CODE)
+
+
+def parse_task(given: str, *, key: str = "evaluate.tasks") -> Task:
+    """Reads `name` or `name:shots`.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    match = _TASK.fullmatch(given.strip())
+    if not match:
+        raise ConfigError(f"{key}: {given!r} is no task. Write name or name:shots, such as mmlu:5 or wikitext.")
+    return Task(match["name"], None if match["shots"] is None else int(match["shots"]))
+
+
+def parse_tasks(given: Iterable[str], *, key: str = "evaluate.tasks") -> list[Task]:
+    """Reads several tasks; one name twice is an error, since records hold one score a name."""
+    tasks = [parse_task(g, key=key) for g in given]
+    names = [t.name for t in tasks]
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise ConfigError(f"{key} names {', '.join(twice)} more than once. Give each task one number of shots.")
+    return tasks
+
+
+def forbid_code(tasks: Iterable[Task], *, allowed: bool, flag: str) -> None:
+    """Raises if a task would execute what the model wrote and nobody allowed it."""
+    for task in tasks:
+        if task.runs_code and not allowed:
+            raise ConfigError(
+                f"{task.name} executes code that the model writes, on this machine and without a sandbox. Allow it "
+                f"with {flag}, or leave the task out."
+            )
+
+
+def folder_digest(folder: Path) -> str:
+    """What a folder of task files comes to: the names and contents of all files in it."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    return files_digest(files) + "".join(f"|{p.relative_to(folder)}" for p in files)
+
+
+def folder_tasks(folder: Path) -> list[str]:
+    """The tasks and groups that a folder defines, without those that are part of one of its groups.
+
+    Raises:
+        ConfigError: the folder is not there, or defines none.
+    """
+    found = _entries(folder)
+    inside = {_name_of(member) for entry in found if "group" in entry for member in _members(entry)}
+    names = [entry.get("group") or entry.get("task") for entry in found]
+    kept = [n for n in dict.fromkeys(names) if isinstance(n, str) and n not in inside]
+    if not kept:
+        raise ConfigError(
+            f"evaluate.task_folder={folder} defines no task. Its .yaml files should be task files of the "
+            "lm-evaluation-harness, with a line such as `task: my_task`."
+        )
+    return kept
+
+
+def folder_names(folder: Path) -> set[str]:
+    """Every task, group and tag that the files of a folder define."""
+    names: set[str] = set()
+    for entry in _entries(folder):
+        tags = entry.get("tag") or []
+        names.update(n for n in (entry.get("task"), entry.get("group")) if isinstance(n, str))
+        names.update([tags] if isinstance(tags, str) else tags)
+    return names
+
+
+def _entries(folder: Path) -> tuple[Mapping[str, Any], ...]:
+    if not folder.is_dir():
+        raise ConfigError(f"evaluate.task_folder={folder} is no folder. Give one that holds task files (.yaml).")
+    return _entries_of(folder, folder_digest(folder))
+
+
+@functools.lru_cache(maxsize=16)
+def _entries_of(folder: Path, _digest: str) -> tuple[Mapping[str, Any], ...]:
+    """A grid asks for each of its cells, so files are read again only if they have changed."""
+    return tuple(_read_yaml(f) for f in sorted(folder.rglob("*.yaml")))
+
+
+def _read_yaml(file: Path) -> Mapping[str, Any]:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Reads `!function` as the text it is: nothing of a user's is imported to find out names."""
+
+    Loader.add_multi_constructor("!", lambda loader, suffix, node: str(node.value))
+    try:
+        read = yaml.load(file.read_text(encoding="utf-8"), Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is no YAML file: {str(error).splitlines()[0]}.") from error
+    return read if isinstance(read, dict) else {}
+
+
+def _members(group: Mapping[str, Any]) -> Sequence[Any]:
+    members = group.get("task", [])
+    return members if isinstance(members, list) else [members]
+
+
+def _name_of(member: Any) -> Any:
+    return (member.get("group") or member.get("task")) if isinstance(member, dict) else member
+
+
+def harness_folder() -> Path:
+    """Where the installed harness keeps its tasks.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    spec = importlib.util.find_spec("lm_eval")
+    if spec is None or spec.origin is None:
+        raise ConfigError(
+            "benchmarks need the lm-evaluation-harness, which is not installed: pip install 'capacity_gap[eval]'. "
+            "Without it, evaluate=perplexity (the default) gives held-out losses."
+        )
+    return Path(spec.origin).parent / "tasks"
+
+
+def place(name: str) -> Path:
+    """The folder of the harness whose files define task, group or tag `name`, found without loading any.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    root = harness_folder()
+    if name in KNOWN and (root / KNOWN[name]).is_dir():
+        return root / KNOWN[name]
+    places = _places(root)
+    if name not in places:
+        raise ConfigError(
+            f"the lm-evaluation-harness has no task {name!r}{nearest(name, places)}. `lm_eval ls tasks` lists them; "
+            "tasks of your own go into a folder: evaluate=local evaluate.task_folder=FOLDER."
+        )
+    return places[name]
+
+
+@functools.cache
+def _places(root: Path) -> dict[str, Path]:
+    """Folder of every name that a task file of the harness defines; the first file wins, as in the harness."""
+    found: dict[str, Path] = {}
+    for file in sorted(root.rglob("*.yaml")):
+        text = file.read_text(encoding="utf-8", errors="replace")
+        names = _DEFINED.findall(text)
+        for first, others in _TAGS.findall(text):
+            names += [first] if first else re.findall(r"-[ \t]+(\S+)", others)
+        for name in names:
+            found.setdefault(name, root / file.relative_to(root).parts[0])
+    return found
+
+
+def check_tasks(tasks: Iterable[Task], folder: Path | None) -> None:
+    """Raises, before anything is computed, if the harness is missing or nobody defines a task."""
+    tasks = list(tasks)
+    if tasks:
+        harness_folder()
+    own = folder_names(folder) if folder else set()
+    for task in tasks:
+        if task.name not in own and task.name not in GENERATED:
+            place(task.name)
