@@ -41,7 +41,9 @@ def as_metrics(scores: Sequence[Score]) -> dict[str, dict[str, Any]]:
 
 
 # What a name says of its direction where the table does not: losses and perplexities down, shares of right answers up.
-_DOWN = re.compile(r"loss|nll|cross_entropy|perplexity|ppl|bits_per_byte|entropy|error|wikitext|lambada|brier|flops|memory|wall_s")
+_DOWN = re.compile(
+    r"loss|nll|cross_entropy|perplexity|ppl|bits_per_byte|entropy|error|wikitext|lambada|brier|flops|memory|wall_s"
+)
 _UP = re.compile(r"acc|exact_match|\bem\b|f1|pass@|mcc|bleu|rouge|win_rate|rating|tokens_per_s")
 _UP_TASKS = re.compile(r"mmlu|ceval|drop|humaneval|bbh|gsm8k|pico_(cloze|next)")
 
