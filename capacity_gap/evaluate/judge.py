@@ -254,7 +254,7 @@ def endpoint(url: str, model: str, key_env: str) -> Ask:
                 model=model,
                 messages=messages,
                 temperature=0.0,
-                max_tokens=MAX_TOKENS,  # type: ignore[arg-type]
+                max_tokens=MAX_TOKENS,
             )
         except openai.OpenAIError as error:
             raise UserError(

@@ -44,7 +44,7 @@ def published_points(metric: str, compute: str = "distillation") -> pd.DataFrame
     return pd.DataFrame({"name": table["name"], "kind": table["kind"], "flops": flops, "score": score / 100})
 
 
-def _published_flops(row: dict[str, Any], table: pd.DataFrame, compute: str) -> float:
+def _published_flops(row: dict[Any, Any], table: pd.DataFrame, compute: str) -> float:
     spent = {"train_flops": accounting.train_flops(_shape(row), int(row["train_tokens"]))}
     if isinstance(row["teacher"], str):
         (teacher,) = table[table["name"] == row["teacher"]].to_dict("records")
@@ -53,7 +53,7 @@ def _published_flops(row: dict[str, Any], table: pd.DataFrame, compute: str) -> 
     return sum(spent.get(part, 0.0) for part in COMPUTE[compute])
 
 
-def _shape(row: dict[str, Any]) -> dict[str, Any]:
+def _shape(row: dict[Any, Any]) -> dict[str, Any]:
     """The config.json of a Llama of this size."""
     return {
         "model_type": "llama",
@@ -75,7 +75,7 @@ def record_points(frame: pd.DataFrame, metric: str, compute: str = "distillation
     """
     column = metric if metric in frame else f"metrics/{metric}"
     if column not in frame or not (done := frame[(frame["status"] == "done") & frame[column].notna()]).shape[0]:
-        scores = [c for c in frame if str(c).startswith("metrics/") and str(c).count("/") == 1]
+        scores = [str(c) for c in frame if str(c).startswith("metrics/") and str(c).count("/") == 1]
         raise UserError(
             f"no finished record has {metric}. Recorded scores: {', '.join(scores) or 'none'}; losses such as "
             "student_loss may be named too. Benchmarks are chosen with evaluate=, when cells are run."
