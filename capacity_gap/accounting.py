@@ -76,17 +76,19 @@ def signal_bytes_per_token(kind: str, size: int, vocabulary: int) -> float:
     return size * ((2 if vocabulary <= 2**16 else 4) + (2 if kind == "topk" else 1)) + 4.0
 
 
-def peak_memory(shape: Mapping[str, Any], *, tokens: int, precision: str, checkpointing: bool = False) -> float:
+def peak_memory(
+    shape: Mapping[str, Any], *, tokens: int, precision: str, shards: int = 1, checkpointing: bool = False
+) -> float:
     """Bytes that training a model takes on one device, `tokens` at once.
 
     16 bytes a parameter (fp32 weight, gradient, two Adam moments); activations kept for the backward pass of one
     layer and token as in Korthikanti et al. 2022 (arXiv 2205.05198), eq. 2, without the attention matrix, which fused
     attention never stores: 34·hidden bytes in half precision (its 4·hidden MLP taken as the neurons that there are);
-    the chunked loss holds a few rows of logits only and is left out. With activation checkpointing, each layer's input
-    and the activations of one layer at a time. A token of an encoder–decoder is in the layers of one stack; its
-    cross-attention is left out.
+    the chunked loss holds a few rows of logits only and is left out. With `shards` devices each holds its part of what
+    belongs to the parameters; with `checkpointing` a layer keeps its input alone, and one layer at a time the rest. A
+    token of an encoder–decoder is in the layers of one stack; its cross-attention is left out.
     """
     sizes = dims(shape)
     per_layer = 11 * sizes.hidden + 1.5 * sizes.neurons
     values = sizes.layers * sizes.hidden + per_layer if checkpointing else sizes.layers * per_layer
-    return 16.0 * count_params(shape) + BYTES[precision] * values * tokens
+    return 16.0 * count_params(shape) / shards + BYTES[precision] * values * tokens

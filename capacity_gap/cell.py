@@ -4,7 +4,7 @@ Nothing here computes anything or imports torch; the stages that make the cell a
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -12,7 +12,7 @@ from capacity_gap import accounting
 from capacity_gap.config import RunConfig
 from capacity_gap.data.sources import corpus_name
 from capacity_gap.errors import ConfigError, ImpossibleCell
-from capacity_gap.models.axes import architecture, config_with, count_params, dims
+from capacity_gap.models.axes import architecture, config_with, count_params, dims, padded
 from capacity_gap.models.folders import is_folder, local_family
 from capacity_gap.models.ladders import Family, family
 from capacity_gap.pruning.shape import Shape, between, sized, student_shape
@@ -26,7 +26,8 @@ class Settings:
     """What was asked for, read: the part of a cell that its stages and its record are made of."""
 
     config: RunConfig
-    family: Family
+    family: Family  # its shapes with the expanded vocabulary, if there is one
+    base: Family  # as published, or as pre-trained on the spot
     rung: str
     student_scale: int  # as asked for
     student_target: int  # what it means: the exact size of a rung where it names one
@@ -41,7 +42,8 @@ class Settings:
             ImpossibleCell: the student is larger than its teacher, or its shape does not fit into it.
             ConfigError: anything else that cannot be.
         """
-        ladder = _ladder(config)
+        base = _ladder(config)
+        ladder = _expanded(base, config)
         student = parse_scale(config.student, key="student")
         rung = ladder.rung(config.teacher)
         params = ladder.params[rung]
@@ -53,14 +55,27 @@ class Settings:
                 f"fine. Rungs of {ladder.name}: {' '.join(ladder.rungs)}."
             )
         data = parse_scale(config.data, key="data", allow_zero=True)
-        budget = None if rung in ladder.published else teacher_tokens(config, params)
+        budget = None if rung in ladder.published else teacher_tokens(config, base.params[rung])
         _check_positions(config, ladder.rungs[rung])
         if config.family.quantization != "none" and config.prune.init != "random":
             raise ConfigError(
                 f"family.quantization={config.family.quantization} with prune.init={config.prune.init}: a quantised "
                 "teacher cannot be pruned. Use family.quantization=none, or prune.init=random."
             )
-        return cls(config, ladder, rung, student, target, data, budget)
+        cell = cls(config, ladder, base, rung, student, target, data, budget)
+        if cell.adapted and config.family.quantization != "none":
+            raise ConfigError("a quantised teacher cannot be expanded or adapted. Use family.quantization=none.")
+        return cell
+
+    @property
+    def adapted(self) -> bool:
+        """Whether teachers are expanded, adapted or both, before anything is pruned."""
+        return self.family is not self.base or self.adapt_tokens > 0
+
+    @property
+    def adapt_tokens(self) -> int:
+        """Tokens of the teacher's continued pre-training."""
+        return parse_scale(self.config.adapt.data, key="adapt.data", allow_zero=True)
 
     @property
     def teacher_shape(self) -> Mapping[str, Any]:
@@ -139,7 +154,7 @@ class Settings:
         c, shape = self.config, self.student_shape
         return {
             "family": c.family.name,
-            "corpus": corpus_name(c.corpus),
+            "corpus": corpus_name(c.text),
             "student": format_scale(self.student_scale),
             "teacher": self.rung,
             "data_tokens": self.data_tokens,
@@ -156,6 +171,8 @@ class Settings:
             "prune_method": None if c.prune.init == "random" else c.prune.method,
             **self._pruned_otherwise,
             **self._distilled_otherwise,
+            **self._adapted_by,
+            **self._tuned_by,
             "shape": c.prune.shape if c.prune.fixed is None else c.prune.fixed,
             "batch": c.train.batch_size,
             "learning_rate": self.learning_rate,
@@ -170,6 +187,21 @@ class Settings:
             "teacher_train_flops": self.teacher_tokens
             and accounting.train_flops(self.teacher_shape, self.teacher_tokens),
         }
+
+    @property
+    def _adapted_by(self) -> dict[str, Any]:
+        """How the teacher was expanded and adapted, if it was."""
+        expanded = {} if self.family is self.base else {"expanded_vocab": dims(self.teacher_shape).vocab}
+        return expanded | ({"adapt_tokens": self.adapt_tokens} if self.adapt_tokens else {})
+
+    @property
+    def _tuned_by(self) -> dict[str, Any]:
+        """How the student was tuned after distillation, if it was."""
+        found: dict[str, Any] = {}
+        for name, c in (("instruct", self.config.instruct), ("prefer", self.config.prefer)):
+            if c.wanted:
+                found |= {f"{name}_rows": c.count or None, f"{name}_lora_rank": c.lora_rank or None}
+        return found
 
     @property
     def _pruned_otherwise(self) -> dict[str, Any]:
@@ -234,6 +266,19 @@ def _ladder(config: RunConfig) -> Family:
         ladder = local_family(given)
         return ladder
     return family(config.family.name)
+
+
+def _expanded(ladder: Family, config: RunConfig) -> Family:
+    """The ladder with the vocabulary that is asked for, in every shape: the same rungs, each a little larger."""
+    wanted = config.expand
+    if not wanted.vocab:
+        return ladder
+    own = max(dims(shape).vocab for shape in ladder.rungs.values())
+    rows = padded(wanted.vocab, wanted.multiple)
+    if wanted.vocab <= own:
+        raise ConfigError(f"expand.vocab={wanted.vocab}, but {ladder.name} already has {own} tokens. Give more.")
+    shapes = {n: {**shape, architecture(shape).keys["vocab"]: rows} for n, shape in ladder.rungs.items()}
+    return replace(ladder, rungs=shapes)
 
 
 def _check_positions(config: RunConfig, shape: Mapping[str, Any]) -> None:

@@ -58,6 +58,12 @@ def parser() -> argparse.ArgumentParser:
     fetch.set_defaults(run=run_fetch)
     _add_recommend(commands)
     report_commands.add(commands)
+    export = commands.add_parser("export", help="a cell's model: sharded safetensors, tokenizer, model card")
+    export.add_argument("cell", help="the beginning of a recorded cell's digest (column `cell` of the records)")
+    export.add_argument("out", type=Path, help="a folder that is empty or not there yet")
+    export.add_argument("--store", default=default_store(), help="default: %(default)s")
+    export.add_argument("--shard", default="2GB", help="largest size of one file (default: %(default)s)")
+    export.set_defaults(run=run_export)
     _add_store(commands)
     return root
 
@@ -258,6 +264,16 @@ def run_fetch(given: argparse.Namespace) -> int:
 
     for repository in repositories:
         print(f"{repository}: {fetch(repository)}", flush=True)
+    return 0
+
+
+def run_export(given: argparse.Namespace) -> int:
+    """Writes a cell's last model to a folder."""
+    from capacity_gap import store_tools
+    from capacity_gap.export import export
+
+    out = export(store_tools.open_store(given.store), given.cell, given.out, shard=given.shard)
+    print(f"{out}: " + ", ".join(sorted(p.name for p in out.iterdir())))
     return 0
 
 

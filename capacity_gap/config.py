@@ -14,12 +14,13 @@ from typing import Any
 from capacity_gap.checks import need as _need
 from capacity_gap.checks import positive as _positive
 from capacity_gap.checks import runtime as _runtime
+from capacity_gap.config_tune import ExpandConfig, InstructConfig, PreferConfig
 from capacity_gap.errors import ConfigError, choose
 from capacity_gap.evaluate.tasks import Task, folder_tasks, forbid_code, parse_tasks
 from capacity_gap.fingerprint import LATER, RUNTIME
 from capacity_gap.training_config import PRECISIONS, DistillConfig, OptimConfig, TrainConfig
 
-SOURCES = ("embedded", "code", "text", "hub", "mixture")
+SOURCES = ("embedded", "code", "cantonese", "text", "hub", "mixture")
 METHODS = ("expressive", "random", "magnitude", "movement", "taylor", "activation", "wanda")
 PRIORITIES = ("local", "global")
 LAYERS = ("symmetric", "block_influence", "loss_increase")
@@ -56,7 +57,7 @@ class FamilyConfig:
 
 @dataclass
 class SourceConfig:
-    """One source of text: `embedded` prose, embedded `code`, the user's `text` files, or a dataset of the `hub`."""
+    """One source of text: embedded prose, code or Cantonese speech, the user's files, or a dataset of the hub."""
 
     name: str = "embedded"
     path: str | None = _runtime(None)  # text: a file or folder; its content is what is hashed
@@ -121,6 +122,22 @@ class CorpusConfig(SourceConfig):
         _need(
             self.validation + self.test < 0.9, "corpus.validation + corpus.test", self.validation + self.test, "< 0.9"
         )
+
+
+@dataclass
+class AdaptConfig:
+    """Teachers trained on, before anything is pruned: `data` tokens of `parts` mixed by weight (none: the corpus).
+
+    With parts, everything after the teacher's own pre-training sees their text: scores, distillation, evaluation.
+    """
+
+    data: str = "0"
+    epochs: int = 1
+    parts: list[SourceConfig] = field(default_factory=list)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        _positive("adapt", self, "epochs")
 
 
 @dataclass
@@ -233,21 +250,45 @@ class RunConfig:
     retries: int = 0  # of a grid: how often work whose process died or crashed is started again
     budget_hours: float | None = None  # of a grid: refuse it if it costs more hours of one worker than this
     throughput: float | None = None  # FLOP/s of one worker, for plans; null: as measured in this store
+    devices: int = 1  # of one worker, for plans: memory of each, device-hours
     only: str = ""  # compute one stage of the chain (`name/digest`), not the cell: set by the grid sweeper
     family: FamilyConfig = field(default_factory=FamilyConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    expand: ExpandConfig = field(default_factory=ExpandConfig)
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    instruct: InstructConfig = field(default_factory=InstructConfig)
+    prefer: PreferConfig = field(default_factory=PreferConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         for name in ("seed", "teacher_seed", "retries"):
             _need(getattr(self, name) >= 0, name, getattr(self, name), "zero or more")
-        for name in ("epochs", "budget_hours", "throughput"):
+        for name in ("epochs", "budget_hours", "throughput", "devices"):
             value = getattr(self, name)
             _need(value is None or value > 0, name, value, "more than zero")
+        if self.prefer.wanted and not self.instruct.wanted:
+            raise ConfigError(
+                "prefer.count and prefer.path are for a student that was fine-tuned on conversations: say "
+                "instruct.count=N or instruct.path=FILE too."
+            )
+
+    @property
+    def text(self) -> CorpusConfig:
+        """What teachers are adapted to and students learn: the parts of `adapt`, else the corpus."""
+        if not self.adapt.parts:
+            return self.corpus
+        c = self.corpus
+        return CorpusConfig(
+            name="mixture",
+            parts=self.adapt.parts,
+            validation=c.validation,
+            test=c.test,
+            sequence_length=c.sequence_length,
+        )
 
     @property
     def store_path(self) -> Path:

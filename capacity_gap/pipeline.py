@@ -1,8 +1,8 @@
 """The chain of one cell, read top to bottom; nothing else knows the order.
 
     corpus ─► tokenizer ─► tokens ─┐
-    family ─► teacher ─► scores ─► student ─► distil ─► record
-                 └─► teacher scores ──────────────┘
+    family ─► teacher ─► (expand ─► adapt) ─► scores ─► student ─► distil ─► (instruct ─► prefer) ─► record
+                                       └─► teacher scores ──────────────┘
 
 Building the chain computes nothing and imports no torch: it names the stages, so that a grid knows what its cells have
 in common before anything runs.
@@ -16,11 +16,13 @@ from typing import Any
 
 from capacity_gap import accounting, running, steps
 from capacity_gap.cell import Settings, teacher_tokens
-from capacity_gap.config import RunConfig
-from capacity_gap.data.sources import identity
+from capacity_gap.config import CorpusConfig, RunConfig
+from capacity_gap.config_tune import TuneConfig
+from capacity_gap.data.sources import identity, tokenizer_identity
 from capacity_gap.errors import ConfigError
 from capacity_gap.evaluate.tasks import GENERATED, Task, check_tasks, folder_digest, folder_names
-from capacity_gap.fingerprint import identity_fields
+from capacity_gap.fingerprint import files_digest, identity_fields
+from capacity_gap.instruct import stages
 from capacity_gap.models.axes import dims
 from capacity_gap.models.folders import content_digest
 from capacity_gap.runtime import Runtime
@@ -36,10 +38,16 @@ class Cell(Settings):
         from capacity_gap.data.packing import Packed, subset
 
         check_tasks(self.config.evaluate.benchmarks, self.config.evaluate.folder)
-        packed = Packed(store.compute(self.tokens, runtime) / "train", self.config.corpus.sequence_length)
-        subset(packed, self.data_tokens, epochs=self.config.epochs, key="data")
+        c = self.config
+        needs = [(self.tokens, self.data_tokens, c.epochs, "data")]
+        needs.append((self.tokens, self.adapt_tokens, c.adapt.epochs, "adapt.data"))
         if self.teacher_tokens:
-            subset(packed, self.teacher_tokens, epochs=self.config.family.teacher_epochs, key="family.teacher_data")
+            needs.append((self.base_tokens, self.teacher_tokens, c.family.teacher_epochs, "family.teacher_data"))
+        for stage, budget, epochs, key in needs:
+            if budget:
+                packed = Packed(store.compute(stage, runtime) / "train", c.corpus.sequence_length)
+                subset(packed, budget, epochs=epochs, key=key)
+        packed = Packed(store.compute(self.tokens, runtime) / "train", c.corpus.sequence_length)
         self._check_vocabularies(store, len(packed.bytes_per_id))
 
     def _check_vocabularies(self, store: Store, tokens: int) -> None:
@@ -59,8 +67,15 @@ class Cell(Settings):
 
     @cached_property
     def corpus(self) -> Stage:
-        """Clean text, split into train, validation, test and out-of-domain."""
-        c = self.config.corpus
+        """The text that students learn: clean, split into train, validation, test and out-of-domain."""
+        return self._corpus(self.config.text)
+
+    @cached_property
+    def base_corpus(self) -> Stage:
+        """The text that teachers are pre-trained on; another one only where they are adapted to a mixture."""
+        return self._corpus(self.config.corpus)
+
+    def _corpus(self, c: CorpusConfig) -> Stage:
         given = {"name": c.name, "validation": c.validation, "test": c.test, **identity(c)}
         return Stage("corpus", 1, given, {}, steps.corpus, options={"source": c})
 
@@ -72,7 +87,7 @@ class Cell(Settings):
         return {"repository": repository}
 
     @cached_property
-    def tokenizer(self) -> Stage:
+    def base_tokenizer(self) -> Stage:
         """Byte-level BPE with the family's vocabulary, trained on the corpus; or the published one."""
         if self.rung in self.family.published:
             first = next(iter(self.family.rungs))  # one for the whole ladder, so that all share their tokens
@@ -85,8 +100,20 @@ class Cell(Settings):
                 steps.published_tokenizer,
                 options={"repository": self.family.published[first]},
             )
-        given = {"vocab_size": self.teacher_shape["vocab_size"]}
-        return Stage("tokenizer", 1, given, {"corpus": self.corpus}, steps.tokenizer)
+        given = {"vocab_size": dims(self.base.rungs[self.rung]).vocab}
+        return Stage("tokenizer", 1, given, {"corpus": self.base_corpus}, steps.tokenizer)
+
+    @cached_property
+    def tokenizer(self) -> Stage:
+        """The family's tokenizer, with the tokens of a second script if asked for."""
+        c = self.config.expand
+        if not c.vocab:
+            return self.base_tokenizer
+        given: dict[str, Any] = {"vocab": c.vocab}
+        if c.tokenizer is not None:
+            given["second"] = tokenizer_identity(c.tokenizer)
+        inputs = {"corpus": self.corpus, "tokenizer": self.base_tokenizer}
+        return Stage("vocabulary", 1, given, inputs, steps.vocabulary, options={"second": c.tokenizer})
 
     @cached_property
     def tokens(self) -> Stage:
@@ -95,12 +122,49 @@ class Cell(Settings):
         return Stage("tokens", 1, {}, inputs, steps.tokens)
 
     @cached_property
+    def base_tokens(self) -> Stage:
+        """What teachers are pre-trained on."""
+        inputs = {"corpus": self.base_corpus, "tokenizer": self.base_tokenizer}
+        return Stage("tokens", 1, {}, inputs, steps.tokens)
+
+    @cached_property
     def teacher(self) -> Stage:
-        """The teacher, pre-trained on the spot."""
-        return self._pretrained(self.rung)
+        """The teacher, ready to be pruned and to teach."""
+        return self._ready(self.rung)
+
+    def _ready(self, rung: str) -> Stage:
+        """A teacher with the vocabulary and the further training that this cell asks for."""
+        model = self._pretrained(rung)
+        if self.family is not self.base:
+            inputs = {"model": model, "vocabulary": self.tokenizer}
+            rows = dims(self.family.rungs[rung]).vocab
+            model = Stage("expand", 1, {"rows": rows}, inputs, steps.expand)
+        return self._adapted(model, self.family.rungs[rung]) if self.adapt_tokens else model
+
+    def _adapted(self, model: Stage, shape: Mapping[str, Any]) -> Stage:
+        c, budget = self.config, self.adapt_tokens
+        given = {
+            "tokens": budget,
+            "epochs": c.adapt.epochs,
+            "seed": c.teacher_seed,
+            "optim": steps.optim_identity(c.adapt.optim),
+            "learning_rate": c.adapt.optim.peak(dims(shape).hidden),
+            **self._arithmetic,
+        }
+        return Stage(
+            "adapt",
+            1,
+            given,
+            {"model": model, "tokens": self.tokens},
+            steps.adapt,
+            cost=accounting.train_flops(shape, budget),
+            options=self._training,
+            passes=3 * budget,
+            collective=True,
+        )
 
     def _pretrained(self, rung: str) -> Stage:
-        c, shape = self.config, self.family.rungs[rung]
+        c, shape = self.config, self.base.rungs[rung]
         if rung in self.family.published:
             given = {
                 "shape": shape,
@@ -111,7 +175,7 @@ class Cell(Settings):
             return Stage(
                 "published", 1, given, {}, steps.published, options={"repository": self.family.published[rung]}
             )
-        budget = teacher_tokens(c, self.family.params[rung])
+        budget = teacher_tokens(c, self.base.params[rung])
         given = {
             "shape": shape,
             "seed": c.teacher_seed,
@@ -126,7 +190,7 @@ class Cell(Settings):
             "teacher",
             1,
             given,
-            {"tokens": self.tokens},
+            {"tokens": self.base_tokens},
             steps.pretrain,
             cost=accounting.train_flops(shape, budget),
             options=self._training,
@@ -137,7 +201,7 @@ class Cell(Settings):
     @cached_property
     def scores(self) -> Stage:
         """Importance of every unit of the teacher that the student is cut from."""
-        return self._scores_of(self._pretrained(self.origin), self.family.rungs[self.origin])
+        return self._scores_of(self._ready(self.origin), self.family.rungs[self.origin])
 
     def _scores_of(self, model: Stage, shape: Mapping[str, Any]) -> Stage:
         c = self.config.prune
@@ -160,7 +224,7 @@ class Cell(Settings):
         if c.init == "random":
             given = {"shape": self.student_shape, "seed": self.config.seed}
             return Stage("student", 1, {"init": "random", **given}, {}, steps.random_student)
-        model, scores = self._pretrained(self.origin), self.scores
+        model, scores = self._ready(self.origin), self.scores
         for shape in self._way:
             model = self._cut(model, scores, shape)
             if self._step_tokens:
@@ -233,6 +297,51 @@ class Cell(Settings):
         options = {"batch_size": c.evaluate.batch_size}
         return Stage("signal", 1, given, inputs, steps.signal, cost, options, passes=seen)
 
+    @cached_property
+    def instructions(self) -> Stage:
+        """Conversations and pairs of answers, made from the corpus or read from files; the same for every cell."""
+        tune, pairs = self.config.instruct, self.config.prefer
+        given: dict[str, Any] = {"count": tune.count, "pairs": pairs.count, "held_out": tune.held_out}
+        for name, path in (("rows", tune.path), ("pair_rows", pairs.path)):
+            if path:
+                given[name] = files_digest([Path(path).expanduser()])
+        options = {"path": tune.path, "pairs_path": pairs.path}
+        return Stage("instructions", 1, given, {"corpus": self.corpus}, stages.instructions, options=options)
+
+    @cached_property
+    def tuned(self) -> dict[str, Stage]:
+        """What becomes of the distilled student, by stage: fine-tuned on conversations, then on preferences."""
+        c, found = self.config, {}
+        if c.instruct.wanted:
+            inputs = {"model": self.distilled, "tokenizer": self.tokenizer, "instructions": self.instructions}
+            found["instruct"] = self._tuned("instruct", c.instruct, inputs)
+        if c.prefer.wanted:
+            inputs = {"model": found["instruct"], "instructions": self.instructions}
+            found["prefer"] = self._tuned("prefer", c.prefer, inputs)
+        return found
+
+    def _tuned(self, name: str, config: TuneConfig, inputs: Mapping[str, Stage]) -> Stage:
+        kept = {k: v for k, v in identity_fields(config).items() if k not in ("count", "held_out", "answer_tokens")}
+        given = {**kept, "seed": self.config.seed, "precision": self.config.train.precision}
+        given["threads"] = self.config.train.threads
+        return Stage(name, 1, given, inputs, getattr(stages, name), options=self._training)
+
+    def answered(self, model: Stage, tokenizer: Stage) -> Stage:
+        """A model's answers to the held-out instructions."""
+        given = {"answer_tokens": self.config.instruct.answer_tokens, "threads": self.config.train.threads}
+        inputs = {"model": model, "tokenizer": tokenizer, "instructions": self.instructions}
+        return Stage("answers", 1, given, inputs, stages.answers)
+
+    @property
+    def _answers(self) -> dict[str, Stage]:
+        """What a record needs to say how the student answers, before and after each stage of tuning."""
+        if not self.tuned:
+            return {}
+        found = {"answers_base": self.answered(self.distilled, self.tokenizer)}
+        found |= {f"answers_{name}": self.answered(model, model) for name, model in self.tuned.items()}
+        final = list(self.tuned.values())[-1]
+        return found | self.tuned | {"evaluate_tuned": self.scored(final, self.student_shape)}
+
     def scored(self, model: Stage, shape: Mapping[str, Any]) -> Stage:
         """Held-out losses of one model."""
         c = self.config.evaluate
@@ -275,6 +384,9 @@ class Cell(Settings):
         }
         for whose, model in (("student", self.distilled), ("teacher", self.teacher)):
             inputs |= {f"{whose}_benchmark_{i}": stage for i, stage in enumerate(self.benchmarks(model))}
+        if self.config.expand.vocab:
+            inputs["vocabulary"] = self.tokenizer
+        inputs |= self._answers
         return Stage("record", 1, self.description, inputs, steps.record)
 
     @property
@@ -284,7 +396,7 @@ class Cell(Settings):
         scored = [self.scored(self.teacher, self.teacher_shape), *self.benchmarks(self.teacher)]
         teachers = [self.teacher]
         if self.config.prune.init != "random":
-            teachers.append(self._pretrained(self.origin))
+            teachers.append(self._ready(self.origin))
             scored.append(self.scores)
         if "signal" in self.distilled.inputs:
             scored.append(self.distilled.inputs["signal"])

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from capacity_gap.accounting import peak_memory, signal_bytes_per_token, stored_bytes
 from capacity_gap.errors import ConfigError
+from capacity_gap.models.axes import count_params, dims
+from capacity_gap.scales import format_scale
 from capacity_gap.stage import META, Stage, Store, closure
 
 if TYPE_CHECKING:
@@ -38,8 +40,8 @@ class Speed:
         return stage.cost * self.seconds_per_flop + stage.passes * self.seconds_per_pass
 
 
-def speed(store: Store, *, throughput: float | None, on_gpu: bool) -> Speed:
-    """The speed as given (FLOP/s), else as measured in this store, else as assumed."""
+def speed(store: Store, *, throughput: float | None, on_gpu: bool, devices: int = 1) -> Speed:
+    """The speed of one worker as given (FLOP/s), else as measured in this store, else as assumed."""
     made = list(_finished(store))
     fixed = _fixed(made)
     if throughput:
@@ -51,7 +53,7 @@ def speed(store: Store, *, throughput: float | None, on_gpu: bool) -> Speed:
         a, b = _fit(timed)
         return Speed(a, b, f"measured: {len(timed)} finished stages of this store on {device}", fixed)
     if on_gpu:
-        return Speed(1 / GPU_FLOPS, 0.0, f"assumed: {GPU_FLOPS:.3g} FLOP/s a GPU (say throughput=)", fixed)
+        return Speed(1 / (GPU_FLOPS * devices), 0.0, f"assumed: {GPU_FLOPS:.3g} FLOP/s a GPU (say throughput=)", fixed)
     said = f"assumed: {CPU_FLOPS:.3g} FLOP/s a CPU thread; one finished cell calibrates it"
     return Speed(1 / CPU_FLOPS, CPU_SECONDS_PER_PASS, said, fixed)
 
@@ -99,10 +101,22 @@ class Plan:
     worker_s: float  # of all workers together
     wall_s: float  # with `workers` of them at once
     workers: int
-    memory_bytes: float  # of one worker, at its largest stage
+    memory: dict[str, float]  # of one device, at the stages that need most, bytes
     disk_bytes: float  # of what is still to be written
     signals: tuple[str, ...]  # kinds of cached signals, with their bytes a token
     speed: Speed
+    models: list[str]  # what is trained, in words
+    devices: int  # of one worker
+
+    @property
+    def memory_bytes(self) -> float:
+        """Of one device, at its largest stage."""
+        return max(self.memory.values())
+
+    @property
+    def device_hours(self) -> float:
+        """All workers and all their devices together."""
+        return self.worker_s * self.devices / 3600
 
     @property
     def lines(self) -> list[str]:
@@ -115,11 +129,15 @@ class Plan:
         share = self.flops_shared / max(1.0, self.flops_alone)
         return [
             f"plan: {self.cells} cells, {self.done} of them recorded; nothing is started",
+            *self.models,
             *rows,
             f"to run: {self.flops:.3g} FLOPs, {format_seconds(self.worker_s)} of one worker, about "
             f"{format_seconds(self.wall_s)} with {self.workers} at once",
             f"speed {self.speed.source}",
-            f"tensors up to {format_bytes(self.memory_bytes)} a worker, disk {format_bytes(self.disk_bytes)}",
+            f"tensors up to {format_bytes(self.memory_bytes)} a {'device' if self.devices > 1 else 'worker'}"
+            f" ({', '.join(f'{name} {format_bytes(size)}' for name, size in self.memory.items())}), "
+            f"disk {format_bytes(self.disk_bytes)}",
+            *([f"{self.devices} devices a worker: {self.device_hours:,.0f} device-hours"] if self.devices > 1 else []),
             *([f"cached signals, bytes a token: {', '.join(self.signals)}"] if self.signals else []),
             f"every cell alone would take {self.flops_alone:.3g} FLOPs, shared {self.flops_shared:.3g} ({share:.0%})",
         ]
@@ -128,7 +146,8 @@ class Plan:
 def make_plan(cells: Sequence["Cell"], store: Store, *, workers: int = 1) -> Plan:
     """Adds up what is not in the store yet; computes nothing."""
     first = cells[0].config
-    pace = speed(store, throughput=first.throughput, on_gpu=first.train.device.startswith("cuda"))
+    on_gpu = first.train.device.startswith("cuda")
+    pace = speed(store, throughput=first.throughput, on_gpu=on_gpu, devices=first.devices)
     stages: dict[str, Stage] = {}
     for cell in cells:
         stages.update(closure(cell.record))
@@ -148,11 +167,26 @@ def make_plan(cells: Sequence["Cell"], store: Store, *, workers: int = 1) -> Pla
         worker_s=sum(map(pace.seconds, left.values())),
         wall_s=_wall(cells, left, pace, workers),
         workers=workers,
-        memory_bytes=max(_memory(c) for c in cells),
+        memory=_largest(_memory(c) for c in cells),
         disk_bytes=sum(_written(cells, left)),
         signals=tuple(sorted({f"{s.config['kind']}-{s.config['size']} {e:g}" for s, e in _signals(cells).values()})),
         speed=pace,
+        models=_models(cells),
+        devices=first.devices,
     )
+
+
+def _models(cells: Sequence["Cell"]) -> list[str]:
+    """Every student and teacher once: its shape and its exact size."""
+    found: dict[str, None] = {}
+    for kind, name, shape in (
+        *(("student", format_scale(c.student_scale), c.student_shape) for c in cells),
+        *(("teacher", c.rung, c.teacher_shape) for c in cells),
+    ):
+        sizes = dims(shape)
+        said = f"{sizes.layers}x{sizes.hidden}x{sizes.heads}x{sizes.neurons}, vocabulary {sizes.vocab:,}"
+        found[f"{kind} {name}: {count_params(shape):,} parameters, {said}"] = None
+    return list(found)
 
 
 def _written(cells: Sequence["Cell"], left: Mapping[str, Stage]) -> Iterator[float]:
@@ -160,6 +194,9 @@ def _written(cells: Sequence["Cell"], left: Mapping[str, Stage]) -> Iterator[flo
     for stage in left.values():
         if stage.name in ("teacher", "student"):
             yield stored_bytes(stage.config["shape"])
+    for cell in {c.teacher.key: c for c in cells if c.adapted}.values():
+        if cell.teacher.key in left:
+            yield stored_bytes(cell.teacher_shape)
     for cell in {c.distilled.key: c for c in cells}.values():
         if cell.distilled.key in left and cell.data_tokens:
             yield stored_bytes(cell.student_shape)
@@ -202,18 +239,45 @@ def makespan(jobs: Iterable[float], workers: int) -> float:
     return max(busy)
 
 
-def _memory(cell: "Cell") -> float:
+def _memory(cell: "Cell") -> dict[str, float]:
+    """Bytes of one device while each kind of stage that holds much is at work."""
     c = cell.config
-    batch = c.train.micro_batch_size or c.train.batch_size
-    tokens = batch * c.corpus.sequence_length
-    way: dict[str, Any] = {"precision": c.train.precision, "checkpointing": c.train.activation_checkpointing}
-    own = peak_memory(cell.student_shape, tokens=tokens, **way)
+    teacher = stored_bytes(cell.teacher_shape, dtype=_dtype(cell), quantization=c.family.quantization)
+    found = {"distil": _training(cell, cell.student_shape, c.train.batch_size)}
     if cell.teacher_flops:
-        own += stored_bytes(cell.teacher_shape, dtype=c.family.dtype, quantization=c.family.quantization)
-    if cell.teacher_tokens is None:
-        return own
-    pretraining = c.family.pretrain.batch_size * c.corpus.sequence_length
-    return max(own, peak_memory(cell.teacher_shape, tokens=pretraining, **way))
+        found["distil"] += teacher
+    if c.prune.init != "random":
+        found["scores"] = 2 * teacher  # its weights and their gradients, on one device
+    if cell.adapt_tokens:
+        found["adapt"] = _training(cell, cell.teacher_shape, c.adapt.optim.batch_size)
+    if cell.teacher_tokens is not None:
+        found["teacher"] = _training(cell, cell.teacher_shape, c.family.pretrain.batch_size)
+    return found
+
+
+def _dtype(cell: "Cell") -> str:
+    """Published checkpoints are held as the family says, what was trained here in fp32."""
+    return "fp32" if cell.adapted or cell.teacher_tokens is not None else cell.config.family.dtype
+
+
+def _training(cell: "Cell", shape: Mapping[str, Any], batch: int) -> float:
+    c = cell.config.train
+    share = -(-batch // cell.config.devices)
+    return peak_memory(
+        shape,
+        tokens=min(c.micro_batch_size or share, share) * cell.config.corpus.sequence_length,
+        precision=c.precision,
+        shards=cell.config.devices if c.sharding == "fsdp" else 1,
+        checkpointing=c.activation_checkpointing,
+    )
+
+
+def _largest(found: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The most that any of the cells needs, kind by kind."""
+    most: dict[str, float] = {}
+    for one in found:
+        most |= {name: max(size, most.get(name, 0.0)) for name, size in one.items()}
+    return most
 
 
 def check_budget(plan: Plan, hours: float | None) -> None:

@@ -48,6 +48,14 @@ class Record:
     prune_priority: str | None = None
     prune_layers: str | None = None
     prune_steps: int | None = None
+    expanded_vocab: int | None = None  # rows of the matrices after expansion, padding included
+    adapt_tokens: int | None = None  # of the teacher's continued pre-training
+    second_bytes_per_token_before: float | None = None  # of held-out text mostly outside ASCII
+    second_bytes_per_token: float | None = None
+    instruct_rows: int | None = None  # conversations made from templates; None also for a file of one's own
+    instruct_lora_rank: int | None = None
+    prefer_rows: int | None = None
+    prefer_lora_rank: int | None = None
     shape: str | None = None
     batch: int | None = None  # sequences in one optimiser step
     learning_rate: float | None = None  # peak
@@ -68,6 +76,7 @@ class Record:
     teacher_loss_ood: float | None = None
     teacher_entropy: float | None = None
     init_loss: float | None = None
+    tuned_loss: float | None = None  # held-out loss after instruction tuning and preferences
     train_ce: float | None = None  # the last logged points, averaged
     train_kl: float | None = None
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)  # the student's {task: {value, stderr, shots, …}}

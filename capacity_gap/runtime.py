@@ -22,7 +22,17 @@ from capacity_gap.ranks import Ranks
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 PARENT = "CAPACITY_GAP_PARENT"  # process id of the grid that started this worker
-VERSIONED = ("capacity_gap", "torch", "transformers", "tokenizers", "accelerate", "numpy", "liger_kernel")
+VERSIONED = (
+    "capacity_gap",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "numpy",
+    "liger_kernel",
+    "trl",
+    "peft",
+)
 
 
 class Interrupted(BaseException):

@@ -60,6 +60,46 @@ def published(run: StageRun) -> None:
     )
 
 
+def vocabulary(run: StageRun) -> None:
+    """The tokenizer with a second script's tokens, learnt from the training split or taken from another one."""
+    from capacity_gap.data.expand import expand_tokenizer, text_per_token
+    from capacity_gap.data.tokenizer import load_tokenizer
+
+    second = run.options["second"]
+    texts = () if second else read_texts(run.inputs["corpus"], "train")
+    expand_tokenizer(run.inputs["tokenizer"], run.out, size=run.config["vocab"], texts=texts, second=second)
+    held_out = list(read_texts(run.inputs["corpus"], "test"))
+    spent = {
+        when: text_per_token(load_tokenizer(folder), held_out)
+        for when, folder in (("before", run.inputs["tokenizer"]), ("after", run.out))
+    }
+    write_json(run.out / RESULT, spent)
+
+
+def expand(run: StageRun) -> None:
+    """A teacher with rows for the new tokens."""
+    from capacity_gap.data.expand import PARTS
+    from capacity_gap.models.expand import expand_checkpoint
+    from capacity_gap.models.loading import checkpoint_folder
+
+    new = json.loads((run.inputs["vocabulary"] / PARTS).read_text())
+    expand_checkpoint(
+        checkpoint_folder(run.inputs["model"]),
+        run.out,
+        first=new["first"],
+        parts=new["parts"],
+        rows=run.config["rows"],
+        on_shard=lambda done, total: run.runtime.report(done, total, "shards"),
+    )
+
+
+def adapt(run: StageRun) -> None:
+    """A teacher's pre-training, continued on the text that its students will learn."""
+    from capacity_gap.models.loading import load_model
+
+    _pretrain(run, load_model(run.inputs["model"]))
+
+
 def published_tokenizer(run: StageRun) -> None:
     """The tokenizer that came with the models."""
     from capacity_gap.models.loading import copy_tokenizer
@@ -70,10 +110,14 @@ def published_tokenizer(run: StageRun) -> None:
 def pretrain(run: StageRun) -> None:
     """A teacher, trained from random weights on the training split."""
     from capacity_gap.models.loading import new_model
+
+    _pretrain(run, new_model(run.config["shape"], run.config["seed"]))
+
+
+def _pretrain(run: StageRun, model: Any) -> None:
     from capacity_gap.train import Plan
 
     given = run.config
-    model = new_model(given["shape"], given["seed"])
     plan = Plan(
         order=_order(run, given["tokens"], given["epochs"], given["seed"]),
         optim=OptimConfig(**given["optim"], learning_rate=given["learning_rate"]),
@@ -274,6 +318,8 @@ def _metrics(run: StageRun, whose: str) -> tuple[dict[str, dict[str, Any]], dict
 
 def record(run: StageRun) -> None:
     """The row of one cell, from what its stages left."""
+    from capacity_gap.instruct.stages import scores as answer_scores
+
     trained = json.loads((run.inputs["trained"] / RESULT).read_text()) if run.config["data_tokens"] else {}
     student, teacher, start = (
         json.loads((run.inputs[name] / RESULT).read_text())
@@ -282,6 +328,8 @@ def record(run: StageRun) -> None:
     made = json.loads((run.inputs["trained"] / META).read_text())
     history = read_history(run.inputs["trained"]) if trained else []
     metrics, harness = _metrics(run, "student")
+    vocabulary = run.inputs.get("vocabulary")
+    spent = json.loads((vocabulary / RESULT).read_text()) if vocabulary else None
     row = Record(
         schema_version=SCHEMA_VERSION,
         cell=run.digest,
@@ -296,9 +344,12 @@ def record(run: StageRun) -> None:
         teacher_loss_ood=teacher["ood"]["loss"],
         teacher_entropy=teacher["test"]["entropy"],
         init_loss=start["test"]["loss"],
+        second_bytes_per_token_before=spent and spent["before"]["second"],
+        second_bytes_per_token=spent and spent["after"]["second"],
+        tuned_loss=_tuned_loss(run),
         train_ce=_tail_mean(history, "ce"),
         train_kl=_tail_mean(history, "kl"),
-        metrics=metrics,
+        metrics=metrics | answer_scores(run.inputs),
         teacher_metrics=_metrics(run, "teacher")[0],
         tokens_per_s=trained.get("tokens_per_s"),
         mfu=trained.get("mfu"),
@@ -311,6 +362,11 @@ def record(run: StageRun) -> None:
         created=provenance(run.runtime)["created"],
     )
     write_json(run.out / RECORD, row.to_dict())
+
+
+def _tuned_loss(run: StageRun) -> float | None:
+    folder = run.inputs.get("evaluate_tuned")
+    return json.loads((folder / RESULT).read_text())["test"]["loss"] if folder else None
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:

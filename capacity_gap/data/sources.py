@@ -8,12 +8,13 @@ from capacity_gap.config import CorpusConfig, SourceConfig
 from capacity_gap.data.documents import (
     PINNED,
     Document,
+    cantonese_documents,
     code_documents,
     embedded_documents,
     text_documents,
     text_files,
 )
-from capacity_gap.errors import StageError
+from capacity_gap.errors import ConfigError, StageError
 from capacity_gap.fingerprint import files_digest
 
 GROUP = 100  # documents of a hub dataset that are kept together when the corpus is split
@@ -27,6 +28,8 @@ def documents(source: SourceConfig) -> Iterator[Document]:
         return embedded_documents()
     if source.name == "code":
         return code_documents()
+    if source.name == "cantonese":
+        return cantonese_documents()
     if source.name == "hub":
         return hub_documents(source)
     return text_documents(Path(str(source.path)).expanduser())
@@ -41,8 +44,18 @@ def identity(source: SourceConfig) -> dict[str, Any]:
     if source.name == "hub":
         names = ("dataset", "subset", "dataset_split", "column", "revision", "documents")
         return {name: getattr(source, name) for name in names}
-    package = {"embedded": "botocore", "code": "sympy"}[source.name]
+    package = {"embedded": "botocore", "code": "sympy", "cantonese": "pycantonese"}[source.name]
     return {package: PINNED[package]}
+
+
+def tokenizer_identity(tokenizer: str) -> dict[str, Any]:
+    """What identifies a second tokenizer: a local one's content, or a name on the hub."""
+    folder = Path(tokenizer).expanduser()
+    if not folder.is_dir():
+        return {"repository": tokenizer}
+    if not (folder / "tokenizer.json").is_file():
+        raise ConfigError(f"expand.tokenizer={tokenizer} has no tokenizer.json: save its fast tokenizer there.")
+    return {"content": files_digest([folder / "tokenizer.json"])}
 
 
 def corpus_name(corpus: CorpusConfig) -> str:

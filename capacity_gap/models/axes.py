@@ -221,3 +221,8 @@ def count(table: Architecture, sizes: Dims, *, non_embedding: bool = False) -> i
 def count_params(config: Config, *, non_embedding: bool = False) -> int:
     """Parameters of the model that `config` describes, counted without building it."""
     return count(architecture(config), dims(config), non_embedding=non_embedding)
+
+
+def padded(vocab: int, multiple: int) -> int:
+    """`vocab` rounded up to a multiple: kernels and shards want round numbers of rows."""
+    return -(-vocab // multiple) * multiple

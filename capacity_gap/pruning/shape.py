@@ -87,18 +87,23 @@ def choose_shape(
 
 
 def fixed_shape(config: Config, given: str, target_params: int | None = None) -> Shape:
-    """The shape that `given` names, `layers x hidden x heads x neurons` (heads are query heads).
+    """The shape that `given` names, `layers x hidden x heads x neurons`, and if said `x key-value heads`.
+
+    Without them the teacher's groups of query heads stay, where the heads divide into such groups.
 
     Raises:
         ConfigError: it cannot be read, is not legal for the architecture, or has another size than `target_params`.
     """
     sizes, table = dims(config), architecture(config)
     numbers = [int(n) for n in re.findall(r"\d+", given)]
-    if not re.fullmatch(r"\s*\d+(\s*[x×]\s*\d+){3}\s*", given):
+    if not re.fullmatch(r"\s*\d+(\s*[x×]\s*\d+){3,4}\s*", given):
         raise ConfigError(f"fixed={given!r} cannot be read. Write layers x hidden x heads x neurons: 24x3072x24x8192.")
-    layers, hidden, heads, neurons = numbers
-    group = 1 if sizes.group == 1 or heads % sizes.group else sizes.group
-    kv_heads = heads // group
+    layers, hidden, heads, neurons = numbers[:4]
+    kept = 1 if sizes.group == 1 or heads % sizes.group else sizes.group
+    kv_heads = numbers[4] if len(numbers) > 4 else heads // kept
+    if kv_heads == 0 or heads % kv_heads:
+        raise ConfigError(f"fixed={given}: {heads} query heads do not divide among {kv_heads} key-value heads.")
+    group = heads // kv_heads
     if table.square and hidden != heads * sizes.head_dim:
         raise ConfigError(
             f"fixed={given}: this architecture ties hidden = heads × {sizes.head_dim}, but {hidden} ≠ {heads} × "

@@ -1,0 +1,97 @@
+"""The settings of vocabulary expansion, instruction tuning and preference optimisation, validated when made."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from capacity_gap.checks import need, positive, runtime, share
+from capacity_gap.errors import ConfigError
+
+
+@dataclass
+class ExpandConfig:
+    """More tokens for every teacher of the ladder before it is adapted: those of a second script.
+
+    They are learnt from the text that teachers are adapted to, or taken from a second tokenizer.
+    """
+
+    vocab: int = 0  # tokens in all; 0: the family's own
+    multiple: int = 64  # rows of the matrices are a multiple of this
+    tokenizer: str | None = None  # a saved tokenizer's folder, or its name on the hub
+
+    def __post_init__(self) -> None:
+        need(self.vocab >= 0, "expand.vocab", self.vocab, "zero (no expansion) or more")
+        positive("expand", self, "multiple")
+        if self.tokenizer is not None and not self.vocab:
+            raise ConfigError(f"expand.tokenizer={self.tokenizer} needs expand.vocab=: how many tokens there will be.")
+
+
+@dataclass
+class TuneConfig:
+    """What supervised fine-tuning and preference optimisation share: TRL's trainer, AdamW, cosine (METHOD §4)."""
+
+    count: int = 0  # rows made from templates over the corpus; 0 and no path: nothing is done
+    path: str | None = runtime(None)  # rows of your own, .jsonl; their content is what is hashed
+    epochs: int = 3
+    batch_size: int = 16
+    learning_rate: float = 2e-5
+    warmup: float = 0.1  # share of all steps
+    max_length: int = 256  # tokens of one sequence
+    lora_rank: int = 0  # 0: all weights are trained
+
+    def __post_init__(self) -> None:
+        name = self._section
+        positive(name, self, "epochs", "batch_size", "learning_rate", "max_length")
+        share(name, self, "warmup")
+        for least in ("count", "lora_rank"):
+            need(getattr(self, least) >= 0, f"{name}.{least}", getattr(self, least), "zero or more")
+        if self.path is not None and not Path(self.path).expanduser().is_file():
+            raise ConfigError(f"{name}.path={self.path} does not exist (seen from {Path.cwd()}). Give a .jsonl file.")
+        if self.path is not None and self.count:
+            raise ConfigError(
+                f"{name}.path={self.path} with {name}.count={self.count}: rows are read or made, not both."
+            )
+
+    @property
+    def _section(self) -> str:
+        return "tune"
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to train on."""
+        return bool(self.count or self.path)
+
+
+@dataclass
+class InstructConfig(TuneConfig):
+    """Supervised fine-tuning on conversations `{"messages": [...]}`; only answers count in the loss."""
+
+    held_out: int = 300  # conversations that answers are scored on; with a path its last ones
+    answer_tokens: int = 32  # at most, when answering
+    packing: bool = True  # several conversations in one sequence, none of which sees another
+    neftune: float = 0.0  # noise on the embeddings
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("instruct", self, "held_out", "answer_tokens")
+        need(self.neftune >= 0, "instruct.neftune", self.neftune, "zero or more")
+
+    @property
+    def _section(self) -> str:
+        return "instruct"
+
+
+@dataclass
+class PreferConfig(TuneConfig):
+    """DPO on rows `{"messages": [...], "chosen": "...", "rejected": "..."}`, after fine-tuning."""
+
+    epochs: int = 1
+    learning_rate: float = 5e-7
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("prefer", self, "beta")
+
+    @property
+    def _section(self) -> str:
+        return "prefer"

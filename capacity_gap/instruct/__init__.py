@@ -1,0 +1,1 @@
+"""From a distilled student to one that answers: conversations, supervised fine-tuning, preferences, exact match."""

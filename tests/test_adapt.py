@@ -1,0 +1,95 @@
+"""Cells whose teachers get a second script before anything is pruned."""
+
+import random
+
+import pytest
+
+from capacity_gap import pipeline, records
+from capacity_gap.errors import ConfigError
+from capacity_gap.models.loading import load_model
+from capacity_gap.stage import Store, closure
+from tests.conftest import compose
+from tests.test_expand import SECOND
+
+
+@pytest.fixture(scope="session")
+def folders(text_file, tmp_path_factory):
+    """Two folders of text, English and other scripts (words of a few sentences in many orders), 40 files each."""
+    draw = random.Random(0)
+    words = [w for line in SECOND for w in line.split()]
+    first = text_file.read_text(encoding="utf-8").split("\n\n")
+    second = [" ".join(draw.choices(words, k=12)) for _ in range(400)]
+    made = []
+    for name, paragraphs in (("first", first), ("second", second)):
+        folder = tmp_path_factory.mktemp(name)
+        for i in range(40):
+            (folder / f"{i}.txt").write_text("\n\n".join(paragraphs[i::40]), encoding="utf-8")
+        made.append(folder)
+    return made
+
+
+@pytest.fixture(scope="session")
+def adapted(tiny, folders):
+    """Overrides of a tiny cell with an expanded and adapted teacher."""
+    parts = ",".join(f"{{name:text,path:{folder},weight:1}}" for folder in folders)
+    return [*tiny, "expand.vocab=1100", "adapt.data=4k", f"adapt.parts=[{parts}]", "student=40k", "teacher=55k"]
+
+
+@pytest.fixture(scope="session")
+def adapted_cell(adapted, tmp_path_factory):
+    """A tiny expanded cell that has been run."""
+    config = compose([*adapted, f"store={tmp_path_factory.mktemp('store')}"])
+    pipeline.run(config)
+    return pipeline.resolve(config)
+
+
+def test_an_expanded_cell_says_so_in_its_record(adapted_cell):
+    (row,) = records.read(adapted_cell.config.store_path)
+    assert (row["expanded_vocab"], row["adapt_tokens"]) == (1152, 4000)
+    assert row["teacher_params"] == 55_032 + 24 * 128
+    assert row["second_bytes_per_token"] > 1.2 * row["second_bytes_per_token_before"]
+    assert row["corpus"] == "1*text+1*text"
+    assert row["student_loss"] < row["init_loss"]
+
+
+def test_the_student_has_the_new_vocabulary_and_learns_from_the_adapted_teacher(adapted_cell):
+    store = Store(adapted_cell.config.store_path)
+    assert load_model(store.path(adapted_cell.distilled)).config.vocab_size == 1152
+    assert adapted_cell.distilled.inputs["teacher"].name == "adapt"
+    names = [s.name for s in closure(adapted_cell.record).values()]
+    assert names.count("corpus") == names.count("tokens") == 2, "the teacher's own text, and the mixture"
+
+
+def test_the_base_teacher_is_shared_with_cells_that_do_not_expand(adapted, tiny):
+    plain = pipeline.resolve(compose([*tiny, "student=40k", "teacher=55k"]))
+    grown = pipeline.resolve(compose(adapted))
+    assert plain.teacher.digest in {s.digest for s in closure(grown.teacher).values()}
+    assert plain.record.digest != grown.record.digest
+
+
+def test_adaptation_alone_trains_on(tiny):
+    cell = pipeline.resolve(compose([*tiny, "student=40k", "teacher=55k", "adapt.data=2k"]))
+    assert cell.teacher.name == "adapt" and cell.teacher.inputs["model"].name == "teacher"
+    assert cell.tokens is not cell.base_tokens and cell.tokens.digest == cell.base_tokens.digest
+    assert cell.description["adapt_tokens"] == 2000 and "expanded_vocab" not in cell.description
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["expand.vocab=1000"], "expand.vocab=1000, but pico already has 1024 tokens"),
+        (["expand.tokenizer=x"], "expand.tokenizer=x needs expand.vocab="),
+        (["expand.vocab=2000", "expand.tokenizer=/"], "expand.tokenizer=/ has no tokenizer.json"),
+        (["adapt.data=-1"], "adapt.data=-1 cannot be read as a scale"),
+    ],
+)
+def test_bad_settings_say_what_to_do(tiny, given, said):
+    with pytest.raises(ConfigError, match=said):
+        pipeline.resolve(compose([*tiny, *given]))
+
+
+def test_too_little_text_to_adapt_to_stops_before_any_model_is_trained(adapted, tmp_path):
+    config = compose([*adapted, "adapt.data=50m", f"store={tmp_path}"])
+    with pytest.raises(ConfigError, match="adapt.data=50m with adapt.epochs=1 needs"):
+        pipeline.run(config)
+    assert not (tmp_path / "teacher").exists()

@@ -1,0 +1,294 @@
+"""Instruction tuning and preferences: what counts in the loss, what sees what, and whole cells. Needs the extra."""
+
+import dataclasses
+import json
+import random
+
+import pytest
+import torch
+
+from capacity_gap import pipeline, records
+from capacity_gap.data.tokenizer import train_tokenizer
+from capacity_gap.errors import ConfigError
+from capacity_gap.instruct import chat
+from capacity_gap.instruct.stages import read_rows
+from capacity_gap.instruct.templates import TASKS, Item, instructions
+from capacity_gap.models.ladders import FAMILIES
+from capacity_gap.models.loading import load_model, new_model
+from capacity_gap.runtime import Runtime
+from capacity_gap.stage import Store
+from tests.conftest import compose
+
+TALK = [
+    {"role": "user", "content": "First word of: red blue"},
+    {"role": "assistant", "content": "red"},
+    {"role": "user", "content": "Last word of: red blue"},
+    {"role": "assistant", "content": "blue"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(text_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer([text_file.read_text(encoding="utf-8")], 1024, folder)
+    return chat.chat_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def rows(text_file):
+    return instructions(text_file.read_text(encoding="utf-8").split("\n\n"), 60, 0)
+
+
+def test_every_task_has_a_right_and_a_wrong_answer():
+    draw = random.Random(0)
+    for item in (Item(("red", "green", "blue"), " "), Item(("人", "好", "我"), "")):
+        for name, make in TASKS.items():
+            question = make(item, draw)
+            assert question.answer != question.wrong, name
+            assert item.text in question.prompt
+    assert TASKS["last"](item, draw).answer == "我"
+    assert TASKS["missing"](Item(("red", "blue"), " "), draw).prompt in (
+        "Missing word: red blue / blue",
+        "Missing word: red blue / red",
+    )
+
+
+def test_held_out_instructions_are_none_of_those_trained_on(text_file):
+    texts = text_file.read_text(encoding="utf-8").split("\n\n")
+    held_out = instructions(texts, 50, 1)
+    train = instructions(texts, 500, 2, apart_from=held_out)
+    prompts = [row["messages"][0]["content"] for row in train]
+    assert len(set(prompts)) == len(prompts) == 500
+    assert not set(prompts) & {row["messages"][0]["content"] for row in held_out}
+    assert len({row["task"] for row in train}) == len(TASKS)
+    assert instructions(texts, 500, 2, apart_from=held_out) == train
+
+
+def test_the_template_marks_answers_and_their_ends(tokenizer):
+    given = tokenizer.apply_chat_template(TALK, return_dict=True, return_assistant_tokens_mask=True)
+    said = [i for i, mask in zip(given["input_ids"], given["assistant_masks"], strict=True) if mask]
+    end = tokenizer.eos_token
+    assert tokenizer.decode(said) == f" red{end} blue{end}"
+    before = tokenizer.apply_chat_template(TALK[:3], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert given["input_ids"][: len(before)] == before, "what a model is asked is what it was trained on"
+    with pytest.raises(Exception, match="roles user and assistant"):
+        tokenizer.apply_chat_template([{"role": "system", "content": "x"}], tokenize=False)
+
+
+def _trainer(model, tokenizer, conversations, tmp_path, **options):
+    """The trainer as `fine_tune` makes it, caught before it trains."""
+    pytest.importorskip("trl")
+    from capacity_gap.instruct import tuning
+
+    caught = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "_run", lambda trainer, runtime: caught.append(trainer))
+        tuning.fine_tune(
+            model,
+            tokenizer,
+            conversations,
+            tuning.Tuning(1, 1, 1e-3, 0.1, options.pop("max_length", 256), 0, 0, "fp32", 1),
+            packing=True,
+            neftune=0.0,
+            runtime=Runtime(),
+            scratch=tmp_path,
+            **options,
+        )
+    return caught[0]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return new_model(FAMILIES["pico"].rungs["55k"], 0)
+
+
+def test_prompt_tokens_contribute_no_loss(model, tokenizer, tmp_path):
+    """The labels that count are the answers' tokens and their ends, one by one; and so is the loss."""
+    trainer = _trainer(model, tokenizer, [{"messages": TALK}], tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    counted = batch["labels"][batch["labels"] != -100].tolist()
+    expected = [i for word in (" red", " blue") for i in [*tokenizer.encode(word), tokenizer.eos_token_id]]
+    assert counted == expected
+    with torch.no_grad():
+        loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(len(counted)))
+        logits = model(batch["input_ids"]).logits[0, :-1].log_softmax(-1)
+    labels = batch["labels"][0, 1:]
+    own = -logits[labels != -100].gather(1, labels[labels != -100][:, None]).mean()
+    torch.testing.assert_close(loss, own)
+
+
+def test_packed_conversations_do_not_see_each_other(model, tokenizer, tmp_path):
+    """Changing the first conversation of a packed sequence changes its own logits and none of the second's."""
+    other = [{"role": "user", "content": "Last word of: sun moon"}, {"role": "assistant", "content": "moon"}]
+    first = tokenizer.apply_chat_template(TALK, return_dict=True)["input_ids"]
+    second = tokenizer.apply_chat_template(other, return_dict=True)["input_ids"]
+    trainer = _trainer(model, tokenizer, [{"messages": TALK}, {"messages": other}], tmp_path)
+    batch = dict(next(iter(trainer.get_train_dataloader())))
+    batch.pop("labels")
+    assert batch["input_ids"].tolist() == [[*first, *second]], "both are packed into one sequence"
+    changed = {**batch, "input_ids": batch["input_ids"].clone()}
+    changed["input_ids"][0, 3 : len(first)] = 77
+    with torch.no_grad():
+        before, after = model(**batch).logits[0], model(**changed).logits[0]
+        alone = model(torch.tensor([second])).logits[0]
+    n = len(first)
+    assert not torch.allclose(before[3:n], after[3:n])
+    assert torch.equal(before[n:], after[n:])
+    torch.testing.assert_close(before[n:], alone)
+
+
+def test_log_probabilities_of_answers_are_those_of_their_tokens(model, tokenizer):
+    ids, start = chat.answer_ids(tokenizer, TALK)
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    own = sum(logits[i - 1, ids[i]] for i in range(start, len(ids)))
+    torch.testing.assert_close(chat.answer_logprobs(model, tokenizer, [TALK])[0], own)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_tuning_teaches_and_preferences_widen_the_margin(rank, model, tokenizer, rows, tmp_path):
+    """Fine-tuning raises the answers' likelihood; DPO raises the margin over wrong ones; adapters are merged."""
+    pytest.importorskip("trl")
+    from capacity_gap.instruct import tuning
+
+    talks = [row["messages"] for row in rows]
+    wrong = [[*t[:-1], {"role": "assistant", "content": r["rejected"]}] for t, r in zip(talks, rows, strict=True)]
+    pairs = [{"prompt": t[:-1], "chosen": t[-1:], "rejected": w[-1:]} for t, w in zip(talks, wrong, strict=True)]
+    student = new_model(FAMILIES["pico"].rungs["55k"], 0)
+    rate = 3e-2 if rank else 1e-2
+    how = tuning.Tuning(2, 8, rate, 0.1, 128, rank, 0, "fp32", 8)
+    given = {"runtime": Runtime(), "scratch": tmp_path}
+    before = chat.answer_logprobs(student, tokenizer, talks).mean()
+    student, points = tuning.fine_tune(student, tokenizer, rows, how, packing=False, neftune=5.0, **given)
+    tuned = chat.answer_logprobs(student, tokenizer, talks)
+    assert tuned.mean() > before + (0.2 if rank else 3)  # adapters on random weights learn little
+    assert type(student).__name__ == "LlamaForCausalLM", "adapters are merged"
+    gap = (tuned - chat.answer_logprobs(student, tokenizer, wrong)).mean()
+    student.save_pretrained(tmp_path / "reference")
+    how = dataclasses.replace(how, learning_rate=rate / 3)
+    reference = None if rank else load_model(tmp_path / "reference")
+    student, points = tuning.prefer(student, reference, tokenizer, pairs, how, beta=0.1, **given)
+    preferred = chat.answer_logprobs(student, tokenizer, talks) - chat.answer_logprobs(student, tokenizer, wrong)
+    assert preferred.mean() > gap + (0.05 if rank else 0.5)
+    assert points[-1]["rewards/margins"] > points[0]["rewards/margins"]
+
+
+@pytest.fixture(scope="module")
+def chat_cell(tiny, tmp_path_factory):
+    """A tiny cell with every stage after distillation."""
+    pytest.importorskip("trl")
+    given = ["student=40k", "teacher=55k", "instruct.count=40", "instruct.held_out=12", "instruct.epochs=1"]
+    given += ["instruct.learning_rate=0.01", "prefer.count=16", "prefer.learning_rate=0.001"]
+    given += ["instruct.batch_size=8", "prefer.batch_size=8"]
+    config = compose([*tiny, *given, f"store={tmp_path_factory.mktemp('store')}"])
+    pipeline.run(config)
+    return pipeline.resolve(config)
+
+
+def test_a_tuned_cell_says_so_in_its_record(chat_cell):
+    (row,) = records.read(chat_cell.config.store_path)
+    assert (row["instruct_rows"], row["prefer_rows"], row["instruct_lora_rank"]) == (40, 16, None)
+    assert row["tuned_loss"] > 0 and row["tuned_loss"] != row["student_loss"]
+    for model in ("base", "instruct", "prefer"):
+        assert 0 <= row["metrics"][f"exact_match/{model}"]["value"] <= 1
+        assert 0 <= row["metrics"][f"preference/{model}"]["value"] <= 1
+    assert {"reward_margin/start", "reward_margin/end", "exact_match/first/prefer"} <= row["metrics"].keys()
+    frame = records.load(chat_cell.config.store_path)
+    assert frame["metrics/exact_match/base"].notna().all()
+
+
+def test_the_tuned_model_chats_in_plain_transformers(chat_cell):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Store(chat_cell.config.store_path).path(chat_cell.tuned["prefer"])
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    given = tokenizer.apply_chat_template(TALK[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    made = model.generate(**given, max_new_tokens=4, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    assert made.shape[1] > given["input_ids"].shape[1]
+
+
+def test_the_distilled_student_is_shared_with_cells_that_do_not_tune(chat_cell, tiny):
+    plain = pipeline.resolve(compose([*tiny, "student=40k", "teacher=55k"]))
+    assert plain.distilled.digest == chat_cell.distilled.digest
+    assert plain.record.digest != chat_cell.record.digest
+
+
+def test_rows_of_your_own(tiny, text_file, tmp_path):
+    talks, pairs = tmp_path / "talks.jsonl", tmp_path / "pairs.jsonl"
+    talks.write_text("".join(json.dumps({"messages": TALK}) + "\n" for _ in range(20)))
+    pairs.write_text(json.dumps({"messages": TALK[:3], "chosen": "blue", "rejected": "red"}) + "\n")
+    given = [*tiny, "student=40k", "teacher=55k", f"instruct.path={talks}", "instruct.held_out=5"]
+    cell = pipeline.resolve(compose([*given, f"prefer.path={pairs}", f"store={tmp_path / 'store'}"]))
+    store = Store(cell.config.store_path)
+    made = store.compute(cell.instructions, Runtime())
+    assert [len((made / f).read_text().splitlines()) for f in ("instruct.jsonl", "test.jsonl", "pairs.jsonl")] == [
+        15,
+        5,
+        1,
+    ]
+    talks.write_text(json.dumps({"messages": TALK}) + "\n")
+    assert pipeline.resolve(cell.config).instructions.digest != cell.instructions.digest
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{oops", "line 1 is no JSON"),
+        ('{"text": "x"}', "line 1 has no messages. Each needs messages."),
+        ('{"messages": [{"role": "system", "content": "x"}]}', "Allowed are user and assistant"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "ends with the assistant's turn"),
+    ],
+)
+def test_a_bad_row_says_where_and_what(line, said, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(line + "\n")
+    with pytest.raises(ConfigError, match=said):
+        read_rows(tmp_path / "rows.jsonl", "instruct.path", ("messages",))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["prefer.count=5"], "say instruct.count=N"),
+        (["instruct.path=/no/such.jsonl"], "instruct.path=/no/such.jsonl does not exist"),
+        (["instruct.count=-1"], "instruct.count=-1 is out of range"),
+        (["instruct.count=5", "instruct.learning_rate=0"], "instruct.learning_rate=0.0 is out of range"),
+        (["instruct.count=5", "prefer.beta=0"], "prefer.beta=0.0 is out of range"),
+    ],
+)
+def test_bad_settings_say_what_to_do(tiny, given, said):
+    with pytest.raises(ConfigError, match=said):
+        pipeline.resolve(compose([*tiny, *given]))
+
+
+def test_export_writes_a_model_that_plain_transformers_loads(chat_cell, tmp_path, capsys):
+    """Sharded safetensors with the same weights, the chat template, and a card with lineage, scores, law, licences."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from capacity_gap import cli
+
+    store, out = chat_cell.config.store_path, tmp_path / "out"
+    assert cli.main(["export", chat_cell.record.digest[:8], str(out), "--store", str(store), "--shard", "60KB"]) == 0
+    assert len(list(out.glob("*.safetensors"))) > 1
+    own = dict(load_model(Store(store).path(chat_cell.tuned["prefer"])).named_parameters())
+    for name, parameter in AutoModelForCausalLM.from_pretrained(out).named_parameters():
+        assert torch.equal(parameter, own[name])
+    assert "[|Assistant|]" in AutoTokenizer.from_pretrained(out).chat_template
+    card = (out / "README.md").read_text(encoding="utf-8")
+    for stage in ("teacher", "scores", "student", "distil", "instruct", "prefer"):
+        assert f"| {stage} | `" in card
+    for said in ("exact_match/prefer", "held-out loss", "No law can be fitted", "the user's text files"):
+        assert said in card
+    assert cli.main(["export", "zzz", str(tmp_path / "other"), "--store", str(store)]) == 2
+    assert "names 0 recorded cells" in capsys.readouterr().err
+    assert cli.main(["export", chat_cell.record.digest, str(out), "--store", str(store)]) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_export_of_a_student_that_was_not_tuned(tiny_cell, tmp_path):
+    from transformers import AutoTokenizer
+
+    from capacity_gap.export import export
+
+    cell = pipeline.resolve(tiny_cell)
+    out = export(Store(tiny_cell.store_path), cell.record.digest, tmp_path / "out")
+    assert load_model(out).config.vocab_size == len(AutoTokenizer.from_pretrained(out))

@@ -1,0 +1,86 @@
+"""The paper's 3B model as a plan, and what its long runs need: nothing here is downloaded."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from capacity_gap import pipeline, records
+from capacity_gap.accounting import peak_memory
+from capacity_gap.errors import ConfigError
+from capacity_gap.models.ladders import FAMILIES
+from capacity_gap.models.loading import lm_loss, new_model
+from capacity_gap.plan import make_plan
+from capacity_gap.pruning.shape import fixed_shape
+from capacity_gap.stage import Store
+from capacity_gap.train import _lean
+from tests.conftest import compose
+
+
+@pytest.fixture(scope="module")
+def cells():
+    return [pipeline.resolve(compose(["+sweeps=minima", f"teacher={t}"])) for t in ("7b", "13b", "70b")]
+
+
+def test_minima_is_the_papers_student_under_every_teacher(cells, tmp_path):
+    for cell in cells:
+        assert cell.description["student_params"] == pytest.approx(3.0e9, rel=0.01)
+        shape = cell.student_shape
+        assert [shape[f"num_{n}"] for n in ("hidden_layers", "attention_heads")] == [24, 24]
+        assert (shape["hidden_size"], shape["intermediate_size"], shape["vocab_size"]) == (3072, 8192, 49216)
+        assert shape["num_key_value_heads"] == 24, "one student, whatever groups its teacher has"
+        assert cell.data_tokens == 126_000_000_000
+    said = "\n".join(make_plan(cells, Store(tmp_path)).lines)
+    assert "student 3b: 3,020,442,624 parameters, 24x3072x24x8192, vocabulary 49,216" in said
+    assert "8 devices a worker: " in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_of_a_device_falls_with_shards_and_checkpointing(cells, tmp_path):
+    shape = cells[0].student_shape
+    given = {"tokens": 8 * 4096, "precision": "bf16"}
+    whole = peak_memory(shape, **given)
+    assert peak_memory(shape, **given, shards=8) == pytest.approx(whole - 16 * 3_020_442_624 * 7 / 8)
+    assert peak_memory(shape, **given, checkpointing=True) < whole / 2
+    plan = make_plan(cells[:1], Store(tmp_path))
+    assert 30e9 < plan.memory["distil"] < 80e9
+    assert plan.device_hours == pytest.approx(8 * plan.worker_s / 3600)
+
+
+def test_a_fixed_shape_may_name_its_key_value_heads():
+    llama = FAMILIES["llama2"].rungs["70b"]
+    assert fixed_shape(llama, "24x3072x24x8192").kv_heads == 3
+    assert fixed_shape(llama, "24x3072x24x8192x24").kv_heads == 24
+    with pytest.raises(ConfigError, match="24 query heads do not divide among 5 key-value heads"):
+        fixed_shape(llama, "24x3072x24x8192x5")
+
+
+def test_activation_checkpointing_changes_no_bit(tiny_cell, tiny, tmp_path):
+    """The same cell, trained from the same start with activations computed again: the same record."""
+    shutil.copytree(tiny_cell.store_path, tmp_path, dirs_exist_ok=True)
+    cell = pipeline.resolve(tiny_cell)
+    for made in (cell.distilled, cell.record, cell.scored(cell.distilled, cell.student_shape)):
+        shutil.rmtree(Store(tmp_path).path(made))
+    pipeline.run(
+        compose([*tiny, "student=40k", "teacher=55k", "train.activation_checkpointing=true", f"store={tmp_path}"])
+    )
+    (one,), (two,) = records.read(tiny_cell.store_path), records.read(tmp_path)
+    assert json.dumps([one[f] for f in records.RESULT_FIELDS]) == json.dumps([two[f] for f in records.RESULT_FIELDS])
+
+
+def test_activation_checkpointing_computes_layers_again():
+    """Twice the forward passes of a layer, and the same gradients."""
+    seen, gradients = [], []
+    for checkpointed in (False, True):
+        model = new_model(FAMILIES["pico"].rungs["55k"], 0).train()
+        calls: list[int] = []
+        model.model.layers[1].input_layernorm.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        if checkpointed:
+            _lean(model, SimpleNamespace(activation_checkpointing=True, compile=False), on=True)
+        lm_loss(model, torch.arange(20)[None]).backward()
+        seen.append(len(calls))
+        gradients.append(model.model.embed_tokens.weight.grad)
+    assert seen == [1, 2]
+    assert torch.equal(*gradients)
