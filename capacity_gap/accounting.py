@@ -85,7 +85,7 @@ def peak_memory(
     layer and token as in Korthikanti et al. 2022 (arXiv 2205.05198), eq. 2, without the attention matrix, which fused
     attention never stores: 34·hidden bytes in half precision (its 4·hidden MLP taken as the neurons that there are);
     the chunked loss holds a few rows of logits only and is left out. With `shards` devices each holds its part of what
-    belongs to the parameters; with `checkpointing` a layer keeps its input alone, and one layer at a time the rest. A
+    belongs to the parameters; with `checkpointing`, each layer's input and the activations of one layer at a time. A
     token of an encoder–decoder is in the layers of one stack; its cross-attention is left out.
     """
     sizes = dims(shape)

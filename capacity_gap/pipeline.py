@@ -37,25 +37,23 @@ class Cell(Settings):
         """Raises, before any model is trained, if there are too few tokens for teacher or student, or no such task."""
         from capacity_gap.data.packing import Packed, subset
 
-        check_tasks(self.config.evaluate.benchmarks, self.config.evaluate.folder)
         c = self.config
+        check_tasks(c.evaluate.benchmarks, c.evaluate.folder)
         needs = [(self.tokens, self.data_tokens, c.epochs, "data")]
         needs.append((self.tokens, self.adapt_tokens, c.adapt.epochs, "adapt.data"))
         if self.teacher_tokens:
             needs.append((self.base_tokens, self.teacher_tokens, c.family.teacher_epochs, "family.teacher_data"))
         for stage, budget, epochs, key in needs:
-            if budget:
-                packed = Packed(store.compute(stage, runtime) / "train", c.corpus.sequence_length)
-                subset(packed, budget, epochs=epochs, key=key)
-        packed = Packed(store.compute(self.tokens, runtime) / "train", c.corpus.sequence_length)
-        self._check_vocabularies(store, len(packed.bytes_per_id))
+            packed = Packed(store.compute(stage, runtime) / "train", c.corpus.sequence_length)
+            subset(packed, budget, epochs=epochs, key=key)
+        self._check_vocabularies(store, len(Packed(store.path(self.tokens) / "train", 1).bytes_per_id))
 
     def _check_vocabularies(self, store: Store, tokens: int) -> None:
         """Ids must mean the same to teacher and student, and every id must have its row in both output matrices."""
         from capacity_gap.models.loading import check_tokenizer
 
         for rung in {self.rung, self.origin} & set(self.family.published):
-            check_tokenizer(self.family.published[rung], store.path(self.tokenizer))
+            check_tokenizer(self.family.published[rung], store.path(self.base_tokenizer))
         for name, shape in (("teacher", self.teacher_shape), ("student", self.student_shape)):
             if dims(shape).vocab < tokens:
                 raise ConfigError(

@@ -137,8 +137,8 @@ class Plan:
             f"tensors up to {format_bytes(self.memory_bytes)} a {'device' if self.devices > 1 else 'worker'}"
             f" ({', '.join(f'{name} {format_bytes(size)}' for name, size in self.memory.items())}), "
             f"disk {format_bytes(self.disk_bytes)}",
-            *([f"{self.devices} devices a worker: {self.device_hours:,.0f} device-hours"] if self.devices > 1 else []),
             *([f"cached signals, bytes a token: {', '.join(self.signals)}"] if self.signals else []),
+            *([f"{self.devices} devices a worker: {self.device_hours:,.0f} device-hours"] if self.devices > 1 else []),
             f"every cell alone would take {self.flops_alone:.3g} FLOPs, shared {self.flops_shared:.3g} ({share:.0%})",
         ]
 

@@ -22,17 +22,8 @@ from capacity_gap.ranks import Ranks
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 PARENT = "CAPACITY_GAP_PARENT"  # process id of the grid that started this worker
-VERSIONED = (
-    "capacity_gap",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "accelerate",
-    "numpy",
-    "liger_kernel",
-    "trl",
-    "peft",
-)
+TRAINERS = ("accelerate", "liger_kernel", "trl", "peft")
+VERSIONED = ("capacity_gap", "torch", "transformers", "tokenizers", "numpy", *TRAINERS)
 
 
 class Interrupted(BaseException):
