@@ -3,133 +3,43 @@
 Every string that came from a user passes through `safe`: Plotly reads a little HTML in titles, names and hover texts.
 """
 
-import html
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.colors import sample_colorscale
-from plotly.subplots import make_subplots
 
 from capacity_gap.report.content import Content, Panel, cell_name, means
+from capacity_gap.report.panels import (
+    BEST,
+    COLOURS,
+    GREY,
+    by_student,
+    colours_of,
+    first_time,
+    ladder_colours,
+    panel_grid,
+    place_of,
+    safe,
+    scale_axis,
+)
 from capacity_gap.report.plots import WORDS, short_scale
 
-# Each colour can be told from white and from near-black.
-COLOURS = ("#4c8dd6", "#e07b39", "#3fa66b", "#c75d9a", "#9a7fd1", "#b8973b", "#45a8b8", "#d65f5f")
-LADDER = ["#4b83d8", "#3aa98c", "#cfa03a", "#d2603f"]  # from the smallest teacher to the largest
-GREY, BEST = "#8a8f98", "#d1495b"
-COLUMNS = 3
-PANEL_HEIGHT = 290
 MOST_HEATMAPS = 8
 MOST_NAMED = 14  # a longer legend of teachers would push the panels off the page; pointing at a line still names it
-TICKS = 7  # labels below one panel
-
-
-def themes() -> dict[str, Any]:
-    """The two looks that a figure can have."""
-    return {"light": _theme("#1f2328", "#e3e6ea", "#ffffff"), "dark": _theme("#d7dce2", "#343b44", "#22272e")}
-
-
-def _theme(ink: str, grid: str, paper: str) -> dict[str, Any]:
-    axis = {"gridcolor": grid, "zerolinecolor": grid, "linecolor": grid}
-    return {
-        "layout": {
-            "font": {"color": ink, "size": 12, "family": "system-ui, sans-serif"},
-            "paper_bgcolor": "rgba(0,0,0,0)",
-            "plot_bgcolor": "rgba(0,0,0,0)",
-            "xaxis": axis,
-            "yaxis": axis,
-            "hoverlabel": {"bgcolor": paper, "bordercolor": grid, "font": {"color": ink}, "align": "left"},
-            "legend": {"bgcolor": "rgba(0,0,0,0)"},
-            "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": GREY, "activecolor": ink},
-            "coloraxis": {"colorbar": {"outlinewidth": 0}},
-        }
-    }
-
-
-def safe(text: Any) -> str:
-    """Text that Plotly shows as it is."""
-    return html.escape(str(text), quote=False)
-
-
-def _grid(titles: Sequence[str], *, x: str, y: str, columns: int = COLUMNS, shared: bool = False) -> go.Figure:
-    """Empty panels, a title each, the legend above them."""
-    columns = max(1, min(columns, len(titles)))
-    rows = max(1, math.ceil(len(titles) / columns))
-    height = rows * PANEL_HEIGHT + 90
-    figure = make_subplots(
-        rows,
-        columns,
-        subplot_titles=[safe(t) for t in titles],
-        horizontal_spacing=0.22 / columns,
-        vertical_spacing=min(0.9 / max(1, rows - 1), 95 / height) if rows > 1 else 0,
-        shared_yaxes=shared,
-    )
-    figure.update_annotations(font_size=12)
-    figure.update_layout(
-        template=None,
-        height=height,
-        margin={"l": 66, "r": 20, "t": 80, "b": 72},
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1 + 34 / height * 1.2, "x": 0},
-        hovermode="closest",
-    )
-    for i in range(len(titles)):
-        row, column = divmod(i, columns)
-        last = i + columns >= len(titles)
-        figure.update_xaxes(title_text=x if last else None, row=row + 1, col=column + 1)
-        figure.update_yaxes(title_text=y if column == 0 else None, row=row + 1, col=column + 1)
-    return figure
-
-
-def _place(i: int, figure: go.Figure) -> dict[str, int]:
-    columns = len(figure._grid_ref[0])
-    return {"row": i // columns + 1, "col": i % columns + 1}
-
-
-def _scale_axis(
-    figure: go.Figure, values: Iterable[float], place: dict[str, int], names: Mapping[float, str] | None = None
-) -> None:
-    """A logarithmic axis of parameter counts or tokens, with ticks at the values themselves where they have room."""
-    ordered = sorted(set(values))
-    room = (ordered[-1] / ordered[0]) ** (1 / (TICKS + 1)) if ordered else 1.0
-    ticks: list[float] = []
-    for value in ordered:
-        if not ticks or value > ticks[-1] * room:
-            ticks.append(value)
-    text = [safe((names or {}).get(t) or short_scale(t)) for t in ticks]
-    figure.update_xaxes(type="log", tickvals=ticks, ticktext=text, tickangle=-40, **place)
-
-
-def _students(panels: Sequence[Panel]) -> dict[str, list[Panel]]:
-    found: dict[str, list[Panel]] = {}
-    for panel in sorted(panels, key=lambda p: p.curve.student_params):
-        found.setdefault(panel.student, []).append(panel)
-    return found
-
-
-def _colours(names: Sequence[str]) -> dict[str, str]:
-    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(names))}
-
-
-def _ladder(values: Iterable[float]) -> dict[float, str]:
-    ordered = sorted(set(values))
-    places = np.linspace(0, 1, len(ordered)) if len(ordered) > 1 else [0.0]
-    return dict(zip(ordered, sample_colorscale(LADDER, list(places)), strict=True))
 
 
 def u_curves(content: Content) -> go.Figure:
     """Loss against teacher scale, a panel a student: single runs, means with intervals, the optimum with its own."""
-    students, colours = _students(content.panels), _colours([p.arm for p in content.panels])
-    figure = _grid([f"student {s}" for s in students], x="teacher parameters", y=_loss_name(content))
+    students, colours = by_student(content.panels), colours_of([p.arm for p in content.panels])
+    figure = panel_grid([f"student {s}" for s in students], x="teacher parameters", y=_loss_name(content))
     legend: set[str] = set()
     for i, panels in enumerate(students.values()):
-        place = _place(i, figure)
+        place = place_of(i, figure)
         for panel in panels:
             _curve(figure, panel, content, colours[panel.arm], place, legend)
-        _scale_axis(figure, [t for p in panels for t in p.curve.teacher_params], place, content.teachers)
+        scale_axis(figure, [t for p in panels for t in p.curve.teacher_params], place, content.teachers)
     return figure
 
 
@@ -154,7 +64,7 @@ def _curve(
             f"mean of {n:.0f}: {m:.4f}" + (f" ± {h:.4f}" if h == h else "")
             for m, n, h in zip(mean["mean"], mean["count"], mean["half"], strict=True)
         ],
-        showlegend=_first(panel.arm, legend),
+        showlegend=first_time(panel.arm, legend),
         **arm,
         **place,
     )
@@ -169,13 +79,6 @@ def _curve(
         **place,
     )
     _optimum(figure, panel, mean, content, place, legend)
-
-
-def _first(name: str, seen: set[str]) -> bool:
-    """Whether a name comes to the legend for the first time."""
-    new = name not in seen
-    seen.add(name)
-    return new
 
 
 def _cell_text(row: pd.Series, content: Content) -> str:
@@ -215,16 +118,16 @@ def _optimum(
         hoverinfo="text",
         hovertext=f"best teacher {short_scale(at)} ({short_scale(low)} to {short_scale(high)})"
         f"<br>{at / panel.curve.student_params:.2f} times the student",
-        showlegend=_first("optimum", legend),
+        showlegend=first_time("optimum", legend),
         **place,
     )
 
 
 def ratio_law(content: Content) -> go.Figure:
     """Best teacher over student, with the fitted ratio, 2.5×, and where noise alone would put it."""
-    figure = _grid([""], x="student parameters", y="best teacher / student")
+    figure = panel_grid([""], x="student parameters", y="best teacher / student")
     figure.update_layout(height=430)
-    colours = _colours([p.arm for p in content.panels])
+    colours = colours_of([p.arm for p in content.panels])
     students = [p.curve.student_params for p in content.panels]
     span = [min(students) / 1.15, max(students) * 1.15]
     _band(figure, content, span)
@@ -244,7 +147,7 @@ def ratio_law(content: Content) -> go.Figure:
     seen: set[str] = set()
     for panel in content.panels:
         _ratio_mark(figure, panel, colours[panel.arm], seen)
-    _scale_axis(figure, students, {}, {p.curve.student_params: p.student for p in content.panels})
+    scale_axis(figure, students, {}, {p.curve.student_params: p.student for p in content.panels})
     figure.update_yaxes(type="log", tickvals=[1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 20, 30, 50, 100])
     return figure
 
@@ -289,17 +192,17 @@ def _ratio_mark(figure: go.Figure, panel: Panel, colour: str, seen: set[str]) ->
         error_y=bar,
         hoverinfo="text",
         hovertext=f"student {safe(panel.student)}, {safe(panel.arm)}<br>{safe(word)}: {at:.2f}",
-        showlegend=_first(panel.arm, seen),
+        showlegend=first_time(panel.arm, seen),
     )
 
 
 def heat_map(content: Content) -> go.Figure:
     """What each teacher costs a student, in nats above the best of its row; a map an arm."""
     arms = list(dict.fromkeys(p.arm for p in content.panels))[:MOST_HEATMAPS]
-    figure = _grid(arms if len(arms) > 1 else [""], x="teacher", y="student", columns=2)
+    figure = panel_grid(arms if len(arms) > 1 else [""], x="teacher", y="student", columns=2)
     for i, arm in enumerate(arms):
         mine = [p for p in content.panels if p.arm == arm]
-        _map(figure, mine, content, _place(i, figure), words=len(arms) == 1)
+        _map(figure, mine, content, place_of(i, figure), words=len(arms) == 1)
     tallest = max(len({p.student for p in content.panels if p.arm == a}) for a in arms)
     rows = len(figure._grid_ref)
     figure.update_layout(
@@ -315,7 +218,7 @@ def heat_map(content: Content) -> go.Figure:
 
 def _map(figure: go.Figure, panels: Sequence[Panel], content: Content, place: dict[str, int], *, words: bool) -> None:
     cells = pd.concat([means(p.rows, content.teacher, content.metric).assign(student=p.student) for p in panels])
-    order = list(_students(panels))
+    order = list(by_student(panels))
     table = cells.pivot_table(index="student", columns=content.teacher, values="mean").reindex(order)
     above = table.sub(table.min(axis=1), axis=0).to_numpy()
     teachers = [safe(content.rung(t)) for t in table.columns]
@@ -346,18 +249,18 @@ def _map(figure: go.Figure, panels: Sequence[Panel], content: Content, place: di
 
 def data_scale(content: Content) -> go.Figure | None:
     """Loss against distillation tokens, a panel a student and a line a teacher; None with one budget alone."""
-    students = {s: _budgets(panels) for s, panels in _students(content.panels).items()}
+    students = {s: _budgets(panels) for s, panels in by_student(content.panels).items()}
     students = {s: rows for s, rows in students.items() if rows["data_tokens"].nunique() > 1}
     if not students:
         return None
-    figure = _grid([f"student {s}" for s in students], x="distillation tokens", y=_loss_name(content))
-    colours = _ladder(t for rows in students.values() for t in rows[content.teacher])
+    figure = panel_grid([f"student {s}" for s in students], x="distillation tokens", y=_loss_name(content))
+    colours = ladder_colours(t for rows in students.values() for t in rows[content.teacher])
     legend: set[str] = set()
     for i, rows in enumerate(students.values()):
         for teacher, mine in rows.groupby(content.teacher):
             line = mine.groupby("data_tokens")[content.metric].mean()
-            _teacher_line(figure, content, line, float(str(teacher)), colours, _place(i, figure), legend)
-        _scale_axis(figure, [t for t in rows["data_tokens"] if t > 0], _place(i, figure))
+            _teacher_line(figure, content, line, float(str(teacher)), colours, place_of(i, figure), legend)
+        scale_axis(figure, [t for t in rows["data_tokens"] if t > 0], place_of(i, figure))
     return figure
 
 
@@ -393,25 +296,25 @@ def _teacher_line(
         hovertext=[
             f"{name}<br>{short_scale(x)} tokens: {y:.4f}" for x, y in zip(line.index.to_numpy(float), line, strict=True)
         ],
-        showlegend=len(colours) <= MOST_NAMED and _first(name, legend),
+        showlegend=len(colours) <= MOST_NAMED and first_time(name, legend),
         **place,
     )
 
 
 def dynamics(content: Content, part: str) -> go.Figure | None:
     """One part of the training loss against tokens, a panel a student and a line a teacher (mean over seeds)."""
-    students = {s: _longest(panels, content) for s, panels in _students(content.panels).items()}
+    students = {s: _longest(panels, content) for s, panels in by_student(content.panels).items()}
     curves_ = {s: _training(rows, content, part) for s, rows in students.items()}
     curves_ = {s: lines for s, lines in curves_.items() if lines}
     if not curves_:
         return None
     label = {"ce": "cross-entropy", "kl": "KL to teacher"}[part]
-    figure = _grid([f"student {s}" for s in curves_], x="distillation tokens", y=f"{label}, nats/token")
-    colours = _ladder(t for lines in curves_.values() for t in lines)
+    figure = panel_grid([f"student {s}" for s in curves_], x="distillation tokens", y=f"{label}, nats/token")
+    colours = ladder_colours(t for lines in curves_.values() for t in lines)
     legend: set[str] = set()
     for i, lines in enumerate(curves_.values()):
         for teacher, line in lines.items():
-            _teacher_line(figure, content, line, teacher, colours, _place(i, figure), legend)
+            _teacher_line(figure, content, line, teacher, colours, place_of(i, figure), legend)
     figure.update_xaxes(tickformat="~s")
     return figure
 
@@ -434,12 +337,12 @@ def _training(rows: pd.DataFrame, content: Content, part: str) -> dict[float, pd
 
 def scores(content: Content, names: Sequence[str]) -> go.Figure:
     """Benchmark scores with their standard errors against teacher scale, a panel a task and a line a student."""
-    figure = _grid([n.removeprefix("metrics/") for n in names], x="teacher parameters", y="score")
-    colours = _colours(list(_students(content.panels)))
+    figure = panel_grid([n.removeprefix("metrics/") for n in names], x="teacher parameters", y="score")
+    colours = colours_of(list(by_student(content.panels)))
     legend: set[str] = set()
     for i, name in enumerate(names):
-        place = _place(i, figure)
-        for student, panels in _students(content.panels).items():
+        place = place_of(i, figure)
+        for student, panels in by_student(content.panels).items():
             rows = _longest(panels, content).dropna(subset=[name])
             mean = rows.groupby(content.teacher)[name].mean()
             error = rows.groupby(content.teacher)[f"{name}/stderr"].mean() if f"{name}/stderr" in rows else mean * 0
@@ -451,10 +354,10 @@ def scores(content: Content, names: Sequence[str]) -> go.Figure:
                 legendgroup=safe(student),
                 mode="lines+markers",
                 line={"color": colours[student], "width": 1.5},
-                showlegend=_first(student, legend),
+                showlegend=first_time(student, legend),
                 **place,
             )
-        _scale_axis(figure, content.done[content.teacher].dropna(), place, content.teachers)
+        scale_axis(figure, content.done[content.teacher].dropna(), place, content.teachers)
     return figure
 
 
@@ -463,10 +366,10 @@ def cost(content: Content) -> go.Figure | None:
     done = content.done
     if "train_flops" not in done or not done["train_flops"].notna().any():
         return None
-    order = list(_students(content.panels))
+    order = list(by_student(content.panels))
     sums = done.assign(student=done["student"].astype(str)).groupby("student")[["train_flops", "teacher_flops"]].sum()
     sums = sums.reindex(order)
-    figure = _grid([""], x="FLOPs", y="student")
+    figure = panel_grid([""], x="FLOPs", y="student")
     figure.update_layout(height=150 + 34 * len(order), barmode="stack", margin={"t": 50})
     for column, label, colour in (
         ("train_flops", "training the students", COLOURS[0]),

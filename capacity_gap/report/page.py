@@ -53,6 +53,7 @@ def render(content: Content, *, title: str) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     from capacity_gap.report import charts
+    from capacity_gap.report.panels import themes
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -78,7 +79,7 @@ def render(content: Content, *, title: str) -> str:
         has=figures.keys(),
         heat_maps_left=max(0, len({p.arm for p in content.panels}) - charts.MOST_HEATMAPS),
         figures=embedded({k: json.loads(f.to_json()) for k, f in figures.items()}),
-        themes=embedded(charts.themes()),
+        themes=embedded(themes()),
         plotly=get_plotlyjs(),
     )
 

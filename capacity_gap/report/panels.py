@@ -1,0 +1,124 @@
+"""What all figures of the report have in common: two themes, panels, axes of scales, colours; and text made safe."""
+
+import html
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
+from plotly.subplots import make_subplots
+
+from capacity_gap.report.content import Panel
+from capacity_gap.report.plots import short_scale
+
+# Each colour can be told from white and from near-black.
+COLOURS = ("#4c8dd6", "#e07b39", "#3fa66b", "#c75d9a", "#9a7fd1", "#b8973b", "#45a8b8", "#d65f5f")
+LADDER = ["#4b83d8", "#3aa98c", "#cfa03a", "#d2603f"]  # from the smallest teacher to the largest
+GREY, BEST = "#8a8f98", "#d1495b"
+COLUMNS = 3
+PANEL_HEIGHT = 290
+TICKS = 7  # labels below one panel
+
+
+def themes() -> dict[str, Any]:
+    """The two looks that a figure can have."""
+    return {"light": _theme("#1f2328", "#e3e6ea", "#ffffff"), "dark": _theme("#d7dce2", "#343b44", "#22272e")}
+
+
+def _theme(ink: str, grid: str, paper: str) -> dict[str, Any]:
+    axis = {"gridcolor": grid, "zerolinecolor": grid, "linecolor": grid}
+    return {
+        "layout": {
+            "font": {"color": ink, "size": 12, "family": "system-ui, sans-serif"},
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "xaxis": axis,
+            "yaxis": axis,
+            "hoverlabel": {"bgcolor": paper, "bordercolor": grid, "font": {"color": ink}, "align": "left"},
+            "legend": {"bgcolor": "rgba(0,0,0,0)"},
+            "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": GREY, "activecolor": ink},
+            "coloraxis": {"colorbar": {"outlinewidth": 0}},
+        }
+    }
+
+
+def safe(text: Any) -> str:
+    """Text that Plotly shows as it is."""
+    return html.escape(str(text), quote=False)
+
+
+def panel_grid(titles: Sequence[str], *, x: str, y: str, columns: int = COLUMNS) -> go.Figure:
+    """Empty panels, a title each, the legend above them."""
+    columns = max(1, min(columns, len(titles)))
+    rows = max(1, math.ceil(len(titles) / columns))
+    height = rows * PANEL_HEIGHT + 90
+    figure = make_subplots(
+        rows,
+        columns,
+        subplot_titles=[safe(t) for t in titles],
+        horizontal_spacing=0.22 / columns,
+        vertical_spacing=min(0.9 / max(1, rows - 1), 95 / height) if rows > 1 else 0,
+    )
+    figure.update_annotations(font_size=12)
+    figure.update_layout(
+        template=None,
+        height=height,
+        margin={"l": 66, "r": 20, "t": 80, "b": 72},
+        legend={"orientation": "h", "yanchor": "bottom", "y": 1 + 34 / height * 1.2, "x": 0},
+        hovermode="closest",
+    )
+    for i in range(len(titles)):
+        row, column = divmod(i, columns)
+        last = i + columns >= len(titles)
+        figure.update_xaxes(title_text=x if last else None, row=row + 1, col=column + 1)
+        figure.update_yaxes(title_text=y if column == 0 else None, row=row + 1, col=column + 1)
+    return figure
+
+
+def place_of(i: int, figure: go.Figure) -> dict[str, int]:
+    """Row and column of panel i."""
+    columns = len(figure._grid_ref[0])
+    return {"row": i // columns + 1, "col": i % columns + 1}
+
+
+def scale_axis(
+    figure: go.Figure, values: Iterable[float], place: dict[str, int], names: Mapping[float, str] | None = None
+) -> None:
+    """A logarithmic axis of parameter counts or tokens, with ticks at the values themselves where they have room."""
+    ordered = sorted(set(values))
+    room = (ordered[-1] / ordered[0]) ** (1 / (TICKS + 1)) if ordered else 1.0
+    ticks: list[float] = []
+    for value in ordered:
+        if not ticks or value > ticks[-1] * room:
+            ticks.append(value)
+    text = [safe((names or {}).get(t) or short_scale(t)) for t in ticks]
+    figure.update_xaxes(type="log", tickvals=ticks, ticktext=text, tickangle=-40, **place)
+
+
+def by_student(panels: Sequence[Panel]) -> dict[str, list[Panel]]:
+    """Panels by student, the smallest first."""
+    found: dict[str, list[Panel]] = {}
+    for panel in sorted(panels, key=lambda p: p.curve.student_params):
+        found.setdefault(panel.student, []).append(panel)
+    return found
+
+
+def colours_of(names: Sequence[str]) -> dict[str, str]:
+    """A colour for each name."""
+    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(names))}
+
+
+def ladder_colours(values: Iterable[float]) -> dict[float, str]:
+    """A colour for each teacher, from the smallest to the largest."""
+    ordered = sorted(set(values))
+    places = np.linspace(0, 1, len(ordered)) if len(ordered) > 1 else [0.0]
+    return dict(zip(ordered, sample_colorscale(LADDER, list(places)), strict=True))
+
+
+def first_time(name: str, seen: set[str]) -> bool:
+    """Whether a name comes to the legend for the first time."""
+    new = name not in seen
+    seen.add(name)
+    return new
