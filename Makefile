@@ -46,3 +46,15 @@ bench: $(VENV)/.installed  ## every claim of speed, one script each
 evidence: $(VENV)/.installed  ## the long runs whose tables are in results/
 	$(BIN)/python -m benchmarks.chaos --out results/chaos.csv
 	$(BIN)/python -m benchmarks.fit_coverage --out results/fit_coverage.csv
+	$(BIN)/python run.py -m +sweeps=signals
+	$(BIN)/python run.py -m +sweeps=signals distill.signal=sampled distill.signal_size=32
+	$(BIN)/python run.py -m +sweeps=signals distill.signal=topk distill.signal_size=64
+	$(BIN)/python run.py -m +sweeps=signals distill.signal=sampled,topk distill.signal_size=32,64 teacher=180k
+	$(BIN)/python run.py -m +sweeps=signals distill.signal=sampled distill.signal_size=8 teacher=180k
+	$(BIN)/python -m benchmarks.signals store --out results/signals.csv
+	$(BIN)/python run.py -m +sweeps=losses
+	$(BIN)/python -m benchmarks.losses store --out results/losses.csv
+	$(BIN)/python run.py -m +sweeps=kd_vs_direct
+	$(BIN)/python run.py -m +sweeps=kd_vs_direct prune.init=random distill=default family.teacher_data=133k,1.2m
+	$(BIN)/python run.py -m +sweeps=kd_vs_direct prune.init=random distill=default distill.temperature=0.25,0.5,2,4
+	$(BIN)/python -m benchmarks.kd_vs_direct store

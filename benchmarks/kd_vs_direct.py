@@ -56,14 +56,17 @@ def tokens_to_reach(points: list[dict], loss: float) -> float:
 
 
 def table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Each arm: final losses, the teacher's entropy at its temperature, and the difference to direct training."""
+    """Each arm: final losses, the difference to direct training and to KD at τ = 1 under the 400k-token teacher."""
     direct = {i: g.set_index("seed") for i, g in frame[frame["kd_weight"] == 0].groupby("init")}
+    usual = frame[(frame["kd_weight"] > 0) & (frame["temperature"] == 1) & (frame["teacher_data"] == "400k")]
     rows = []
     for keys, group in frame.groupby(ARM):
         mine, base = group.set_index("seed"), direct[keys[0]]
         last = [h[-max(1, len(h) // 10) :] for h in mine["history"]]
         row = dict(zip(ARM, keys, strict=True)) | {"train CE": mine["train_ce"].mean()}
         row |= {"held-out loss": mine["student_loss"].mean(), **against(mine["student_loss"], base["student_loss"])}
+        rival = usual[usual["init"] == keys[0]].set_index("seed")["student_loss"]
+        row |= {f"{k} to usual KD": v for k, v in against(mine["student_loss"], rival).items() if k != "seeds"}
         row["train CE less direct"] = (mine["train_ce"] - base["train_ce"]).mean()
         row["teacher loss"] = mine["teacher_loss"].mean()
         row["teacher entropy"] = np.mean([p.get("teacher_entropy", np.nan) for h in last for p in h])
