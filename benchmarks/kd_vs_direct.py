@@ -92,9 +92,9 @@ def figure(frame: pd.DataFrame, rows: pd.DataFrame) -> Figure:
     left.set(xlabel="tokens", ylabel="held-out loss, nats per token")
     left.legend(fontsize=8)
     arms = rows[(rows["kd_weight"] > 0) & (rows["init"] == "random")]
-    for words, part in (
-        ("by temperature", arms[arms["teacher_data"] == "400k"]),
-        ("by the teacher's training", arms[arms["temperature"] == 1]),
+    for words, below, part in (
+        ("by temperature", 5, arms[arms["teacher_data"] == "400k"]),
+        ("by the teacher's tokens", -13, arms[arms["temperature"] == 1]),
     ):
         part = part.sort_values("teacher entropy")
         half = part["half-width"]
@@ -102,7 +102,7 @@ def figure(frame: pd.DataFrame, rows: pd.DataFrame) -> Figure:
         for _, row in part.iterrows():
             said = f"τ={row['temperature']:g}" if words == "by temperature" else row["teacher_data"]
             right.annotate(
-                said, (row["teacher entropy"], -row["difference"]), xytext=(4, 5), textcoords="offset points"
+                said, (row["teacher entropy"], -row["difference"]), xytext=(4, below), textcoords="offset points"
             )
     right.axhline(0, color="0.5", lw=1)
     right.set(xlabel="teacher's entropy at its temperature, nats", ylabel="direct − distilled held-out loss, nats")
