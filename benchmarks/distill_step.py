@@ -1,14 +1,14 @@
 """Claim: the chunked loss takes a fraction of the time and memory of full logits, and a training step beats TRL's.
 
     pip install trl
-    python -m benchmarks.distill_step [--repeats 3] [--out results/distill_step.csv]    about ten minutes a repeat
+    python -m benchmarks.distill_step [--repeats 3] [--out results/distill_step.csv]    about six minutes a repeat
 
 Interleaved, each measurement in a fresh process with one thread: CPU seconds (other programs then hardly matter) and
-the rise of its peak memory. `loss`: 2,048 tokens, student
-width 64 and teacher width 128 (`loss, wide`: 256 and 512, where matrix products that every way needs take most of the
-time), forward KL mixed with CE, value and gradients. `step`: a whole optimiser step of a 4-layer
-student under a 4-layer teacher, 8 × 256 tokens, pure forward KL (all that GKD has). Ways: ours; `naive`, the full
-logits in plain PyTorch; `trl`, GKDTrainer's own loss (lmbda=0, beta=0), its trainer's bookkeeping left out.
+the rise of its peak memory. `loss`: 2,048 tokens, student width 64 and teacher width 128, forward KL mixed with CE,
+value and gradients. `step`: a whole optimiser step of 4-layer models of these widths, 8 × 256 tokens, pure forward KL
+(all that GKD has). `wide`: the same at 256 and 512, where matrix products that every way needs take most of the time.
+Ways: ours; `naive`, the full logits in plain PyTorch; `trl`, GKDTrainer's own loss (lmbda=0, beta=0), its trainer's
+bookkeeping left out.
 """
 
 import argparse
@@ -32,7 +32,8 @@ NARROW, WIDTHS = (64, 128), (256, 512)
 CASES = (
     *(("loss", v) for v in VOCABULARIES),
     ("loss, wide", 32_768),
-    *(("step", v) for v in VOCABULARIES[:2]),
+    ("step", 32_768),
+    *(("step, wide", v) for v in VOCABULARIES[:2]),
 )
 WARM = 1
 CALLS = {8_192: 3, 32_768: 1, 131_072: 1}  # timed, after the warm one
@@ -88,7 +89,7 @@ def _gkd():
     return GKDTrainer
 
 
-def step_of(way: str, vocabulary: int):
+def step_of(way: str, vocabulary: int, widths: tuple[int, int] = NARROW):
     """A function that takes one optimiser step, and returns the loss before it."""
     import torch
     from torch.nn import functional as F
@@ -97,7 +98,7 @@ def step_of(way: str, vocabulary: int):
     from capacity_gap.models.loading import hidden_states, output_weight
 
     torch.manual_seed(0)
-    student, teacher = (_model(w, vocabulary) for w in WIDTHS)
+    student, teacher = (_model(w, vocabulary) for w in widths)
     teacher.eval()
     tokens = torch.randint(0, vocabulary, (BATCH, LENGTH + 1))
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
@@ -145,7 +146,8 @@ def measure(what: str, way: str, vocabulary: int) -> dict:
     import torch
 
     torch.set_num_threads(1)
-    makers = {"loss": loss_of, "loss, wide": functools.partial(loss_of, widths=WIDTHS), "step": step_of}
+    makers = {"loss": loss_of, "loss, wide": functools.partial(loss_of, widths=WIDTHS)}
+    makers |= {"step": step_of, "step, wide": functools.partial(step_of, widths=WIDTHS)}
     once = makers[what](way, vocabulary)
     if way == "trl":
         _gkd()
@@ -162,6 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="CSV for the summary")
+    parser.add_argument("--what", nargs="*", default=sorted({what for what, _ in CASES}), help="some of the cases")
     parser.add_argument("--only", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.only:
@@ -169,16 +172,16 @@ def main() -> None:
         return
     rows: list[dict] = []
     for repeat in range(given.repeats):
-        rows += one_repeat(repeat)
+        rows += one_repeat(repeat, given.what)
         table = summary(pd.DataFrame(rows))
         if given.out:
             table.to_csv(given.out, index=False, float_format="%.3g")
     print(table.to_string(index=False, float_format="{:.2f}".format))
 
 
-def one_repeat(repeat: int) -> list[dict]:
+def one_repeat(repeat: int, cases: list[str]) -> list[dict]:
     rows = []
-    for what, vocabulary in CASES:
+    for what, vocabulary in (case for case in CASES if case[0] in cases):
         for way in ("ours", "naive", "trl")[:: 1 if repeat % 2 else -1]:
             command = [sys.executable, "-m", "benchmarks.distill_step", "--only", what, way, str(vocabulary)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
