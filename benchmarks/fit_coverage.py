@@ -80,7 +80,7 @@ class Design:
                 Curve(
                     key={"student": f"{n:.0f}"},
                     student_params=n,
-                    teacher_params=n * np.exp(self.x),
+                    teacher_params=50_000 * np.exp(step * (s + np.arange(self.teachers))),
                     loss=means,
                     count=np.full(self.teachers, float(self.seeds)),
                     within=float(((runs - means) ** 2).sum()),

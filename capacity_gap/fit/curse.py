@@ -1,9 +1,11 @@
 """The curse of capacity gap, tested: is the largest teacher worse than the best one? And does a larger student help?
 
 The loss of the largest teacher less that of the best is never negative, whatever the truth, because the best is chosen
-after the fact. Hsu's comparison with the best takes that into account: with d the 95 % quantile of the largest of
-(luck of the last − luck of teacher k) over k, in standard errors, `max_k(ℓ_last − ℓ_k − d·se_k)` is a lower confidence
-bound on the excess, and the curse is shown where it is above zero. No form of the curve is assumed.
+after the fact. Hsu's comparison with the best takes that into account: with d the 97.5 % quantile of the largest of
+(luck of the last − luck of teacher k) over k, in standard errors, `max_k(ℓ_last − ℓ_k ∓ d·se_k)` are the ends of a 95 %
+interval of the excess, and the curse is shown where its lower end is above zero. No form of the curve is assumed; but
+where each teacher was trained once and no curve could be fitted, seeds of the student alone say nothing of a teacher's
+luck.
 """
 
 from collections.abc import Sequence
@@ -13,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from capacity_gap.fit.frame import BY, default_metric
+from capacity_gap.fit.frame import BY, default_metric, require
 from capacity_gap.fit.optimum import Located
 
 DRAWS = 4000
@@ -36,8 +38,10 @@ class Curse:
 
 
 def curses(located: Located, *, seed: int = 0) -> tuple[Curse, ...]:
-    """One test a curve with at least two teachers."""
+    """One test a curve with at least two teachers; none where neither seeds nor a fit tell how large the noise is."""
     rng = np.random.default_rng(seed)
+    if not located.noise.known:
+        return ()
     return tuple(_curse(located, i, rng) for i, c in enumerate(located.found) if len(c.x) > 1)
 
 
@@ -50,7 +54,7 @@ def _curse(located: Located, i: int, rng: np.random.Generator) -> Curse:
     luck = rng.standard_normal((DRAWS, K)) * np.sqrt(variance)
     scale = np.sqrt(noise.df / rng.chisquare(noise.df, DRAWS))[:, None]
     null = ((luck[:, -1:] - luck[:, :-1]) / error * scale).max(1)
-    critical = float(np.quantile(null, 0.95))
+    critical = float(np.quantile(null, 0.975))
     low, high = float((gap - critical * error).max()), float((gap + critical * error).max())
     p = float((1 + (null >= (gap / error).max()).sum()) / (1 + DRAWS))
     best = int(curve.loss.argmin())
@@ -95,7 +99,9 @@ def student_growth(
         by: columns that part settings.
     """
     column, suffix = metric or default_metric(frame), "" if axis == "total" else "_non_embedding"
-    names = [c for c in by if c in frame and frame[c].nunique(dropna=False) > 1]
+    require(frame, ["student_params" + suffix, "teacher_params" + suffix, column])
+    objective = ["loss"] if column != "loss" and "loss" in frame else []
+    names = [c for c in (*objective, *by) if c in frame and frame[c].nunique(dropna=False) > 1]
     keep = frame[np.isfinite(pd.to_numeric(frame[column], errors="coerce"))]
     found = []
     for key, group in keep.groupby([*names, "teacher_params" + suffix], dropna=False):
@@ -106,9 +112,9 @@ def student_growth(
 
 
 def _growth(group: pd.DataFrame, student: str, column: str, teacher: float, setting: str) -> Growth:
-    means = group.groupby(student)[column].mean()
-    line = stats.linregress(np.log2(group[student].to_numpy(float)), group[column].to_numpy(float))
-    half = float(stats.t.ppf(0.975, len(group) - 2) * line.stderr)
+    means = group.groupby(student)[column].mean()  # seeds of one student share its misfit: they are no evidence apart
+    line = stats.linregress(np.log2(means.index.to_numpy(float)), means.to_numpy(float))
+    half = float(stats.t.ppf(0.975, len(means) - 2) * line.stderr)
     t = line.slope / line.stderr if line.stderr > 0 else np.copysign(np.inf, line.slope)
     return Growth(
         teacher=teacher,
@@ -116,7 +122,7 @@ def _growth(group: pd.DataFrame, student: str, column: str, teacher: float, sett
         students=len(means),
         per_doubling=float(line.slope),
         interval=(float(line.slope) - half, float(line.slope) + half),
-        p=float(stats.t.cdf(t, len(group) - 2)),
+        p=float(stats.t.cdf(t, len(means) - 2)),
         pairs=len(means) - 1,
         worse=int((np.diff(means.to_numpy()) > 0).sum()),
     )

@@ -75,17 +75,20 @@ def curves(
         raise ValueError(f"axis={axis!r} is not known. Allowed: {', '.join(AXES)}.")
     student, teacher = "student_params" + AXES[axis], "teacher_params" + AXES[axis]
     column = metric or default_metric(frame)
-    _require(frame, [student, teacher, column])
+    require(frame, [student, teacher, column, *([] if by is BY else by)])
     kept, notes = _usable(frame, student, teacher, column)
     given = [c for c in by if c in kept and kept[c].notna().any()]
-    if column != "loss" and "loss" in kept and by is BY:
-        given.insert(0, "loss")  # in our records the name of the objective
+    if column != "loss" and "loss" in kept and "loss" not in given:
+        given.insert(0, "loss")  # in our records the name of the objective: its losses are never replicates
+    averaged = [c for c in BY if c in kept and c not in given and kept[c].nunique(dropna=False) > 1]
+    notes += [f"{c} varies within a curve: its values are averaged like seeds" for c in averaged]
     kept = kept.assign(_student=_student_label(kept, student), _cluster=_clusters(kept, teacher))
     kept, adjusted = adjust_for_size(kept, student, teacher, column, [*given, "_student"])
     notes += [*adjusted, *_mixtures(kept)]
     found = []
-    for key, group in kept.groupby([*given, "_student"], dropna=False, sort=True):
-        found.append(_curve(dict(zip([*given, "student"], key, strict=True)), group, student, teacher, column))
+    for key, group in kept.groupby([*given, "_student"], dropna=False, sort=False):
+        named = {k: None if v is None or v != v else v for k, v in zip([*given, "student"], key, strict=True)}
+        found.append(_curve(named, group, student, teacher, column))
     return sorted(found, key=lambda c: ([str(c.key[k]) for k in given], c.student_params)), notes
 
 
@@ -96,7 +99,8 @@ def default_metric(frame: pd.DataFrame) -> str:
     return "student_loss" if "student_loss" in frame else "loss"
 
 
-def _require(frame: pd.DataFrame, names: Sequence[str]) -> None:
+def require(frame: pd.DataFrame, names: Sequence[str]) -> None:
+    """Raises if the table lacks a column, naming the nearest that it has."""
     missing = [n for n in names if n not in frame]
     if missing:
         near = {n: difflib.get_close_matches(n, map(str, frame.columns), n=2, cutoff=0.5) for n in missing}
@@ -107,16 +111,21 @@ def _require(frame: pd.DataFrame, names: Sequence[str]) -> None:
 def _usable(frame: pd.DataFrame, student: str, teacher: str, column: str) -> tuple[pd.DataFrame, list[str]]:
     """The rows that can be used, and why the others cannot."""
     notes = []
-    bad = frame[(frame[student] <= 0) | (frame[teacher] <= 0)]
+    frame = frame.assign(**{c: pd.to_numeric(frame[c], errors="coerce") for c in (student, teacher, column)})
+    bad = frame[
+        (frame[student] <= 0) | (frame[teacher] <= 0) | np.isinf(frame[[student, teacher]].to_numpy(float)).any(axis=1)
+    ]
     if len(bad):
         raise ValueError(f"scales must be positive; {student} or {teacher} is not in rows {list(bad.index)[:10]}")
-    finite = pd.to_numeric(frame[column], errors="coerce").pipe(np.isfinite)
-    finite &= frame[student].notna() & frame[teacher].notna()
+    finite = pd.Series(np.isfinite(frame[[student, teacher, column]].to_numpy(float)).all(axis=1), index=frame.index)
     if "status" in frame:
         finite &= frame["status"].isin(["done"])
     if (~finite).any():
         rows = ", ".join(map(str, frame.index[~finite][:10]))
         notes.append(f"{int((~finite).sum())} rows left out (failed, or no finite {column}): rows {rows}")
+    if not finite.any():
+        seen = f"; status: {', '.join(map(str, frame['status'].unique()))}" if "status" in frame else ""
+        raise ValueError(f"no row can be used: each needs {student}, {teacher} and a finite {column}{seen}.")
     return frame[finite], notes
 
 
@@ -124,11 +133,12 @@ def _student_label(frame: pd.DataFrame, column: str) -> pd.Series:
     """The nominal scale, or a number that students within 3 % of each other share."""
     if "student" in frame and frame["student"].notna().all():
         return frame["student"].astype(str)
-    ordered = np.sort(frame[column].unique())
-    starts = np.concatenate([[True], np.diff(np.log(ordered)) > np.log1p(SAME_SIZE)])
-    group = dict(zip(ordered, np.cumsum(starts), strict=True))
-    first = {g: ordered[starts][g - 1] for g in set(group.values())}
-    return frame[column].map(lambda n: f"{first[group[n]]:.0f}")
+    label: dict[float, str] = {}
+    first = -np.inf
+    for n in np.sort(frame[column].unique()):
+        first = n if n > first * (1 + SAME_SIZE) else first
+        label[n] = f"{first:.0f}"
+    return frame[column].map(label)
 
 
 def _curve(key: dict, group: pd.DataFrame, student: str, teacher: str, column: str) -> Curve:
@@ -186,7 +196,7 @@ def adjust_for_size(
 def _mixtures(frame: pd.DataFrame) -> list[str]:
     """Warnings of what should not differ within one table."""
     found = []
-    for name in ("device", "precision", "schema_version"):
+    for name in ("device", "precision", "schema_version", "metric", "unit"):
         if name in frame and frame[name].nunique() > 1:
             counts = ", ".join(f"{v} ({n} rows)" for v, n in frame[name].value_counts().items())
             found.append(f"{name} differs between rows: {counts}")

@@ -2,7 +2,8 @@
 
 A parabola through noise has a minimum somewhere, and on a grid of 1× to 8× that is at 2.9× on average: a ratio alone is
 no evidence. So a law is claimed only if at least three students have interior optima, *and* the curvature of the curves
-beats a permutation of teachers within students, *and* no single teacher carries the claim.
+beats a permutation of teachers within students, *and* neither a single teacher nor the grid's outer rungs carry the
+claim.
 """
 
 import json
@@ -14,10 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from capacity_gap.fit.censored import SEEN
 from capacity_gap.fit.curse import Curse, curses
 from capacity_gap.fit.frame import BY, Curve, curves
-from capacity_gap.fit.null import null_p_value, rests_on, without_outer
+from capacity_gap.fit.null import has_inner_minimum, null_p_value, rests_on, without_outer
 from capacity_gap.fit.optimum import BOOTSTRAPS, Located, Optimum, locate
 from capacity_gap.fit.regression import (
     NAMED,
@@ -30,6 +30,7 @@ from capacity_gap.fit.regression import (
     forms_of,
     regress,
     two_sided,
+    without_bounds_alone,
 )
 from capacity_gap.fit.valley import LEAST_TEACHERS
 
@@ -60,6 +61,7 @@ class LawFit:
     without_outer_rungs: float | None  # the ratio when each curve's largest and smallest teacher are dropped
     without_outer_interval: Pair = None
     rests_on: tuple[float, ...] = ()  # teachers without which the claim falls
+    rests_on_outer: bool = False  # whether it falls without each curve's largest and smallest teacher
     method: str = "asymmetric"
     kappa: float = 0.0  # asymmetry of the curves (`valley.py`)
     forms: dict[str, Form] = field(default_factory=dict)
@@ -168,8 +170,8 @@ def law_of(
 def law_from(located: Located, *, axis: str, notes: Sequence[str] = (), seed: int = 0) -> LawFit:
     """`fit_law` on located optima."""
     p = null_p_value(located.found, seed=seed)
-    blamed = _blamed(located)
-    status = _status(located, p, blamed)
+    blamed, outer = _blamed(located), _rests_on_outer(located)
+    status = _status(located, p, bool(blamed) or outer)
     common: dict[str, Any] = {
         "status": status,
         "axis": axis,
@@ -178,6 +180,7 @@ def law_from(located: Located, *, axis: str, notes: Sequence[str] = (), seed: in
         "method": located.method,
         "kappa": located.kappa,
         "rests_on": blamed,
+        "rests_on_outer": outer,
         "curses": curses(located, seed=seed),
     }
     if status != "law":
@@ -190,13 +193,15 @@ def law_from(located: Located, *, axis: str, notes: Sequence[str] = (), seed: in
 def _estimated(located: Located, notes: Sequence[str], seed: int) -> dict[str, Any]:
     """Everything that is claimed once a law is."""
     responses = Responses.of(located, [i for i, o in enumerate(located.optima) if o.status in NAMED])
-    seen = int((responses.kind(responses.y[None])[0] == SEEN).sum())
-    Z, names, left = covariates(responses, room=max(0, seen - LEAST_STUDENTS))
+    responses, said = without_bounds_alone(responses)
+    Z, names, left = covariates(responses, room=max(0, int(responses.seen.sum()) - LEAST_STUDENTS))
     forms, proportional, power = forms_of(responses, Z, seed=seed)
     r, b = forms["proportional"].parameters["r"], forms["power"].parameters["b"] if power else None
     outer = _outer_ratio(located, seed)
     draws = power.draws if power else np.stack([proportional.draws[:, 0], np.ones(len(proportional.draws))], 1)
-    said = [f"no room for {n} as a covariate: too few optima" for n in left]
+    said += [f"{n} is no covariate of the law" for n in left]
+    if outer is None:
+        said.append("the ratio could not be refitted without the outer rungs: that takes six teachers a student")
     return {
         "ratio": r.value,
         "ratio_interval": r.interval,
@@ -218,13 +223,13 @@ def _estimated(located: Located, notes: Sequence[str], seed: int) -> dict[str, A
     }
 
 
-def _status(located: Located, p: float | None, blamed: tuple[float, ...]) -> str:
+def _status(located: Located, p: float | None, doubtful: bool) -> str:
     optima = located.optima
     students = {o.student for o in optima if o.teachers >= LEAST_TEACHERS}
     if len(students) < LEAST_STUDENTS:
         return "too_few"
     interior = {o.student for o in optima if o.status == "interior"}
-    if len(interior) >= LEAST_STUDENTS and p is not None and p <= LEVEL and not blamed:
+    if len(interior) >= LEAST_STUDENTS and p is not None and p <= LEVEL and not doubtful:
         return "law"
     edges = sum(o.status in ("left_edge", "right_edge") for o in optima)
     return "censored" if edges >= max(1, len(optima) / 2) else "no_optimum"
@@ -238,15 +243,26 @@ def _blamed(located: Located) -> tuple[float, ...]:
     return rests_on(interior, LEAST_STUDENTS)
 
 
+def _rests_on_outer(located: Located) -> bool:
+    """Whether a claim falls with every curve's first and last teacher, where six or more leave enough to tell."""
+    interior = [c for c, o in zip(located.found, located.optima, strict=True) if o.status == "interior"]
+    inner = without_outer(interior)
+    students = {c.key["student"] for c in inner}
+    if len(students) < LEAST_STUDENTS:
+        return False
+    kept = {c.key["student"] for c, inside in zip(inner, has_inner_minimum(inner), strict=True) if inside}
+    return len(kept) < LEAST_STUDENTS
+
+
 def _outer_ratio(located: Located, seed: int) -> Estimate | None:
     """The ratio from the same curves without their smallest and largest teachers, or None if too little is left."""
     inner = without_outer(located.found)
     if not inner:
         return None
-    again = locate(inner, seed=seed)
+    again = locate(inner, method=located.method, seed=seed)
     responses = Responses.of(again, range(len(inner)))
-    responses = responses.part(responses.kind(responses.y[None])[0] == SEEN)
-    if len(set(responses.keys("student"))) < 2:
+    responses = responses.part(responses.seen)
+    if len(set(responses.students)) < 2:
         return None
     fit = regress(responses, np.ones((len(responses.y), 1)), responses.log_student, seed=seed)
     return Estimate.of(np.exp(fit.beta[0]), np.exp(fit.draws[:, 0]))

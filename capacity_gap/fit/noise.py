@@ -29,6 +29,7 @@ class Noise:
     own: np.ndarray  # [C, K] misfit and seeds of each mean
     run: float  # standard deviation of one run's loss, all causes together
     df: float
+    known: bool = True  # False where neither replicates nor residuals tell
 
     @property
     def variance(self) -> np.ndarray:
@@ -52,7 +53,7 @@ def components(design: Design, shape: int, found: Sequence[Curve]) -> Noise:
     inverse = np.where(design.grid.count > 0, 1 / np.maximum(design.grid.count, 1), 1.0)
     if not used.any():
         run = sigma2**0.5
-        return Noise(0.0, np.maximum(sigma2 * inverse, NOISE_FLOOR**2), run, max(seeds_df, 1))
+        return Noise(0.0, np.maximum(sigma2 * inverse, NOISE_FLOOR**2), run, max(seeds_df, 1), known=seeds_df > 0)
     R = _stacked(design.rest[shape])[np.ix_(used, used)]
     Z = np.equal.outer(design.grid.cluster.ravel()[used], design.grid.cluster.ravel()[used]).astype(float)
     e = R @ design.grid.loss.ravel()[used]

@@ -70,13 +70,13 @@ def rests_on(found: Sequence[Curve], least: int) -> tuple[float, ...]:
     teachers = np.unique(np.concatenate([c.teacher_params for c in found]))
     cases = [(t, without(c, c.teacher_params == t)) for t in teachers for c in found]
     keep: dict[float, set] = {float(t): set() for t in teachers}
-    for (teacher, curve), inside in zip(cases, _inside([c for _, c in cases]), strict=True):
+    for (teacher, curve), inside in zip(cases, has_inner_minimum([c for _, c in cases]), strict=True):
         if inside:
             keep[float(teacher)].add(curve.key["student"])
     return tuple(t for t, students in keep.items() if len(students) < least)
 
 
-def _inside(found: Sequence[Curve]) -> list[bool]:
+def has_inner_minimum(found: Sequence[Curve]) -> list[bool]:
     """Whether each curve's least lies inside its grid, by a parabola; of three teachers, whether the middle is best."""
     verdicts = [bool(c.loss[1:-1].min() < min(c.loss[0], c.loss[-1])) for c in found]
     wide = [i for i, c in enumerate(found) if len(c.x) >= LEAST_TEACHERS]

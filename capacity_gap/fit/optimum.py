@@ -5,6 +5,7 @@ the components of `noise.py`, shared teachers included. An optimum is *interior*
 first teacher and positive at the last in 97.5 % of the draws each; noise alone rarely manages both.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -124,7 +125,9 @@ def locate_optima(
         One optimum a curve. Status `interior`; `left_edge`, `right_edge` (best at the end of the grid, or beyond);
         `flat` (cannot be told from noise); `not_unimodal` (worst in the middle); `too_few` (under four teachers).
     """
-    found, _ = curves(frame, metric=metric, axis=axis, by=by)
+    found, notes = curves(frame, metric=metric, axis=axis, by=by)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
     return list(locate(found, method=method).optima)
 
 
@@ -200,7 +203,7 @@ def _status(located: Located, i: int, gain: float) -> str:
         return "flat"
     falls, rises = located.falls[i], located.rises[i]
     if falls >= SURE and rises >= SURE:
-        return "interior"
+        return _tried_end(located, i) or "interior"
     if falls <= 1 - SURE and rises <= 1 - SURE:
         return "not_unimodal"
     if falls >= SURE or rises <= 1 - SURE:
@@ -208,11 +211,27 @@ def _status(located: Located, i: int, gain: float) -> str:
     return "left_edge" if rises >= SURE or falls <= 1 - SURE else "flat"
 
 
+def _tried_end(located: Located, i: int) -> str | None:
+    """Of `argmin` alone: the edge, if the best teacher that was tried is the first or the last."""
+    if located.method != "argmin":
+        return None
+    x = located.found[i].x
+    return {float(x[0]): "left_edge", float(x[-1]): "right_edge"}.get(float(located.best[i]))
+
+
 def _interval(located: Located, i: int, status: str) -> Interval:
-    """The middle 95 % of the draws; open on the side where the grid ends first."""
+    """The middle 95 % of the draws; open on the side where the grid ends first.
+
+    The best teacher that was tried stands for all between its neighbours, so `argmin` reaches to these.
+    """
     if status in ("flat", "not_unimodal"):
         return None, None
-    low, high = (_scale(x) for x in np.quantile(located.best_draws[:, i], [0.025, 0.975]))
+    low, high = np.quantile(located.best_draws[:, i], [0.025, 0.975])
+    if located.method == "argmin":
+        x = located.found[i].x
+        low = x[max(0, np.searchsorted(x, low - 1e-9) - 1)]
+        high = x[min(len(x) - 1, np.searchsorted(x, high + 1e-9))]
+    low, high = _scale(low), _scale(high)
     return (None if status == "left_edge" else low), (None if status == "right_edge" else high)
 
 

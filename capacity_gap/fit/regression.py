@@ -85,6 +85,16 @@ class Responses:
         """Which of the responses [B, C] are seen, and which are bounds."""
         return _kind(self.located, self.index, y)
 
+    @property
+    def students(self) -> np.ndarray:
+        """Each curve's student, by name [C]."""
+        return np.array([str(s) for s in self.keys("student")])
+
+    @property
+    def seen(self) -> np.ndarray:
+        """Which are optima and not bounds [C]."""
+        return self.kind(self.y[None])[0] == SEEN
+
     def keys(self, name: str) -> list[Any]:
         """Each curve's value of a column."""
         return [self.located.found[i].key.get(name) for i in self.index]
@@ -117,26 +127,49 @@ def regress(responses: Responses, X: np.ndarray, offset: np.ndarray, *, seed: in
     kind = responses.kind(responses.y[None])
     beta = tobit(X, y[None], kind, responses.error)[0]
     seen = kind[0] == SEEN
-    omega = scatter((y - X @ beta)[seen], responses.error[seen], X.shape[1])
+    students, df = responses.students, max(1, len(set(responses.students[seen])) - X.shape[1])
+    omega = scatter(*_by_student((y - X @ beta)[seen], responses.error[seen], students[seen]), X.shape[1])
     total = np.hypot(responses.error, omega)
     if omega > 0:
         beta = tobit(X, y[None], kind, total)[0]
     kinds = responses.kind(responses.draws)
     drawn = responses.draws - offset
     if omega > 0:
-        rng, df = np.random.default_rng(seed), max(1, int(seen.sum()) - X.shape[1])
-        spread = omega * np.sqrt(df / rng.chisquare(df, (len(drawn), 1))) * rng.standard_normal(drawn.shape)
+        rng, place = np.random.default_rng(seed), np.unique(students, return_inverse=True)[1]
+        effect = rng.standard_normal((len(drawn), place.max() + 1))[:, place]  # one a student, at every budget
+        spread = omega * np.sqrt(df / rng.chisquare(df, (len(drawn), 1))) * effect
         drawn = drawn + np.where(kinds == SEEN, spread, 0.0)
     return Fitted(beta, tobit(X, drawn, kinds, total), omega)
+
+
+def _by_student(residual: np.ndarray, error: np.ndarray, student: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each student's mean residual, weighted, and its standard error: curves of one student are no replicates of it."""
+    weight, place = 1 / error**2, np.unique(student, return_inverse=True)[1]
+    total = np.bincount(place, weight)
+    return np.bincount(place, weight * residual) / total, 1 / np.sqrt(total)
+
+
+def independent(columns: np.ndarray, base: np.ndarray) -> list[int]:
+    """Which columns [C, P] add something to `base` [C, Q] and to those before them: over a hundredth of themselves."""
+    kept: list[int] = []
+    for i in range(columns.shape[1]):
+        before = np.hstack([base, columns[:, kept]])
+        rest = columns[:, i] - before @ np.linalg.lstsq(before, columns[:, i], rcond=None)[0]
+        if np.linalg.norm(rest) > 0.01 * np.linalg.norm(columns[:, i]):
+            kept.append(i)
+    return kept
 
 
 def covariates(responses: Responses, room: int) -> tuple[np.ndarray, list[str], list[str]]:
     """Columns [C, P] for what varies between curves beyond the student, their names, and what found no room.
 
     log data scale is centred, other columns are coded by deviation from their mean, so that the ratio is that of the
-    average setting.
+    average setting. What the optima that were seen cannot tell from the student's size or from other covariates (tokens
+    in proportion to parameters, say) is left out.
     """
-    columns: list[np.ndarray] = []
+    seen, N = responses.seen, responses.log_student
+    base = np.stack([np.ones_like(N), N], 1)
+    Z = np.zeros((len(N), 0))
     names: list[str] = []
     left: list[str] = []
     for name in BY:
@@ -144,13 +177,31 @@ def covariates(responses: Responses, room: int) -> tuple[np.ndarray, list[str], 
         levels = sorted({str(v) for v in values if v is not None})
         if len(levels) < 2:
             continue
-        made = _columns(name, values, levels)
-        if len(columns) + len(made) > room:
-            left.append(name)
+        if any(v is None for v in values):
+            left.append(f"{name} (not given for every curve)")
             continue
-        columns += list(made.values())
-        names += list(made)
-    return (np.stack(columns, 1) if columns else np.zeros((len(responses.y), 0))), names, left
+        made = _columns(name, values, levels)
+        new = np.stack(list(made.values()), 1)
+        if Z.shape[1] + new.shape[1] > room:
+            left.append(f"{name} (too few optima)")
+        elif len(independent(new[seen], np.hstack([base, Z])[seen])) < new.shape[1]:
+            left.append(f"{name} (it goes with the student's size or another setting)")
+        else:
+            Z, names = np.hstack([Z, new]), [*names, *made]
+    return Z, names, left
+
+
+def without_bounds_alone(responses: Responses) -> tuple[Responses, list[str]]:
+    """Takes out levels of a setting of which only bounds are known: a mean of bounds is no estimate."""
+    keep, notes = np.ones(len(responses.y), dtype=bool), []
+    for name in BY:
+        values = np.array([str(v) for v in responses.keys(name)])
+        for level in np.unique(values):
+            mine = values == level
+            if len(np.unique(values)) > 1 and not responses.seen[mine].any():
+                keep &= ~mine
+                notes.append(f"{name}={level} takes no part in the law: only bounds on its optima are known")
+    return responses.part(keep), notes
 
 
 def _columns(name: str, values: Sequence[Any], levels: Sequence[str]) -> dict[str, np.ndarray]:
@@ -169,7 +220,7 @@ def forms_of(responses: Responses, Z: np.ndarray, *, seed: int) -> tuple[dict[st
     r = Estimate.of(np.exp(proportional.beta[0]), np.exp(proportional.draws[:, 0]))
     off = _left_out(responses, lambda part, z: np.hstack([np.ones((len(z), 1)), z]), Z, fixed=True)
     forms = {"proportional": Form("proportional", "N_T* = r·N_S", {"r": r}, off)}
-    if np.ptp(N) < 0.05 or len(set(responses.keys("student"))) < 3:
+    if np.ptp(N[responses.seen]) < 0.05 or len(set(responses.students[responses.seen])) < 3:
         return forms, proportional, None
     middle = N.mean()
     power = regress(responses, np.hstack([ones, (N - middle)[:, None], Z]), np.zeros_like(N), seed=seed)
@@ -187,14 +238,13 @@ def forms_of(responses: Responses, Z: np.ndarray, *, seed: int) -> tuple[dict[st
 
 def _left_out(responses: Responses, design: Any, Z: np.ndarray, *, fixed: bool = False) -> float | None:
     """Root mean square error of log N_T* of students left out of the fit, over those whose optimum was seen."""
-    students = np.array([str(s) for s in responses.keys("student")])
-    seen = responses.kind(responses.y[None])[0] == SEEN
+    students, seen = responses.students, responses.seen
     X = design(responses.log_student, Z)
     offset = responses.log_student if fixed else np.zeros_like(responses.log_student)
     errors = []
     for student in np.unique(students[seen]):
         keep, out = students != student, (students == student) & seen
-        if (keep & seen).sum() < X.shape[1]:
+        if np.linalg.matrix_rank(X[keep & seen]) < X.shape[1]:
             return None
         part = responses.part(keep)
         beta = tobit(X[keep], (part.y - offset[keep])[None], part.kind(part.y[None]), part.error)[0]
@@ -204,8 +254,7 @@ def _left_out(responses: Responses, design: Any, Z: np.ndarray, *, fixed: bool =
 
 def affine(responses: Responses, Z: np.ndarray, proportional: Fitted) -> Form:
     """`N_T* = a + r·N_S` by weighted least squares on the scale of parameters; bounds take no part."""
-    seen = responses.kind(responses.y[None])[0] == SEEN
-    part, z = responses.part(seen), Z[seen]
+    part, z = responses.part(responses.seen), Z[responses.seen]
     n = np.exp(part.log_student)
     expected = np.exp(part.log_student + proportional.beta[0])
     weight = 1 / (expected * np.hypot(part.error, proportional.omega)) ** 2
@@ -221,14 +270,16 @@ def affine(responses: Responses, Z: np.ndarray, proportional: Fitted) -> Form:
     point = solve(part.y[None], (z @ proportional.beta[1:])[None], everyone)[0]
     draws = solve(part.draws, proportional.draws[:, 1:] @ z.T, everyone)
     errors: list[float] = []
-    students = np.array([str(s) for s in part.keys("student")])
+    students, X1 = part.students, np.hstack([np.ones((len(n), 1)), z])
     for student in np.unique(students):
         keep = students != student
-        if len(set(students[keep])) < 2:
+        if len(set(students[keep])) < 2 or np.linalg.matrix_rank(X1[keep]) < X1.shape[1]:
             errors = []
             break
-        a, r = solve(part.y[None], (z @ proportional.beta[1:])[None], keep)[0]
-        predicted = np.log(np.maximum(a + r * n[~keep], 1.0)) + (z @ proportional.beta[1:])[~keep]
+        own = part.part(keep)
+        effects = z @ tobit(X1[keep], (own.y - own.log_student)[None], np.full((1, keep.sum()), SEEN), own.error)[0, 1:]
+        a, r = solve(part.y[None], effects[None], keep)[0]
+        predicted = np.log(np.maximum(a + r * n[~keep], 1.0)) + effects[~keep]
         errors += list(part.y[~keep] - predicted)
     parameters = {name: Estimate.of(point[i], draws[:, i]) for i, name in enumerate(("a", "r"))}
     off = float(np.sqrt(np.mean(np.square(errors)))) if errors else None
@@ -237,8 +288,7 @@ def affine(responses: Responses, Z: np.ndarray, proportional: Fitted) -> Form:
 
 def agreements(responses: Responses, *, seed: int) -> tuple[Agreement, ...]:
     """Is the ratio the same at every level of each column that varies? Levels need an optimum that was seen."""
-    seen = responses.kind(responses.y[None])[0] == SEEN
-    found = []
+    seen, found = responses.seen, []
     for name in BY:
         values = np.array([str(v) for v in responses.keys(name)])
         levels = [str(v) for v in np.unique(values) if seen[values == v].any()]

@@ -26,6 +26,11 @@ def verdict(law: "LawFit") -> str:
             f"No ratio is claimed: without the teacher of {names} parameters fewer than {LEAST_STUDENTS} students keep "
             f"a minimum inside the grid, so the claim would rest on one teacher. Here: {curves}."
         )
+    if law.rests_on_outer:
+        return (
+            f"No ratio is claimed: without each curve's largest and smallest teacher fewer than {LEAST_STUDENTS} "
+            f"students keep a minimum inside the grid, so the claim would rest on the outer rungs. Here: {curves}."
+        )
     reasons = {
         "too_few": f"No law can be fitted: it takes at least {LEAST_STUDENTS} students, each under at least "
         f"{LEAST_TEACHERS} teachers. Here: {curves}.",

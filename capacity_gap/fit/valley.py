@@ -73,7 +73,8 @@ class Grid:
     @property
     def scale(self) -> float:
         """Half the median span: what the shapes κ are measured by."""
-        return float(np.median(self.last - self.first)) / 2 or 1.0
+        long = self.teachers >= LEAST_TEACHERS
+        return float(np.median((self.last - self.first)[long if long.any() else slice(None)])) / 2 or 1.0
 
 
 def _names(curve: Curve) -> Sequence[str]:
