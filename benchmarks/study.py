@@ -113,10 +113,10 @@ def pages() -> dict[str, str]:
 def filled(text: str, tables: dict[str, str]) -> str:
     """The page with each table in its place."""
     for name, table in tables.items():
-        marked = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not marked.search(text):
             raise SystemExit(f"docs/study.md has no place for {name}: <!-- {name} --> … <!-- /{name} -->")
-        text = marked.sub(lambda m, t=table: m[1] + t + m[2], text)  # type: ignore[misc]
+        text = marked.sub(lambda m, t=table: m[1] + t + "\n" + m[2], text)  # type: ignore[misc]
     return text
 
 
