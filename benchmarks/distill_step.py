@@ -201,8 +201,17 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     for (what, vocabulary), group in wide.groupby(level=[0, 1]):
         for peer in ("naive", "trl"):
             time_, memory = (group[k]["ours"] / group[k][peer] for k in ("seconds", "MB"))
-            row = {"what": what, "vocabulary": vocabulary, "ours against": peer, "repeats": len(group)}
-            row |= {"time": time_.median(), "time, from": time_.min(), "time, to": time_.max()}
+            row = {
+                "what": what,
+                "vocabulary": vocabulary,
+                "ours against": peer,
+            }
+            row |= {
+                "repeats": time_.count(),
+                "time": time_.median(),
+                "time, from": time_.min(),
+                "time, to": time_.max(),
+            }
             row |= {"memory": memory.median(), "ours, s": group["seconds"]["ours"].median()}
             apart = (group["loss"]["ours"] - group["loss"][peer]).abs().max()
             found.append(row | {"losses apart": apart})
