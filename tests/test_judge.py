@@ -284,12 +284,14 @@ def test_against_a_server_of_transformers(files, tmp_path, capsys):
         log.close()
 
 
-def _wait_for(url, process, log, seconds=120):
+def _wait_for(url, process, log, seconds=400):
+    """Until the server answers, or has ended: importing torch takes minutes on a busy machine."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        assert process.poll() is None, log.read_text()
         with contextlib.suppress(OSError):
             urllib.request.urlopen(url, timeout=1).close()
             return
-        time.sleep(0.2)  # a server of another project: only asking tells when it listens
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.2)
+            pytest.fail(f"the server ended: {log.read_text()[-2000:]}")
     pytest.fail(f"the server did not start: {log.read_text()[-2000:]}")
