@@ -1,6 +1,5 @@
 """A tidy table of runs, checked, as the columns that a loss surface is fitted to."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +8,7 @@ import pandas as pd
 
 from capacity_gap.errors import ConfigError
 from capacity_gap.fit.batched import Array
-from capacity_gap.fit.frame import AXES, BY, default_metric
+from capacity_gap.fit.frame import AXES, BY, default_metric, require
 
 SAME = 0.03  # a column whose values all lie within 3 % takes one value
 SHOWN = 10  # rows that a message names
@@ -75,11 +74,10 @@ def read_runs(
 
 
 def _require(frame: pd.DataFrame, names: Sequence[str]) -> None:
-    missing = [n for n in names if n not in frame]
-    if missing:
-        near = {n: difflib.get_close_matches(n, map(str, frame.columns), n=2, cutoff=0.5) for n in missing}
-        hints = "; ".join(f"{n} (nearest: {', '.join(c) or 'none'})" for n, c in near.items())
-        raise ConfigError(f"the table lacks {hints}. It has: {', '.join(map(str, frame.columns))}.")
+    try:
+        require(frame, names)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _usable(frame: pd.DataFrame, scales: Sequence[str], column: str) -> tuple[pd.DataFrame, list[str]]:
