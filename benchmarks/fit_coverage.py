@@ -108,6 +108,8 @@ class Design:
         flat, Z = J.reshape(-1, J.shape[-1]), same.reshape(-1, same.shape[-1])
         covariance = self.luck**2 * Z @ Z.T + self.noise**2 / self.seeds * np.eye(len(Z))
         information = flat.T @ np.linalg.solve(covariance, flat)
+        if np.linalg.cond(information) > 1e12:  # a null design: there is no optimum to know
+            return float("nan")
         return 2 * 1.96 * math.sqrt(np.linalg.inv(information)[0, 0])
 
 
