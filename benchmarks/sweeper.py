@@ -28,7 +28,7 @@ def seconds(arguments: list[str]) -> float:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "run.py"), "-m", *arguments, "plan=true", f"store={folder}/store"]
         began = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True)
+        subprocess.run(command, check=True, capture_output=True, cwd=folder)  # Hydra leaves a multirun.yaml
         return time.perf_counter() - began
 
 

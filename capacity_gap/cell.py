@@ -177,7 +177,7 @@ class Settings:
             "batch": c.train.batch_size,
             "learning_rate": self.learning_rate,
             "precision": c.train.precision,
-            **self._objective,
+            **self.objective,
             "loss": c.distill.loss,
             "kd_weight": c.distill.kd_weight,
             "temperature": c.distill.temperature,
@@ -212,7 +212,7 @@ class Settings:
         return {} if c.init == "random" else {k: v for k, v in given.items() if v != usual[k]}
 
     @property
-    def _objective(self) -> dict[str, Any]:
+    def objective(self) -> dict[str, Any]:
         """What the losses are over, where that is not every token: then, and only then, it is recorded."""
         return {"objective": "prefix_lm"} if len(architecture(self.teacher_shape).stacks) == 2 else {}
 

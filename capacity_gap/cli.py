@@ -280,30 +280,30 @@ def run_export(given: argparse.Namespace) -> int:
 def run_fit(given: argparse.Namespace) -> int:
     """Prints the summary of a fit, and writes its files if asked."""
     from capacity_gap import records
-    from capacity_gap.evaluate.scores import minimised
+    from capacity_gap.evaluate.scores import as_loss
     from capacity_gap.fit.frame import BY, curves
     from capacity_gap.fit.law import law_from
     from capacity_gap.fit.optimum import locate
 
     frame = _of_sweep(given.source, given.sweep) if given.sweep else records.load(given.source)
     by = [c for c in given.by.split(",") if c] if given.by is not None else BY
-    frame = minimised(frame, given.metric)
+    frame, metric = as_loss(frame, given.metric)
     try:
-        found, notes = curves(frame, metric=given.metric, axis=given.axis, by=by)
+        found, notes = curves(frame, metric=metric, axis=given.axis, by=by)
         located = locate(found, method=given.method)
     except ValueError as error:
         raise UserError(str(error)) from error
     law = law_from(located, axis=given.axis, notes=notes)
     print(law.summary())
-    surface = _surface(frame, given) if given.surface else None
+    surface = _surface(frame, given, metric) if given.surface else None
     if given.out:
-        _write_fit(law, located, given.out)
+        _write_fit(law, located, given.out, metric)
         if surface is not None:
             (given.out / "surface.json").write_text(surface.to_json() + "\n")
     return 0
 
 
-def _surface(frame, given: argparse.Namespace):  # type: ignore[no-untyped-def]
+def _surface(frame, given: argparse.Namespace, metric: str | None):  # type: ignore[no-untyped-def]
     """The additive surface of runs of one kind, printed; None, and why, where there are several kinds."""
     from capacity_gap.fit.fitting import fit_surface
     from capacity_gap.fit.runs import mixed
@@ -311,7 +311,7 @@ def _surface(frame, given: argparse.Namespace):  # type: ignore[no-untyped-def]
     if differ := mixed(frame):
         print(f"\nno surface: the runs differ in {differ}. Fit a table of one kind.")
         return None
-    surface = fit_surface(frame, metric=given.metric, axis=given.axis)
+    surface = fit_surface(frame, metric=metric, axis=given.axis)
     print("\n" + surface.summary())
     return surface
 
@@ -323,7 +323,7 @@ def _of_sweep(source: str, name: str):  # type: ignore[no-untyped-def]
     return store_tools.sweep_frame(store_tools.open_store(source), name)
 
 
-def _write_fit(law, located, out: Path) -> None:  # type: ignore[no-untyped-def]
+def _write_fit(law, located, out: Path, metric: str | None) -> None:  # type: ignore[no-untyped-def]
     import pandas as pd
 
     from capacity_gap.report.plots import plot_curves, plot_law, save_figure
@@ -332,7 +332,8 @@ def _write_fit(law, located, out: Path) -> None:  # type: ignore[no-untyped-def]
     law.save(out / "law.json")
     pd.DataFrame([o.to_dict() for o in law.optima]).to_csv(out / "optima.csv", index=False)
     located.residuals().to_csv(out / "residuals.csv", index=False, float_format="%.6g")
-    figures = [*save_figure(plot_curves(located), out / "curves"), *save_figure(plot_law(law), out / "law")]
+    drawn = {"curves": plot_curves(located, metric=metric), "law": plot_law(law)}
+    figures = [path for name, figure in drawn.items() for path in save_figure(figure, out / name)]
     tables = (out / "law.json", out / "optima.csv", out / "residuals.csv")
     print("\nwritten: " + ", ".join(str(p) for p in (*tables, *figures)))
 

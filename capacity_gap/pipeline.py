@@ -8,7 +8,7 @@ Building the chain computes nothing and imports no torch: it names the stages, s
 in common before anything runs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,13 +20,14 @@ from capacity_gap.config import CorpusConfig, RunConfig
 from capacity_gap.config_tune import TuneConfig
 from capacity_gap.data.sources import identity, tokenizer_identity
 from capacity_gap.errors import ConfigError
+from capacity_gap.evaluate import stages as scoring
 from capacity_gap.evaluate.tasks import GENERATED, Task, check_tasks, folder_digest, folder_names
 from capacity_gap.fingerprint import files_digest, identity_fields
 from capacity_gap.instruct import stages
 from capacity_gap.models.axes import dims
 from capacity_gap.models.folders import content_digest
 from capacity_gap.runtime import Runtime
-from capacity_gap.stage import Stage, Store
+from capacity_gap.stage import Stage, StageRun, Store
 
 
 @dataclass(frozen=True)
@@ -141,25 +142,25 @@ class Cell(Settings):
 
     def _adapted(self, model: Stage, shape: Mapping[str, Any]) -> Stage:
         c, budget = self.config, self.adapt_tokens
-        given = {
-            "tokens": budget,
-            "epochs": c.adapt.epochs,
-            "seed": c.teacher_seed,
-            "optim": steps.optim_identity(c.adapt.optim),
-            "learning_rate": c.adapt.optim.peak(dims(shape).hidden),
-            **self._arithmetic,
-        }
-        return Stage(
-            "adapt",
-            1,
-            given,
-            {"model": model, "tokens": self.tokens},
-            steps.adapt,
-            cost=accounting.train_flops(shape, budget),
-            options=self._training,
-            passes=3 * budget,
-            collective=True,
-        )
+        given = {"tokens": budget, "epochs": c.adapt.epochs, "seed": c.teacher_seed, **self._arithmetic}
+        given |= steps.pace(c.adapt.optim, dims(shape).hidden)
+        return self._training_stage("adapt", given, {"model": model, "tokens": self.tokens}, steps.adapt, shape)
+
+    def _training_stage(
+        self,
+        name: str,
+        given: Mapping[str, Any],
+        inputs: Mapping[str, Stage],
+        compute: Callable[[StageRun], None],
+        shape: Mapping[str, Any],
+        *,
+        teacher_flops: float = 0.0,
+    ) -> Stage:
+        """A stage of the one loop, on `given["tokens"]` tokens."""
+        budget = given["tokens"]
+        cost = accounting.train_flops(shape, budget) + teacher_flops
+        passes = (4 if teacher_flops else 3) * budget
+        return Stage(name, 1, given, inputs, compute, cost, self._training, passes=passes, collective=True)
 
     def _pretrained(self, rung: str) -> Stage:
         c, shape = self.config, self.base.rungs[rung]
@@ -173,28 +174,16 @@ class Cell(Settings):
             return Stage(
                 "published", 1, given, {}, steps.published, options={"repository": self.family.published[rung]}
             )
-        budget = teacher_tokens(c, self.base.params[rung])
         given = {
             "shape": shape,
             "seed": c.teacher_seed,
-            "tokens": budget,
+            "tokens": teacher_tokens(c, self.base.params[rung]),
             "epochs": c.family.teacher_epochs,
-            "optim": steps.optim_identity(c.family.pretrain),
-            "learning_rate": c.family.pretrain.peak(dims(shape).hidden),
+            **steps.pace(c.family.pretrain, dims(shape).hidden),
             **self._arithmetic,
             **self._compiled,
         }
-        return Stage(
-            "teacher",
-            1,
-            given,
-            {"tokens": self.base_tokens},
-            steps.pretrain,
-            cost=accounting.train_flops(shape, budget),
-            options=self._training,
-            passes=3 * budget,
-            collective=True,
-        )
+        return self._training_stage("teacher", given, {"tokens": self.base_tokens}, steps.pretrain, shape)
 
     @cached_property
     def scores(self) -> Stage:
@@ -252,9 +241,8 @@ class Cell(Settings):
             "tokens": tokens,
             "epochs": c.epochs,
             "seed": c.seed,
-            "optim": steps.optim_identity(c.train),
             "distill": identity_fields(c.distill),
-            "learning_rate": c.train.peak(dims(shape).hidden),
+            **steps.pace(c.train, dims(shape).hidden),
             **self._arithmetic,
             **self._compiled,
             **self._dynamics,
@@ -266,17 +254,7 @@ class Cell(Settings):
         elif c.distill.kd_weight > 0:
             inputs["teacher"] = self.teacher
             teacher_flops = accounting.forward_flops(self.teacher_shape, tokens)
-        return Stage(
-            "distil",
-            1,
-            given,
-            inputs,
-            steps.distil,
-            cost=accounting.train_flops(shape, tokens) + teacher_flops,
-            options=self._training,
-            passes=(4 if teacher_flops else 3) * tokens,
-            collective=True,
-        )
+        return self._training_stage("distil", given, inputs, steps.distil, shape, teacher_flops=teacher_flops)
 
     def _signal(self, tokens: int) -> Stage:
         """The teacher's cached outputs, shared by all students, seeds and losses that they can serve."""
@@ -347,16 +325,22 @@ class Cell(Settings):
         seen = c.tokens + c.ood_tokens
         cost = accounting.forward_flops(shape, seen)
         inputs = {"model": model, "tokens": self.tokens}
-        return Stage("evaluate", 1, given, inputs, steps.evaluate, cost, {"batch_size": c.batch_size}, passes=seen)
+        return Stage("evaluate", 1, given, inputs, scoring.evaluate, cost, {"batch_size": c.batch_size}, passes=seen)
 
     @cached_property
     def suite(self) -> Stage:
         """Benchmarks made from the corpus' test split, for models that no public one can tell apart."""
-        return Stage("suite", 1, {}, {"corpus": self.corpus}, steps.suite)
+        return Stage("suite", 1, {}, {"corpus": self.corpus}, scoring.suite)
 
     def benchmarks(self, model: Stage) -> list[Stage]:
         """One model's scores, a stage a benchmark: what is scored stays when the list grows."""
-        return [self._benchmark(model, task) for task in self.config.evaluate.benchmarks]
+        tasks = self.config.evaluate.benchmarks
+        if tasks and self.objective:
+            raise ConfigError(
+                f"benchmarks ({', '.join(t.name for t in tasks)}) ask a causal model, and family={self.family.name} is "
+                "an encoder–decoder. Leave evaluate=perplexity: its held-out losses are what such a grid compares."
+            )
+        return [self._benchmark(model, task) for task in tasks]
 
     def _benchmark(self, model: Stage, task: Task) -> Stage:
         c = self.config.evaluate
@@ -367,7 +351,7 @@ class Cell(Settings):
         elif c.folder and task.name in folder_names(c.folder):
             given["files"] = folder_digest(c.folder)
         options = {"batch_size": c.batch_size, "folder": c.folder, "allow_code": c.allow_code_execution}
-        return Stage("benchmark", 1, given, inputs, steps.benchmark, options=options)
+        return Stage("benchmark", 1, given, inputs, scoring.benchmark, options=options)
 
     @cached_property
     def record(self) -> Stage:

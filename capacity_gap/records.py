@@ -136,6 +136,9 @@ RECORD = "record.json"
 NESTED = ("metrics", "teacher_metrics", "versions")  # spread over columns in tables
 
 
+BESIDE_SCORES = ("stderr", "shots", "higher_is_better")  # what a table tells of a score, in columns of their own
+
+
 def read(folder: str | Path) -> list[dict[str, Any]]:
     """Every record of a store, finished cells and failed ones, ordered by cell."""
     root = Path(folder)
@@ -153,7 +156,7 @@ def to_frame(records: Iterable[dict[str, Any]]) -> "pd.DataFrame":
         for kind in ("metrics", "teacher_metrics"):
             for task, score in (record.get(kind) or {}).items():
                 row[f"{kind}/{task}"] = score["value"]
-                row |= {f"{kind}/{task}/{of}": score.get(of) for of in ("stderr", "shots", "higher_is_better")}
+                row |= {f"{kind}/{task}/{of}": score.get(of) for of in BESIDE_SCORES}
         rows.append(row | {f"version/{k}": v for k, v in (record.get("versions") or {}).items()})
     columns = [f.name for f in dataclasses.fields(Record) if f.name not in NESTED]
     frame = pd.DataFrame(rows)

@@ -137,7 +137,7 @@ def scores(run: StageRun) -> None:
 
     given = run.config
     model = load_model(run.inputs["teacher"], device=run.runtime.device)
-    packed = _packed(run, "train")
+    packed = packed_split(run, "train")
     length = packed.sequence_length
     chosen = packing.subset(packed, given["batches"] * given["batch_size"] * length)
 
@@ -234,7 +234,7 @@ def signal(run: StageRun) -> None:
     from capacity_gap.models.loading import load_model
     from capacity_gap.train import autocast
 
-    given, packed = run.config, _packed(run, "train")
+    given, packed = run.config, packed_split(run, "train")
     blocks = run.checkpoint / "step-0"  # whole blocks are what the next owner takes over
 
     def on_block(done: int, total: int) -> None:
@@ -257,53 +257,6 @@ def signal(run: StageRun) -> None:
     )
     for file in blocks.iterdir():
         file.rename(run.out / file.name)
-
-
-def evaluate(run: StageRun) -> None:
-    """Held-out losses, in domain and out of domain."""
-    from capacity_gap.evaluate.heldout import held_out
-    from capacity_gap.models.loading import load_model
-
-    model = load_model(run.inputs["model"], device=run.runtime.device)
-    found = {}
-    for split, budget in (("test", run.config["tokens"]), ("ood", run.config["ood_tokens"])):
-        found[split] = held_out(
-            model,
-            _packed(run, split),
-            tokens=budget,
-            batch_size=run.options["batch_size"],
-            runtime=run.runtime,
-        ).to_dict()
-    write_json(run.out / RESULT, found)
-
-
-def suite(run: StageRun) -> None:
-    """Two benchmarks made from the test split."""
-    from capacity_gap.evaluate.suite import build_suite
-
-    with (run.inputs["corpus"] / "test.jsonl").open(encoding="utf-8") as lines:
-        build_suite([json.loads(line) for line in lines], run.out)
-
-
-def benchmark(run: StageRun) -> None:
-    """One model's scores on one benchmark of the lm-evaluation-harness."""
-    from capacity_gap.data.tokenizer import load_tokenizer
-    from capacity_gap.evaluate.harness import harness_version, score_tasks
-    from capacity_gap.evaluate.tasks import Task
-    from capacity_gap.models.loading import load_model
-
-    given, options = run.config, run.options
-    scores = score_tasks(
-        load_model(run.inputs["model"], device=run.runtime.device),
-        load_tokenizer(run.inputs["tokenizer"]),
-        [Task(given["task"], given["shots"])],
-        folder=run.inputs.get("suite") or options["folder"],
-        batch_size=options["batch_size"],
-        limit=given["limit"],
-        allow_code=options["allow_code"],
-        on_forward=run.runtime.check,
-    )
-    write_json(run.out / RESULT, {"scores": [s.to_dict() for s in scores], "lm_eval": harness_version()})
 
 
 def _metrics(run: StageRun, whose: str) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
@@ -380,12 +333,13 @@ def _tail_mean(history: list[dict], name: str) -> float | None:
     return sum(tail) / len(tail) if tail else None
 
 
-def _packed(run: StageRun, split: str) -> packing.Packed:
+def packed_split(run: StageRun, split: str) -> packing.Packed:
+    """One split of the tokens that the stage was given, as sequences."""
     return packing.Packed(run.inputs["tokens"] / split, run.config["sequence_length"])
 
 
 def _order(run: StageRun, budget: int, epochs: int, seed: int) -> Any:
-    return packing.order(packing.subset(_packed(run, "train"), budget, epochs=epochs), seed, epochs=epochs)
+    return packing.order(packing.subset(packed_split(run, "train"), budget, epochs=epochs), seed, epochs=epochs)
 
 
 def _train(run: StageRun, model: Any, plan: Any, *, teacher: Any) -> None:
@@ -395,12 +349,12 @@ def _train(run: StageRun, model: Any, plan: Any, *, teacher: Any) -> None:
 
     result = train(
         model,
-        _packed(run, "train"),
+        packed_split(run, "train"),
         plan,
         runtime=run.runtime,
         checkpoints=run.checkpoint,
         teacher=teacher,
-        held_out=_packed(run, "validation") if plan.evaluate_every else None,
+        held_out=packed_split(run, "validation") if plan.evaluate_every else None,
         precision=run.config["precision"],
         on_log=run.runtime.on_log,
     )
@@ -420,7 +374,7 @@ def _train(run: StageRun, model: Any, plan: Any, *, teacher: Any) -> None:
     )
 
 
-def optim_identity(optim: OptimConfig) -> dict[str, Any]:
-    """An optimiser's settings without the ways to say its learning rate, which is hashed as the number it comes to."""
+def pace(optim: OptimConfig, hidden: int) -> dict[str, Any]:
+    """An optimiser's identity: the ways to say its learning rate are hashed as the number that they come to."""
     names = [f for f in OptimConfig.__dataclass_fields__ if not f.startswith("learning_rate")]
-    return {name: getattr(optim, name) for name in names}
+    return {"optim": {name: getattr(optim, name) for name in names}, "learning_rate": optim.peak(hidden)}

@@ -184,6 +184,12 @@ def _run(config):
     return f"{pipeline.run(config)}/record.json"
 
 
+def test_benchmarks_that_ask_causal_models_are_refused(tiny, tmp_path):
+    given = [*tiny, "family=pico_t5", "student=50k", "teacher=80k", "evaluate=pico", f"store={tmp_path / 'store'}"]
+    with pytest.raises(ConfigError, match="encoder–decoder"):
+        pipeline.resolve(compose(given))
+
+
 def test_cells_end_in_records_that_say_what_was_predicted(cells):
     for cell, row in cells[1].values():
         assert (row["status"], row["family"], row["objective"]) == ("done", "pico_t5", "prefix_lm")

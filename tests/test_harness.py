@@ -13,7 +13,7 @@ import pytest
 
 from capacity_gap import cli, pipeline, records
 from capacity_gap.errors import ConfigError, StageError, UserError
-from capacity_gap.evaluate.scores import Score, as_metrics, metric_direction, minimised
+from capacity_gap.evaluate.scores import Score, as_loss, as_metrics, metric_direction
 from capacity_gap.evaluate.suite import build_suite, cloze, next_sentence, sentences
 from capacity_gap.evaluate.tasks import Task, check_tasks, folder_digest, folder_names, folder_tasks, place
 from tests.conftest import compose
@@ -273,9 +273,12 @@ def test_directions():
         metric_direction("thing")
     frame = pd.DataFrame({"thing": [0.25, 0.5], "thing/higher_is_better": [True, True], "rating": [3.0, 7.0]})
     assert metric_direction("thing", frame) == 1
-    assert list(minimised(frame, "thing")["thing"]) == [0.75, 0.5]
-    assert list(minimised(frame, "rating")["rating"]) == [-3.0, -7.0]
-    assert minimised(frame, None) is frame
+    turned, column = as_loss(frame, "thing")
+    assert column == "1 − thing"
+    assert list(turned[column]) == [0.75, 0.5]
+    turned, column = as_loss(frame, "rating")
+    assert list(turned[column]) == [-3.0, -7.0]
+    assert as_loss(frame, None)[0] is frame
     with pytest.raises(UserError, match="disagree"):
         metric_direction("thing", frame.assign(**{"thing/higher_is_better": [True, False]}))
 

@@ -98,6 +98,20 @@ def test_a_report_has_every_section_and_needs_nothing_else(tmp_path):
     assert {f"chart-{name}" for name in drawn} <= set(read.ids())
 
 
+def test_scores_are_fitted_as_errors_and_named_so(tmp_path):
+    """More right answers are better: the best cell is not the one with the fewest."""
+    text = report(grid(**{"metrics/cloze/higher_is_better": True}), tmp_path, metric="metrics/cloze")
+    assert "chosen by 1 − metrics/cloze" in Page(text).text
+    by_loss, by_score = page._best(gather_table(tmp_path)), page._best(gather_table(tmp_path, metric="metrics/cloze"))
+    assert by_score[0][-1] == "cloze", "what a table tells beside a score is no score"
+    assert [row[:2] for row in by_score[1]] == [row[:2] for row in by_loss[1]], "here the score falls as the loss rises"
+
+
+def gather_table(tmp_path, **options):
+    """What the report of the last table was made from."""
+    return content.gather(str(tmp_path / "runs.csv"), **options)
+
+
 def test_the_same_records_give_the_same_file(tmp_path):
     assert report(grid(), tmp_path) == report(grid(), tmp_path)
 

@@ -71,12 +71,15 @@ def metric_direction(name: str, frame: "pd.DataFrame | None" = None) -> int:
     )
 
 
-def minimised(frame: "pd.DataFrame", name: str | None) -> "pd.DataFrame":
-    """The table with column `name` turned so that less is better, since fits minimise.
+def as_loss(frame: "pd.DataFrame", name: str | None) -> "tuple[pd.DataFrame, str | None]":
+    """The table with a column of which less is better, since fits minimise, and what that column is called.
 
-    A share of right answers becomes the share of wrong ones, 1 − score; any other score its negative.
+    A loss stays as it is. A share of right answers `x` becomes the share of wrong ones, `1 − x`; any other score `−x`.
     """
     if name is None or name not in frame or metric_direction(name, frame) < 0:
-        return frame
+        return frame, name
     values = frame[name].astype(float)
-    return frame.assign(**{name: 1.0 - values if values.dropna().between(0, 1).all() else -values})
+    share = values.dropna().between(0, 1).all()
+    turned = f"1 − {name}" if share else f"−{name}"
+    errors = {f"{turned}/stderr": frame[e] for e in (f"{name}/stderr", f"{name}_stderr") if e in frame}
+    return frame.assign(**{turned: 1.0 - values if share else -values, **errors}), turned

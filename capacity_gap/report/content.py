@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from capacity_gap import records
+from capacity_gap.evaluate.scores import as_loss
 from capacity_gap.fit import LawFit
 from capacity_gap.fit.frame import AXES, Curve, curves, default_metric
 from capacity_gap.fit.law import law_from
@@ -110,7 +111,7 @@ def gather(source: str, *, sweep: str | None = None, axis: str = "total", metric
     """Reads a store, or any other source of records, and fits it; what cannot be fitted is told, not raised."""
     store = open_store(source) if sweep or (Path(source).expanduser() / "store.json").exists() else None
     frame = sweep_frame(store, sweep) if store and sweep else records.load(source)
-    frame = frame.reset_index(drop=True)
+    frame, metric = as_loss(frame.reset_index(drop=True), metric)
     found: list[Curve] = []
     notes: list[str] = []
     law = problem = None
@@ -281,5 +282,6 @@ def _sum(frame: pd.DataFrame, column: str) -> float:
 
 def tasks(frame: pd.DataFrame) -> list[str]:
     """The benchmarks that some cell was scored on."""
-    names = [str(c) for c in frame.columns if str(c).startswith("metrics/") and not str(c).endswith("/stderr")]
-    return [n for n in names if frame[n].notna().any()]
+    names = [str(c) for c in frame.columns if str(c).startswith("metrics/")]
+    beside = tuple(f"/{of}" for of in records.BESIDE_SCORES)
+    return [n for n in names if not n.endswith(beside) and frame[n].notna().any()]

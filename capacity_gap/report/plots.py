@@ -34,6 +34,9 @@ VERDICTS = {
 }
 
 
+LOSSES = (None, "loss", "student_loss")  # the columns that a fit takes when none is named
+
+
 def short_scale(count: float, _position: int = 0) -> str:
     """A parameter count with three digits at most: 119873 → `120k`."""
     if count <= 0 or not math.isfinite(count):
@@ -42,9 +45,9 @@ def short_scale(count: float, _position: int = 0) -> str:
     return format_scale(round(round(count, digits)))
 
 
-def plot_curves(located: Located) -> Figure:
+def plot_curves(located: Located, *, metric: str | None = None) -> Figure:
     """Loss against teacher scale, a panel a curve: means over seeds with their standard errors, the fitted form, the
-    optimum with its interval, and the flat region.
+    optimum with its interval, and the flat region. `metric`: what was fitted, if not the held-out loss.
     """
     found = located.found
     columns = min(3 if len(found) < 12 else 4, len(found))
@@ -57,7 +60,7 @@ def plot_curves(located: Located) -> Figure:
     for unused in axes[len(found) :]:
         unused.set_visible(False)
     figure.supxlabel("teacher parameters (above: teacher / student)", fontsize=9)
-    figure.supylabel("held-out loss, nats per token", fontsize=9)
+    figure.supylabel("held-out loss, nats per token" if metric in LOSSES else metric, fontsize=9)
     return figure
 
 
