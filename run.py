@@ -9,7 +9,7 @@ import sys
 
 import hydra
 
-from capacity_gap import config, pipeline
+from capacity_gap import alone, config, pipeline
 from capacity_gap.explain import ends_single_run, explained
 
 config.register()
@@ -18,8 +18,9 @@ config.register()
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(composed: object) -> str:
     """One job of Hydra's: everything it does is in `capacity_gap.pipeline`."""
-    with ends_single_run():
-        return pipeline.run(config.from_hydra(composed))
+    with ends_single_run() as single:
+        run = alone.run_alone if single else pipeline.run
+        return run(config.from_hydra(composed))
 
 
 if __name__ == "__main__":

@@ -14,15 +14,19 @@ from capacity_gap.runtime import Interrupted
 
 
 @contextlib.contextmanager
-def ends_single_run() -> Iterator[None]:
-    """Inside a job: ends a single run with its error's one paragraph; in a grid the error goes to the sweeper."""
+def ends_single_run() -> Iterator[bool]:
+    """Inside a job: says whether it is a single run.
+
+    A single run's error ends it, as one paragraph; in a grid the error goes to the sweeper.
+    """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    single = HydraConfig.get().mode == RunMode.RUN
     try:
-        yield
+        yield single
     except UserError as error:
-        if HydraConfig.get().mode != RunMode.RUN:
+        if not single:
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -17,6 +17,7 @@ from capacity_gap.stage import Store
 
 EVERY_S = 1.0
 PLAIN_EVERY_S = 10.0
+AT = 4  # running stages that a plain line names
 STATES = ("done", "running", "waiting", "failed")
 
 
@@ -137,12 +138,12 @@ def failure_file(store: Store, record_key: str) -> Path:
 
 
 class Watch:
-    """Shows a live table in a terminal, and a line now and then elsewhere, while a grid runs."""
+    """Shows a live table in a terminal, and a line now and then elsewhere, while a grid or a cell runs."""
 
-    def __init__(self, view: View, *, reused: int = 0) -> None:
+    def __init__(self, view: View, *, reused: int = 0, label: str = "") -> None:
         self.view = view
         self.reused = reused
-        self.label = ""
+        self.label = label
         self.started = time.monotonic()
         self.first = view.snapshot().effort_done
         self._stop = threading.Event()
@@ -158,7 +159,7 @@ class Watch:
 
     def wave(self, name: str, jobs: int) -> None:
         """Says which wave is running now."""
-        self.label = f"{name} ({jobs})"
+        self.label = f"wave {name} ({jobs})"
 
     def _loop(self) -> None:
         if sys.stdout.isatty():
@@ -172,11 +173,12 @@ class Watch:
                 now = self.view.snapshot()
                 stages = f"{sum(d for d, _ in now.kinds.values())}/{sum(n for _, n in now.kinds.values())} stages"
                 cells = ", ".join(f"{now.counts[s]} {s}" for s in STATES if now.counts[s])
-                print(f"  {self.label}: {stages}, {now.share:.0%}, cells {cells}; {self._left(now)}", flush=True)
+                at = "".join(f", {r.key.partition('/')[0]} {r.share:.0%}" for r in now.running[:AT])
+                print(f"  {self.label}: {now.share:.0%}, {stages}{at}, cells {cells}; {self._left(now)}", flush=True)
 
     def _table(self) -> Any:
         now = self.view.snapshot()
-        title = f"wave {self.label} · {now.share:.0%} · {self._left(now)}"
+        title = f"{self.label} · {now.share:.0%} · {self._left(now)}"
         return table(now, self.view.cells, title=title, reused=self.reused)
 
     def _left(self, now: Snapshot) -> str:

@@ -192,3 +192,13 @@ def test_fit_takes_one_sweep_of_a_store(grid, capsys):
     assert "status: too_few" in capsys.readouterr().out
     assert cli.main(["fit", str(folder / "grid"), "--sweep", "nope"]) == 2
     assert f"Allowed: {name}" in capsys.readouterr().err
+
+
+def test_a_single_run_says_what_came_out(tiny, tmp_path):
+    given = [*tiny, "student=40k", "teacher=55k", f"store={tmp_path}"]
+    *_, result, where = run_py(*given).stdout.splitlines()
+    (row,) = records.read(tmp_path)
+    loss = f"held-out loss {row['student_loss']:.4f} ± {row['student_loss_stderr']:.4f} nats per token"
+    assert result.startswith(f"done: 40k from 55k, 6k tokens, seed 0: {loss}")
+    assert where == f"record: {tmp_path / 'record' / row['cell'] / 'record.json'}"
+    assert run_py(*given).stdout.splitlines() == [result.replace("done", "reused"), where]

@@ -1,0 +1,40 @@
+"""One cell at a terminal: how far it is, then what came out. A grid has its own table (`grid.py`)."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from capacity_gap import running
+from capacity_gap.config import RunConfig
+from capacity_gap.pipeline import resolve
+from capacity_gap.plan import make_plan
+from capacity_gap.ranks import Ranks
+from capacity_gap.records import RECORD
+from capacity_gap.stage import Store, closure
+from capacity_gap.watch import View, Watch
+
+
+def run_alone(config: RunConfig) -> str:
+    """Computes one cell in this process, shows its stages on the way, and prints its result; returns its key."""
+    cell = resolve(config)
+    if config.plan or config.only or not Ranks().leads:
+        return running.run(cell)
+    store = Store(config.store_path)
+    store.check()
+    reused = store.has(cell.record)
+    speed = make_plan([cell], store).speed
+    stages = {key: speed.seconds(stage) for key, stage in closure(cell.record).items()}
+    noted = {cell.record.key: {"name": cell.name, "stages": stages}}
+    with Watch(View(store, noted), label=cell.name):
+        running.run(cell)
+    folder = store.path(cell.record)
+    print(f"{'reused' if reused else 'done'}: {told(cell.name, json.loads((folder / RECORD).read_text()))}")
+    print(f"record: {folder / RECORD}")
+    return cell.record.key
+
+
+def told(name: str, row: Mapping[str, Any]) -> str:
+    """A record in a sentence."""
+    loss = f"held-out loss {row['student_loss']:.4f} ± {row['student_loss_stderr']:.4f} nats per token"
+    before = f"{row['init_loss']:.4f} before training, " if row["data_tokens"] else ""
+    return f"{name}: {loss} ({before}teacher {row['teacher_loss']:.4f})"
