@@ -35,6 +35,7 @@ def run_alone(config: RunConfig) -> str:
 
 def told(name: str, row: Mapping[str, Any]) -> str:
     """A record in a sentence."""
-    loss = f"held-out loss {row['student_loss']:.4f} ± {row['student_loss_stderr']:.4f} nats per token"
+    error = row["student_loss_stderr"]
+    loss = f"held-out loss {row['student_loss']:.4f}{'' if error is None else f' ± {error:.4f}'} nats per token"
     before = f"{row['init_loss']:.4f} before training, " if row["data_tokens"] else ""
     return f"{name}: {loss} ({before}teacher {row['teacher_loss']:.4f})"

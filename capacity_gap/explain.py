@@ -43,6 +43,9 @@ def explained(main: Callable[[], object]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read our output has had enough: `python run.py --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (Interrupted, KeyboardInterrupt):
         print(
             "interrupted: finished work and checkpoints are kept; the same command goes on from there", file=sys.stderr

@@ -90,15 +90,8 @@ class Cell(Settings):
         """Byte-level BPE with the family's vocabulary, trained on the corpus; or the published one."""
         if self.rung in self.family.published:
             first = next(iter(self.family.rungs))  # one for the whole ladder, so that all share their tokens
-            given = self._source(first)
-            return Stage(
-                "tokenizer",
-                1,
-                given,
-                {},
-                steps.published_tokenizer,
-                options={"repository": self.family.published[first]},
-            )
+            options = {"repository": self.family.published[first]}
+            return Stage("tokenizer", 1, self._source(first), {}, steps.published_tokenizer, options=options)
         given = {"vocab_size": dims(self.base.rungs[self.rung]).vocab}
         return Stage("tokenizer", 1, given, {"corpus": self.base_corpus}, steps.tokenizer)
 
@@ -310,12 +303,13 @@ class Cell(Settings):
 
     @property
     def _answers(self) -> dict[str, Stage]:
-        """What a record needs to say how the student answers, before and after each stage of tuning."""
+        """What a record needs to say how the student answers, before and after tuning, and what else tuning did."""
         if not self.tuned:
             return {}
         found = {"answers_base": self.answered(self.distilled, self.tokenizer)}
         found |= {f"answers_{name}": self.answered(model, model) for name, model in self.tuned.items()}
         final = list(self.tuned.values())[-1]
+        found |= {f"tuned_benchmark_{i}": stage for i, stage in enumerate(self.benchmarks(final))}
         return found | self.tuned | {"evaluate_tuned": self.scored(final, self.student_shape)}
 
     def scored(self, model: Stage, shape: Mapping[str, Any]) -> Stage:

@@ -68,6 +68,8 @@ class Record:
     hidden_weight: float | None = None  # where it was set
     signal: str | None = None
     signal_bytes_per_token: float | None = None  # of a cached signal, on disk
+    trained: str | None = None  # digest of the trained student: cells that were only scored otherwise share it
+    held_out_tokens: int | None = None  # predicted, in domain
     student_loss: float | None = None
     student_loss_stderr: float | None = None
     student_bits_per_byte: float | None = None

@@ -289,6 +289,8 @@ def record(run: StageRun) -> None:
         status="done",
         **run.config,
         stored_params=count_params(json.loads((run.inputs["trained"] / "config.json").read_text())),
+        trained=run.inputs["trained"].name,
+        held_out_tokens=student["test"]["tokens"],
         student_loss=student["test"]["loss"],
         student_loss_stderr=student["test"]["stderr"],
         student_bits_per_byte=student["test"]["bits_per_byte"],
@@ -302,7 +304,7 @@ def record(run: StageRun) -> None:
         tuned_loss=_tuned_loss(run),
         train_ce=_tail_mean(history, "ce"),
         train_kl=_tail_mean(history, "kl"),
-        metrics=metrics | answer_scores(run.inputs),
+        metrics=metrics | _tuned_metrics(run) | answer_scores(run.inputs),
         teacher_metrics=_metrics(run, "teacher")[0],
         tokens_per_s=trained.get("tokens_per_s"),
         mfu=trained.get("mfu"),
@@ -320,6 +322,12 @@ def record(run: StageRun) -> None:
 def _tuned_loss(run: StageRun) -> float | None:
     folder = run.inputs.get("evaluate_tuned")
     return json.loads((folder / RESULT).read_text())["test"]["loss"] if folder else None
+
+
+def _tuned_metrics(run: StageRun) -> dict[str, dict[str, Any]]:
+    """The benchmarks of the tuned model, each under its own name and that of the last stage of tuning."""
+    final = "prefer" if "prefer" in run.inputs else "instruct"
+    return {f"{name}/{final}": score for name, score in _metrics(run, "tuned")[0].items()}
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:

@@ -4,6 +4,8 @@ import subprocess
 import sys
 
 import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
 from capacity_gap import pipeline
 from capacity_gap.errors import ConfigError
@@ -142,3 +144,22 @@ def test_a_corpus_shorter_than_the_budget_stops_before_any_model_is_trained(tiny
 def test_light_imports_stay_light(statement, forbidden):
     check = f"import sys; {statement}; bad = set({forbidden.split()!r}) & set(sys.modules); assert not bad, bad"
     subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT)
+
+
+def test_hydra_sees_the_groups_and_nothing_else_of_the_project():
+    """Its help walks through all groups that it finds: with a virtual environment among them that took ten minutes."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        groups = set(loader.list_groups(""))
+    assert {"family", "corpus", "sweeps"} <= groups
+    assert not {"capacity_gap", "tests", "docs", "results", ".venv", "hydra_plugins"} & groups
+
+
+def test_help_may_be_cut_off_by_its_reader():
+    done = subprocess.run(
+        f"'{sys.executable}' run.py --help | head -1", shell=True, cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == (
+        "Runs one cell (teacher, scores, student, distillation, record), or with -m a grid of cells.\n",
+        "",
+    )

@@ -120,6 +120,25 @@ def test_cells_that_differ_in_any_setting_are_not_replicates():
             assert len(locate_optima(both, by=())) == len(STUDENTS)
 
 
+def test_one_model_recorded_twice_counts_once():
+    """Cells that differ in how the student was tuned afterwards hold the same distilled student."""
+    frame = grid(valley, noise=0.003)
+    twice = pd.concat([frame.assign(prefer_rows=None), frame.assign(prefer_rows=800)], ignore_index=True)
+    with pytest.warns(UserWarning, match="84 rows left out: the same loss under the same seeds"):
+        assert locate_optima(twice) == locate_optima(frame)
+
+
+def test_settings_in_which_cells_of_one_seed_differ_part_curves():
+    low, high = grid(valley, noise=0.001), grid(lambda r: valley(r, 4), noise=0.001, draw=1)
+    both = pd.concat([low.assign(learning_rate=1e-3), high.assign(learning_rate=3e-3)])
+    with pytest.warns(UserWarning, match="parted by learning_rate"):
+        assert len(locate_optima(both)) == 2 * len(STUDENTS)
+    with pytest.warns(UserWarning, match="84 rows repeat student, teacher and seeds"):
+        assert len(locate_optima(both.drop(columns="learning_rate"))) == len(STUDENTS)
+    widths = low.assign(learning_rate=1 / low["student_params"])
+    assert len(locate_optima(widths)) == len(STUDENTS), "rates that follow from the student's size part nothing"
+
+
 @pytest.mark.filterwarnings("ignore:losses adjusted for student sizes")
 def test_students_within_three_percent_are_one_unless_named():
     frame = grid(valley)

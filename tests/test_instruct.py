@@ -197,6 +197,14 @@ def test_a_tuned_cell_says_so_in_its_record(chat_cell):
     assert frame["metrics/exact_match/base"].notna().all()
 
 
+def test_benchmarks_are_asked_of_the_tuned_model_too(tiny, tmp_path):
+    given = ["student=40k", "teacher=55k", "instruct.count=40", "prefer.count=16", "evaluate.tasks=[pico_next]"]
+    cell = pipeline.resolve(compose([*tiny, *given, f"store={tmp_path}"]))
+    asked = cell.record.inputs
+    assert asked["student_benchmark_0"].inputs["model"] is cell.distilled
+    assert asked["tuned_benchmark_0"].inputs["model"] is cell.tuned["prefer"]
+
+
 def test_the_tuned_model_chats_in_plain_transformers(chat_cell):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

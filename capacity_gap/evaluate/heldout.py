@@ -20,8 +20,8 @@ class HeldOut:
     """
 
     loss: float  # nats per token
-    stderr: float
-    bits_per_byte: float
+    stderr: float | None  # None: one sequence says nothing of it
+    bits_per_byte: float | None  # None: the tokens' bytes are not known
     entropy: float  # of the model's own predictions, nats per token
     tokens: int
 
@@ -46,8 +46,8 @@ def held_out(model: Any, sequences: Any, *, tokens: int, batch_size: int, runtim
     per_sequence = torch.cat(losses).double()
     seen = count * labels
     mean = float(per_sequence.mean())
-    stderr = float(per_sequence.std() / math.sqrt(count)) if count > 1 else 0.0
-    bits = mean / math.log(2) * seen / n_bytes if n_bytes else 0.0
+    stderr = float(per_sequence.std() / math.sqrt(count)) if count > 1 else None
+    bits = mean / math.log(2) * seen / n_bytes if n_bytes else None
     return HeldOut(mean, stderr, bits, float(torch.cat(entropies).double().mean()), seen)
 
 

@@ -27,9 +27,25 @@ BY = (
     "skew",
     "hidden_weight",
     "objective",
+    "expanded_vocab",
+    "adapt_tokens",
     "epochs",
     "batch",
     "data_tokens",
+)
+
+# What usually follows from a student's size, or comes after what is fitted: it parts curves only where cells that agree
+# in everything else, seeds too, differ in it.
+SETTINGS = (
+    "learning_rate",
+    "precision",
+    "threads",
+    "teacher_tokens",
+    "held_out_tokens",
+    "instruct_rows",
+    "instruct_lora_rank",
+    "prefer_rows",
+    "prefer_lora_rank",
 )
 
 
@@ -86,6 +102,9 @@ def curves(
     averaged = [c for c in BY if c in kept and c not in given and kept[c].nunique(dropna=False) > 1]
     notes += [f"{c} varies within a curve: its values are averaged like seeds" for c in averaged]
     kept = kept.assign(_student=_student_label(kept, student), _cluster=_clusters(kept, teacher))
+    kept, parting, said = _told_apart(kept, teacher, column, given)
+    given += parting
+    notes += said
     kept, adjusted = adjust_for_size(kept, student, teacher, column, [*given, "_student"])
     notes += [*adjusted, *_mixtures(kept)]
     found = []
@@ -130,6 +149,29 @@ def _usable(frame: pd.DataFrame, student: str, teacher: str, column: str) -> tup
         seen = f"; status: {', '.join(map(str, frame['status'].unique()))}" if "status" in frame else ""
         raise ValueError(f"no row can be used: each needs {student}, {teacher} and a finite {column}{seen}.")
     return frame[finite], notes
+
+
+def _told_apart(
+    frame: pd.DataFrame, teacher: str, column: str, given: Sequence[str]
+) -> tuple[pd.DataFrame, list[str], list[str]]:
+    """The rows without those that hold the same student again, settings that part what one seed holds twice, notes."""
+    if "seed" not in frame or frame["seed"].isna().any():
+        return frame, [], []
+    same = [*given, "_student", teacher, *(c for c in ("seed", "teacher_seed") if c in frame)]
+    others = [c for c in BY if c in frame and c not in given]  # averaged, because the caller said so
+    again = frame.duplicated([*same, *others, column])
+    kept = frame[~again]
+    twice = kept[kept.duplicated(same, keep=False)]
+    groups = twice.groupby(same, dropna=False)
+    parting = [c for c in SETTINGS if c in twice and c not in given and (groups[c].nunique(dropna=False) > 1).any()]
+    notes = []
+    if again.any():
+        notes.append(f"{again.sum()} rows left out: the same {column} under the same seeds, the same model again")
+    if parting:
+        notes.append(f"curves are parted by {', '.join(parting)}, in which cells of one seed differ")
+    if left := int(kept.duplicated([*same, *others, *parting]).sum()):
+        notes.append(f"{left} rows repeat student, teacher and seeds with another {column}: averaged like seeds")
+    return kept, parting, notes
 
 
 def _student_label(frame: pd.DataFrame, column: str) -> pd.Series:
@@ -199,7 +241,7 @@ def adjust_for_size(
 def _mixtures(frame: pd.DataFrame) -> list[str]:
     """Warnings of what should not differ within one table."""
     found = []
-    for name in ("device", "precision", "schema_version", "metric", "unit"):
+    for name in ("device", "precision", "schema_version", "metric", "unit", "held_out_tokens"):
         if name in frame and frame[name].nunique() > 1:
             counts = ", ".join(f"{v} ({n} rows)" for v, n in frame[name].value_counts().items())
             found.append(f"{name} differs between rows: {counts}")
