@@ -260,13 +260,14 @@ def signal(run: StageRun) -> None:
 
 
 def _metrics(run: StageRun, whose: str) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """What the benchmarks gave, as a record holds it, and the version of the harness if there were any."""
+    """What the benchmarks gave, as a record holds it, and the releases of the harness if there were any."""
     from capacity_gap.evaluate.scores import Score, as_metrics
 
     folders = [folder for name, folder in run.inputs.items() if name.startswith(f"{whose}_benchmark_")]
     results = [json.loads((folder / RESULT).read_text()) for folder in folders]
     scores = [Score(**s) for result in results for s in result["scores"]]
-    return as_metrics(scores), {"lm_eval": results[0]["lm_eval"]} if results else {}
+    releases = sorted({result["lm_eval"] for result in results})  # several, where tasks were added after an upgrade
+    return as_metrics(scores), {"lm_eval": ", ".join(releases)} if results else {}
 
 
 def record(run: StageRun) -> None:
