@@ -3,7 +3,7 @@
     python run.py -m +sweeps=preferences_pico store=STORE
     python -m benchmarks.preferences STORE [--out results/preferences.csv]
 
-Per teacher, over the seeds: the student's loss after distillation, exact match after fine-tuning, and what DPO adds to
+Per teacher, over the seeds (each with a teacher of its own): the teacher's loss, the student's after distillation, exact match after fine-tuning, and what DPO adds to
 exact match, to the share of held-out pairs in which the right answer is the likelier one, and to their log-ratio; means
 with 95 % t-intervals. The last row is the paired difference of the best teacher (by loss) and the largest.
 """
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from capacity_gap import records
+from capacity_gap import store_tools
 
 GAINS = ("exact_match", "preference", "log_ratio")
 
@@ -23,7 +23,7 @@ GAINS = ("exact_match", "preference", "log_ratio")
 def gains(frame: pd.DataFrame) -> pd.DataFrame:
     """One row per cell: what DPO added."""
     columns = {name: frame[f"metrics/{name}/prefer"] - frame[f"metrics/{name}/instruct"] for name in GAINS}
-    kept = frame[["teacher", "teacher_params", "seed", "student_loss"]]
+    kept = frame[["teacher", "teacher_params", "seed", "teacher_loss", "student_loss"]]
     return kept.assign(
         exact_match=frame["metrics/exact_match/instruct"], **{f"gain_{k}": v for k, v in columns.items()}
     )
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("store")
     parser.add_argument("--out", type=Path, default=Path("results/preferences.csv"))
     given = parser.parse_args()
-    frame = records.load(given.store)
+    frame = store_tools.sweep_frame(store_tools.open_store(given.store), "preferences_pico")
     done = frame[(frame["status"] == "done") & frame["prefer_rows"].notna()]
     found = table(gains(done))
     given.out.parent.mkdir(parents=True, exist_ok=True)

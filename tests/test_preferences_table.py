@@ -11,6 +11,7 @@ def _frame():
     for teacher, params, loss, gain in (("180k", 2e5, 3.0, 0.30), ("900k", 1e6, 3.2, 0.10)):
         for seed, noise in enumerate((-0.02, 0.0, 0.02)):
             row = {"teacher": teacher, "teacher_params": params, "seed": seed, "student_loss": loss + noise}
+            row["teacher_loss"] = 2.9 - params / 1e7
             for name, share in (("exact_match", 0.5), ("preference", 1.0), ("log_ratio", 2.0)):
                 row[f"metrics/{name}/instruct"] = 0.4
                 row[f"metrics/{name}/prefer"] = 0.4 + share * (gain + noise)
