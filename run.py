@@ -7,7 +7,13 @@ python run.py -m +sweeps=quick
 
 import sys
 
-import hydra
+try:
+    import hydra
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"error: {error.name} is not installed for {sys.executable}. `make demo` installs everything into .venv: "
+        "`source .venv/bin/activate`, or `.venv/bin/python run.py …`."
+    ) from None
 
 from capacity_gap import alone, config, pipeline
 from capacity_gap.explain import ends_single_run, explained
@@ -18,9 +24,9 @@ config.register()
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(composed: object) -> str:
     """One job of Hydra's: everything it does is in `capacity_gap.pipeline`."""
-    with ends_single_run() as single:
-        run = alone.run_alone if single else pipeline.run
-        return run(config.from_hydra(composed))
+    with ends_single_run() as overrides:
+        settings = config.from_hydra(composed)
+        return pipeline.run(settings) if overrides is None else alone.run_alone(settings, overrides)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     python run.py -m +sweeps=preferences_pico store=STORE
     python -m benchmarks.preferences STORE [--out results/preferences.csv]
 
-Per teacher, over the seeds (each with a teacher of its own): the teacher's loss, the student's after distillation, exact match after fine-tuning, and what DPO adds to
-exact match, to the share of held-out pairs in which the right answer is the likelier one, and to their log-ratio; means
-with 95 % t-intervals. The last row is the paired difference of the best teacher (by loss) and the largest.
+Per teacher, over the seeds (each with its own teacher): the teacher's loss, the student's after distillation, exact
+match after fine-tuning, and what DPO adds to exact match, to the share of held-out pairs in which the right answer is
+the likelier one, and to their log-ratio; means with 95 % t-intervals. The last row is the paired difference of the best
+teacher (by the student's loss) and the largest.
 """
 
 import argparse

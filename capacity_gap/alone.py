@@ -1,30 +1,42 @@
 """One cell at a terminal: how far it is, then what came out. A grid has its own table (`grid.py`)."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from capacity_gap import running
 from capacity_gap.config import RunConfig
 from capacity_gap.pipeline import resolve
-from capacity_gap.plan import make_plan
+from capacity_gap.plan import check_budget, make_plan
 from capacity_gap.ranks import Ranks
 from capacity_gap.records import RECORD
 from capacity_gap.stage import Store, closure
+from capacity_gap.store_tools import note_sweep
 from capacity_gap.watch import View, Watch
 
+SINGLE = "single"  # what the cells that were run one by one are called in the store, beside the grids
 
-def run_alone(config: RunConfig) -> str:
-    """Computes one cell in this process, shows its stages on the way, and prints its result; returns its key."""
+
+def run_alone(config: RunConfig, overrides: Sequence[str]) -> str:
+    """Computes one cell in this process, shows its stages on the way, and prints its result; returns its key.
+
+    Args:
+        config: its settings.
+        overrides: as they were given, for `status --failed` to say how to run it again.
+    """
     cell = resolve(config)
-    if config.plan or config.only or not Ranks().leads:
-        return running.run(cell)
     store = Store(config.store_path)
-    store.check()
+    plan = make_plan([cell], store)
+    if config.plan:
+        print("\n".join(plan.lines))
+    check_budget(plan, config.budget_hours)
+    if config.plan or config.only or not Ranks().leads:
+        return cell.record.key if config.plan else running.run(cell)
+    store.create()
     reused = store.has(cell.record)
-    speed = make_plan([cell], store).speed
-    stages = {key: speed.seconds(stage) for key, stage in closure(cell.record).items()}
-    noted = {cell.record.key: {"name": cell.name, "stages": stages}}
+    stages = {key: plan.speed.seconds(stage) for key, stage in closure(cell.record).items()}
+    noted = {cell.record.key: {"name": cell.name, "overrides": list(overrides), "stages": stages}}
+    note_sweep(store, SINGLE, noted)
     with Watch(View(store, noted), label=cell.name):
         running.run(cell)
     folder = store.path(cell.record)

@@ -226,7 +226,8 @@ def run_status(given: argparse.Namespace) -> int:
     for name, cells in known.items():
         now = View(store, cells).snapshot()
         failed += now.counts["failed"]
-        Console(highlight=False).print(table(now, cells, title=f"{name}: {now.share:.0%} of {len(cells)} cells"))
+        title = f"{name}: {now.share:.0%} of {len(cells)} cells"
+        Console(highlight=False, soft_wrap=True).print(table(now, cells, title=title))
         if given.failed:
             for key, state in now.cells.items():
                 if state == "failed":

@@ -14,8 +14,8 @@ from capacity_gap.runtime import Interrupted
 
 
 @contextlib.contextmanager
-def ends_single_run() -> Iterator[bool]:
-    """Inside a job: says whether it is a single run.
+def ends_single_run() -> Iterator[list[str] | None]:
+    """Inside a job: what a single run was given on the command line, or None for a job of a grid.
 
     A single run's error ends it, as one paragraph; in a grid the error goes to the sweeper.
     """
@@ -24,7 +24,7 @@ def ends_single_run() -> Iterator[bool]:
 
     single = HydraConfig.get().mode == RunMode.RUN
     try:
-        yield single
+        yield list(HydraConfig.get().overrides.task) if single else None
     except UserError as error:
         if not single:
             raise
@@ -66,6 +66,8 @@ def _plain(error: BaseException) -> str:
     if found := re.search(r"Could not find '(\S+)/(\S+)'.*?Available options in '\S+':\n((?:\t.*\n)+)", text, re.S):
         options = found[3].split("Config search path")[0].split()
         return f"{found[1]}={found[2]} is not known{nearest(found[2], options)}. Allowed: {', '.join(options)}."
+    if found := re.search(r"Ambiguous value for argument '(.+?)'", text):
+        return f"{found[1]} gives several values: a grid wants -m, `python run.py -m {found[1]} …`."
     if found := re.search(r"Value '(.*?)' .*?(?:could not be converted to|is not a valid) (\w+)", text, re.S):
         key = re.search(r"full_key: (\S+)", text)
         where = f"{key[1]}={found[1]}" if key else f"the value {found[1]!r}"

@@ -85,8 +85,9 @@ def run_grid(jobs: Sequence[Job], launch: Launch, *, workers: int = 1, max_batch
     plan = make_plan([c for c, _ in cells.values()], store, workers=workers)
     if first.plan:
         print("\n".join([*plan.lines, *_skipped(outcome)]))
-        return True
     check_budget(plan, first.budget_hours)
+    if first.plan:
+        return True
     store.create()
     os.environ[PARENT] = str(os.getpid())
     settled(first.tracking)  # says once, for all workers, if W&B cannot be had

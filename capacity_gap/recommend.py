@@ -76,7 +76,10 @@ class Recommendation:
             row = f"{r.name:>8} {r.ratio:>15.2f} {chance:>8} {regret:>12} {allowed:>8} {r.flops:>9.2g}"
             lines.append(row + (f"  {r.note}" if r.note else ""))
         lines += [*self.findings, *(f"WARNING: {w}" for w in self.warnings)]
-        return "\n".join([*lines, "", f"Take {self.best}." if self.best else "No rung is recommended."])
+        last = f"Take {self.best}." if self.best else "No rung is recommended."
+        if self.best and self.basis == "bounds":
+            last = f"No rung is recommended: nothing was established. Who must choose takes {self.best}."
+        return "\n".join([*lines, "", last])
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Settings of training: optimiser, objective and how both are run; part of `config.py`, where they are described."""
 
+import re
 from dataclasses import dataclass, field
 
 from capacity_gap.checks import need, positive, runtime, share
@@ -74,6 +75,8 @@ class TrainConfig(OptimConfig):
         positive("train", self, "threads", "checkpoint_minutes")
         choose("train.precision", self.precision, PRECISIONS)
         choose("train.sharding", self.sharding, SHARDINGS)
+        known = re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", self.device)
+        need(known is not None, "train.device", self.device, "auto, cpu, cuda, cuda:N, mps, xpu or xpu:N")
         parse_scale(self.evaluate_every, key="train.evaluate_every", allow_zero=True)
         need(self.peak_flops is None or self.peak_flops > 0, "train.peak_flops", self.peak_flops, "more than zero")
         need(

@@ -99,6 +99,9 @@ BAD = [
     (["evaluate.limit=0"], "evaluate.limit=0 is out of range"),
     (["seed=-1"], "seed=-1 is out of range. Allowed: zero or more"),
     (["seed=1.5"], "seed=1.5 has the wrong type: it should be a whole number"),
+    (["train.device=tpu"], "train.device=tpu is out of range. Allowed: auto, cpu, cuda"),
+    (["student=40k,50k"], "student=40k,50k gives several values: a grid wants -m"),
+    (["budget_hours=1e-6"], "budget_hours=1e-06, but this grid needs about"),
     (["store=/proc/none"], "store=/proc/none cannot be written"),
 ]
 
@@ -123,6 +126,21 @@ def test_a_grid_with_a_wrong_setting_starts_nothing(tmp_path):
     assert done.returncode == 2
     assert "student=oops cannot be read" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_says_when_it_is_over_budget(tmp_path):
+    for mode in ((), ("-m",)):
+        done = run_py(*mode, "plan=true", "budget_hours=1e-6", f"store={tmp_path / 'store'}", cwd=tmp_path, check=False)
+        assert done.returncode == 2
+        assert "plan: 1 cells" in done.stdout
+        assert "Nothing was started" in done.stderr
+
+
+def test_without_its_requirements_run_py_says_where_they_are(tmp_path):
+    (tmp_path / "hydra.py").write_text("raise ModuleNotFoundError(\"No module named 'hydra'\", name='hydra')")
+    done = run_py("--help", check=False, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: hydra is not installed") and "source .venv/bin/activate" in done.stderr
 
 
 def test_a_corpus_shorter_than_the_budget_stops_before_any_model_is_trained(tiny, tmp_path):

@@ -217,7 +217,7 @@ def test_command_refuses_what_holds_no_records(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(119_873, "120k"), (1_300_056, "1.3m"), (55_032, "55k"), (80_160, "80.2k")]
+    ("count", "text"), [(119_873, "120k"), (1_300_056, "1.3m"), (55_032, "55k"), (80_160, "80k"), (124_439_808, "124m")]
 )
 def test_short_scales(count, text):
     assert short_scale(count) == text

@@ -194,7 +194,7 @@ def test_fit_takes_one_sweep_of_a_store(grid, capsys):
     assert f"Allowed: {name}" in capsys.readouterr().err
 
 
-def test_a_single_run_says_what_came_out(tiny, tmp_path):
+def test_a_single_run_says_what_came_out(tiny, tmp_path, capsys):
     given = [*tiny, "student=40k", "teacher=55k", f"store={tmp_path}"]
     *_, result, where = run_py(*given).stdout.splitlines()
     (row,) = records.read(tmp_path)
@@ -202,3 +202,5 @@ def test_a_single_run_says_what_came_out(tiny, tmp_path):
     assert result.startswith(f"done: 40k from 55k, 6k tokens, seed 0: {loss}")
     assert where == f"record: {tmp_path / 'record' / row['cell'] / 'record.json'}"
     assert run_py(*given).stdout.splitlines() == [result.replace("done", "reused"), where]
+    assert cli.main(["status", str(tmp_path)]) == 0
+    assert "single: 100% of 1 cells" in capsys.readouterr().out

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from capacity_gap.fit.frame import Curve
 from capacity_gap.fit.law import LawFit
-from capacity_gap.fit.optimum import Located, Optimum
+from capacity_gap.fit.optimum import FLAT_NATS, Located, Optimum
 from capacity_gap.fit.valley import LEAST_TEACHERS, Valley
 from capacity_gap.scales import format_scale
 
@@ -38,11 +41,11 @@ LOSSES = (None, "loss", "student_loss")  # the columns that a fit takes when non
 
 
 def short_scale(count: float, _position: int = 0) -> str:
-    """A parameter count with three digits at most: 119873 → `120k`."""
+    """A parameter count in as few digits as name it to 0.5 %, three at most: 119873 → `120k`, 124439808 → `124m`."""
     if count <= 0 or not math.isfinite(count):
         return ""
-    digits = 3 - 1 - math.floor(math.log10(count))
-    return format_scale(round(round(count, digits)))
+    short = [round(count, digits - 1 - math.floor(math.log10(count))) for digits in (1, 2, 3)]
+    return format_scale(round(next((s for s in short if abs(s / count - 1) < 0.005), short[-1])))
 
 
 def plot_curves(located: Located, *, metric: str | None = None) -> Figure:
@@ -59,16 +62,36 @@ def plot_curves(located: Located, *, metric: str | None = None) -> Figure:
         _panel(axes[i], curve, optimum, located.valley(i), error)
     for unused in axes[len(found) :]:
         unused.set_visible(False)
+    figure.legend(
+        handles=_legend(located), loc="outside upper center", ncols=2 if columns < 3 else 5, fontsize=7, frameon=False
+    )
     figure.supxlabel("teacher parameters (above: teacher / student)", fontsize=9)
     figure.supylabel("held-out loss, nats per token" if metric in LOSSES else metric, fontsize=9)
     return figure
+
+
+def _legend(located: Located) -> list[Artist]:
+    """What the marks of the panels mean; only those that are there."""
+    statuses = {o.status for o in located.optima}
+    marks: list[Artist] = [
+        Line2D([], [], color=POINT, marker="o", ms=4, ls="", label="mean over seeds ± standard error")
+    ]
+    if "interior" in statuses:
+        marks.append(Line2D([], [], color=LINE, lw=1, label="fitted curve"))
+        marks.append(Line2D([], [], color=BEST, marker="D", ms=6, ls="", label="optimum, 95 % interval"))
+    if statuses - {"interior"}:
+        marks.append(Line2D([], [], color=LINE, lw=1, ls=":", label="fitted, but its minimum is not beyond noise"))
+    if any(None not in o.flat_interval for o in located.optima):
+        marks.append(Patch(color=BAND, alpha=0.18, label=f"within {FLAT_NATS} of the fitted minimum"))
+    return marks
 
 
 def _panel(axes: Axes, curve: Curve, optimum: Optimum, valley: Valley | None, error: np.ndarray) -> None:
     axes.set_xscale("log")
     if valley:
         grid = np.linspace(curve.x[0], curve.x[-1], 200)
-        axes.plot(np.exp(grid), valley.value(grid), color=LINE, lw=1)
+        sure = optimum.status == "interior"
+        axes.plot(np.exp(grid), valley.value(grid), color=LINE, lw=1, ls="-" if sure else ":")
         low, high = optimum.flat_interval
         if low is not None and high is not None:
             axes.axvspan(low, high, color=BAND, alpha=0.18, lw=0)
@@ -81,14 +104,23 @@ def _panel(axes: Axes, curve: Curve, optimum: Optimum, valley: Valley | None, er
     title = f"student {optimum.student}"
     title += f", {short_scale(optimum.data_tokens)} tokens" if optimum.data_tokens else ""
     title += f", {optimum.init}" if optimum.init not in (None, "pruned") else ""
-    word = WORDS[optimum.status] + (f" at {optimum.ratio:.2f}×" if optimum.ratio else "")
-    axes.set_title(f"{title}\n{word}", fontsize=9)
+    axes.set_title(f"{title}\n{_said(optimum)}", fontsize=9)
     _scales(axes, curve.teacher_params)
     above = axes.secondary_xaxis("top", functions=(_over(curve.student_params), _times(curve.student_params)))
     above.xaxis.set_major_formatter(FuncFormatter(lambda r, _: f"{r:g}×"))
     above.xaxis.set_minor_formatter(NullFormatter())
     above.set_xticks([r for r in (1, 2, 4, 8, 16) if _inside(axes, r * curve.student_params)])
     above.tick_params(labelsize=7)
+
+
+def _said(optimum: Optimum) -> str:
+    """What is known of the best teacher, in a few words."""
+    low, high = optimum.interval
+    if optimum.status == "left_edge" and high is not None:
+        return f"only an upper bound: best ≤ {short_scale(high)}"
+    if optimum.status == "right_edge" and low is not None:
+        return f"only a lower bound: best ≥ {short_scale(low)}"
+    return WORDS[optimum.status] + (f" at {optimum.ratio:.2f}×" if optimum.ratio else "")
 
 
 def _over(student: float) -> Callable[[Any], Any]:
