@@ -122,8 +122,8 @@ def test_the_unit_is_the_metrics_own(tmp_path):
     text, heat = said(None)
     assert "held-out loss, nats/token: how far above" in text and heat.startswith("nats/token<br>")
     text, heat = said("metrics/cloze")
-    assert "cloze, share of wrong answers: how far above" in text and heat.startswith("share of wrong answers<br>")
-    assert "cloze, share of wrong answers against teacher" in text and "Loss against teacher" not in text
+    assert "cloze, error rate: how far above" in text and heat.startswith("error rate<br>")
+    assert "cloze, error rate against teacher" in text and "Loss against teacher" not in text
     assert said("metrics/ppl")[1].startswith("above") and said("student_bits_per_byte")[1].startswith("bits/byte<br>")
 
 
@@ -281,6 +281,7 @@ def test_teachers_that_round_to_one_name_keep_their_columns(tmp_path):
     near = frame[frame["teacher_params"].round() == 110_000].assign(teacher_params=110_020)
     report(pd.concat([frame, near]), tmp_path)
     (drawn,) = charts.heat_map(gather_table(tmp_path)).data
+    assert [t == "" for t in np.ravel(drawn.text)] == np.isnan(drawn.z).ravel().tolist(), "no word where no cell is"
     assert len(set(drawn.x)) == len(drawn.x) and {"110k (110,000)", "110k (110,020)"} <= set(drawn.x)
 
 

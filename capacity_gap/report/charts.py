@@ -229,7 +229,8 @@ def _map(figure: go.Figure, panels: Sequence[Panel], content: Content, place: di
         ]
         for s, row, gap in zip(order, table.to_numpy(), above, strict=True)
     ]
-    text = {"text": np.round(table.to_numpy(), 3), "texttemplate": "%{text}"} if words and above.size <= 120 else {}
+    said = [[f"{v:.3f}" if v == v else "" for v in row] for row in table.to_numpy()]
+    text = {"text": said, "texttemplate": "%{text}"} if words and above.size <= 120 else {}
     figure.add_heatmap(
         z=above,
         x=teachers,
@@ -243,7 +244,7 @@ def _map(figure: go.Figure, panels: Sequence[Panel], content: Content, place: di
         **text,
         **place,
     )
-    figure.update_xaxes(type="category", showgrid=False, **place)
+    figure.update_xaxes(type="category", showgrid=False, automargin=True, title_standoff=8, **place)
     figure.update_yaxes(type="category", showgrid=False, automargin=True, **place)
 
 
@@ -369,7 +370,7 @@ def cost(content: Content) -> go.Figure | None:
     if "train_flops" not in known:
         return None
     figure = panel_grid([""], x="FLOPs", y="student")
-    figure.update_layout(height=150 + 34 * len(students), barmode="stack", margin={"t": 50})
+    figure.update_layout(height=150 + 34 * len(students), barmode="stack", margin={"t": 50}, showlegend=True)
     for column, colour in zip(known, COLOURS, strict=False):
         sums = [rows[column].sum(min_count=1) for rows in students.values()]
         named = {"y": [safe(s) for s in students], "name": parts[column], "marker_color": colour}

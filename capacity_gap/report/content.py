@@ -104,7 +104,7 @@ class Content:
     def unit(self) -> str:
         """What the metric counts: losses are in nats a token, of anything else the name is all that is known."""
         if self.metric.startswith(WRONG):
-            return "share of wrong answers"
+            return "error rate"
         if self.metric.endswith("bits_per_byte"):
             return "bits/byte"
         return "nats/token" if LOSS.fullmatch(self.metric) else ""
