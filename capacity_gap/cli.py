@@ -142,8 +142,11 @@ def run_frontier(given: argparse.Namespace) -> int:
     from capacity_gap.report.plots import save_figure
 
     frame = records.load(given.source) if given.source else None
-    points = frontier_points(frame, given.metric, given.compute).sort_values("flops")
+    points, notes = frontier_points(frame, given.metric, given.compute)
+    points = points.sort_values("flops")
     print(points.to_string(index=False, float_format="{:.4g}".format))
+    for note in notes:
+        print(f"note: {note}.")
     if given.out:
         up = better_up(frame, given.metric)
         drawn = plot_frontier(points, given.metric, given.compute, higher_is_better=up)

@@ -22,6 +22,7 @@ FINISH_S = 30  # how long the last points of a run may take to upload; what is l
 UPLOAD_S = 1800  # the same where files go along
 LONGEST_NAME = 64  # W&B's limit for a tag
 UNSENT = "capacity_gap.unsent"  # marks an online run whose end could not be uploaded
+ENDED = "capacity_gap.ended"  # marks an offline run that nobody writes to any more
 
 Point = Mapping[str, Any]
 
@@ -163,7 +164,7 @@ def open_run(tracking: TrackingConfig, folder: Path, *, sweeps: Sequence[str] = 
     """
     import wandb
 
-    named = [s[:LONGEST_NAME] for s in sweeps]
+    named = [tag_of(s) for s in sweeps]
     about |= {"tags": named, "group": named[0] if named else None, "dir": str(folder)}
     about |= {"project": tracking.project, "entity": tracking.entity, "reinit": "finish_previous"}
     about["settings"] = wandb.Settings(
@@ -185,6 +186,11 @@ def open_run(tracking: TrackingConfig, folder: Path, *, sweeps: Sequence[str] = 
             wandb.teardown()  # else the failed run holds on to its id
     give_way(folder, about["id"])
     return wandb.init(**about, mode="offline")
+
+
+def tag_of(sweep: str) -> str:
+    """A grid's tag, and the group of its runs; of a name that is longer than W&B takes, as much as it takes."""
+    return sweep[:LONGEST_NAME]
 
 
 def settled(tracking: TrackingConfig) -> str:
@@ -231,6 +237,13 @@ def run_folders(folder: Path, run_id: str = "*") -> list[Path]:
     return sorted(offline | unsent, key=lambda p: p.name.partition("run-")[2])
 
 
+def ended(folders: Iterable[Path]) -> list[Path]:
+    """Those of `run_folders` whose end is on disk. `wandb sync` marks a run as sent as it finds it, so one that is
+    still written to, or whose process died, would lose for good what comes later.
+    """
+    return [p for p in folders if (p / ENDED).exists() or (p / UNSENT).exists()]
+
+
 def give_way(folder: Path, run_id: str) -> None:
     """Deletes what an interrupted or earlier run of this id left offline: the new one tells all of it again."""
     for left in run_folders(folder, run_id):
@@ -239,9 +252,12 @@ def give_way(folder: Path, run_id: str) -> None:
 
 
 def end(run: Any, *, failed: bool) -> None:
-    """Ends a run; what cannot be uploaded in time stays on disk, marked for `sync`."""
+    """Ends a run and marks it for `sync`: all of it if it is offline, else what could not be uploaded in time."""
+    folder, mark = Path(run.dir).parent, ENDED if run.settings.mode == "offline" else None
     try:
         run.finish(exit_code=1 if failed else 0)
     except TimeoutError:
-        (Path(run.dir).parent / UNSENT).touch()
-        log.warning("W&B took too long: `python -m capacity_gap sync` uploads what is left in %s.", run.dir)
+        mark = UNSENT
+        log.warning("W&B took too long: `python -m capacity_gap sync` uploads what is left in %s.", folder)
+    if mark:
+        (folder / mark).touch()

@@ -12,7 +12,7 @@ from typing import Any
 
 from capacity_gap.errors import UserError
 from capacity_gap.records import Record
-from capacity_gap.tracking import UNSENT, run_folders
+from capacity_gap.tracking import UNSENT, ended, run_folders
 
 PREFIX = "wandb:"
 TIMEOUT_S = 30
@@ -48,9 +48,13 @@ def load_rows(source: str) -> list[dict[str, Any]]:
     api = connect()
     try:
         runs = api.runs(path, filters={"jobType": "cell"}, order="+created_at", per_page=200, lazy=False)
-        rows = [row for run in runs if (row := _row(run))]
+        found = [(run.id, _row(run)) for run in runs]
     except Exception as error:  # the client raises what its transport raises
         raise UserError(f"{source} cannot be read: {error}") from error
+    foreign = [f"{name} ({row})" for name, row in found if isinstance(row, str)]
+    if foreign:
+        print(f"note: no records of ours, left out: {_some(foreign)}.", file=sys.stderr)
+    rows = [row for _, row in found if isinstance(row, dict)]
     if not rows:
         raise UserError(
             f"{source} holds no cells. `tracking=online`, or `python -m capacity_gap sync`, puts them there."
@@ -58,21 +62,41 @@ def load_rows(source: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(run: Any) -> dict[str, Any] | None:
-    """The record in one run's summary, or None while its cell is neither done nor failed."""
+def _some(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _row(run: Any) -> dict[str, Any] | str | None:
+    """The record in one run's summary; None while its cell is neither done nor failed; what is wrong with it, if
+    somebody else made the run.
+    """
     found = dict(run.summary)
     if found.get("status") not in ("done", "failed"):
         return None
     kinds = {f.name: str(f.type) for f in dataclasses.fields(Record)}
-    kept = {k: json.loads(json.dumps(v, default=dict)) for k, v in found.items() if k in kinds}
-    for name, value in kept.items():
-        if kinds[name].startswith("float") and value is not None:
-            kept[name] = float(value)  # on its way 1.0 has become 1
-    return Record(**kept).to_dict()
+    try:
+        kept = {k: _typed(json.loads(json.dumps(v, default=dict)), kinds[k]) for k, v in found.items() if k in kinds}
+        return Record(**kept).to_dict()
+    except (TypeError, ValueError) as error:
+        return str(error).removeprefix("Record.__init__() ")
+
+
+def _typed(value: Any, kind: str) -> Any:
+    """A value of the summary as the record has it: on its way 1.0 has become 1."""
+    if value is None or kind.startswith("str"):
+        return value
+    if kind.startswith("float"):
+        return float(value)
+    if not kind.startswith("dict"):
+        return value
+    if "Any" in kind and not all(isinstance(score, dict) and "value" in score for score in dict(value).values()):
+        raise ValueError("a score without a value")
+    return dict(value)
 
 
 def sync(folder: Path, *, limit_s: float, entity: str | None = None, project: str | None = None) -> tuple[int, int]:
-    """Uploads what lies offline below `folder` by `wandb sync`; returns how many runs went, and how many are left.
+    """Uploads the runs that have ended offline below `folder` by `wandb sync`; returns how many of them went, and how
+    many are left.
 
     Args:
         folder: the `wandb` folder of a store.
@@ -80,7 +104,7 @@ def sync(folder: Path, *, limit_s: float, entity: str | None = None, project: st
         entity: another than the runs were made for.
         project: another than the runs were made for.
     """
-    waiting = run_folders(folder)
+    waiting = ended(run_folders(folder))
     end = time.monotonic() + limit_s
     for i in range(0, len(waiting), AT_ONCE):
         part = [str(p) for p in waiting[i : i + AT_ONCE]]
@@ -91,7 +115,7 @@ def sync(folder: Path, *, limit_s: float, entity: str | None = None, project: st
             break
     for sent in (p for p in waiting if list(p.glob("*.synced"))):
         (sent / UNSENT).unlink(missing_ok=True)
-    left = len(run_folders(folder))
+    left = len(set(waiting) & set(run_folders(folder)))
     return len(waiting) - left, left
 
 

@@ -23,6 +23,8 @@ class FakeWandb:
             return self.upsert(given)
         if "query Runs(" in query:
             return {"project": self.project(given)}
+        if "historyTail" in query:
+            return {"model": self.model(given)}
         if "viewer" in query:
             who = {"id": "u", "entity": "team", "username": "u", "email": "", "flags": "{}", "teams": {"edges": []}}
             return {"viewer": who}
@@ -44,6 +46,25 @@ class FakeWandb:
                 "inserted": True,
             }
         }
+
+    def model(self, given):
+        """What a client asks before it goes on with a run: where its history ends."""
+        run = self.runs.get(given["name"], {"history": {}})
+        bucket = run["history"] and {
+            "id": given["name"],
+            "name": given["name"],
+            "displayName": given["name"],
+            "summaryMetrics": json.dumps(run["summary"]),
+            "config": json.dumps(run["config"]),
+            "wandbConfig": json.dumps({"t": 1}),
+            "tags": run["tags"],
+            "logLineCount": 0,
+            "eventsLineCount": 0,
+            "eventsTail": "[]",
+            "historyLineCount": len(run["history"]),
+            "historyTail": json.dumps([json.dumps(run["history"][max(run["history"])])]),
+        }
+        return {"id": "p", "name": "p", "entity": {"id": "e", "name": "team"}, "bucket": bucket or None}
 
     def project(self, given):
         if given["project"] != "gap":

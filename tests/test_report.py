@@ -1,13 +1,17 @@
 """The report: what it says, that it needs nothing else, and that what users typed stays text."""
 
+import itertools
 import json
+import math
+import shlex
 from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from capacity_gap import cli, pipeline
+from capacity_gap import cli, pipeline, tracking
+from capacity_gap.config import TrackingConfig
 from capacity_gap.report import content, page
 from capacity_gap.stage import Store
 from capacity_gap.store_tools import note_sweep
@@ -107,6 +111,22 @@ def test_scores_are_fitted_as_errors_and_named_so(tmp_path):
     assert [row[:2] for row in by_score[1]] == [row[:2] for row in by_loss[1]], "here the score falls as the loss rises"
 
 
+def test_the_unit_is_the_metrics_own(tmp_path):
+    def said(metric):
+        more = {"metrics/ppl": 3.0, "student_bits_per_byte": 1.0, "metrics/cloze/higher_is_better": True}
+        text = report(grid(**more), tmp_path, metric=metric)
+        read = Page(text)
+        heat = json.loads(read.scripts[1])["heat"]["layout"]["coloraxis"]["colorbar"]["title"]["text"]
+        return read.text, heat
+
+    text, heat = said(None)
+    assert "held-out loss, nats/token: how far above" in text and heat.startswith("nats/token<br>")
+    text, heat = said("metrics/cloze")
+    assert "cloze, error rate: how far above" in text and heat.startswith("error rate<br>")
+    assert "cloze, error rate against teacher" in text and "Loss against teacher" not in text
+    assert said("metrics/ppl")[1].startswith("above") and said("student_bits_per_byte")[1].startswith("bits/byte<br>")
+
+
 def gather_table(tmp_path, **options):
     """What the report of the last table was made from."""
     return content.gather(str(tmp_path / "runs.csv"), **options)
@@ -169,6 +189,28 @@ def test_what_cannot_be_fitted_is_told(frame, says, tmp_path):
     assert says in read.text and [i for i in read.ids() if i in SECTIONS] == SECTIONS
 
 
+FOREIGN = {
+    "no names of scales": lambda t: t.drop(columns=["student", "teacher"]),
+    "only what a fit needs": lambda t: t[["student_params", "teacher_params", "student_loss"]],
+    "no FLOPs of teachers": lambda t: t.drop(columns=["teacher_flops", "teacher_train_flops"]),
+    "seeds that are words": lambda t: t.assign(seed="a", teacher_seed="b"),
+    "a loss that is no number": lambda t: t.assign(
+        student_loss=t["student_loss"].astype(object).where(t.index != 2, "-")
+    ),
+}
+
+
+@pytest.mark.parametrize("made", FOREIGN.values(), ids=FOREIGN.keys())
+def test_what_can_be_fitted_can_be_reported(made, tmp_path):
+    frame = made(grid(budgets=(300_000,), seeds=2))
+    frame.to_csv(tmp_path / "runs.csv", index=False)
+    assert cli.main(["fit", str(tmp_path / "runs.csv")]) == 0
+    read = Page(report(frame, tmp_path))
+    assert [i for i in read.ids() if i in SECTIONS] == SECTIONS
+    assert {"curves", "ratio", "heat"} <= set(json.loads(read.scripts[1]))
+    assert ("training the teachers, each oncenot recorded" in read.text) == ("teacher_train_flops" not in frame)
+
+
 def test_intervals_of_means_are_the_pooled_t_intervals():
     rows = pd.DataFrame({"t": [1, 1, 2, 2], "loss": [1.0, 3.0, 5.0, 5.0]})
     found = content.means(rows, "t", "loss")
@@ -202,6 +244,62 @@ def test_commands_make_the_grid_again():
     ]
 
 
+def made_by(command):
+    """The cells that a command's grid has, as the sweeper crosses it and skips what is impossible."""
+    words = [w.partition("=") for w in shlex.split(command) if "=" in w]
+    crossed = itertools.product(*([f"{k}={v}" for v in values.split(",")] for k, _, values in words))
+    scales = [
+        (cell, {k: float(v.removesuffix("k")) for k, _, v in (w.partition("=") for w in cell)}) for cell in crossed
+    ]
+    return [frozenset(cell) for cell, of in scales if of.get("student", 0) <= of.get("teacher", math.inf)]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "commands"),
+    [
+        ({"40k": ["55k", "80k"], "60k": ["120k"]}, 2),
+        ({"40k": ["50k", "80k", "120k"], "60k": ["80k", "120k"], "90k": ["120k"]}, 1),  # others are larger than theirs
+        ({"40k": ["55k", "80k"], "60k": ["80k", "120k"]}, 2),
+        ({"40k": ["80k", "120k"], "60k": ["120k"]}, 2),  # 60k from 80k is possible, and was not asked for
+    ],
+)
+def test_commands_make_no_cell_that_was_not_asked_for(pairs, commands):
+    cells = [
+        {"overrides": [f"student={s}", f"teacher={t}", f"seed={seed}"]}
+        for seed in range(3)
+        for s, teachers in pairs.items()
+        for t in teachers
+    ]
+    *grids, _ = content.commands("g", cells)
+    made = [cell for grid in grids for cell in made_by(grid)]
+    assert len(grids) == commands, grids
+    assert sorted(map(sorted, made)) == sorted(sorted(cell["overrides"]) for cell in cells)
+
+
+def test_teachers_that_round_to_one_name_keep_their_columns(tmp_path):
+    frame = grid(budgets=(300_000,)).assign(teacher="/models/a/long/name")
+    near = frame[frame["teacher_params"].round() == 110_000].assign(teacher_params=110_020)
+    report(pd.concat([frame, near]), tmp_path)
+    (drawn,) = charts.heat_map(gather_table(tmp_path)).data
+    assert [t == "" for t in np.ravel(drawn.text)] == np.isnan(drawn.z).ravel().tolist(), "no word where no cell is"
+    assert len(set(drawn.x)) == len(drawn.x) and {"110k (110,000)", "110k (110,020)"} <= set(drawn.x)
+
+
+def test_lines_are_drawn_without_marks_that_look_like_optima(tmp_path):
+    report(grid(), tmp_path)
+    law = charts.ratio_law(gather_table(tmp_path))
+    assert {t.name: t.mode for t in law.data if t.mode != "markers"} == {
+        "95 % interval": "lines",
+        "2.5 (the paper)": "lines",
+        next(t.name for t in law.data if t.name.startswith("fitted")): "lines",
+    }
+
+
+def test_many_names_have_a_colour_each():
+    for count in (8, 9, 30):
+        assert len(set(charts.colours_of([f"{n}k" for n in range(count)]).values())) == count
+
+
 def test_every_cell_is_a_point_and_every_optimum_a_diamond(tmp_path):
     frame = grid()
     frame.to_csv(tmp_path / "runs.csv", index=False)
@@ -231,3 +329,17 @@ def test_the_dashboard_holds_curves_ratio_dynamics_and_throughput(tmp_path):
     )
     assert board["spec"]["section"]["runSets"][0]["filters"]["filters"][0]["value"] == ["quick"]
     assert cli.main(["dashboard", "gap"]) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic V1 style:DeprecationWarning")
+def test_the_dashboard_asks_for_the_tag_that_runs_have(tmp_path, monkeypatch):
+    pytest.importorskip("wandb_workspaces")
+    import wandb
+
+    seen = {}
+    monkeypatch.setattr(wandb, "init", lambda **about: seen.update(about))
+    name = "a-grid-of-eighty-letters-" + "x" * 55
+    tracking.open_run(TrackingConfig(mode="offline"), tmp_path, sweeps=[name], id="c0")
+    assert cli.main(["dashboard", "team/gap", "--sweep", name, "--out", str(tmp_path / "board.json")]) == 0
+    (runs,) = json.loads((tmp_path / "board.json").read_text())["spec"]["section"]["runSets"]
+    assert runs["filters"]["filters"][0]["value"] == seen["tags"] == [seen["group"]]

@@ -136,16 +136,23 @@ def test_a_hostile_name_is_text_on_the_screen_and_under_the_pointer(visit, tiny,
 
 
 def test_a_thousand_cells_open_soon(browser, tmp_path):
-    """A wide band around the 1.8 to 1.9 s of the page's own thread that were measured: this machine may be busy."""
+    """The page's own thread took 1.6 to 1.9 s. What others do on a busy machine hardly counts, and less in the best of
+    three.
+    """
     frame = grid(students=tuple(range(30, 80, 5)), ratios=tuple(range(1, 11)), budgets=(300_000, 1_000_000), seeds=5)
     assert len(frame) == 1000
     frame.to_csv(tmp_path / "runs.csv", index=False)
     report_page.write_report(str(tmp_path / "runs.csv"), tmp_path / "report.html")
+    assert min(seconds_to_open(browser, tmp_path / "report.html") for _ in range(3)) < 2.5
+
+
+def seconds_to_open(browser, file):
+    """What the page's thread did until the first charts stood."""
     page = browser.new_page(viewport={"width": 1200, "height": 900})
     session = page.context.new_cdp_session(page)
     session.send("Performance.enable", {"timeDomain": "threadTicks"})
-    page.goto((tmp_path / "report.html").as_uri())
+    page.goto(file.as_uri())
     page.wait_for_selector("html[data-open=yes]")
     spent = {m["name"]: m["value"] for m in session.send("Performance.getMetrics")["metrics"]}
     page.close()
-    assert spent["TaskDuration"] < 10
+    return spent["TaskDuration"]

@@ -162,6 +162,75 @@ def test_sync_uploads_each_run_once(tmp_path, server, capfd):
     assert records.load("wandb:team/gap").equals(records.to_frame([row]))
 
 
+def test_sync_leaves_a_run_that_is_written_to(tmp_path, server):
+    """So many points that some are on disk before the end: `wandb sync` would take those, and never the rest."""
+    Store(tmp_path).create()
+    points = [{"step": i, "ce": 3.0 - i / 1e4, "kl": 1.0, "grad_norm": 1.0} for i in range(1, 3001)]
+    row = records.Record(1, "c0", "done", student_loss=0.25).to_dict()
+    tracker = tracking.start(TrackingConfig(), cell="c0", name="c", config={}, folder=tmp_path / "wandb")
+    for point in points:
+        tracker.log(point)
+    (log,) = (tmp_path / "wandb").glob("wandb/offline-run-*-c0/*.wandb")
+    deadline = time.monotonic() + 30
+    while log.stat().st_size < 30_000 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert log.stat().st_size >= 30_000, "a first part is on disk"
+    sync = [sys.executable, "-m", "capacity_gap", "sync", str(tmp_path), "--project", "gap"]
+    said = subprocess.run(sync, check=True, capture_output=True, text=True).stdout
+    assert "0 runs uploaded, 0 left" in said and "1 runs have not ended" in said
+    tracker.finish(row, points)
+    said = subprocess.run(sync, check=True, capture_output=True, text=True).stdout
+    assert "1 runs uploaded, 0 left" in said and "not ended" not in said
+    assert len(server.runs["c0"]["history"]) == 3000 and server.runs["c0"]["summary"]["status"] == "done"
+
+
+def test_online_a_cell_that_goes_on_is_one_run_with_each_step_once(tmp_path, server, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    tracking._reach.cache_clear()
+    points = [{"step": step, "ce": 1.0 + step} for step in range(1, 62, 10)]
+    row = records.Record(1, "c0", "done", student_loss=0.25).to_dict()
+    online = TrackingConfig(mode="online", project="gap")
+    given = {"cell": "c0", "name": "c", "config": {"seed": 0}, "folder": tmp_path / "wandb", "sweeps": ["g"]}
+    first = tracking.start(online, **given)
+    for point in points[:3]:
+        first.log(point)
+    first.leave()
+    assert server.runs["c0"]["summary"]["status"] == "interrupted"
+    second = tracking.start(online, **given)
+    second.log(points[3])
+    second.finish(row, points)
+    assert not first.broken and not second.broken and "WANDB_MODE" not in os.environ
+    (run,) = server.runs.values()
+    assert [(p["_step"], p["train/ce"]) for p in run["history"].values()] == [(p["step"], p["ce"]) for p in points]
+    assert (run["summary"]["status"], run["tags"], run["group"], run["config"]["seed"]) == (
+        "done",
+        ["g"],
+        "g",
+        {"value": 0},
+    )
+    assert offline(tmp_path) == [], "nothing is left for sync"
+    assert records.load("wandb:team/gap")["student_loss"].tolist() == [0.25]
+
+
+def test_runs_of_others_in_a_project_are_left_out(server, capfd):
+    ours = records.Record(1, "c0", "done", student_loss=1.0, metrics={"m": {"value": 1}}).to_dict()
+    summaries = {
+        "c0": {k: v for k, v in ours.items() if v is not None},
+        "mute": {"status": "done", "loss": 1},
+        "nan": {"schema_version": 1, "cell": "x", "status": "done", "student_loss": "NaN"},
+        "odd": {"schema_version": 1, "cell": "x", "status": "done", "metrics": {"m": 3}},
+        "open": {"status": "running"},
+    }
+    for name, summary in summaries.items():
+        server.run(name).update(job_type="cell", summary=summary)
+    assert records.load("wandb:team/gap")["cell"].tolist() == ["c0"]
+    said = capfd.readouterr().err
+    assert all(f"{name} (" in said for name in ("mute", "nan", "odd")) and "open" not in said
+    del server.runs["c0"]
+    with pytest.raises(UserError, match="holds no cells"):
+        records.load("wandb:team/gap")
+
+
 def test_sync_gives_up_in_time(tmp_path):
     from capacity_gap.wandb_api import sync
 
@@ -248,5 +317,5 @@ def test_a_silent_server_costs_little_time(tmp_path):
         command = [sys.executable, "-c", code, str(tmp_path)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     seconds, mode = done.stdout.split()
-    # It takes about 12 s; twice the half minute that it may cost is left to a busy machine.
-    assert float(seconds) < 60 and mode == "offline", done.stderr
+    # It takes about 12 s, and at most the half minute that is promised.
+    assert float(seconds) < 30 and mode == "offline", done.stderr

@@ -33,7 +33,7 @@ MOST_NAMED = 14  # a longer legend of teachers would push the panels off the pag
 def u_curves(content: Content) -> go.Figure:
     """Loss against teacher scale, a panel a student: single runs, means with intervals, the optimum with its own."""
     students, colours = by_student(content.panels), colours_of([p.arm for p in content.panels])
-    figure = panel_grid([f"student {s}" for s in students], x="teacher parameters", y=_loss_name(content))
+    figure = panel_grid([f"student {s}" for s in students], x="teacher parameters", y=safe(content.metric_name))
     legend: set[str] = set()
     for i, panels in enumerate(students.values()):
         place = place_of(i, figure)
@@ -41,10 +41,6 @@ def u_curves(content: Content) -> go.Figure:
             _curve(figure, panel, content, colours[panel.arm], place, legend)
         scale_axis(figure, [t for p in panels for t in p.curve.teacher_params], place, content.teachers)
     return figure
-
-
-def _loss_name(content: Content) -> str:
-    return "held-out loss, nats/token" if content.metric == "student_loss" else safe(content.metric)
 
 
 def _curve(
@@ -160,6 +156,7 @@ def _band(figure: go.Figure, content: Content, span: list[float]) -> None:
     figure.add_scatter(
         x=[*span, *reversed(span)],
         y=[low, low, high, high],
+        mode="lines",  # with few points Plotly would set markers, which look like optima
         fill="toself",
         fillcolor="rgba(209,73,91,0.15)",
         line={"width": 0},
@@ -197,7 +194,7 @@ def _ratio_mark(figure: go.Figure, panel: Panel, colour: str, seen: set[str]) ->
 
 
 def heat_map(content: Content) -> go.Figure:
-    """What each teacher costs a student, in nats above the best of its row; a map an arm."""
+    """What each teacher costs a student, in the metric's unit above the best of its row; a map an arm."""
     arms = list(dict.fromkeys(p.arm for p in content.panels))[:MOST_HEATMAPS]
     figure = panel_grid(arms if len(arms) > 1 else [""], x="teacher", y="student", columns=2)
     for i, arm in enumerate(arms):
@@ -209,7 +206,10 @@ def heat_map(content: Content) -> go.Figure:
         height=rows * max(190, 60 + 32 * tallest) + 110,
         coloraxis={
             "colorscale": [[0, "#2f9e78"], [0.35, "#e3c567"], [1, "#c8553d"]],
-            "colorbar": {"title": {"text": "nats above<br>the row's best"}, "thickness": 12},
+            "colorbar": {
+                "title": {"text": "<br>".join(filter(None, [content.unit, "above the", "row's best"]))},
+                "thickness": 12,
+            },
             "cmin": 0,
         },
     )
@@ -229,7 +229,8 @@ def _map(figure: go.Figure, panels: Sequence[Panel], content: Content, place: di
         ]
         for s, row, gap in zip(order, table.to_numpy(), above, strict=True)
     ]
-    text = {"text": np.round(table.to_numpy(), 3), "texttemplate": "%{text}"} if words and above.size <= 120 else {}
+    said = [[f"{v:.3f}" if v == v else "" for v in row] for row in table.to_numpy()]
+    text = {"text": said, "texttemplate": "%{text}"} if words and above.size <= 120 else {}
     figure.add_heatmap(
         z=above,
         x=teachers,
@@ -243,7 +244,7 @@ def _map(figure: go.Figure, panels: Sequence[Panel], content: Content, place: di
         **text,
         **place,
     )
-    figure.update_xaxes(type="category", showgrid=False, **place)
+    figure.update_xaxes(type="category", showgrid=False, automargin=True, title_standoff=8, **place)
     figure.update_yaxes(type="category", showgrid=False, automargin=True, **place)
 
 
@@ -253,7 +254,7 @@ def data_scale(content: Content) -> go.Figure | None:
     students = {s: rows for s, rows in students.items() if rows["data_tokens"].nunique() > 1}
     if not students:
         return None
-    figure = panel_grid([f"student {s}" for s in students], x="distillation tokens", y=_loss_name(content))
+    figure = panel_grid([f"student {s}" for s in students], x="distillation tokens", y=safe(content.metric_name))
     colours = ladder_colours(t for rows in students.values() for t in rows[content.teacher])
     legend: set[str] = set()
     for i, rows in enumerate(students.values()):
@@ -363,19 +364,17 @@ def scores(content: Content, names: Sequence[str]) -> go.Figure:
 
 def cost(content: Content) -> go.Figure | None:
     """FLOPs by student: its own training, and its teachers' forward passes."""
-    done = content.done
-    if "train_flops" not in done or not done["train_flops"].notna().any():
+    students = {s: pd.concat([p.rows for p in panels]) for s, panels in by_student(content.panels).items()}
+    parts = {"train_flops": "training the students", "teacher_flops": "the teachers' forward passes"}
+    known = [c for c in parts if c in content.done and content.done[c].notna().any()]
+    if "train_flops" not in known:
         return None
-    order = list(by_student(content.panels))
-    sums = done.assign(student=done["student"].astype(str)).groupby("student")[["train_flops", "teacher_flops"]].sum()
-    sums = sums.reindex(order)
     figure = panel_grid([""], x="FLOPs", y="student")
-    figure.update_layout(height=150 + 34 * len(order), barmode="stack", margin={"t": 50})
-    for column, label, colour in (
-        ("train_flops", "training the students", COLOURS[0]),
-        ("teacher_flops", "the teachers' forward passes", COLOURS[1]),
-    ):
-        figure.add_bar(y=[safe(s) for s in order], x=sums[column], name=label, orientation="h", marker_color=colour)
+    figure.update_layout(height=150 + 34 * len(students), barmode="stack", margin={"t": 50}, showlegend=True)
+    for column, colour in zip(known, COLOURS, strict=False):
+        sums = [rows[column].sum(min_count=1) for rows in students.values()]
+        named = {"y": [safe(s) for s in students], "name": parts[column], "marker_color": colour}
+        figure.add_bar(x=sums, orientation="h", **named)
     figure.update_yaxes(type="category", title_text="student", automargin=True)
     figure.update_xaxes(tickformat="~s")
     return figure

@@ -51,12 +51,19 @@ def run_dashboard(given: argparse.Namespace) -> int:
 
 
 def run_sync(given: argparse.Namespace) -> int:
-    """Uploads offline runs; 1 if some are left."""
+    """Uploads the offline runs that have ended; 1 if some of them are left."""
     from capacity_gap.store_tools import open_store
+    from capacity_gap.tracking import ended, run_folders
     from capacity_gap.wandb_api import connect, sync
 
     folder = open_store(given.store).root / "wandb"
     connect()
     sent, left = sync(folder, limit_s=given.limit, entity=given.entity, project=given.project)
     print(f"{sent} runs uploaded, {left} left in {folder}.", file=sys.stderr if left else sys.stdout)
+    waiting = run_folders(folder)
+    if still := len(waiting) - len(ended(waiting)):
+        print(
+            f"{still} runs have not ended: sync again when they have. One whose process died gives way to a new one "
+            "when its cell is run again."
+        )
     return 1 if left else 0

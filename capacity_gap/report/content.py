@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,11 +20,15 @@ from capacity_gap.fit import LawFit
 from capacity_gap.fit.frame import AXES, Curve, curves, default_metric
 from capacity_gap.fit.law import law_from
 from capacity_gap.fit.optimum import Optimum, locate
-from capacity_gap.report.plots import short_scale
+from capacity_gap.report.plots import LOSSES, short_scale
+from capacity_gap.report.products import products
 from capacity_gap.store_tools import open_store, sweep_frame, sweeps
 
 HISTORY_POINTS = 40  # a training curve is averaged in so many bins: single batches are noise
 LONGEST_RUNG = 8  # letters; model folders have longer names
+WRONG = "1 − "  # how `as_loss` calls the share of wrong answers
+LOSS = re.compile(r"loss|(student|teacher|init|tuned)_loss(_ood)?|train_ce|train_kl")  # our columns in nats per token
+COSTS = ("train_flops", "teacher_flops", "teacher_train_flops", "wall_s", "peak_memory_bytes")
 SAME_SIZE = 0.03  # as in the fit: students within 3 % are one
 
 # What is told of a whole run in one line each, where all its cells agree.
@@ -94,9 +100,31 @@ class Content:
         """The column that counts the student's."""
         return "student_params" + AXES[self.axis]
 
+    @property
+    def unit(self) -> str:
+        """What the metric counts: losses are in nats a token, of anything else the name is all that is known."""
+        if self.metric.startswith(WRONG):
+            return "error rate"
+        if self.metric.endswith("bits_per_byte"):
+            return "bits/byte"
+        return "nats/token" if LOSS.fullmatch(self.metric) else ""
+
+    @property
+    def metric_name(self) -> str:
+        """The metric with its unit, for axes and headings."""
+        said = "held-out loss" if self.metric in LOSSES else self.metric.removeprefix(WRONG).removeprefix("metrics/")
+        return f"{said}, {self.unit}" if self.unit else said
+
     def rung(self, params: Any) -> str:
-        """What a teacher of so many parameters is called."""
-        return self.teachers.get(float(params)) or short_scale(float(params))
+        """What a teacher of so many parameters is called; no two are called alike."""
+        name = self.teachers.get(float(params)) or short_scale(float(params))
+        return name if self._calls[name] < 2 else f"{name} ({params:,.0f})"
+
+    @cached_property
+    def _calls(self) -> Counter[str]:
+        """How many teachers share a name, which has three digits at most where it is a count."""
+        counts = {float(n) for n in self.frame[self.teacher].dropna()}
+        return Counter(self.teachers.get(n) or short_scale(n) for n in counts)
 
     @cached_property
     def teachers(self) -> dict[float, str]:
@@ -111,7 +139,7 @@ def gather(source: str, *, sweep: str | None = None, axis: str = "total", metric
     """Reads a store, or any other source of records, and fits it; what cannot be fitted is told, not raised."""
     store = open_store(source) if sweep or (Path(source).expanduser() / "store.json").exists() else None
     frame = sweep_frame(store, sweep) if store and sweep else records.load(source)
-    frame, metric = as_loss(frame.reset_index(drop=True), metric)
+    frame, metric = as_loss(_numeric(frame.reset_index(drop=True), axis, metric), metric)
     found: list[Curve] = []
     notes: list[str] = []
     law = problem = None
@@ -137,6 +165,12 @@ def gather(source: str, *, sweep: str | None = None, axis: str = "total", metric
         commands=[c for name, cells in known.items() for c in commands(name, cells.values())],
         names=list(known),
     )
+
+
+def _numeric(frame: pd.DataFrame, axis: str, metric: str | None) -> pd.DataFrame:
+    """The table as the fit reads it: what is no number in a column that must hold numbers is missing."""
+    names = ["student_params" + AXES[axis], "teacher_params" + AXES[axis], metric or default_metric(frame), *COSTS]
+    return frame.assign(**{c: pd.to_numeric(frame[c], errors="coerce") for c in names if c in frame})
 
 
 def arm_labels(keys: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -205,19 +239,17 @@ def _history(file: Path) -> pd.DataFrame | None:
 
 
 def commands(name: str, cells: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The commands that make a grid again: one for each set of keys that its cells were given."""
-    grids: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    """The commands that make a grid again, and nothing but it: one for each product of values that it is made of."""
+    grids: dict[tuple[str, ...], dict[tuple[str, ...], None]] = {}
     for cell in cells:
         given = [o.partition("=") for o in cell["overrides"] if not o.startswith(("hydra", "store=", "only="))]
-        grid = grids.setdefault(tuple(k for k, _, _ in given), {k: [] for k, _, _ in given})
-        for key, _, value in given:
-            grid[key] += [] if value in grid[key] else [value]
+        grids.setdefault(tuple(k for k, _, _ in given), {})[tuple(v for _, _, v in given)] = None
     found = []
-    for grid in grids.values():
-        words = sorted(
-            (f"{k}={','.join(v)}" for k, v in grid.items()), key=lambda word: not word.startswith("+sweeps=")
-        )
-        found.append(shlex.join(["python", "run.py", "-m", *words]))
+    for keys, values in grids.items():
+        for product in products(keys, list(values)):
+            words = [f"{k}={','.join(v)}" for k, v in zip(keys, product, strict=True)]
+            words.sort(key=lambda word: not word.startswith("+sweeps="))
+            found.append(shlex.join(["python", "run.py", "-m", *words]))
     return [*found, shlex.join(["python", "-m", "capacity_gap", "report", "store", "--sweep", name])]
 
 
@@ -239,8 +271,13 @@ def cell_name(row: Any) -> str:
         for name in ("student", "teacher")
     ]
     tokens = [f"{short_scale(given['data_tokens'])} tokens"] if _is(given.get("data_tokens")) else []
-    seeds = [f"{k.replace('_', ' ')} {int(given[k])}" for k in ("seed", "teacher_seed") if _is(given.get(k))]
+    seeds = [f"{k.replace('_', ' ')} {_whole(given[k])}" for k in ("seed", "teacher_seed") if _is(given.get(k))]
     return ", ".join([" from ".join(scales), *tokens, *seeds])
+
+
+def _whole(value: Any) -> str:
+    """A seed as it was given: beside missing ones, a table makes 1 into 1.0."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _is(value: Any) -> bool:
@@ -263,21 +300,22 @@ def _value(column: str, value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def costs(done: pd.DataFrame) -> dict[str, float]:
-    """What the cells took, each teacher counted once."""
+def costs(done: pd.DataFrame) -> dict[str, float | None]:
+    """What the cells took, each teacher counted once; None for what no cell recorded."""
     which = [c for c in ("family", "teacher", "teacher_seed", "teacher_tokens") if c in done]
     teachers = done.drop_duplicates(which) if which else done
     return {
-        "students": _sum(done, "train_flops"),
-        "forward": _sum(done, "teacher_flops"),
-        "teachers": _sum(teachers, "teacher_train_flops"),
-        "seconds": _sum(done, "wall_s"),
-        "memory": float(done["peak_memory_bytes"].max()) if _sum(done, "peak_memory_bytes") else 0.0,
+        "students": _total(done, "train_flops"),
+        "forward": _total(done, "teacher_flops"),
+        "teachers": _total(teachers, "teacher_train_flops"),
+        "seconds": _total(done, "wall_s"),
+        "memory": float(done["peak_memory_bytes"].max()) if _total(done, "peak_memory_bytes") else None,
     }
 
 
-def _sum(frame: pd.DataFrame, column: str) -> float:
-    return float(frame[column].sum()) if column in frame else 0.0
+def _total(frame: pd.DataFrame, column: str) -> float | None:
+    known = frame[column].dropna() if column in frame else ()
+    return float(sum(known)) if len(known) else None
 
 
 def tasks(frame: pd.DataFrame) -> list[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from capacity_gap.errors import UserError
+from capacity_gap.tracking import tag_of
 
 NAME = "Capacity gap"
 MOST_RUNS = 100  # lines in one panel
@@ -34,7 +35,7 @@ def dashboard(project: str, *, sweep: str | None = None) -> Any:
         name=f"{NAME}: {sweep}" if sweep else NAME,
         sections=[_curves(), _ratio(), _dynamics(), _throughput()],
         settings=ws.WorkspaceSettings(max_runs=MOST_RUNS),
-        runset_settings=ws.RunsetSettings(filters=expr.And(expr.Tags().isin([sweep])) if sweep else ""),
+        runset_settings=ws.RunsetSettings(filters=expr.And(expr.Tags().isin([tag_of(sweep)])) if sweep else ""),
     )
 
 

@@ -2,10 +2,10 @@
 
 Compute is counted by the conventions of `accounting.py`, for our records and for published models alike, in one of
 three ways: `student` (its own training: 6·N·D), `distillation` (and the teacher's forward passes: + 2·N_T·D), `total`
-(and the training of the teacher that it comes from).
+(and the training of the teacher that it comes from). A record that lacks a part of the count, as those of published
+teachers lack what their training cost, is left out and named: not known is not nothing.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,18 @@ from matplotlib.figure import Figure
 from capacity_gap import accounting
 from capacity_gap.errors import UserError, choose
 from capacity_gap.evaluate.scores import metric_direction
+from capacity_gap.report.plots import short_scale
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 PAPER = ("mmlu", "ceval-valid", "drop", "humaneval", "bbh", "gsm8k")
+AVERAGE = "average"  # of the six
 COMPUTE = {
     "student": ("train_flops",),
     "distillation": ("train_flops", "teacher_flops"),
     "total": ("train_flops", "teacher_flops", "teacher_train_flops"),
 }
 COLUMNS = ["name", "kind", "flops", "score"]
+MOST_NAMED = 5  # cells that one note names
 
 
 def published_points(metric: str, compute: str = "distillation") -> pd.DataFrame:
@@ -37,9 +40,9 @@ def published_points(metric: str, compute: str = "distillation") -> pd.DataFrame
     """
     table = pd.read_csv(PUBLISHED)
     named = metric.removeprefix("metrics/")
-    if named != "average" and named not in PAPER:
+    if named != AVERAGE and named not in PAPER:
         return pd.DataFrame(columns=COLUMNS)
-    score = table[list(PAPER)].mean(axis=1) if named == "average" else table[named]
+    score = table[list(PAPER)].mean(axis=1) if named == AVERAGE else table[named]
     flops = [_published_flops(row, table, compute) for row in table.to_dict("records")]
     return pd.DataFrame({"name": table["name"], "kind": table["kind"], "flops": flops, "score": score / 100})
 
@@ -67,22 +70,69 @@ def _shape(row: dict[Any, Any]) -> dict[str, Any]:
     }
 
 
-def record_points(frame: pd.DataFrame, metric: str, compute: str = "distillation") -> pd.DataFrame:
-    """Our finished cells that have `metric`: `name, kind, flops, score`, and under `total` their teachers too.
+def record_points(frame: pd.DataFrame, metric: str, compute: str = "distillation") -> tuple[pd.DataFrame, list[str]]:
+    """Our finished cells that have `metric` and all of `compute`, as `name, kind, flops, score`; and notes on the rest.
+
+    Args:
+        frame: records, or a table with their columns. Without `status` every row counts as finished.
+        metric: a recorded column, a benchmark, or `average` of the paper's six.
+        compute: a key of `COMPUTE`.
 
     Raises:
-        UserError: no record has it.
+        UserError: no record has the metric, or none has all of the compute.
     """
+    finished = frame[frame["status"] == "done"] if "status" in frame else frame
+    score = _score(finished, metric)
+    scored, score = finished[score.notna()], score[score.notna()]
+    if scored.empty:
+        raise UserError(_no_score(finished, metric))
+    parts = scored.reindex(columns=list(COMPUTE[compute])).apply(pd.to_numeric, errors="coerce")
+    known = parts.notna().all(axis=1)
+    notes = _without_compute(parts[~known], _names(scored[~known]), compute)
+    if not known.any():
+        less = " Published teachers' training is not counted: --compute distillation or student asks for less."
+        raise UserError(f"{'; '.join(notes)}.{less if compute == 'total' else ''}")
+    points = pd.DataFrame({"name": _names(scored), "kind": "ours", "flops": parts.sum(axis=1), "score": score})
+    return points[known], notes
+
+
+def _score(frame: pd.DataFrame, metric: str) -> pd.Series:
+    """The column that `metric` names, missing where a row has none; the average only of rows that have all six."""
+    if metric.removeprefix("metrics/") == AVERAGE:
+        six = frame.reindex(columns=[f"metrics/{task}" for task in PAPER]).apply(pd.to_numeric, errors="coerce")
+        return six.mean(axis=1, skipna=False)
     column = metric if metric in frame else f"metrics/{metric}"
-    if column not in frame or not (done := frame[(frame["status"] == "done") & frame[column].notna()]).shape[0]:
-        scores = [str(c) for c in frame if str(c).startswith("metrics/") and str(c).count("/") == 1]
-        raise UserError(
-            f"no finished record has {metric}. Recorded scores: {', '.join(scores) or 'none'}; losses such as "
-            "student_loss may be named too. Benchmarks are chosen with evaluate=, when cells are run."
-        )
-    flops = done[[c for c in COMPUTE[compute] if c in done]].astype(float).fillna(0).sum(axis=1)
-    names = done["student"].astype(str) + " from " + done["teacher"].astype(str)
-    return pd.DataFrame({"name": names, "kind": "ours", "flops": flops, "score": done[column].astype(float)})
+    return pd.to_numeric(frame[column], errors="coerce") if column in frame else pd.Series(np.nan, index=frame.index)
+
+
+def _no_score(finished: pd.DataFrame, metric: str) -> str:
+    """What to say when no row has `metric`."""
+    scores = [str(c) for c in finished if str(c).startswith("metrics/") and str(c).count("/") == 1]
+    six = f" (the paper's six: {', '.join(PAPER)})" if metric.removeprefix("metrics/") == AVERAGE else ""
+    return (
+        f"no finished record has {metric}{six}. Recorded scores: {', '.join(scores) or 'none'}; --metric names one of "
+        "them, or a loss such as student_loss. Benchmarks are chosen with evaluate=, when cells are run."
+    )
+
+
+def _names(frame: pd.DataFrame) -> pd.Series:
+    """`student from teacher`, by their scales where they have no names."""
+    return pd.Series([_name(row) for row in frame.to_dict("records")], index=frame.index, dtype=object)
+
+
+def _name(row: dict[Any, Any]) -> str:
+    named = [(row.get(who), row.get(f"{who}_params", np.nan)) for who in ("student", "teacher")]
+    return " from ".join(str(s) if not pd.isna(s) else short_scale(float(n)) or "?" for s, n in named)
+
+
+def _without_compute(parts: pd.DataFrame, names: pd.Series, compute: str) -> list[str]:
+    """A line on the rows that lack a part of the count, if there are any."""
+    if parts.empty:
+        return []
+    lacking = ", ".join(str(c) for c in parts if parts[c].isna().any())
+    some = list(dict.fromkeys(names))
+    more = f" and {len(some) - MOST_NAMED} more" if len(some) > MOST_NAMED else ""
+    return [f"{len(parts)} cells lack {lacking} of --compute {compute}: {', '.join(some[:MOST_NAMED])}{more}"]
 
 
 def pareto(points: pd.DataFrame, *, higher_is_better: bool) -> pd.DataFrame:
@@ -94,31 +144,34 @@ def pareto(points: pd.DataFrame, *, higher_is_better: bool) -> pd.DataFrame:
     return ordered[ordered["_cost"].to_numpy(float) < ahead].drop(columns="_cost")
 
 
-def frontier_points(frame: pd.DataFrame | None, metric: str, compute: str = "distillation") -> pd.DataFrame:
-    """Published models and our cells in one table, with a column `pareto`.
+def frontier_points(
+    frame: pd.DataFrame | None, metric: str, compute: str = "distillation"
+) -> tuple[pd.DataFrame, list[str]]:
+    """Published models and our cells in one table, with a column `pareto`; and notes on the cells that are left out.
 
     Raises:
-        UserError: there is no point at all, or nothing says which way is better.
+        UserError: there is no point at all, none of ours where there are records, or nothing says which way is better.
     """
     choose("--compute", compute, COMPUTE)
-    parts: Sequence[pd.DataFrame] = [published_points(metric, compute)]
-    if frame is not None and metric != "average":
-        parts = [*parts, record_points(frame, metric, compute)]
-    points = pd.concat([p for p in parts if len(p)], ignore_index=True) if any(map(len, parts)) else None
-    if points is None:
+    ours, notes = (None, []) if frame is None else record_points(frame, metric, compute)
+    parts = [p for p in (published_points(metric, compute), ours) if p is not None and len(p)]
+    points = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COLUMNS)
+    free = points["flops"] <= 0  # a log axis has no place for cells without training
+    if free.any():
+        notes = [*notes, f"{free.sum()} cells left out: they were not trained, and a log axis has no place for them"]
+    points = points[~free].reset_index(drop=True)
+    if points.empty:
         raise UserError(
             f"there is nothing to draw for {metric}: published models have {', '.join(PAPER)} and their average. "
-            "Give a store, or a table of records, that has it."
+            f"Give a store, or a table of records, that has it.{''.join(f' {n}.' for n in notes)}"
         )
-    free = points["flops"] <= 0  # a log axis has no place for cells without training
-    points = points[~free].reset_index(drop=True)
     best = pareto(points, higher_is_better=better_up(frame, metric))
-    return points.assign(pareto=points.index.isin(best.index))
+    return points.assign(pareto=points.index.isin(best.index)), notes
 
 
 def better_up(frame: pd.DataFrame | None, metric: str) -> bool:
     """Whether more of `metric` is better."""
-    if metric == "average":
+    if metric.removeprefix("metrics/") == AVERAGE:
         return True
     column = metric if frame is None or metric in frame else f"metrics/{metric}"
     return metric_direction(column, frame) > 0
@@ -139,7 +192,7 @@ def plot_frontier(points: pd.DataFrame, metric: str, compute: str, *, higher_is_
     axes.margins(x=0.18, y=0.12)
     words = {"student": "the model's own", "distillation": "with the teacher's forward passes", "total": "in total"}
     axes.set_xlabel(f"training compute, FLOPs ({words[compute]})")
-    axes.set_ylabel("average of the paper's six benchmarks" if metric == "average" else metric)
+    axes.set_ylabel("average of the paper's six benchmarks" if metric == AVERAGE else metric)
     axes.grid(alpha=0.25, lw=0.5)
     axes.legend(fontsize=8, frameon=False)
     return figure

@@ -10,7 +10,7 @@ import pandas as pd
 from capacity_gap import __version__
 from capacity_gap.errors import UserError
 from capacity_gap.report.content import Content, causes, cell_name, constants, costs, gather, tasks
-from capacity_gap.report.plots import VERDICTS, short_scale
+from capacity_gap.report.plots import LOSSES, VERDICTS
 
 TEMPLATE = "page.html.j2"
 HELD_OUT = {
@@ -58,7 +58,6 @@ def render(content: Content, *, title: str) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters["scale"] = short_scale
     figures = _figures(content)
     return environment.get_template(TEMPLATE).render(
         title=title,
@@ -72,8 +71,9 @@ def render(content: Content, *, title: str) -> str:
         counts=_counts(content),
         constants=constants(content.frame),
         best=_best(content),
+        against=("Loss" if content.metric in LOSSES else content.metric_name) + " against teacher",
         causes=causes(content.failed),
-        costs=costs(content.done),
+        costs=_costs(content),
         provenance=_provenance(content.done),
         cells=_cells(content),
         has=figures.keys(),
@@ -137,6 +137,22 @@ def _score(row: pd.Series, name: str) -> str:
     if value != value:
         return "–"
     return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None and error == error else "")
+
+
+def _costs(content: Content) -> list[tuple[str, str]]:
+    """What the cells took, in words: what nobody recorded is not 0."""
+    said = (
+        ("students", "training the students", "{:.3g} FLOPs", 1.0),
+        ("forward", "teachers' forward passes", "{:.3g} FLOPs", 1.0),
+        ("teachers", "training the teachers, each once", "{:.3g} FLOPs", 1.0),
+        ("seconds", "time of distillation", "{:.2f} hours of one worker", 1 / 3600),
+        ("memory", "peak memory of one cell", "{:.0f} MB", 1e-6),
+    )
+    taken = costs(content.done)
+    return [
+        (label, "not recorded" if (value := taken[name]) is None else words.format(value * by))
+        for name, label, words, by in said
+    ]
 
 
 def _provenance(done: pd.DataFrame) -> list[tuple[str, str]]:

@@ -106,8 +106,11 @@ def by_student(panels: Sequence[Panel]) -> dict[str, list[Panel]]:
 
 
 def colours_of(names: Sequence[str]) -> dict[str, str]:
-    """A colour for each name."""
-    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(names))}
+    """A colour for each name; of more than eight, from one end of the ladder's scale to the other."""
+    order = list(dict.fromkeys(names))
+    if len(order) <= len(COLOURS):
+        return dict(zip(order, COLOURS, strict=False))
+    return dict(zip(order, ladder_colours(range(len(order))).values(), strict=True))
 
 
 def ladder_colours(values: Iterable[float]) -> dict[float, str]:
