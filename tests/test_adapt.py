@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -66,6 +67,18 @@ def test_the_student_has_the_new_vocabulary_and_learns_from_the_adapted_teacher(
     assert adapted_cell.distilled.inputs["teacher"].name == "adapt"
     names = [s.name for s in closure(adapted_cell.record).values()]
     assert names.count("corpus") == names.count("tokens") == 2, "the teacher's own text, and the mixture"
+
+
+def test_an_expanded_model_names_its_second_tokenizer_among_its_parents(adapted_cell, tmp_path):
+    from capacity_gap.export import Lineage
+
+    shutil.copytree(adapted_cell.config.store_path, tmp_path / "store")
+    store = Store(tmp_path / "store")
+    assert "alice" not in str(Lineage.of(store, adapted_cell.record.digest).parents)
+    file = store.path(adapted_cell.tokenizer) / "result.json"
+    for name, said in (("hfl/chinese", "hfl/chinese"), ("/home/alice/zh", "the user's folder zh")):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"second": name}))
+        assert said in dict(Lineage.of(store, adapted_cell.record.digest).parents)
 
 
 def test_the_base_teacher_is_shared_with_cells_that_do_not_expand(adapted, tiny):
