@@ -1,10 +1,12 @@
 """The settings of vocabulary expansion, instruction tuning and preference optimisation, validated when made."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from capacity_gap.checks import need, positive, runtime, share
 from capacity_gap.errors import ConfigError
+from capacity_gap.fingerprint import LATER
 
 
 @dataclass
@@ -17,12 +19,17 @@ class ExpandConfig:
     vocab: int = 0  # tokens in all; 0: the family's own
     multiple: int = 64  # rows of the matrices are a multiple of this
     tokenizer: str | None = None  # a saved tokenizer's folder, or its name on the hub
+    revision: str | None = field(default=None, metadata=LATER)  # the commit that such a name means
 
     def __post_init__(self) -> None:
         need(self.vocab >= 0, "expand.vocab", self.vocab, "zero (no expansion) or more")
         positive("expand", self, "multiple")
         if self.tokenizer is not None and not self.vocab:
             raise ConfigError(f"expand.tokenizer={self.tokenizer} needs expand.vocab=: how many tokens there will be.")
+        if self.revision is not None:
+            commit = re.fullmatch("[0-9a-f]{40}", self.revision) is not None
+            need(commit, "expand.revision", self.revision, "a commit, 40 hexadecimal digits")
+            need(self.tokenizer is not None, "expand.revision", self.revision, "given with expand.tokenizer= only")
 
 
 @dataclass

@@ -1,6 +1,8 @@
 """A cell's model as others use it: sharded safetensors, tokenizer, and a card that says where it comes from."""
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +12,8 @@ from typing import Any
 
 from capacity_gap.errors import UserError
 from capacity_gap.records import RECORD
-from capacity_gap.stage import META, Store
+from capacity_gap.stage import META, Store, write_json
+from capacity_gap.steps import RESULT
 
 SHARD = "2GB"
 POINTER = "published.json"
@@ -29,6 +32,28 @@ LICENCES = {
     "sympy": "BSD-3-Clause",
     "pycantonese": "MIT; its Hong Kong Cantonese Corpus (Luke and Wong 2015): CC BY",
 }
+# The settings of a stage that a card tells.
+SHOWN = (
+    "tokens",
+    "epochs",
+    "vocab",
+    "vocab_size",
+    "rows",
+    "count",
+    "pairs",
+    "method",
+    "learning_rate",
+    "lora_rank",
+    "seed",
+    "beta",
+)
+HUB_LICENCES = {  # as the hub spells them in a card's head
+    "Apache-2.0": "apache-2.0",
+    "MIT": "mit",
+    "BSD-3-Clause": "bsd-3-clause",
+    "Llama 2 Community License": "llama2",
+}
+_ON_HUB = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -70,6 +95,38 @@ class Lineage:
         made = self.inputs(self.folder)
         return next(made[name] for name in ("prefer", "instruct", "trained") if name in made)
 
+    @property
+    def tuned(self) -> str | None:
+        """The last stage of tuning, if there was one."""
+        return self.model.parent.name if self.model.parent.name in ("instruct", "prefer") else None
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the model has two stacks, and so another class of transformers."""
+        return bool(json.loads((self.model / "config.json").read_text()).get("is_encoder_decoder"))
+
+    @property
+    def held_out(self) -> dict[str, dict[str, Any]]:
+        """The held-out losses of the model itself, not of what it was before it was tuned."""
+        folder = self.inputs(self.folder)["evaluate_tuned" if self.tuned else "evaluate"]
+        return json.loads((folder / RESULT).read_text())
+
+    @property
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """The model's own scores: of a tuned one how it answers, of another its benchmarks."""
+        if not self.tuned:
+            return self.row["metrics"]
+        found = ((name.rpartition("/"), score) for name, score in self.row["metrics"].items())
+        return {name: score for (name, _, whose), score in found if whose == self.tuned}
+
+    @property
+    def corpus(self) -> str:
+        """What the record calls the text that the student learnt, without the places of files."""
+        tokens = self.inputs(self.inputs(self.folder)["evaluate"])["tokens"]
+        given = self.stage(self.inputs(tokens)["corpus"])["config"]
+        parts = [(part.get("dataset") or part["name"], part.get("weight")) for part in given.get("parts", [given])]
+        return "+".join(f"{_plain(weight)}*{public(name)}" if weight else public(name) for name, weight in parts)
+
     @cached_property
     def tokenizer(self) -> Path:
         """The folder of its tokenizer, with the chat template if it was tuned."""
@@ -92,28 +149,69 @@ class Lineage:
         return found
 
     @property
-    def parents(self) -> Iterator[tuple[str, str]]:
-        """Published checkpoints and text behind the model, each with its licence as far as it is known."""
-        names = set()
-        for folder, meta in self.ancestors.items():
+    def base_models(self) -> list[str]:
+        """Published checkpoints on the hub behind the model."""
+        return sorted({name for name in self._checkpoints if _ON_HUB.fullmatch(name)})
+
+    @property
+    def _checkpoints(self) -> Iterator[str]:
+        for folder in self.ancestors:
             if (folder / POINTER).exists():
-                names.add(json.loads((folder / POINTER).read_text())["repository"])
-            if meta["name"] == "corpus":
-                names.update(_texts(meta["config"]))
-        for name in sorted(names):
-            known = [licence for start, licence in LICENCES.items() if name.startswith(start)]
-            yield name, known[0] if known else "see its own page or owner"
+                yield json.loads((folder / POINTER).read_text())["repository"]
+
+    @property
+    def parents(self) -> list[tuple[str, str]]:
+        """Published checkpoints, tokenizers and text behind the model, each with its licence as far as it is known."""
+        names = {public(name, "the user's folder ") for name in self._checkpoints}
+        for folder, meta in self.ancestors.items():
+            if read := _READS.get(meta["name"]):
+                names.update(read(folder, meta["config"]))
+        return [(name, _licence(name)) for name in sorted(names)]
 
 
-def _texts(config: Mapping[str, Any]) -> Iterator[str]:
+def public(name: str, of_folder: str = "") -> str:
+    """A name on the hub as it is; of a path its last part alone: where it lies is its owner's affair."""
+    return name if _ON_HUB.fullmatch(name) else of_folder + re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+
+
+def _licence(name: str) -> str:
+    known = [licence for start, licence in LICENCES.items() if name.startswith(start)]
+    return known[0] if known else "see its own page or owner"
+
+
+def _texts(_: Path, config: Mapping[str, Any]) -> Iterator[str]:
     """The wheels, datasets or files that a corpus stage was made from."""
     for part in config.get("parts", [config]):
         if part.get("dataset"):
-            yield part["dataset"]
+            yield public(part["dataset"], "the user's folder ")
         elif part["name"] == "text":
             yield "the user's text files"
         else:
             yield from (f"{name} {part[name]}" for name in LICENCES if name in part)
+
+
+def _base_tokenizer(_: Path, config: Mapping[str, Any]) -> Iterator[str]:
+    if "repository" in config:
+        yield f"{config['repository']}"
+
+
+def _second_tokenizer(folder: Path, _: Mapping[str, Any]) -> Iterator[str]:
+    if second := json.loads((folder / RESULT).read_text()).get("second"):
+        yield public(second, "the user's folder ")
+
+
+def _instructions(_: Path, config: Mapping[str, Any]) -> Iterator[str]:
+    said = {"rows": "the user's file of conversations", "pair_rows": "the user's file of preferences"}
+    yield from (name for key, name in said.items() if key in config)
+
+
+# What was made by others, by the stage that reads it.
+_READS = {
+    "corpus": _texts,
+    "tokenizer": _base_tokenizer,
+    "vocabulary": _second_tokenizer,
+    "instructions": _instructions,
+}
 
 
 def export(store: Store, cell: str, out: Path, *, shard: str = SHARD) -> Path:
@@ -126,17 +224,32 @@ def export(store: Store, cell: str, out: Path, *, shard: str = SHARD) -> Path:
         shard: the largest size of one safetensors file.
     """
     lineage = Lineage.of(store, cell)
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty. Name another folder: an export never writes over anything.")
+    if not re.fullmatch(r"[1-9]\d*[KMGT]B", shard):
+        raise UserError(f"--shard {shard}: a size is a whole number and KB, MB, GB or TB, as 2GB.")
+    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    beside.mkdir(parents=True)
+    try:
+        _write(lineage, beside, shard)
+        if out.exists():
+            out.rmdir()
+        beside.rename(out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return out
+
+
+def _write(lineage: Lineage, out: Path, shard: str) -> None:
     from capacity_gap.data.tokenizer import load_tokenizer
     from capacity_gap.models.loading import load_model
 
-    out.mkdir(parents=True, exist_ok=True)
-    load_model(lineage.model).save_pretrained(out, max_shard_size=shard)
+    model = load_model(lineage.model)
+    model.config.use_cache = model.generation_config.use_cache = True  # trainers switch it off for themselves
+    model.save_pretrained(out, max_shard_size=shard)
     load_tokenizer(lineage.tokenizer).save_pretrained(out)
-    shutil.copy(lineage.folder / RECORD, out / RECORD)
-    (out / "README.md").write_text(card(lineage, law_summary(store)), encoding="utf-8")
-    return out
+    write_json(out / RECORD, {**lineage.row, "corpus": lineage.corpus})
+    (out / "README.md").write_text(card(lineage, law_summary(lineage.store)), encoding="utf-8")
 
 
 def law_summary(store: Store) -> str:
@@ -155,17 +268,15 @@ def law_summary(store: Store) -> str:
 def card(lineage: Lineage, law: str) -> str:
     """The model card: what it is, what it was made from, how it scores, under which licences its parents are."""
     row = lineage.row
-    chats = lineage.model.parent.name in ("instruct", "prefer")
-    kind = "distilled and instructed" if chats else "distilled"
     parts = [
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [distillation, pruning]\n---",
+        "\n".join(["---", *_head(lineage), "---"]),
         f"# {row['student']} from {row['teacher']} ({row['family']})",
-        f"A {kind} student of {row['stored_params']:,} parameters, cut from a teacher of {row['teacher_params']:,} and "
-        f"trained on {row['data_tokens']:,} tokens of `{row['corpus']}`. Made by capacity_gap, cell `{row['cell']}`, "
-        f"commit `{row['git_commit']}`; everything that decided it is in `record.json`.",
-        "## Use\n" + _usage(chats=chats),
+        f"{_origin(lineage)} Made by capacity_gap, cell `{row['cell']}`, commit `{row['git_commit']}`; everything that "
+        "decided it is in `record.json`.",
+        "## Use\n" + _usage(lineage),
         "## Lineage\n" + "\n".join(_lineage(lineage)),
-        "## Scores\n" + "\n".join(_scores(row)),
+        "## Scores of this model\n" + "\n".join(_scores(lineage)),
+        "## To compare: what came before it\n" + "\n".join(_before(lineage)),
         f"## Law\nWhat the store that this model comes from says of the law of the capacity gap:\n```\n{law}\n```",
         "## Licences of its parents\n"
         + "\n".join(f"- {name}: {licence}" for name, licence in lineage.parents)
@@ -174,26 +285,60 @@ def card(lineage: Lineage, law: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _usage(*, chats: bool) -> str:
-    lines = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        'model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")',
-    ]
-    if chats:
-        lines += [
+def _head(lineage: Lineage) -> Iterator[str]:
+    """What the hub reads of a card. A licence is named only where all parents are known to have one and the same."""
+    yield "library_name: transformers"
+    if not lineage.is_encoder_decoder:  # a prefix language model has no task of its own there
+        yield "pipeline_tag: text-generation"
+    yield "tags: [distillation, pruning]"
+    known = {HUB_LICENCES.get(licence) for _, licence in lineage.parents}
+    one = next(iter(known)) if len(known) == 1 else None
+    yield f"license: {one}" if one else "license: other\nlicense_name: those-of-its-parents-see-below"
+    if lineage.base_models:
+        yield f"base_model: [{', '.join(lineage.base_models)}]"
+
+
+def _origin(lineage: Lineage) -> str:
+    row = lineage.row
+    starts = {"random": "that began with random weights", "shared": "cut from a model that all students are cut from"}
+    start = starts.get(row["init"], f"cut from {row['teacher']}")
+    teacher = f"distilled from {row['teacher']} ({row['teacher_params']:,} parameters)"
+    taught = teacher if row["kd_weight"] else "trained without a teacher"
+    learnt = f" and {taught} on {row['data_tokens']:,} tokens of `{lineage.corpus}`" if row["data_tokens"] else ""
+    tuned = {
+        None: "",
+        "instruct": ", then fine-tuned on conversations",
+        "prefer": ", then fine-tuned on conversations and on preferences",
+    }
+    return f"A model of {row['stored_params']:,} parameters, {start}{learnt}{tuned[lineage.tuned]}."
+
+
+def _usage(lineage: Lineage) -> str:
+    """Lines that run as they stand in the folder."""
+    kind = "AutoModelForSeq2SeqLM" if lineage.is_encoder_decoder else "AutoModelForCausalLM"
+    if lineage.tuned:
+        asked = [
             'talk = [{"role": "user", "content": "First word of: red blue"}]',
-            'ids = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_tensors="pt", '
+            'given = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_tensors="pt", '
             "return_dict=True)",
-            "print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0]))",
         ]
+    else:
+        asked = ['given = tokenizer("The beginning of a text", return_tensors="pt")']
+    lines = [
+        f"from transformers import {kind}, AutoTokenizer",
+        f'model, tokenizer = {kind}.from_pretrained("."), AutoTokenizer.from_pretrained(".")',
+        *asked,
+        'print(tokenizer.decode(model.generate(given["input_ids"], max_new_tokens=20)[0]))',
+    ]
     return "\n".join(["```python", *lines, "```"])
 
 
 def _lineage(lineage: Lineage) -> Iterator[str]:
     yield "| stage | digest | what decided it | device | commit |\n|---|---|---|---|---|"
-    shown = ("tokens", "vocab", "vocab_size", "rows", "count", "pairs", "method", "learning_rate", "seed", "beta")
     for meta in lineage.ancestors.values():
-        given = {k: _plain(v) for k, v in meta["config"].items() if k in shown}
+        given = {k: _plain(v) for k, v in meta["config"].items() if k in SHOWN}
+        if given.get("lora_rank") == 0:
+            given["lora_rank"] = "none, all weights"
         said = ", ".join(f"{k} {v}" for k, v in given.items())
         yield f"| {meta['name']} | `{meta['digest']}` | {said} | {meta['device']} | `{meta['git_commit']}` |"
 
@@ -203,20 +348,26 @@ def _plain(value: Any) -> Any:
     return f"{float.fromhex(value['float']):g}" if isinstance(value, dict) else value
 
 
-def _scores(row: Mapping[str, Any]) -> Iterator[str]:
+def _scores(lineage: Lineage) -> Iterator[str]:
     yield "| score | value | standard error |\n|---|---|---|"
-    names = {
-        "student_loss": "held-out loss, nats per token",
-        "student_bits_per_byte": "held-out bits per byte",
-        "student_loss_ood": "loss out of domain, nats per token",
-        "teacher_loss": "the teacher's held-out loss",
-        "init_loss": "the student's before training",
-        "tuned_loss": "the tuned student's",
-    }
-    for field, said in names.items():
-        if row.get(field) is not None:
-            stderr = row.get(f"{field}_stderr")
-            yield f"| {said} | {row[field]:.4f} | {'–' if stderr is None else f'{stderr:.4f}'} |"
-    for task, score in row["metrics"].items():
-        stderr = score.get("stderr")
-        yield f"| {task} | {score['value']:.4f} | {'–' if stderr is None else f'{stderr:.4f}'} |"
+    test, ood = lineage.held_out["test"], lineage.held_out["ood"]
+    yield _line("held-out loss, nats per token", test["loss"], test["stderr"])
+    yield _line("held-out bits per byte", test["bits_per_byte"])
+    yield _line("loss out of domain, nats per token", ood["loss"])
+    for task, score in lineage.metrics.items():
+        yield _line(task, score["value"], score.get("stderr"))
+
+
+def _before(lineage: Lineage) -> Iterator[str]:
+    """The same held-out loss of the models that this one was made from."""
+    row = lineage.row
+    yield "| held-out loss, nats per token, of | value |\n|---|---|"
+    yield f"| the teacher | {row['teacher_loss']:.4f} |"
+    yield f"| the student before training | {row['init_loss']:.4f} |"
+    if lineage.tuned:
+        yield f"| the student before it was tuned | {row['student_loss']:.4f} |"
+
+
+def _line(name: str, value: float | None, stderr: float | None = None) -> str:
+    said = ["–" if number is None else f"{number:.4f}" for number in (value, stderr)]
+    return f"| {name} | {said[0]} | {said[1]} |"

@@ -103,9 +103,9 @@ class Cell(Settings):
             return self.base_tokenizer
         given: dict[str, Any] = {"vocab": c.vocab}
         if c.tokenizer is not None:
-            given["second"] = tokenizer_identity(c.tokenizer)
+            given["second"] = tokenizer_identity(c.tokenizer, c.revision)
         inputs = {"corpus": self.corpus, "tokenizer": self.base_tokenizer}
-        return Stage("vocabulary", 1, given, inputs, steps.vocabulary, options={"second": c.tokenizer})
+        return Stage("vocabulary", 2, given, inputs, steps.vocabulary, options={"expand": c})
 
     @cached_property
     def tokens(self) -> Stage:

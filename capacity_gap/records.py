@@ -49,6 +49,7 @@ class Record:
     prune_layers: str | None = None
     prune_steps: int | None = None
     expanded_vocab: int | None = None  # rows of the matrices after expansion, padding included
+    expanded_tokens: int | None = None  # that the expanded tokenizer has; the rows beyond them are padding
     adapt_tokens: int | None = None  # of the teacher's continued pre-training
     second_bytes_per_token_before: float | None = None  # of held-out text mostly outside ASCII
     second_bytes_per_token: float | None = None

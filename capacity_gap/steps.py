@@ -64,16 +64,22 @@ def vocabulary(run: StageRun) -> None:
     """The tokenizer with a second script's tokens, learnt from the training split or taken from another one."""
     from capacity_gap.data.expand import expand_tokenizer, text_per_token
     from capacity_gap.data.tokenizer import load_tokenizer
+    from capacity_gap.models import loading
 
-    second = run.options["second"]
-    texts = () if second else read_texts(run.inputs["corpus"], "train")
-    expand_tokenizer(run.inputs["tokenizer"], run.out, size=run.config["vocab"], texts=texts, second=second)
+    name, revision = run.options["expand"].tokenizer, run.options["expand"].revision
+    tokens = expand_tokenizer(
+        run.inputs["tokenizer"],
+        run.out,
+        size=run.config["vocab"],
+        texts=read_texts(run.inputs["corpus"], "train"),
+        second=loading.published_tokenizer(name, revision) if name else None,
+    )
     held_out = list(read_texts(run.inputs["corpus"], "test"))
     spent = {
         when: text_per_token(load_tokenizer(folder), held_out)
         for when, folder in (("before", run.inputs["tokenizer"]), ("after", run.out))
     }
-    write_json(run.out / RESULT, spent)
+    write_json(run.out / RESULT, {**spent, "tokens": tokens, "second": name})
 
 
 def expand(run: StageRun) -> None:
@@ -300,6 +306,7 @@ def record(run: StageRun) -> None:
         teacher_loss_ood=teacher["ood"]["loss"],
         teacher_entropy=teacher["test"]["entropy"],
         init_loss=start["test"]["loss"],
+        expanded_tokens=spent and spent["tokens"]["after"],
         second_bytes_per_token_before=spent and spent["before"]["second"],
         second_bytes_per_token=spent and spent["after"]["second"],
         tuned_loss=_tuned_loss(run),

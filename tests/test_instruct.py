@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from capacity_gap.models.loading import load_model, new_model
 from capacity_gap.runtime import Runtime
 from capacity_gap.stage import Store
 from tests.conftest import compose
+from tests.test_export import use_as_the_card_says
 
 TALK = [
     {"role": "user", "content": "First word of: red blue"},
@@ -284,12 +286,45 @@ def test_export_writes_a_model_that_plain_transformers_loads(chat_cell, tmp_path
     card = (out / "README.md").read_text(encoding="utf-8")
     for stage in ("teacher", "scores", "student", "distil", "instruct", "prefer"):
         assert f"| {stage} | `" in card
-    for said in ("exact_match/prefer", "held-out loss", "No law can be fitted", "the user's text files"):
+    for said in ("held-out loss", "No law can be fitted", "the user's text files"):
         assert said in card
+    tuned = next(line for line in card.splitlines() if line.startswith("| instruct |"))
+    assert f"epochs {chat_cell.config.instruct.epochs}" in tuned and "lora_rank none, all weights" in tuned
+    _check_scores_are_the_exported_models(card, chat_cell)
+    for file in ("config.json", "generation_config.json"):
+        assert json.loads((out / file).read_text()).get("use_cache") is not False, "generation would be slow"
+    assert "[|Assistant|]" in use_as_the_card_says(out)
     assert cli.main(["export", "zzz", str(tmp_path / "other"), "--store", str(store)]) == 2
     assert "names 0 recorded cells" in capsys.readouterr().err
     assert cli.main(["export", chat_cell.record.digest, str(out), "--store", str(store)]) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+def _check_scores_are_the_exported_models(card, cell):
+    """What a tuned model's card says of it is not what the student was before it was tuned."""
+    from capacity_gap.export import Lineage
+
+    (row,) = records.read(cell.config.store_path)
+    own, before = card.split("## Scores of this model")[1].split("## To compare")
+    assert f"| held-out loss, nats per token | {row['tuned_loss']:.4f} |" in own
+    held_out = Lineage.of(Store(cell.config.store_path), cell.record.digest).held_out
+    assert held_out["test"]["loss"] == row["tuned_loss"] != row["student_loss"]
+    assert f"| exact_match | {row['metrics']['exact_match/prefer']['value']:.4f} |" in own
+    assert "/base" not in own and "/instruct" not in own
+    assert f"| the student before it was tuned | {row['student_loss']:.4f} |" in before
+
+
+def test_a_users_instruction_files_are_among_the_parents(chat_cell, tmp_path):
+    from capacity_gap.export import Lineage
+
+    shutil.copytree(chat_cell.config.store_path, tmp_path / "store")
+    store = Store(tmp_path / "store")
+    file = store.path(chat_cell.instructions) / "stage.json"
+    meta = json.loads(file.read_text())
+    meta["config"] |= {"rows": "0" * 64, "pair_rows": "1" * 64}  # as with instruct.path= and prefer.path=
+    file.write_text(json.dumps(meta))
+    parents = dict(Lineage.of(store, chat_cell.record.digest).parents)
+    assert {"the user's file of conversations", "the user's file of preferences"} < set(parents)
 
 
 def test_export_of_a_student_that_was_not_tuned(tiny_cell, tmp_path):

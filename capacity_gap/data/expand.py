@@ -1,11 +1,14 @@
 """A tokenizer with more tokens: those of a second script, learnt from text or taken from a second tokenizer.
 
-New tokens hold no ASCII character (but a space before a word), so ASCII text is tokenised exactly as before. Other text
-is, unless a new token applies: a BPE tokenizer gets its new merges after all old ones, so it first does all that it
-did; a Unigram tokenizer keeps its old pieces and their scores, so a text without new pieces has the same best
-segmentation. Every byte stays in reach of the old tokens, so what round-tripped before still does.
+A new token begins with a character of another script (or a space and one) and holds nothing that Latin text may hold:
+no ASCII, no accented letter, and no sign that scripts share, as “ ” ’ — … € and emoji. So text in Latin letters is
+tokenised exactly as before, whatever the new tokens were learnt from. Other text is, unless a new token applies: a BPE
+tokenizer gets its new merges after all old ones, so it first does all that it did; a Unigram tokenizer keeps its old
+pieces and their scores, so a text without new pieces has the same best segmentation. Every byte stays in reach of the
+old tokens, so what round-tripped before still does. All this is checked on the saved tokenizer before it counts.
 """
 
+import codecs
 import heapq
 import json
 import re
@@ -16,13 +19,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from capacity_gap.data.scripts import OTHER_SCRIPT, is_shared
 from capacity_gap.data.tokenizer import load_tokenizer
 from capacity_gap.errors import ConfigError, StageError
 from capacity_gap.stage import write_json
 
 PARTS = "parts.json"
 LEAST = 2  # a token that text holds once saves nothing
+FILLED = 0.9  # share of the new rows that must get a token: the others would be trained, and counted, for nothing
+CHECKED = 500  # texts on which an expanded tokenizer is compared with the old one
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_CANNOT = "the teacher's tokenizer cannot be expanded, take a family with another one:"
 Pair = tuple[str, str]
 
 
@@ -69,14 +76,33 @@ class Spelling:
         except UnicodeDecodeError:
             return None
 
+    def steps(self, token: str) -> list[str]:
+        """A token after the tokens that build it byte by byte, if it is one character and its bytes are tokens."""
+        one = self.by_byte and len(self.read(token).decode(errors="replace")) == 1
+        return [token[:end] for end in range(2, len(token))] * one + [token]
+
+    def is_beyond_ascii(self, token: str) -> bool:
+        """Whether a token may be a part of a new one: no ASCII in it but a space before it, or alone."""
+        value = self.read(token)
+        return bool(value) and all(b >= 0x80 for b in value.removeprefix(b" "))
+
     def is_new_script(self, token: str) -> bool:
-        """Whether a token may be added: no ASCII in it but a space before it."""
-        value = self.read(token).removeprefix(b" ")
-        return bool(value) and all(b >= 0x80 for b in value)
+        """Whether a token may be added: characters of another script, with a space before them at most.
+
+        The last may be cut off after some of its bytes, if those begin no shared character. A token that starts within
+        a character may not be added: its bytes may end a shared one, and text in Latin letters would change.
+        """
+        reader = codecs.getincrementaldecoder("utf-8")()
+        try:
+            text = reader.decode(self.read(token).removeprefix(b" "))
+        except UnicodeDecodeError:
+            return False
+        cut = reader.getstate()[0]
+        return bool(text or cut) and not any(map(is_shared, (*(c.encode() for c in text), cut)))
 
 
 def expand_tokenizer(
-    folder: Path, out: Path, *, size: int, texts: Iterable[str] = (), second: Path | str | None = None
+    folder: Path, out: Path, *, size: int, texts: Iterable[str], second: Any | None = None
 ) -> dict[str, int]:
     """Writes the tokenizer in `folder` with up to `size` tokens to `out`, and what the new ones were before.
 
@@ -84,50 +110,105 @@ def expand_tokenizer(
         folder: a saved tokenizer, BPE (byte-level, or of characters with byte fallback) or Unigram.
         out: an existing folder; gets the tokenizer and `parts.json`: per new token the old ids that spelt it.
         size: tokens wanted in all.
-        texts: what new tokens are learnt from, if `second` is not given.
+        texts: what new tokens are learnt from, if `second` is not given; the result is checked on some of them.
         second: a tokenizer whose tokens are added, in its own order.
 
     Returns:
         How many tokens there were, and are.
+
+    Raises:
+        ConfigError: the tokenizer is of another kind or large enough already, or too few tokens were found.
+        StageError: the expanded tokenizer would read old text otherwise.
     """
     old = load_tokenizer(folder)
     content = json.loads(old.backend_tokenizer.to_str())
     kind = content["model"]["type"]
     if kind not in ("BPE", "Unigram"):
         raise ConfigError(f"expand.vocab: a {kind} tokenizer cannot be expanded. Allowed: BPE, Unigram.")
-    room = size - len(old)
-    if room <= 0:
-        raise ConfigError(f"expand.vocab={size}, but the tokenizer already has {len(old)} tokens. Give more.")
+    first = max(old.get_vocab().values()) + 1
+    if size <= first:
+        raise ConfigError(f"expand.vocab={size}, but the tokenizer already has {first} tokens. Give more.")
+    given = list(texts)
     if second is not None:
-        found = from_second(content, second, room)
+        found = from_second(content, second, size - first)
     else:
-        found = learn_pieces(old, list(texts), room) if kind == "Unigram" else learn_merges(old, list(texts), room)
-    if not found:
-        raise StageError("no token to add was found: the text, or the second tokenizer, holds no second script.")
+        found = (learn_pieces if kind == "Unigram" else learn_merges)(old, given, size - first)
+    _check_found(len(found), first, size)
     old.save_pretrained(out)
-    grown = with_tokens(content, found, first=len(old))
+    grown = with_tokens(content, found, first=first)
     (out / "tokenizer.json").write_text(json.dumps(grown, ensure_ascii=False), encoding="utf-8")
     model = old.backend_tokenizer.model
-    write_json(out / PARTS, {"first": len(old), "parts": [[t.id for t in model.tokenize(a.token)] for a in found]})
-    return {"before": len(old), "after": len(old) + len(found)}
+    write_json(out / PARTS, {"first": first, "parts": [[t.id for t in model.tokenize(a.token)] for a in found]})
+    check_expanded(old, load_tokenizer(out), [a.token for a in found], given[:: max(1, len(given) // CHECKED)])
+    return {"before": first, "after": first + len(found)}
+
+
+def _check_found(found: int, first: int, size: int) -> None:
+    """Rows that no token uses would count as parameters of teacher and student, and nothing would say so."""
+    if not found:
+        raise ConfigError(
+            f"expand.vocab={size}: no token to add was found. The text, or the second tokenizer, holds no script but "
+            "the Latin one; name text of the second script in adapt.parts=."
+        )
+    if found < FILLED * (size - first):
+        raise ConfigError(
+            f"expand.vocab={size} asks for {size - first:,} tokens beside the old {first:,}, and only {found:,} were "
+            f"found; the other rows would count as parameters for nothing. Give expand.vocab={first + found}, or more "
+            "text of the second script."
+        )
+
+
+def check_expanded(old: Any, new: Any, added: Sequence[str], texts: Sequence[str]) -> None:
+    """Raises `StageError` unless every token has one id, old ones their own, and texts read as before.
+
+    Text without another script, or without a new token, must have its old ids; all text must decode to what it did.
+    """
+    before, after = old.get_vocab(), new.get_vocab()
+    first = max(before.values()) + 1
+    if after != before | {token: first + i for i, token in enumerate(added)}:
+        moved = sorted(token for token, i in before.items() if after.get(token) != i)[:5]
+        raise StageError(f"{_CANNOT} tokens would not keep their ids, or not have one each, as {moved}.")
+    marks = [token for token in old.get_added_vocab() for token in (token, f"to {token}be{token} {token}")]
+    for text in (*marks, *texts):
+        was, now = (t(text, add_special_tokens=False)["input_ids"] for t in (old, new))
+        if was == now:
+            continue
+        same = max(now, default=0) >= first and OTHER_SCRIPT.search(text)
+        if not same or _decoded(old, was) != _decoded(new, now):
+            raise StageError(f"{_CANNOT} it would read {text[:80]!r} otherwise than before.")
+
+
+def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 def with_tokens(content: dict[str, Any], found: Sequence[Addition], *, first: int) -> dict[str, Any]:
-    """A tokenizer.json with more tokens, which get the ids from `first`."""
+    """A tokenizer.json with more tokens, which get the ids from `first`.
+
+    Tokens that were added behind the model's vocabulary (Pythia's runs of spaces, Qwen's roles) become entries of it:
+    others are numbered anew whenever a tokenizer is loaded, from the size of the vocabulary on, which has grown. No
+    merge leads to them, so they are found in text as before, and only so.
+    """
     model = dict(content["model"])
     if model["type"] == "Unigram":
-        if len(model["vocab"]) != first:
-            raise ConfigError(
-                f"this Unigram tokenizer has {first} tokens, {len(model['vocab'])} of them in its model: pieces cannot "
-                "be added behind its added tokens."
-            )
-        model["vocab"] = [*model["vocab"], *([a.token, a.score] for a in found)]
+        pieces = [piece for piece, _ in model["vocab"]]
+        least = min(score for _, score in model["vocab"])  # it decides what an unknown character costs, so it stays
+        added = [[token, least] for token, _ in _behind(content, pieces)]
+        model["vocab"] = [*model["vocab"], *added, *([a.token, max(a.score, least)] for a in found)]
     else:
         joined = bool(model["merges"]) and isinstance(model["merges"][0], str)
         merges = [pair for a in found for pair in a.merges]
-        model["vocab"] = model["vocab"] | {a.token: first + i for i, a in enumerate(found)}
+        behind = dict(_behind(content, model["vocab"]))
+        model["vocab"] = model["vocab"] | behind | {a.token: first + i for i, a in enumerate(found)}
         model["merges"] = [*model["merges"], *(" ".join(p) if joined else list(p) for p in merges)]
     return {**content, "model": model}
+
+
+def _behind(content: dict[str, Any], vocab: Iterable[str]) -> list[tuple[str, int]]:
+    """The added tokens that the model's vocabulary lacks, and their ids, in order."""
+    known = set(vocab)
+    added = ((t["content"], t["id"]) for t in content["added_tokens"] if t["content"] not in known)
+    return sorted(added, key=lambda entry: entry[1])
 
 
 def learn_merges(tokenizer: Any, texts: Sequence[str], room: int) -> list[Addition]:
@@ -146,7 +227,8 @@ def learn_merges(tokenizer: Any, texts: Sequence[str], room: int) -> list[Additi
         counts = Counter(c for text in texts for c in text if c not in vocab and spelling.is_new_script(c))
         frequent = sorted((c for c, n in counts.items() if n >= LEAST), key=lambda c: (-counts[c], c))
         found = [Addition(c) for c in frequent[: room // 2]]
-        backend = Tokenizer.from_str(json.dumps(with_tokens(content, found, first=len(tokenizer))))
+        first = max(tokenizer.get_vocab().values()) + 1
+        backend = Tokenizer.from_str(json.dumps(with_tokens(content, found, first=first)))
     runs = _runs(backend, texts, spelling)
     known = set(backend.get_vocab())
     merges = _merge(runs, known, spelling, room - len(found))
@@ -154,16 +236,17 @@ def learn_merges(tokenizer: Any, texts: Sequence[str], room: int) -> list[Additi
 
 
 def _runs(backend: Any, texts: Sequence[str], spelling: Spelling) -> Counter[tuple[str, ...]]:
-    """Runs of tokens of the new script, as the tokenizer splits them now, and how often each occurs."""
+    """Runs of tokens beyond ASCII, as the tokenizer splits them now, and how often each occurs."""
     found: Counter[tuple[str, ...]] = Counter()
     for encoding in backend.encode_batch(list(texts), add_special_tokens=False):
         run: list[str] = []
         word = None
         for token, own in zip(encoding.tokens, encoding.word_ids, strict=True):
-            if own != word or not (spelling.is_new_script(token) or spelling.read(token) == b" "):
+            beyond = spelling.is_beyond_ascii(token)
+            if own != word or not beyond:
                 found[tuple(run)] += 1
                 run, word = [], own
-            if spelling.is_new_script(token) or spelling.read(token) == b" ":
+            if beyond:
                 run.append(token)
         found[tuple(run)] += 1
     return Counter({run: n for run, n in found.items() if len(run) > 1})
@@ -222,7 +305,7 @@ def learn_pieces(tokenizer: Any, texts: Sequence[str], room: int) -> list[Additi
 
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     spelling, known = Spelling.of(content), {piece for piece, _ in content["model"]["vocab"]}
-    runs = [run for text in texts for run in re.findall(r"[^\x00-\x7f]+", text)]
+    runs = [run for text in texts for run in OTHER_SCRIPT.findall(text)]
     if not runs:
         return []
     fresh = Tokenizer(models.Unigram())
@@ -238,35 +321,33 @@ def learn_pieces(tokenizer: Any, texts: Sequence[str], room: int) -> list[Additi
     return sorted(new, key=lambda a: (-a.score, a.token))[:room]
 
 
-def from_second(content: dict[str, Any], second: Path | str, room: int) -> list[Addition]:
+def from_second(content: dict[str, Any], second: Any, room: int) -> list[Addition]:
     """The first `room` tokens of a second tokenizer that are new and of another script.
 
-    A BPE tokenizer reaches a token through every pair of known tokens that spell it; one that no pair spells is left
-    out.
+    A BPE tokenizer reaches a token through every pair of known tokens that spell it. A character made of bytes also
+    gets the tokens that build it from its first byte on; any other token that no pair spells is left out.
     """
-    from transformers import AutoTokenizer
-
-    other = json.loads(AutoTokenizer.from_pretrained(second).backend_tokenizer.to_str())
+    other = json.loads(second.backend_tokenizer.to_str())
     unigram = content["model"]["type"] == "Unigram"
     if unigram and other["model"]["type"] != "Unigram":
         raise ConfigError(
-            f"expand.tokenizer={second} is {other['model']['type']}: a Unigram tokenizer can take tokens only from "
+            f"expand.tokenizer= names a {other['model']['type']} tokenizer: a Unigram one can take tokens only from "
             "another Unigram tokenizer, whose pieces have scores. Leave it out to learn them from text."
         )
     own, theirs = Spelling.of(content), Spelling.of(other)
     vocab = content["model"]["vocab"]
     known = {piece for piece, _ in vocab} if unigram else set(vocab)
+    known |= {token for token, _ in _behind(content, known)}
     found: list[Addition] = []
     for piece, score in _in_order(other["model"]):
         token = own.write(theirs.read(piece))
-        if not token or token in known or not own.is_new_script(token):
-            continue
-        splits = tuple((token[:i], token[i:]) for i in range(1, len(token)) if {token[:i], token[i:]} <= known)
-        if unigram or splits or (len(token) == 1 and not own.by_byte):
-            found.append(Addition(token, () if unigram else splits, score))
-            known.add(token)
-        if len(found) == room:
-            break
+        for step in own.steps(token) if token and not unigram else [token]:
+            if not step or step in known or not own.is_new_script(step) or len(found) == room:
+                continue
+            splits = tuple((step[:i], step[i:]) for i in range(1, len(step)) if {step[:i], step[i:]} <= known)
+            if unigram or splits or (len(step) == 1 and not own.by_byte):
+                found.append(Addition(step, () if unigram else splits, score))
+                known.add(step)
     return found
 
 

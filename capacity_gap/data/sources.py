@@ -48,11 +48,18 @@ def identity(source: SourceConfig) -> dict[str, Any]:
     return {package: PINNED[package]}
 
 
-def tokenizer_identity(tokenizer: str) -> dict[str, Any]:
-    """What identifies a second tokenizer: a local one's content, or a name on the hub."""
+def tokenizer_identity(tokenizer: str, revision: str | None) -> dict[str, Any]:
+    """What identifies a second tokenizer: a local one's content, or a name on the hub and a commit."""
     folder = Path(tokenizer).expanduser()
     if not folder.is_dir():
-        return {"repository": tokenizer}
+        if revision is None:
+            raise ConfigError(
+                f"expand.tokenizer={tokenizer} is no folder here; as a name on the hub it needs expand.revision=COMMIT "
+                "(40 hexadecimal digits, in the history of its files): what the name stands for may change."
+            )
+        return {"repository": tokenizer, "revision": revision}
+    if revision is not None:
+        raise ConfigError(f"expand.tokenizer={tokenizer} is a folder: expand.revision={revision} is for the hub only.")
     if not (folder / "tokenizer.json").is_file():
         raise ConfigError(f"expand.tokenizer={tokenizer} has no tokenizer.json: save its fast tokenizer there.")
     return {"content": files_digest([folder / "tokenizer.json"])}

@@ -52,7 +52,7 @@ def bytes_per_id(tokenizer: Any) -> list[int]:
     In byte-level BPE each character of a token is a byte; in SentencePiece `▁` is a space and `<0x0A>` a byte.
     """
     special = set(tokenizer.all_special_ids)
-    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    tokens = tokenizer.convert_ids_to_tokens(list(range(max(tokenizer.get_vocab().values()) + 1)))  # ids may skip some
     byte_level = "ByteLevel" in tokenizer.backend_tokenizer.to_str().partition('"decoder"')[2][:400]
     width = len if byte_level else _sentencepiece_bytes
     return [0 if i in special or token is None else width(token) for i, token in enumerate(tokens)]

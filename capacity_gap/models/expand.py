@@ -16,11 +16,12 @@ INDEX = "model.safetensors.index.json"
 def grown(matrix: Tensor, first: int, parts: Sequence[Sequence[int]], rows: int) -> Tensor:
     """The matrix [V, D] with `rows` rows: row first + i is the mean of old rows parts[i], padding the mean of all.
 
-    The padding's rows belong to no token; the mean keeps them as harmless in a softmax as any row can be.
+    The padding's rows belong to no token; the mean keeps them as harmless in a softmax as any row can be. A tokenizer
+    may have more tokens than its model has rows: those that no row stood for begin at the mean as well.
     """
-    wide = matrix.float()
-    found = wide[:first].mean(0).repeat(rows, 1)
-    found[: min(first, rows)] = wide[:first]
+    wide = matrix.float()[:first]
+    found = wide.mean(0).repeat(rows, 1)
+    found[: len(wide)] = wide
     for i, ids in enumerate(parts):
         found[first + i] = wide[list(ids)].mean(0)
     return found.to(matrix.dtype)
@@ -57,7 +58,7 @@ def expand_checkpoint(
     for done, shard in enumerate(shards, 1):
         tensors = load_file(shard)
         for name in names & tensors.keys():
-            tensors[name] = grown(tensors[name], min(first, old), parts, rows).contiguous()
+            tensors[name] = grown(tensors[name], first, parts, rows).contiguous()
         save_file(tensors, out / shard.name, metadata={"format": "pt"})
         on_shard(done, len(shards))
     _write_listing(folder, out)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,17 @@ def point_to(repository: str, out: Path, *, shape: Mapping[str, Any], dtype: str
 
 def copy_tokenizer(repository: str, out: Path) -> None:
     """Saves a published tokenizer to `out`."""
+    published_tokenizer(repository).save_pretrained(out)
+
+
+def published_tokenizer(repository: str, revision: str | None = None) -> Any:
+    """A tokenizer on the hub, at one commit if it is named, or in a folder."""
     from transformers import AutoTokenizer
 
-    _from_hub(AutoTokenizer.from_pretrained, repository).save_pretrained(out)
+    folder = Path(repository).expanduser()
+    if folder.is_dir():
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return _from_hub(partial(AutoTokenizer.from_pretrained, revision=revision or "main"), repository)
 
 
 def check_tokenizer(repository: str, folder: Path) -> None:
