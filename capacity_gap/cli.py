@@ -107,8 +107,13 @@ def _add_evaluate(commands) -> None:  # type: ignore[no-untyped-def]
     evaluate.add_argument("--device", default="auto", help="default: %(default)s")
     evaluate.add_argument("--dtype", default="fp32", help="fp32 (default) or bf16")
     evaluate.add_argument("--allow-code-execution", action="store_true", help="let tasks run what the model writes")
-    evaluate.add_argument("--out", type=Path, help="CSV to which the scores are added")
+    evaluate.add_argument("--train-tokens", help="tokens it was trained on, such as 300b: its FLOPs go into the CSV")
+    evaluate.add_argument("--out", type=Path, help="CSV to which the scores are added (`compare` reads it)")
     evaluate.set_defaults(run=run_evaluate)
+    compare = commands.add_parser("compare", help="models beside one another, from the tables of `evaluate --out`")
+    compare.add_argument("tables", nargs="+", type=Path, help="CSV files of `evaluate --out`")
+    compare.add_argument("--out", type=Path, help="CSV: one row a model, columns metrics/<task> as records have")
+    compare.set_defaults(run=run_compare)
     judge = commands.add_parser("judge", help="let a model behind an OpenAI-compatible endpoint grade answers")
     judge.add_argument("answers", nargs="+", help="one (single grades) or two (pairs): model folders or answers .jsonl")
     judge.add_argument("--endpoint", required=True, help="base URL, such as http://localhost:8000/v1")
@@ -117,7 +122,9 @@ def _add_evaluate(commands) -> None:  # type: ignore[no-untyped-def]
     judge.add_argument("--questions", type=Path, help="questions .jsonl of your own (default: those of this package)")
     judge.add_argument("--key-env", default="OPENAI_API_KEY", help="variable that holds the key (default: %(default)s)")
     judge.add_argument("--price", type=float, nargs=2, default=(0.0, 0.0), metavar=("IN", "OUT"), help="a million")
-    judge.add_argument("--yes", action="store_true", help="ask the judge; without it only the cost is shown")
+    judge.add_argument("--max-tokens", type=int, default=512, help="of one judgement (default: %(default)s)")
+    judge.add_argument("--device", default="auto", help="where model folders answer (default: %(default)s)")
+    judge.add_argument("--yes", action="store_true", help="answer and ask the judge; without it only the cost is shown")
     judge.set_defaults(run=run_judge)
 
 
@@ -126,6 +133,13 @@ def run_evaluate(given: argparse.Namespace) -> int:
     from capacity_gap.evaluate.other import score_other
 
     return score_other(given)
+
+
+def run_compare(given: argparse.Namespace) -> int:
+    """Prints a table of comparison, and writes it if asked."""
+    from capacity_gap.evaluate.compare import compare
+
+    return compare(given.tables, given.out)
 
 
 def run_judge(given: argparse.Namespace) -> int:

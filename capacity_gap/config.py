@@ -203,9 +203,7 @@ class EvaluateConfig:
         _need(self.limit is None or self.limit > 0, "evaluate.limit", self.limit, "more than zero, or null")
         if self.task_folder == "":
             raise ConfigError("evaluate=local needs evaluate.task_folder=FOLDER with task files (.yaml).")
-        forbid_code(
-            parse_tasks(self.tasks), allowed=self.allow_code_execution, flag="evaluate.allow_code_execution=true"
-        )
+        self._forbid_code(parse_tasks(self.tasks))
         parse_tasks([*self.tasks, *self.code_tasks])
 
     @property
@@ -217,7 +215,13 @@ class EvaluateConfig:
     def benchmarks(self) -> list[Task]:
         """What is run: the tasks named, else all that the folder defines; those that run code only if allowed."""
         named = parse_tasks([*self.tasks, *(self.code_tasks if self.allow_code_execution else [])])
-        return named or [Task(name) for name in (folder_tasks(self.folder) if self.folder else [])]
+        found = named or [Task(name) for name in (folder_tasks(self.folder) if self.folder else [])]
+        self._forbid_code(found, self.folder)
+        return found
+
+    def _forbid_code(self, tasks: list[Task], folder: Path | None = None) -> None:
+        flag = "evaluate.allow_code_execution=true"
+        forbid_code(tasks, allowed=self.allow_code_execution, flag=flag, folder=folder)
 
 
 @dataclass

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,21 @@ import pytest
 
 from capacity_gap import cli, pipeline, records
 from capacity_gap.errors import ConfigError, StageError, UserError
+from capacity_gap.evaluate.other import COLUMNS, chosen
 from capacity_gap.evaluate.scores import Score, as_loss, as_metrics, metric_direction
 from capacity_gap.evaluate.suite import build_suite, cloze, next_sentence, sentences
-from capacity_gap.evaluate.tasks import Task, check_tasks, folder_digest, folder_names, folder_tasks, place
+from capacity_gap.evaluate.tasks import (
+    PAPER,
+    PERPLEXITIES,
+    Task,
+    check_tasks,
+    folder_digest,
+    folder_names,
+    folder_tasks,
+    harness_folder,
+    place,
+    unsafe_names,
+)
 from tests.conftest import compose
 
 ROLLING = """\
@@ -31,6 +44,48 @@ doc_to_target: text
 metric_list:
   - metric: bits_per_byte
 """
+
+# The model writes; every letter counts in chrF. Its examples are drawn from a split of their own.
+WRITING = """\
+task: writing
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: writing.jsonl
+    train: examples.jsonl
+test_split: test
+fewshot_split: train
+num_fewshot: 2
+output_type: generate_until
+doc_to_text: "{{text[:30]}}"
+doc_to_target: " {{text[30:]}}"
+generation_kwargs:
+  until: ["\\n\\n"]
+  max_gen_toks: 24
+metric_list:
+  - metric: chrf
+  - metric: exact_match
+"""
+# A choice of two; `{}` are its name, its file of data and more settings.
+CHOICE = """\
+task: {}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{q}}}} is"
+doc_to_choice: ["small", "large"]
+doc_to_target: a
+"""
+
+
+def write_choice(folder: Path, name: str, more: str = "", *, count: int = 4, data: str = "data.jsonl") -> None:
+    """A task file of two choices in `folder`, with its questions beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.yaml").write_text(CHOICE.format(name, data) + more)
+    (folder / data).write_text("".join(json.dumps({"q": f"thing {i}", "a": i % 2}) + "\n" for i in range(count)))
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +165,7 @@ def test_a_folder_says_what_it_defines_without_running_its_code(tmp_path):
 
 def test_the_papers_tasks_are_found_and_a_typo_is_named():
     pytest.importorskip("lm_eval")
-    for name in ("mmlu", "ceval-valid", "drop", "humaneval", "bbh", "gsm8k", "wikitext", "lambada_openai"):
+    for name in (*PAPER, *PERPLEXITIES):
         defined = [f for f in place(name).rglob("*.yaml") if name in f.read_text(encoding="utf-8")]
         assert defined, name
     assert place("hellaswag").name == "hellaswag"
@@ -121,10 +176,42 @@ def test_the_papers_tasks_are_found_and_a_typo_is_named():
 def test_the_papers_shots_and_code_only_if_allowed():
     cell = pipeline.resolve(compose(["evaluate=paper"]))
     named = {t.name: t.shots for t in cell.config.evaluate.benchmarks}
-    six = {"mmlu": 5, "ceval-valid": 5, "drop": 3, "bbh": 3, "gsm8k": 8}
-    assert named == {**six, "wikitext": None, "lambada_openai": None}
+    others = dict.fromkeys(PERPLEXITIES)
+    assert named == {name: shots for name, shots in PAPER.items() if name != "humaneval"} | others
     allowed = compose(["evaluate=paper", "evaluate.allow_code_execution=true"]).evaluate.benchmarks
-    assert {t.name: t.shots for t in allowed} == {**named, "humaneval": 0}
+    assert {t.name: t.shots for t in allowed} == PAPER | others
+    assert set(chosen(None, None, allow_code=True)) == set(allowed)
+    assert set(chosen(None, None, allow_code=False)) == set(cell.config.evaluate.benchmarks)
+
+
+def test_every_task_of_the_harness_that_runs_code_is_known_by_its_name():
+    pytest.importorskip("lm_eval")
+    marked = {
+        file.relative_to(harness_folder()).parts[0]
+        for file in harness_folder().rglob("*")
+        if file.is_file() and file.suffix != ".pyc" and b"\nunsafe_code: true" in file.read_bytes()
+    }
+    assert "cruxeval" in marked and "humaneval" in marked
+    for part in marked:
+        names = folder_names(harness_folder() / part)
+        assert names and all(Task(name).runs_code for name in names if name in unsafe_names(harness_folder() / part))
+
+
+def test_own_tasks_that_run_code_are_stopped_before_anything_is_loaded(tmp_path):
+    (tmp_path / "base").write_text("unsafe_code: true\n")
+    (tmp_path / "a.yaml").write_text("include: base\ntask: a\ntag: writes\n")
+    (tmp_path / "b.yaml").write_text("task: b\n")
+    (tmp_path / "g.yaml").write_text("group: g\ntask: [h, b]\n")
+    (tmp_path / "h.yaml").write_text("group: h\ntask:\n  - task: a\n")
+    assert unsafe_names(tmp_path) == {"a", "writes", "g", "h"}
+    for name in ("a", "writes", "g"):
+        with pytest.raises(ConfigError, match=rf"{name} executes code .* with --allow-code-execution"):
+            chosen(name, tmp_path, allow_code=False)
+    assert chosen("b", tmp_path, allow_code=False) == [Task("b")]
+    assert chosen("g", tmp_path, allow_code=True) == [Task("g")]
+    given = compose(["evaluate=local", f"evaluate.task_folder={tmp_path}"])
+    with pytest.raises(ConfigError, match="g executes code .* with evaluate.allow_code_execution=true"):
+        _ = given.evaluate.benchmarks
 
 
 def test_teachers_are_scored_once_and_scores_leave_old_identities_alone(tiny):
@@ -183,28 +270,34 @@ def test_scores_equal_the_harness_own_command_line_to_the_last_digit(checkpoint,
     from capacity_gap.evaluate.harness import score_tasks
     from capacity_gap.models.loading import load_model
 
-    names = ["pico_cloze", "pico_next", "prose"]
+    names = ["pico_cloze", "pico_next", "prose", "writing"]
+    folder = shutil.copytree(folder, tmp_path / "tasks")
+    (folder / "writing.yaml").write_text(WRITING)
+    lines = (folder / "prose.jsonl").read_text().splitlines(keepends=True)
+    (folder / "writing.jsonl").write_text("".join(lines[:4]))
+    (folder / "examples.jsonl").write_text("".join(json.dumps({"text": f"{i} " * 25}) + "\n" for i in range(9)))
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={checkpoint}"]
     command += ["--tasks", ",".join(names), "--include_path", str(folder), "--batch_size", "4", "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "--output_path", str(tmp_path / "out.json")],
+        [*command, "--output_path", str(tmp_path / "out/out.json")],
         cwd=folder,
         env=environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    (file,) = tmp_path.rglob("*.json")
+    (file,) = (tmp_path / "out").rglob("*.json")
     theirs = json.loads(file.read_text())["results"]
     model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
     ours = score_tasks(model, tokenizer, [Task(n) for n in names], folder=folder, batch_size=4)
-    assert [s.task for s in ours] == names
+    assert [s.task for s in ours] == [*names, "writing"]
+    assert [s.value > 0 for s in ours if s.metric == "chrf"] == [True], "nothing was written"
     for score in ours:
         assert score.value == theirs[score.task][f"{score.metric},none"], score
         if score.stderr is not None:
             assert score.stderr == theirs[score.task][f"{score.metric}_stderr,none"], score
-    assert {s.task for s in ours if s.stderr} == {"pico_cloze", "pico_next"}
+    assert {s.task for s in ours if s.stderr} == {"pico_cloze", "pico_next", "writing"}
 
 
 def test_the_harness_leaves_no_trace(checkpoint, folder, capfd):
@@ -242,6 +335,53 @@ def test_data_that_is_not_there_is_one_paragraph(checkpoint, tmp_path):
         load_tasks([Task("gone")], tmp_path)
 
 
+def score(checkpoint, folder, *names, **given):
+    from capacity_gap.data.tokenizer import load_tokenizer
+    from capacity_gap.evaluate.harness import score_tasks
+    from capacity_gap.models.loading import load_model
+
+    model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
+    return score_tasks(model, tokenizer, [*names], folder=folder, batch_size=8, **given)
+
+
+def test_data_lie_beside_each_task_file_wherever_the_command_is_started(checkpoint, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    write_choice(tmp_path / "tasks", "top", count=3)
+    write_choice(tmp_path / "tasks/deep", "below", "tag: lower\n", count=5)
+    write_choice(tmp_path / "tasks/deep/er", "deepest", count=7)
+    (tmp_path / "tasks/group.yaml").write_text("group: both\ntask: [below, deepest]\n")
+    monkeypatch.chdir(tmp_path)
+    named = [Task(n) for n in ("top", "lower", "both")]
+    found = score(checkpoint, Path("tasks"), *named)
+    counted = {(s.task, s.samples) for s in found if s.metric == "acc"}
+    assert counted == {("top", 3), ("below", 5), ("deepest", 7)}
+    assert cli.main(["evaluate", str(checkpoint), "--task-folder", "tasks", "--limit", "2"]) == 0
+
+
+def test_a_group_and_one_of_its_members_keep_their_own_shots(checkpoint, tmp_path):
+    pytest.importorskip("lm_eval")
+    for name in ("t_a", "t_b"):
+        write_choice(tmp_path / name, name, "fewshot_split: test\n", count=12)
+    group = "group: grp\ntask: [t_a, t_b]\naggregate_metric_list:\n  - metric: acc\n"
+    (tmp_path / "grp.yaml").write_text(group)
+    together = score(checkpoint, tmp_path, Task("grp", 3), Task("t_a", 0))
+    apart = [*score(checkpoint, tmp_path, Task("grp", 3)), *score(checkpoint, tmp_path, Task("t_a", 0))]
+    assert together == apart
+    assert [(s.task, s.shots) for s in together if s.metric == "acc"] == [("grp", 3), ("t_a", 0)]
+
+
+def test_a_task_that_scores_nothing_or_runs_code_unasked_is_an_error(checkpoint, tmp_path):
+    pytest.importorskip("lm_eval")
+    write_choice(tmp_path, "mute", "process_results: !function own.nothing\n")
+    (tmp_path / "own.py").write_text("def nothing(doc, results):\n    return {}\n")
+    with pytest.raises(StageError, match="the benchmark mute scored nothing"):
+        score(checkpoint, tmp_path, Task("mute"))
+    write_choice(tmp_path, "sly", "unsafe_code: true\n")
+    with pytest.raises(StageError, match=r"sly executes code .* evaluate.allow_code_execution=true"):
+        score(checkpoint, tmp_path, Task("sly"))
+    assert score(checkpoint, tmp_path, Task("sly"), allow_code=True)
+
+
 def test_any_model_is_scored_for_tables_of_comparison(checkpoint, folder, tmp_path, capsys):
     pytest.importorskip("lm_eval")
     out = tmp_path / "scores.csv"
@@ -251,11 +391,72 @@ def test_any_model_is_scored_for_tables_of_comparison(checkpoint, folder, tmp_pa
     table = pd.read_csv(out)
     assert list(table["task"]) == ["pico_cloze", "pico_next", "prose", "pico_next"]
     assert set(table["params"]) == {55_032}
+    assert list(table.columns) == list(COLUMNS)
+    assert set(zip(table["dtype"], table["batch_size"], table["limit"], strict=True)) == {("fp32", 8, 4)}
     assert "bits_per_byte" in capsys.readouterr().out
     assert cli.main(["evaluate", str(tmp_path), "--task-folder", str(folder)]) == 2
     assert "cannot be loaded as a causal language model" in capsys.readouterr().err
-    assert cli.main(["evaluate", str(checkpoint), "--tasks", "humaneval"]) == 2
+    assert cli.main(["evaluate", str(checkpoint), "--tasks", "cruxeval_input"]) == 2
     assert "Allow it with --allow-code-execution" in capsys.readouterr().err
+
+
+def test_a_foreign_table_is_found_before_anything_is_loaded(folder, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("lm_eval")
+    from capacity_gap.evaluate import other
+
+    monkeypatch.setattr(other, "_load", lambda *_, **__: pytest.fail("the model was loaded"))
+    (tmp_path / "foreign.csv").write_text("name,score\nx,1\n")
+    command = ["evaluate", "x", "--task-folder", str(folder), "--out", str(tmp_path / "foreign.csv")]
+    assert cli.main(command) == 2
+    assert "is another table (columns name, score)" in capsys.readouterr().err
+
+
+def test_tables_of_scores_are_compared(tmp_path, capsys):
+    def rows(model, tokens, **more):
+        row = {"model": model, "params": 10, "train_flops": tokens, "dtype": "fp32", "batch_size": 8, "lm_eval": "1"}
+        row |= {"task": "wikitext", "value": 20.0, "shots": 0, "higher_is_better": False, "samples": 3} | more
+        return [row | {"metric": "word_perplexity"}, row | {"metric": "bits_per_byte", "value": 0.5, "stderr": 0.01}]
+
+    def write(name, given):
+        frame = pd.DataFrame(given).reindex(columns=COLUMNS)
+        frame.assign(limit=frame["limit"].astype("Int64")).to_csv(tmp_path / name, index=False)
+        return str(tmp_path / name)
+
+    one = write("one.csv", [*rows("a", None, value=30.0), *rows("a", 6e9)])
+    two = write("two.csv", [*rows("b", None, limit=4), *rows("b", None)])
+    assert cli.main(["compare", one, two, "--out", str(tmp_path / "wide.csv")]) == 0
+    said = capsys.readouterr().out
+    assert "0.5000 ± 0.0100" in said and "wikitext/bits_per_byte" in said and "limit" in said
+    wide = records.load(tmp_path / "wide.csv")
+    assert list(wide["model"]) == ["a", "b", "b"]
+    assert wide["metrics/wikitext"].tolist() == [20.0] * 3, "the last score of one kind counts"
+    assert wide["train_flops"].tolist()[0] == 6e9 and wide["train_flops"].isna().sum() == 2
+    assert metric_direction("metrics/wikitext", wide) == -1
+    assert cli.main(["compare", one]) == 0
+    assert "limit" not in capsys.readouterr().out
+    for name, given, wrong in (
+        ("shots.csv", [*rows("a", None), *rows("a", None, shots=5)], "wikitext of a with 0 and with 5 shots"),
+        ("broken.csv", rows("a", None, value="x"), "broken.csv, line 2: could not convert"),
+    ):
+        assert cli.main(["compare", write(name, given)]) == 2
+        assert wrong in capsys.readouterr().err
+    (tmp_path / "foreign.csv").write_text("name\nx\n")
+    for name, wrong in (("foreign.csv", "is another table"), ("none.csv", "is no file")):
+        assert cli.main(["compare", str(tmp_path / name)]) == 2
+        assert wrong in capsys.readouterr().err
+
+
+def test_training_compute_goes_into_the_table(checkpoint, folder, tmp_path):
+    pytest.importorskip("lm_eval")
+    from transformers import AutoConfig
+
+    from capacity_gap.accounting import train_flops
+
+    out = tmp_path / "scores.csv"
+    command = ["evaluate", str(checkpoint), "--task-folder", str(folder), "--tasks", "pico_cloze", "--limit", "2"]
+    assert cli.main([*command, "--train-tokens", "8k", "--out", str(out)]) == 0
+    shape = AutoConfig.from_pretrained(checkpoint).to_dict()
+    assert set(pd.read_csv(out)["train_flops"]) == {train_flops(shape, 8_000)}
 
 
 def test_directions():

@@ -39,7 +39,7 @@ def score_tasks(
         model: a causal language model of transformers, on its device.
         tokenizer: its tokenizer.
         tasks: what to run, in the order of the scores that come back.
-        folder: task files of one's own; relative data files in them lie beside them.
+        folder: task files of one's own, in it or below it; relative data files in them lie beside each.
         batch_size: sequences at once.
         limit: only so many questions of each task.
         allow_code: let tasks execute what the model writes.
@@ -49,7 +49,7 @@ def score_tasks(
         The scores of the tasks asked for; of a group its own, or where it has none those of its members.
 
     Raises:
-        StageError: a task, or its data, cannot be loaded.
+        StageError: a task, or its data, cannot be loaded; it runs code and may not; or it scores nothing.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -58,34 +58,95 @@ def score_tasks(
     try:
         with _harness_manners(allow_code):
             loaded = load_tasks(tasks, folder)
+            for task, part in zip(tasks, loaded, strict=True):
+                _forbid_code(task, part, allowed=allow_code)
             lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-            found = lm_eval.evaluate(
-                lm=lm, task_dict=loaded, limit=limit, log_samples=False, confirm_run_unsafe_code=allow_code
-            )
+            calls, home = _calls(loaded)
+            found = [
+                lm_eval.evaluate(
+                    lm=lm, task_dict=call, limit=limit, log_samples=False, confirm_run_unsafe_code=allow_code
+                )
+                for call in calls
+            ]
     finally:
         hook.remove()
-    return [score for task in tasks for score in _scores_of(task.name, loaded, found)]
+    each = zip(tasks, loaded, home, strict=True)
+    return [score for task, part, number in each for score in _scores_of(task.name, part, found[number])]
 
 
-def load_tasks(tasks: Sequence[Task], folder: Path | None) -> dict[str, Any]:
-    """The harness's task objects, with the shots and the seed that its command line would give them."""
-    loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
-    own = _manager(folder) if folder else None
+def load_tasks(tasks: Sequence[Task], folder: Path | None) -> list[dict[str, Any]]:
+    """The harness's task objects, with the shots and the seed that its command line would give them.
+
+    They stay apart by the task that was asked for: a group and one of its members may be asked with different shots.
+    """
+    own = _own_manager(folder.absolute()) if folder else None
+    loaded = []
     for task in tasks:
         manager = own if own is not None and task.name in own.task_index else _manager(place(task.name))
-        with _loading(task), contextlib.chdir(folder) if manager is own and folder else contextlib.nullcontext():
-            part = manager.load([task.name])
+        with _loading(task):
+            part = manager.load(_named(manager, task.name))
         for one in part["tasks"].values():
             _set_shots(one, task.shots)
-        for kind in loaded:
-            loaded[kind] |= part.get(kind, {})
+        loaded.append(part)
     return loaded
+
+
+def _calls(loaded: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
+    """What is evaluated in one call, and the number of each part's call: the first in which its names are free.
+
+    One call for all would mix a group with its members at other shots; one a task would make other batches than the
+    harness, which pools the requests of all tasks, and so differ from it in the last digits.
+    """
+    calls: list[dict[str, Any]] = []
+    home = []
+    for part in loaded:
+        names = {*part["tasks"], *part.get("groups", ())}
+        free = (i for i, call in enumerate(calls) if names.isdisjoint({*call["tasks"], *call["groups"]}))
+        number = next(free, len(calls))
+        if number == len(calls):
+            calls.append({"tasks": {}, "groups": {}, "group_map": {}})
+        for kind, found in calls[number].items():
+            found.update(part.get(kind, {}))
+        home.append(number)
+    return calls, home
 
 
 def _manager(folder: Path) -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=str(folder), include_defaults=False)
+
+
+def _own_manager(folder: Path) -> Any:
+    """A manager that builds every task, also one inside a group, from within the folder of its own file.
+
+    The harness takes relative paths of data as from the working directory.
+    """
+    manager = _manager(folder)
+    build = manager._factory.build
+
+    def build_inside(entry: Any, **given: Any) -> Any:
+        with contextlib.chdir(entry.yaml_path.parent if entry.yaml_path else folder):
+            return build(entry, **given)
+
+    manager._factory.build = build_inside
+    return manager
+
+
+def _named(manager: Any, name: str) -> list[str]:
+    """A tag as its tasks, which the harness would build without asking `build` for each; else the name itself."""
+    entry = manager.task_index.get(name)
+    return sorted(entry.tags) if entry is not None and entry.kind.name == "TAG" else [name]
+
+
+def _forbid_code(task: Task, part: Mapping[str, Any], *, allowed: bool) -> None:
+    """The harness's own mark decides at last: names that `tasks.RUNS_CODE` does not know are stopped here."""
+    unsafe = [name for name, one in part["tasks"].items() if getattr(one, "UNSAFE_CODE", False)]
+    if unsafe and not allowed:
+        raise StageError(
+            f"{task.name} executes code that the model writes ({', '.join(unsafe)}), on this machine and without a "
+            "sandbox. Allow it with evaluate.allow_code_execution=true (or --allow-code-execution), or leave it out."
+        )
 
 
 def _set_shots(task: Any, shots: int | None) -> None:
@@ -150,8 +211,13 @@ def _scores_of(name: str, loaded: Mapping[str, Any], found: Mapping[str, Any]) -
         for key in values
         if "," in key and not key.partition(",")[0].endswith("_stderr")
     ]
-    if scores or name in loaded["tasks"]:
+    if scores:
         return scores
+    if name in loaded["tasks"]:
+        raise StageError(
+            f"the benchmark {name} scored nothing: no metric came out of any question. Look at its metric_list and "
+            "process_results, or leave it out."
+        )
     members = loaded["group_map"].get(name) or [n for n, t in loaded["tasks"].items() if name in (t.config.tag or ())]
     return [score for member in members for score in _scores_of(member, loaded, found)]
 

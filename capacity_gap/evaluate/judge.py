@@ -2,24 +2,23 @@
 
 Single answers get 1 to 10; pairs are shown twice, each answer first once, and won only if both showings agree (Zheng et
 al. 2023, arXiv 2306.05685, who found judges to favour a position). What it would cost is said before anything is asked.
-Every judgement is appended to a file under a hash of what was asked, so a judge that was interrupted goes on and the
-same question is never paid for twice. The key is read from the environment and goes nowhere but to the endpoint.
+Every whole judgement is appended to a file under a hash of what was asked, so a judge that was interrupted goes on and
+no judgement is paid for twice; a reply that is empty or was cut off is none, and is asked again.
 """
 
-import json
 import math
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from capacity_gap.errors import UserError
+from capacity_gap.evaluate import jsonl
+from capacity_gap.evaluate.endpoint import MAX_TOKENS, Ask, endpoint
 from capacity_gap.fingerprint import fingerprint
 
 QUESTIONS = Path(__file__).with_name("questions.jsonl")
-MAX_TOKENS = 512  # of a judgement
 CHARACTERS_PER_TOKEN = 4.0  # of English, for the estimate of the cost
 SINGLE = """You grade the answers of an assistant. Judge whether they are correct, helpful, complete and as short
 as the questions allow; where a reference is given, what contradicts it is wrong. Say in two sentences what is
@@ -29,10 +28,10 @@ PAIR = """You compare two assistants, A and B, who answered the same questions. 
 helpfulness, completeness and brevity; where a reference is given, what contradicts it is wrong. Neither the order
 in which they are shown nor their length is a reason. Say in two sentences what decides. Then end with one line:
 VERDICT: A, or VERDICT: B, or VERDICT: TIE."""
-_SCORE = re.compile(r"SCORE:\s*\**\s*(10|[1-9])\b")
-_VERDICT = re.compile(r"VERDICT:\s*\**\s*(A|B|TIE)\b")
-
-Ask = Callable[[list[dict[str, str]]], tuple[str, int, int]]  # messages → text, tokens read, tokens written
+_MARKUP = re.compile(r"\\boxed|[*_`#\"{}\[\]]")
+_IN_BRACKETS = re.compile(r"\[\[([^\[\]]*)\]\]")  # MT-Bench's own form
+_SCORE = re.compile(r"(10|[1-9])(?:\.0)?(?:\s*(?:/|OUT OF)\s*10)?")
+_VERDICT = re.compile(r"(?:ASSISTANT\s+)?(A|B)|(?:A\s+)?(TIE)|(C)")  # C: a tie, in MT-Bench
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,9 @@ class Request:
     messages: tuple[dict[str, str], ...]
     swapped: bool = False
 
-    def key(self, judge: str) -> str:
+    def key(self, judge: str, max_tokens: int = MAX_TOKENS) -> str:
         """What the judgement is kept under: the judge, and every word that it is shown."""
-        return fingerprint({"judge": judge, "messages": list(self.messages), "max_tokens": MAX_TOKENS})
+        return fingerprint({"judge": judge, "messages": list(self.messages), "max_tokens": max_tokens})
 
 
 @dataclass(frozen=True)
@@ -76,29 +75,49 @@ class Cost:
 
 
 def read_questions(file: Path = QUESTIONS) -> list[Question]:
-    """Questions from JSON lines: `id, category, turns, reference`."""
-    return [
-        Question(row["id"], row["category"], tuple(row["turns"]), row.get("reference"))
-        for row in _read_lines(file, ("id", "category", "turns"))
-    ]
+    """Questions from JSON lines: `id` (or MT-Bench's `question_id`), `category`, `turns`, and maybe `reference`.
+
+    Raises:
+        UserError: a field is missing or of another kind, an id comes twice, or there is no question.
+    """
+    found: dict[str, Question] = {}
+    for place, row in jsonl.read_given(file, ("category", "turns")):
+        name = _id(place, row, found)
+        if not isinstance(row["category"], str):
+            raise UserError(f"{place}: category should be a text, not {row['category']!r}.")
+        found[name] = Question(name, row["category"], _texts(place, "turns", row["turns"]), _reference(place, row))
+    if not found:
+        raise UserError(f"{file} holds no question.")
+    return list(found.values())
 
 
 def read_answers(file: Path) -> dict[str, list[str]]:
-    """Answers from JSON lines `{"id", "answers": [one a turn]}`, by question."""
-    return {row["id"]: row["answers"] for row in _read_lines(file, ("id", "answers"))}
+    """Answers from JSON lines `{"id", "answers": [one a turn]}`, by question; `question_id` does for `id`."""
+    found: dict[str, list[str]] = {}
+    for place, row in jsonl.read_given(file, ("answers",)):
+        found[_id(place, row, found)] = list(_texts(place, "answers", row["answers"]))
+    return found
 
 
-def _read_lines(file: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
-    if not file.is_file():
-        raise UserError(f"{file} is no file. Give JSON lines with the fields {', '.join(needed)}.")
-    rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            rows.append(row | {n: row[n] for n in needed})
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{file}, line {number}: not a JSON object with {', '.join(needed)}.") from error
-    return rows
+def _id(place: str, row: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+    given = row.get("id", row.get("question_id"))
+    if isinstance(given, bool) or not isinstance(given, str | int):
+        raise UserError(f"{place}: id (or question_id) should be a text or a whole number, not {given!r}.")
+    if str(given) in before:
+        raise UserError(f"{place}: there is a line with id {given} already. Give each question its own.")
+    return str(given)
+
+
+def _texts(place: str, name: str, given: Any) -> tuple[str, ...]:
+    if not isinstance(given, list) or not given or not all(isinstance(t, str) for t in given):
+        raise UserError(f"{place}: {name} should be a list of texts, one a turn, not {given!r}.")
+    return tuple(given)
+
+
+def _reference(place: str, row: Mapping[str, Any]) -> str | None:
+    """A text, or as in MT-Bench a list of one a turn."""
+    given = row.get("reference")
+    return given if given is None or isinstance(given, str) else "\n".join(_texts(place, "reference", given))
 
 
 def requests(questions: Sequence[Question], answers: Sequence[Mapping[str, list[str]]]) -> list[Request]:
@@ -134,67 +153,75 @@ class Cache:
     """Judgements in a file, one JSON object a line; a line that a crash cut off is as if never written."""
 
     def __init__(self, file: Path) -> None:
-        self.file, self.found = file, {}
-        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            self.found[row["key"]] = row
+        self.file = file
+        whole = jsonl.read_whole(file, ("key", "text"))
+        self.found = {row["key"]: row for row in whole if str(row["text"] or "").strip()}
 
     def add(self, row: dict[str, Any]) -> None:
-        """Appends one judgement, and makes sure that it is on the disk: it was paid for."""
-        whole = not self.file.exists() or self.file.read_bytes()[-1:] in (b"\n", b"")
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(("" if whole else "\n") + json.dumps(row, ensure_ascii=False) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        """Appends one judgement."""
+        jsonl.append(self.file, row)
         self.found[row["key"]] = row
 
 
-def cost(asked: Sequence[Request], judge: str, cache: Cache, price: Sequence[float] = (0.0, 0.0)) -> Cost:
+def cost(
+    asked: Sequence[Request],
+    judge: str,
+    cache: Cache,
+    price: Sequence[float] = (0.0, 0.0),
+    *,
+    max_tokens: int = MAX_TOKENS,
+) -> Cost:
     """What the requests that are not in the cache come to; `price` is per million tokens, in and out."""
-    left = [r for r in asked if r.key(judge) not in cache.found]
+    left = [r for r in asked if r.key(judge, max_tokens) not in cache.found]
     tokens_in = sum(math.ceil(len(m["content"]) / CHARACTERS_PER_TOKEN) for r in left for m in r.messages)
-    tokens_out = MAX_TOKENS * len(left)
+    tokens_out = max_tokens * len(left)
     return Cost(
         len(left), len(asked) - len(left), tokens_in, tokens_out, (tokens_in * price[0] + tokens_out * price[1]) / 1e6
     )
 
 
-def judge_all(asked: Sequence[Request], judge: str, cache: Cache, ask: Ask) -> list[str]:
-    """The judge's words on every request, asking only for those that the cache lacks."""
+def judge_all(
+    asked: Sequence[Request], judge: str, cache: Cache, ask: Ask, *, max_tokens: int = MAX_TOKENS
+) -> list[str]:
+    """The judge's words on every request, asking only for those that the cache lacks; "" where it gave none whole."""
     for request in asked:
-        if (key := request.key(judge)) not in cache.found:
-            text, tokens_in, tokens_out = ask(list(request.messages))
-            cache.add(
-                {
-                    "key": key,
-                    "question": request.question.id,
-                    "swapped": request.swapped,
-                    "judge": judge,
-                    "text": text,
-                    "tokens_in": tokens_in,
-                    "tokens_out": tokens_out,
-                }
-            )
-    return [cache.found[r.key(judge)]["text"] for r in asked]
+        key = request.key(judge, max_tokens)
+        if key in cache.found or not (reply := ask(list(request.messages))).whole:
+            continue
+        cache.add(
+            {
+                "key": key,
+                "question": request.question.id,
+                "swapped": request.swapped,
+                "judge": judge,
+                "text": reply.text,
+                "tokens_in": reply.tokens_in,
+                "tokens_out": reply.tokens_out,
+            }
+        )
+    return [cache.found.get(r.key(judge, max_tokens), {"text": ""})["text"] for r in asked]
 
 
 def grade(text: str) -> int | None:
-    """The last `SCORE: n` of a judgement; None if it gives none."""
-    found = _SCORE.findall(text.upper())
-    return int(found[-1]) if found else None
+    """The last `SCORE: n` of a judgement; None if it gives none, or anything but a whole number from 1 to 10."""
+    found = _SCORE.fullmatch(_stated(text, "SCORE"))
+    return int(found[1]) if found else None
 
 
 def verdict(text: str, *, swapped: bool) -> str | None:
     """`first`, `second` or `tie`, whichever way they were shown; None if the judgement names none."""
-    found = _VERDICT.findall(text.upper())
+    found = _VERDICT.fullmatch(_stated(text, "VERDICT"))
     if not found:
         return None
-    if found[-1] == "TIE":
-        return "tie"
-    return "first" if (found[-1] == "A") != swapped else "second"
+    return "tie" if not found[1] else "first" if (found[1] == "A") != swapped else "second"
+
+
+def _stated(text: str, what: str) -> str:
+    """What follows the last `what:` up to the end of its line, else stands in the last `[[…]]`; without markup."""
+    _, found, after = re.sub(rf"{what}\s*[:=]", f"{what}:", _MARKUP.sub("", text).upper()).rpartition(f"{what}:")
+    if not found:
+        return (_IN_BRACKETS.findall(text) or [""])[-1].strip().upper()
+    return after.strip().partition("\n")[0].strip(" .\r")
 
 
 def summarise(asked: Sequence[Request], texts: Sequence[str]) -> dict[str, Any]:
@@ -236,70 +263,61 @@ def _mean(values: Sequence[float]) -> dict[str, Any]:
     return {"value": mean, "stderr": spread, "count": n}
 
 
-def endpoint(url: str, model: str, key_env: str) -> Ask:
-    """A function that asks the judge; greedy, so that it says the same again.
-
-    Raises:
-        UserError: the client is not installed.
-    """
-    try:
-        import openai
-    except ImportError as error:
-        raise UserError("judging needs the openai client: pip install 'capacity_gap[judge]'.") from error
-    client = openai.OpenAI(base_url=url, api_key=os.environ.get(key_env) or "none", max_retries=3, timeout=120.0)
-
-    def ask(messages: list[dict[str, str]]) -> tuple[str, int, int]:
-        try:
-            said = client.chat.completions.create(
-                model=model,
-                messages=messages,
-                temperature=0.0,
-                max_tokens=MAX_TOKENS,
-            )
-        except openai.OpenAIError as error:
-            raise UserError(
-                f"the judge {model} at {url} does not answer: {type(error).__name__}. What it has said so far is kept; "
-                f"check --endpoint, --model and the key in ${key_env}, and start the same command again."
-            ) from None  # the client's own message may quote the key
-        used = said.usage
-        return (
-            said.choices[0].message.content or "",
-            used.prompt_tokens if used else 0,
-            used.completion_tokens if used else 0,
-        )
-
-    return ask
-
-
 def run(given: Any) -> int:
-    """What the command does: answers, then the cost, then with --yes the judge, then the summary."""
+    """What the command does: the cost; then with --yes the answers that are missing, the judge and the summary."""
     from capacity_gap.stage import write_json
 
     if len(given.answers) > 2:
         raise UserError(f"{len(given.answers)} models are given. Allowed: one (single grades) or two (pairs).")
+    if given.max_tokens < 1:
+        raise UserError(f"--max-tokens={given.max_tokens} is out of range. Allowed: 1 or more.")
     questions = read_questions(given.questions or QUESTIONS)
     given.out.mkdir(parents=True, exist_ok=True)
-    answers = [_answers(Path(a), questions, given.out) for a in given.answers]
-    asked, cache = requests(questions, answers), Cache(given.out / "judgements.jsonl")
-    print(cost(asked, given.model, cache, given.price))
+    cache = Cache(given.out / "judgements.jsonl")
+    said = {"judge": given.model, "cache": cache, "max_tokens": given.max_tokens}
+    known = [_known(Path(a), questions, given.out) for a in given.answers]
+    print(cost(requests(questions, [a for a, _ in known]), price=given.price, **said))
+    if left := sum(missing for _, missing in known):
+        print(f"{left} answers are still to be made here ({given.device}), and counted above at their longest.")
     if not given.yes:
         print("Nothing was asked: add --yes.")
         return 0
-    summary = summarise(
-        asked, judge_all(asked, given.model, cache, endpoint(given.endpoint, given.model, given.key_env))
-    )
+    ask = endpoint(given.endpoint, given.model, given.key_env, max_tokens=given.max_tokens)
+    asked = requests(questions, [_answers(Path(a), questions, given) for a in given.answers])
+    if left:
+        print(cost(asked, price=given.price, **said))
+    texts = judge_all(asked, ask=ask, **said)
+    summary = summarise(asked, texts)
     write_json(given.out / "summary.json", {"judge": given.model, "answers": given.answers, **summary})
     print(_report(summary))
+    if cut := texts.count(""):
+        print(
+            f"{cut} replies were empty or cut off and are not kept. A judge that reasons before it answers needs more "
+            f"than --max-tokens {given.max_tokens}."
+        )
     return 0
 
 
-def _answers(source: Path, questions: Sequence[Question], out: Path) -> dict[str, list[str]]:
+def _known(source: Path, questions: Sequence[Question], out: Path) -> tuple[dict[str, list[str]], int]:
+    """The answers that are there, those of a model that are not in the longest form they may take, and how many."""
+    if source.suffix == ".jsonl":
+        return read_answers(source), 0
+    from capacity_gap.evaluate.answers import MAX_NEW_TOKENS, answers_file, kept_answers
+
+    longest = "x" * round(MAX_NEW_TOKENS * CHARACTERS_PER_TOKEN)
+    found = kept_answers(answers_file(source, questions, out))
+    missing = {q.id: [longest] * len(q.turns) for q in questions if q.id not in found}
+    return missing | found, len(missing)
+
+
+def _answers(source: Path, questions: Sequence[Question], given: Any) -> dict[str, list[str]]:
     """Answers from a file, or a model folder's, which are kept so that they are not generated again."""
     if source.suffix == ".jsonl":
         return read_answers(source)
     from capacity_gap.evaluate.answers import answer_all
+    from capacity_gap.runtime import resolve_device
 
-    return answer_all(source, questions, out)
+    return answer_all(source, questions, given.out, device=resolve_device(given.device))
 
 
 def _report(summary: Mapping[str, Any]) -> str:

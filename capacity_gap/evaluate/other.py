@@ -2,15 +2,18 @@
 
 import argparse
 import csv
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from capacity_gap.errors import UserError, choose
 from capacity_gap.evaluate.scores import Score
-from capacity_gap.evaluate.tasks import Task, check_tasks, folder_tasks, forbid_code, parse_tasks
+from capacity_gap.evaluate.tasks import Task, check_tasks, folder_tasks, forbid_code, paper_tasks, parse_tasks
 
-PAPER = ("mmlu:5", "ceval-valid:5", "drop:3", "bbh:3", "gsm8k:8", "wikitext", "lambada_openai")
+# Of a table of scores: which model, how it was scored, what came out.
+SETTINGS = ("model", "params", "train_flops", "dtype", "batch_size", "limit", "lm_eval")
+COLUMNS = (*SETTINGS, *(f.name for f in dataclasses.fields(Score)))
 
 
 def score_other(given: argparse.Namespace) -> int:
@@ -20,12 +23,18 @@ def score_other(given: argparse.Namespace) -> int:
 
     tasks = chosen(given.tasks, given.task_folder, allow_code=given.allow_code_execution)
     choose("--dtype", given.dtype, DTYPES)
-    if given.limit is not None and given.limit < 1:
-        raise UserError(f"--limit={given.limit} is out of range. Allowed: 1 or more.")
+    for name, value in (("--limit", given.limit), ("--batch-size", given.batch_size)):
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value} is out of range. Allowed: 1 or more.")
+    if given.out:
+        check_table(given.out)  # scoring may take hours
     device = resolve_device(given.device)
     model, tokenizer = _load(given.model, given.tokenizer or given.model, device=device, dtype=DTYPES[given.dtype])
     from capacity_gap.evaluate.harness import harness_version, score_tasks
 
+    params = sum(p.numel() for p in model.parameters())
+    same = {"model": given.model, "params": params, "train_flops": _spent(model, given.train_tokens, params)}
+    same |= {"dtype": given.dtype, "batch_size": given.batch_size, "limit": given.limit, "lm_eval": harness_version()}
     scores = score_tasks(
         model,
         tokenizer,
@@ -35,12 +44,20 @@ def score_other(given: argparse.Namespace) -> int:
         limit=given.limit,
         allow_code=given.allow_code_execution,
     )
-    params = sum(p.numel() for p in model.parameters())
     print(f"{given.model}: {params:,} parameters, lm_eval {harness_version()}\n" + "\n".join(lines(scores)))
     if given.out:
-        same = {"model": given.model, "params": params, "lm_eval": harness_version()}
         add_rows(given.out, [same | score.to_dict() for score in scores])
     return 0
+
+
+def _spent(model: Any, tokens: str | None, params: int) -> float | None:
+    """The FLOPs of the model's own training by our convention (6·N·D); None if nobody said on how many tokens."""
+    from capacity_gap.accounting import train_flops
+    from capacity_gap.scales import parse_tokens
+
+    if tokens is None:
+        return None
+    return train_flops(model.config.to_dict(), parse_tokens(tokens, params=params, key="--train-tokens"))
 
 
 def chosen(named: str | None, folder: Path | None, *, allow_code: bool) -> list[Task]:
@@ -50,8 +67,8 @@ def chosen(named: str | None, folder: Path | None, *, allow_code: bool) -> list[
     elif folder:
         tasks = [Task(name) for name in folder_tasks(folder)]
     else:
-        tasks = parse_tasks([*PAPER, *(["humaneval:0"] if allow_code else [])])
-    forbid_code(tasks, allowed=allow_code, flag="--allow-code-execution")
+        tasks = paper_tasks(allow_code=allow_code)
+    forbid_code(tasks, allowed=allow_code, flag="--allow-code-execution", folder=folder)
     check_tasks(tasks, folder)
     return tasks
 
@@ -81,17 +98,26 @@ def lines(scores: Sequence[Score]) -> list[str]:
     return rows
 
 
-def add_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Appends rows to a CSV that has these columns, or begins one."""
+def check_table(file: Path) -> None:
+    """Raises if `file` is there and is not a table of scores."""
+    if not file.exists():
+        return
+    with file.open(encoding="utf-8", errors="replace", newline="") as stream:
+        header = next(csv.reader(stream), [])
+    if header != list(COLUMNS):
+        raise UserError(
+            f"{file} is another table (columns {', '.join(header)}), not one of `evaluate --out` (columns "
+            f"{', '.join(COLUMNS)}). Name another file."
+        )
+
+
+def add_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Appends rows to a table of scores, or begins one."""
+    check_table(file)
     fresh = not file.exists()
-    if not fresh:
-        with file.open(encoding="utf-8", newline="") as stream:
-            header = next(csv.reader(stream), [])
-        if header != list(rows[0]):
-            raise UserError(f"--out={file} is another table (columns {', '.join(header)}). Name a new file.")
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(stream, fieldnames=COLUMNS)
         if fresh:
             writer.writeheader()
         writer.writerows(rows)

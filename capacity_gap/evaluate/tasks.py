@@ -16,7 +16,10 @@ from capacity_gap.errors import ConfigError, nearest
 from capacity_gap.fingerprint import files_digest
 
 GENERATED = ("pico_cloze", "pico_next")  # evaluate/suite.py
-RUNS_CODE = ("humaneval", "mbpp")  # tasks whose names begin so execute what the model wrote
+# Tasks whose names begin so, and groups that hold such tasks, execute what the model wrote.
+RUNS_CODE = ("humaneval", "mbpp", "cruxeval", "longproc")
+PAPER = {"mmlu": 5, "ceval-valid": 5, "drop": 3, "humaneval": 0, "bbh": 3, "gsm8k": 8}  # the paper's six: shots
+PERPLEXITIES = ("wikitext", "lambada_openai")
 # Where the harness keeps the paper's tasks, so that one folder is read instead of fourteen thousand files.
 KNOWN = {
     "mmlu": "mmlu/default",
@@ -67,10 +70,17 @@ def parse_tasks(given: Iterable[str], *, key: str = "evaluate.tasks") -> list[Ta
     return tasks
 
 
-def forbid_code(tasks: Iterable[Task], *, allowed: bool, flag: str) -> None:
-    """Raises if a task would execute what the model wrote and nobody allowed it."""
+def paper_tasks(*, allow_code: bool) -> list[Task]:
+    """The paper's six with its shots, without those that run code unless that is allowed, and two perplexities."""
+    six = [Task(name, shots) for name, shots in PAPER.items()]
+    return [t for t in [*six, *map(Task, PERPLEXITIES)] if allow_code or not t.runs_code]
+
+
+def forbid_code(tasks: Iterable[Task], *, allowed: bool, flag: str, folder: Path | None = None) -> None:
+    """Raises if a task, of the harness or of a folder, would execute what the model wrote and nobody allowed it."""
+    own = unsafe_names(folder) if folder and not allowed else set()
     for task in tasks:
-        if task.runs_code and not allowed:
+        if (task.runs_code or task.name in own) and not allowed:
             raise ConfigError(
                 f"{task.name} executes code that the model writes, on this machine and without a sandbox. Allow it "
                 f"with {flag}, or leave the task out."
@@ -105,10 +115,30 @@ def folder_names(folder: Path) -> set[str]:
     """Every task, group and tag that the files of a folder define."""
     names: set[str] = set()
     for entry in _entries(folder):
-        tags = entry.get("tag") or []
         names.update(n for n in (entry.get("task"), entry.get("group")) if isinstance(n, str))
-        names.update([tags] if isinstance(tags, str) else tags)
+        names.update(_tags_of(entry))
     return names
+
+
+def unsafe_names(folder: Path) -> set[str]:
+    """The tasks of a folder that say `unsafe_code: true`, and the tags and groups that hold one."""
+    entries = _entries(folder)
+    unsafe = [entry for entry in entries if entry.get("unsafe_code")]
+    names = {entry["task"] for entry in unsafe if isinstance(entry.get("task"), str)}
+    names.update(*(_tags_of(entry) for entry in unsafe))
+    groups = [entry for entry in entries if isinstance(entry.get("group"), str)]
+    for _ in groups:  # a group may hold groups: each round reaches one level further up
+        names.update(g["group"] for g in groups if any(_unsafe_member(m, names) for m in _members(g)))
+    return names
+
+
+def _unsafe_member(member: Any, names: set[str]) -> bool:
+    return _name_of(member) in names or (isinstance(member, dict) and bool(member.get("unsafe_code")))
+
+
+def _tags_of(entry: Mapping[str, Any]) -> list[str]:
+    tags = entry.get("tag") or []
+    return [tags] if isinstance(tags, str) else tags
 
 
 def _entries(folder: Path) -> tuple[Mapping[str, Any], ...]:
@@ -123,7 +153,8 @@ def _entries_of(folder: Path, _digest: str) -> tuple[Mapping[str, Any], ...]:
     return tuple(_read_yaml(f) for f in sorted(folder.rglob("*.yaml")))
 
 
-def _read_yaml(file: Path) -> Mapping[str, Any]:
+def _read_yaml(file: Path, before: frozenset[Path] = frozenset()) -> dict[str, Any]:
+    """One file over those that it includes; `before`: those that include it, lest files go round in a ring."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -134,7 +165,15 @@ def _read_yaml(file: Path) -> Mapping[str, Any]:
         read = yaml.load(file.read_text(encoding="utf-8"), Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{file} is no YAML file: {str(error).splitlines()[0]}.") from error
-    return read if isinstance(read, dict) else {}
+    if not isinstance(read, dict):
+        return {}
+    named = read.pop("include", [])
+    bases = [file.parent / base for base in (named if isinstance(named, list) else [named])]
+    found: dict[str, Any] = {}
+    for base in bases:
+        if base.is_file() and base.resolve() not in before:
+            found |= _read_yaml(base, frozenset({*before, base.resolve()}))
+    return found | read
 
 
 def _members(group: Mapping[str, Any]) -> Sequence[Any]:
