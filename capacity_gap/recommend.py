@@ -22,6 +22,7 @@ from capacity_gap.models.ladders import Family, Shape
 from capacity_gap.pruning.shape import TOLERANCE, choose_shape, common_shape, sized, unfit
 from capacity_gap.scales import format_scale
 
+ADVICE = {"bounds": "No rung is recommended: nothing was established. Who must choose takes"}
 PUBLISHED_FIT = Path(__file__).resolve().parent.parent / "results" / "pico" / "law.json"
 DRAWS = 4000  # where a law brings none of its own
 Z = 1.96
@@ -76,9 +77,7 @@ class Recommendation:
             row = f"{r.name:>8} {r.ratio:>15.2f} {chance:>8} {regret:>12} {allowed:>8} {r.flops:>9.2g}"
             lines.append(row + (f"  {r.note}" if r.note else ""))
         lines += [*self.findings, *(f"WARNING: {w}" for w in self.warnings)]
-        last = f"Take {self.best}." if self.best else "No rung is recommended."
-        if self.best and self.basis == "bounds":
-            last = f"No rung is recommended: nothing was established. Who must choose takes {self.best}."
+        last = f"{ADVICE.get(self.basis, 'Take')} {self.best}." if self.best else "No rung is recommended."
         return "\n".join([*lines, "", last])
 
 
@@ -345,11 +344,8 @@ def _extrapolation(ask: _Ask, optima: Sequence[Mapping[str, Any]]) -> list[str]:
     students = [o["student_params"] for o in optima]
     low, high = min(students), max(students)
     if not low * (1 - TOLERANCE) <= ask.student_count <= high * (1 + TOLERANCE):
-        times = (
-            f"{_short(ask.student_count / high)} times the largest"
-            if ask.student_count > high
-            else "below the smallest"
-        )
+        over = ask.student_count > high
+        times = f"{_short(ask.student_count / high)} times the largest" if over else "below the smallest"
         found.append(f"this EXTRAPOLATES: the student is {times} in the fit; what is said supposes that it holds there")
     per = [o["data_tokens"] / o["student_params"] for o in optima if o.get("data_tokens")]
     asked = ask.tokens / ask.student_count
