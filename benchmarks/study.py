@@ -1,7 +1,7 @@
 """Every figure and number of the pico study, from its records.
 
-    python -m benchmarks.study export STORE        copy the study's cells out of a store, to results/pico/
-    python -m benchmarks.study figures             law.json, arms.json, docs/study_*.png, the tables in the pages
+    python -m benchmarks.study export STORE [--data 0,300k]     copy the study's cells out of a store, to results/pico/
+    python -m benchmarks.study figures      law.json, arms.json, docs/study_*.png, the tables in the pages
 
 Tables stand in the pages between `<!-- NAME -->` and `<!-- /NAME -->`; a test makes them again and compares.
 """
@@ -19,7 +19,7 @@ from benchmarks.study_arms import Arm, arms_of
 from capacity_gap import records
 from capacity_gap.fit.law import LawFit
 from capacity_gap.report.plots import plot_curves, plot_law, save_figure
-from capacity_gap.scales import format_scale
+from capacity_gap.scales import format_scale, parse_scale
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS, PAGES = ROOT / "results" / "pico", (ROOT / "docs" / "study.md", ROOT / "README.md")
@@ -28,13 +28,16 @@ SMALL, LARGE = 120_200, 899_712  # the ends of what every student of the confoun
 NOT_YET = "Not run yet."
 
 
-def export(store: str) -> None:
-    """One CSV for each of the store's sweeps, sorted, without what only the machine knows."""
+def export(store: str, budgets: list[int]) -> None:
+    """One CSV for each sweep of the study, sorted, without what only the machine knows; all budgets, or some."""
     from capacity_gap import store_tools
 
     frame = records.load(store)
     for name, cells in store_tools.sweeps(store_tools.open_store(store)).items():
         mine = frame[("record/" + frame["cell"]).isin(list(cells)) & (frame["status"] == "done")]
+        mine = mine[mine["data_tokens"].isin(budgets)] if budgets else mine
+        if not name.startswith("study_") or mine.empty:
+            continue
         mine = mine.drop(columns=list(DROPPED)).dropna(axis=1, how="all").sort_values("cell")
         RECORDS.mkdir(parents=True, exist_ok=True)
         mine.to_csv(RECORDS / f"{name}.csv", index=False, float_format="%.6g")
@@ -251,11 +254,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("export", "figures"))
     parser.add_argument("store", nargs="?")
+    parser.add_argument("--data", default="", help="only these budgets, such as 0,300k")
     given = parser.parse_args()
     if given.what == "export":
         if not given.store:
             parser.error("export needs the STORE")
-        export(given.store)
+        export(given.store, [parse_scale(d, key="--data", allow_zero=True) for d in given.data.split(",") if d])
     else:
         figures()
 

@@ -1,12 +1,22 @@
 """The published study says what its records say."""
 
+import numpy as np
+import pandas as pd
+import pytest
+
 from benchmarks import study
-from tests.conftest import ROOT
 
 
-def test_tables_of_the_page_are_those_of_the_records():
-    page = (ROOT / "docs" / "study.md").read_text()
-    assert study.filled(page, study.pages()) == page, "run `make study-figures`"
+@pytest.fixture(scope="module")
+def arms():
+    return study.arms_of(study.load())
+
+
+def test_tables_of_the_pages_are_those_of_the_records(arms):
+    tables = study.pages(study.load(), arms)
+    for page in study.PAGES:
+        assert study.filled(page.read_text(), tables) == page.read_text(), "run `make study-figures`"
+    assert all(f"<!-- {name} -->" in study.PAGES[0].read_text() for name in tables)
 
 
 def test_a_cell_is_published_once():
@@ -15,10 +25,27 @@ def test_a_cell_is_published_once():
     assert set(frame["status"]) == {"done"}
 
 
-def test_the_published_fit_is_that_of_the_records():
+def test_the_published_fit_is_that_of_the_records(arms):
     from capacity_gap.fit import LawFit
 
     kept = LawFit.from_json((study.RECORDS / "law.json").read_text())
-    made = study.fit(study.load().query("data_tokens > 0"))[1]
+    made = next(a for a in arms if not a.differs and a.budgets != [0]).law
     assert (kept.status, kept.ratio) == (made.status, made.ratio)
     assert [o.status for o in kept.optima] == [o.status for o in made.optima]
+
+
+def test_arms_are_told_apart_by_what_was_changed():
+    main = study.load().query("data_tokens > 0")
+    held = main.assign(init="random", cell="x" + main["cell"])
+    found = study.arms_of(pd.concat([main, held], ignore_index=True))
+    assert [(a.name, sorted(a.differs)) for a in found] == [("main", []), ("random start", ["init"])]
+    contrast = study.confound_table(found).splitlines()
+    assert len(contrast) > 2
+    assert all(cells.split("|")[5].strip() == "0.000 ± 0.000" for cells in contrast[2:]), "the same cells"
+
+
+def test_the_rest_of_a_table_is_what_rows_and_columns_leave():
+    additive = np.add.outer([0.0, 1.0, 3.0], [0.0, 2.0])
+    assert study.remainder(additive) == pytest.approx(0)
+    noise = np.array([[1.0, -1.0], [-1.0, 1.0]])
+    assert study.remainder(np.add.outer([0.0, 1.0], [0.0, 2.0]) + noise) == pytest.approx(2.0)

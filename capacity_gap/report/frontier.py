@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 from capacity_gap import accounting
 from capacity_gap.errors import UserError, choose
 from capacity_gap.evaluate.scores import metric_direction
+from capacity_gap.evaluate.tasks import PAPER
 from capacity_gap.report.plots import short_scale
 
 PUBLISHED = Path(__file__).with_name("published.csv")
-PAPER = ("mmlu", "ceval-valid", "drop", "humaneval", "bbh", "gsm8k")
 AVERAGE = "average"  # of the six
 COMPUTE = {
     "student": ("train_flops",),
