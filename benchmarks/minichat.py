@@ -3,12 +3,15 @@
     python run.py +sweeps=minichat_pico store=STORE
     python -m benchmarks.minichat STORE [--out results/minichat.csv]
 
-Gates: exact match on held-out instructions at least `GAIN` above the student before tuning, by three standard errors;
-DPO's reward margin higher at its end than at its start; fewer tokens for the second script, by a half.
+Gates: exact match on held-out instructions at least `GAIN` above the student before tuning and above a constant answer
+per task and script (the column `constant`: what a lookup reaches), both by three standard errors; held-out loss of the
+tuned student at most `LOST` of the way from the distilled one's to a uniform guess; DPO's reward margin higher at its
+end than at its start; fewer tokens for the second script, by a half.
 """
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -16,8 +19,9 @@ import pandas as pd
 
 from capacity_gap import records
 
-GAIN = 0.2
-MODELS = ("base", "instruct", "prefer")
+GAIN = 0.1
+LOST = 0.2
+MODELS = ("constant", "base", "instruct", "prefer")
 
 
 def scores(row: dict) -> pd.DataFrame:
@@ -35,9 +39,17 @@ def scores(row: dict) -> pd.DataFrame:
 def failures(row: dict) -> list[str]:
     """Which gates the cell does not pass."""
     metrics, missed = row["metrics"], []
-    before, after = metrics["exact_match/base"], metrics["exact_match/instruct"]
-    if after["value"] - before["value"] < max(GAIN, 3 * (before["stderr"] ** 2 + after["stderr"] ** 2) ** 0.5):
-        missed.append(f"exact match: {before['value']:.3f} before, {after['value']:.3f} after fine-tuning")
+    after = metrics["exact_match/instruct"]
+    for name, said in (("base", "before"), ("constant", "for a constant per task and script")):
+        least = metrics[f"exact_match/{name}"]
+        if after["value"] - least["value"] < max(GAIN, 3 * (least["stderr"] ** 2 + after["stderr"] ** 2) ** 0.5):
+            missed.append(f"exact match: {least['value']:.3f} {said}, {after['value']:.3f} after fine-tuning")
+    uniform, distilled = math.log(row["expanded_vocab"]), row["student_loss"]
+    if row["tuned_loss"] > distilled + LOST * (uniform - distilled):
+        missed.append(
+            f"held-out loss: {distilled:.3f} distilled, {row['tuned_loss']:.3f} tuned; "
+            f"a uniform guess has {uniform:.3f}"
+        )
     start, end = (metrics[f"reward_margin/{when}"]["value"] for when in ("start", "end"))
     if end <= start:
         missed.append(f"DPO's reward margin does not rise: {start:.4f}, then {end:.4f}")
@@ -46,9 +58,14 @@ def failures(row: dict) -> list[str]:
     return missed
 
 
-def stages(store: Path) -> pd.DataFrame:
-    """Seconds of each stage, as its folder says."""
-    made = [json.loads(f.read_text()) for f in store.glob("*/*/stage.json")]
+def stages(store: Path, key: str) -> pd.DataFrame:
+    """Seconds of each stage that the one named by `key` needs, as their folders say."""
+    keys, todo = {key}, [key]
+    while todo:
+        needed = json.loads((store / todo.pop() / "stage.json").read_text())["inputs"].values()
+        todo += set(needed) - keys
+        keys.update(needed)
+    made = [json.loads((store / k / "stage.json").read_text()) for k in keys]
     return pd.DataFrame([{"stage": m["name"], "wall_s": m["wall_s"]} for m in sorted(made, key=lambda m: m["created"])])
 
 
@@ -57,7 +74,10 @@ def main() -> int:
     parser.add_argument("store", type=Path)
     parser.add_argument("--out", type=Path, default=Path("results/minichat.csv"))
     given = parser.parse_args()
-    (row, *more) = [r for r in records.read(given.store) if r["status"] == "done" and r["prefer_rows"]]
+    tuned = [r for r in records.read(given.store) if r["status"] == "done" and "exact_match/prefer" in r["metrics"]]
+    if not tuned:
+        parser.error(f"{given.store} records no cell that was fine-tuned and optimised on preferences.")
+    (row, *more) = tuned
     if more:
         print(f"{1 + len(more)} tuned cells are recorded; this is the first, {row['cell']}")
     found = scores(row)
@@ -73,7 +93,7 @@ def main() -> int:
         end="",
     )
     print(f"{row['second_bytes_per_token_before']:.3f} → {row['second_bytes_per_token']:.3f}\n")
-    print(stages(given.store).to_string(index=False))
+    print(stages(given.store, f"record/{row['cell']}").to_string(index=False))
     missed = failures(row)
     print("\n" + ("\n".join(f"gate missed: {m}" for m in missed) or "all gates passed"))
     return 1 if missed else 0

@@ -12,6 +12,7 @@ from capacity_gap import accounting
 from capacity_gap.config import RunConfig
 from capacity_gap.data.sources import corpus_name
 from capacity_gap.errors import ConfigError, ImpossibleCell
+from capacity_gap.instruct.rows import rows_in
 from capacity_gap.models.axes import architecture, config_with, count_params, dims, padded
 from capacity_gap.models.folders import is_folder, local_family
 from capacity_gap.models.ladders import Family, family
@@ -197,10 +198,17 @@ class Settings:
     @property
     def _tuned_by(self) -> dict[str, Any]:
         """How the student was tuned after distillation, if it was."""
+        tune, pairs = self.config.instruct, self.config.prefer
         found: dict[str, Any] = {}
-        for name, c in (("instruct", self.config.instruct), ("prefer", self.config.prefer)):
+        if tune.wanted:
+            read = max(0, rows_in(tune.path) - tune.held_out)
+            found |= {"instruct_rows": tune.count or read, "instruct_replay": tune.replay or None}
+        if pairs.wanted:
+            found |= {"prefer_rows": pairs.count or rows_in(pairs.path), "prefer_beta": pairs.beta}
+        for name, c in (("instruct", tune), ("prefer", pairs)):
             if c.wanted:
-                found |= {f"{name}_rows": c.count or None, f"{name}_lora_rank": c.lora_rank or None}
+                how = {"epochs": c.epochs, "learning_rate": c.learning_rate, "batch": c.batch_size}
+                found |= {f"{name}_{k}": v for k, v in how.items()} | {f"{name}_lora_rank": c.lora_rank or None}
         return found
 
     @property

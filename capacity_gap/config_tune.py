@@ -76,11 +76,13 @@ class InstructConfig(TuneConfig):
     answer_tokens: int = 32  # at most, when answering
     packing: bool = True  # several conversations in one sequence, none of which sees another
     neftune: float = 0.0  # noise on the embeddings
+    replay: float = field(default=0.0, metadata=LATER)  # tokens of the corpus mixed in, for each of the conversations'
 
     def __post_init__(self) -> None:
         super().__post_init__()
         positive("instruct", self, "held_out", "answer_tokens")
-        need(self.neftune >= 0, "instruct.neftune", self.neftune, "zero or more")
+        for least in ("neftune", "replay"):
+            need(getattr(self, least) >= 0, f"instruct.{least}", getattr(self, least), "zero or more")
 
     @property
     def _section(self) -> str:

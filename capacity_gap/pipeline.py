@@ -23,7 +23,7 @@ from capacity_gap.errors import ConfigError
 from capacity_gap.evaluate import stages as scoring
 from capacity_gap.evaluate.tasks import GENERATED, Task, check_tasks, folder_digest, folder_names
 from capacity_gap.fingerprint import files_digest, identity_fields
-from capacity_gap.instruct import stages
+from capacity_gap.instruct import checks, stages
 from capacity_gap.models.axes import dims
 from capacity_gap.models.folders import content_digest
 from capacity_gap.runtime import Runtime
@@ -48,6 +48,10 @@ class Cell(Settings):
             packed = Packed(store.compute(stage, runtime) / "train", c.corpus.sequence_length)
             subset(packed, budget, epochs=epochs, key=key)
         self._check_vocabularies(store, len(Packed(store.path(self.tokens) / "train", 1).bytes_per_id))
+        if self.tuned and not all(store.has(stage) for stage in self.tuned.values()):
+            checks.check_extras(c)
+            made = store.compute(self.instructions, runtime)
+            checks.check_rows(c, made, store.path(self.tokenizer), dims(self.student_shape).positions)
 
     def _check_vocabularies(self, store: Store, tokens: int) -> None:
         """Ids must mean the same to teacher and student, and every id must have its row in both output matrices."""
@@ -275,14 +279,17 @@ class Cell(Settings):
             if path:
                 given[name] = files_digest([Path(path).expanduser()])
         options = {"path": tune.path, "pairs_path": pairs.path}
-        return Stage("instructions", 1, given, {"corpus": self.corpus}, stages.instructions, options=options)
+        return Stage("instructions", 2, given, {"corpus": self.corpus}, stages.instructions, options=options)
 
     @cached_property
     def tuned(self) -> dict[str, Stage]:
         """What becomes of the distilled student, by stage: fine-tuned on conversations, then on preferences."""
         c, found = self.config, {}
         if c.instruct.wanted:
+            checks.check_settings(c, self.student_shape)
             inputs = {"model": self.distilled, "tokenizer": self.tokenizer, "instructions": self.instructions}
+            if c.instruct.replay:
+                inputs["tokens"] = self.tokens
             found["instruct"] = self._tuned("instruct", c.instruct, inputs)
         if c.prefer.wanted:
             inputs = {"model": found["instruct"], "instructions": self.instructions}
@@ -293,7 +300,7 @@ class Cell(Settings):
         kept = {k: v for k, v in identity_fields(config).items() if k not in ("count", "held_out", "answer_tokens")}
         given = {**kept, "seed": self.config.seed, "precision": self.config.train.precision}
         given["threads"] = self.config.train.threads
-        return Stage(name, 1, given, inputs, getattr(stages, name), options=self._training)
+        return Stage(name, 2, given, inputs, getattr(stages, name), options=self._training)
 
     def answered(self, model: Stage, tokenizer: Stage) -> Stage:
         """A model's answers to the held-out instructions."""
@@ -310,6 +317,7 @@ class Cell(Settings):
         found |= {f"answers_{name}": self.answered(model, model) for name, model in self.tuned.items()}
         final = list(self.tuned.values())[-1]
         found |= {f"tuned_benchmark_{i}": stage for i, stage in enumerate(self.benchmarks(final))}
+        found["instructions"] = self.instructions
         return found | self.tuned | {"evaluate_tuned": self.scored(final, self.student_shape)}
 
     def scored(self, model: Stage, shape: Mapping[str, Any]) -> Stage:

@@ -31,12 +31,13 @@ class Tuning:
     seed: int
     precision: str
     micro_batch: int
+    activation_checkpointing: bool = False
 
 
 def fine_tune(
     model: Any,
     tokenizer: Any,
-    conversations: Sequence[dict],
+    rows: Sequence[dict[str, list[int]]],
     tuning: Tuning,
     *,
     packing: bool,
@@ -44,14 +45,14 @@ def fine_tune(
     runtime: Runtime,
     scratch: Path,
 ) -> tuple[Any, list[dict]]:
-    """Trains `model` on conversations: `{"messages": […]}`; only what the assistant says counts in the loss.
+    """Trains `model` on rows of ids, of which only those with a label count in the loss.
 
     Args:
         model: a causal language model; changed in place.
-        tokenizer: with a chat template that marks the assistant's turns.
-        conversations: the training set.
+        tokenizer: the one that the ids are of.
+        rows: `{"input_ids": […], "labels": […]}`, as `chat.encoded` makes them of conversations.
         tuning: how long, how fast.
-        packing: several conversations in one sequence, none of which sees another.
+        packing: several rows in one sequence, none of which sees another.
         neftune: noise on the embeddings, α/√(T·D) at most (Jain et al. 2023, arXiv 2310.05914); 0 for none.
         runtime: device, progress, interruption.
         scratch: where the trainer may write.
@@ -62,10 +63,8 @@ def fine_tune(
     with _trl() as trl:
         from datasets import Dataset
 
-        rows = Dataset.from_list([{"messages": row["messages"]} for row in conversations])
         settings = trl.SFTConfig(
             **_arguments(tuning, runtime, scratch),
-            assistant_only_loss=True,
             packing=packing,
             packing_strategy="bfd",
             eval_packing=False,
@@ -73,8 +72,8 @@ def fine_tune(
         )
         trainer = trl.SFTTrainer(
             model=model,
-            args=settings,
-            train_dataset=rows,
+            args=_on_one_device(settings),
+            train_dataset=Dataset.from_list(list(rows)),
             processing_class=tokenizer,
             peft_config=_lora(tuning.lora_rank),
         )
@@ -97,7 +96,7 @@ def prefer(
         −log σ(β·[log π(y⁺|x)/π₀(y⁺|x) − log π(y⁻|x)/π₀(y⁻|x)]),  π₀ the reference.
 
     `pairs` are rows `{"prompt": [turns], "chosen": [turn], "rejected": [turn]}`. With adapters the reference is the
-    model without them, and `reference` is not used. Returns as `fine_tune` does; points have `rewards/margins`.
+    model without them, and `reference` may be None. Returns as `fine_tune` does; points have `rewards/margins`.
     """
     with _trl() as trl:
         from datasets import Dataset
@@ -105,7 +104,7 @@ def prefer(
         trainer = trl.DPOTrainer(
             model=model,
             ref_model=None if tuning.lora_rank else reference,
-            args=trl.DPOConfig(**_arguments(tuning, runtime, scratch), beta=beta),
+            args=_on_one_device(trl.DPOConfig(**_arguments(tuning, runtime, scratch), beta=beta)),
             train_dataset=Dataset.from_list(list(pairs)),
             processing_class=tokenizer,
             peft_config=_lora(tuning.lora_rank),
@@ -130,12 +129,18 @@ def _arguments(tuning: Tuning, runtime: Runtime, scratch: Path) -> dict[str, Any
         "seed": tuning.seed,
         "bf16": tuning.precision == "bf16",
         "use_cpu": runtime.device == "cpu",
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": tuning.activation_checkpointing,
         "logging_steps": LOG_EVERY,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
     }
+
+
+def _on_one_device(settings: Any) -> Any:
+    """The settings, for one device: of several a trainer would use all, and multiply the batch by their number."""
+    settings._n_gpu = 1
+    return settings
 
 
 def _lora(rank: int) -> Any:
@@ -168,7 +173,9 @@ def _run(trainer: Any, runtime: Runtime) -> tuple[Any, list[dict]]:
         raise Interrupted
     points = [point for point in trainer.state.log_history if "loss" in point]
     model = trainer.model
-    return (model.merge_and_unload() if hasattr(model, "merge_and_unload") else model).eval(), points
+    model = (model.merge_and_unload() if hasattr(model, "merge_and_unload") else model).eval()
+    model.config.use_cache = True  # trainers switch it off for good; answers are slow without
+    return model, points
 
 
 @contextlib.contextmanager
