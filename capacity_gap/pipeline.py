@@ -162,15 +162,10 @@ class Cell(Settings):
     def _pretrained(self, rung: str) -> Stage:
         c, shape = self.config, self.base.rungs[rung]
         if rung in self.family.published:
-            given = {
-                "shape": shape,
-                **self._source(rung),
-                "dtype": c.family.dtype,
-                "quantization": c.family.quantization,
-            }
-            return Stage(
-                "published", 1, given, {}, steps.published, options={"repository": self.family.published[rung]}
-            )
+            given = {"shape": shape, **self._source(rung), "dtype": c.family.dtype}
+            given["quantization"] = c.family.quantization
+            options = {"repository": self.family.published[rung]}
+            return Stage("published", 1, given, {}, steps.published, options=options)
         given = {
             "shape": shape,
             "seed": c.teacher_seed,
