@@ -77,9 +77,9 @@ def main() -> int:
     tuned = [r for r in records.read(given.store) if r["status"] == "done" and "exact_match/prefer" in r["metrics"]]
     if not tuned:
         parser.error(f"{given.store} records no cell that was fine-tuned and optimised on preferences.")
-    (row, *more) = tuned
+    (*more, row) = sorted(tuned, key=lambda r: r["created"])
     if more:
-        print(f"{1 + len(more)} tuned cells are recorded; this is the first, {row['cell']}")
+        print(f"{1 + len(more)} tuned cells are recorded; this is the youngest, {row['cell']}")
     found = scores(row)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     found.round(4).to_csv(given.out, index=False)
