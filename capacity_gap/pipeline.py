@@ -48,10 +48,7 @@ class Cell(Settings):
             packed = Packed(store.compute(stage, runtime) / "train", c.corpus.sequence_length)
             subset(packed, budget, epochs=epochs, key=key)
         self._check_vocabularies(store, len(Packed(store.path(self.tokens) / "train", 1).bytes_per_id))
-        if self.tuned and not all(store.has(stage) for stage in self.tuned.values()):
-            checks.check_extras(c)
-            made = store.compute(self.instructions, runtime)
-            checks.check_rows(c, made, store.path(self.tokenizer), dims(self.student_shape).positions)
+        checks.check_tuning(self, store, runtime)
 
     def _check_vocabularies(self, store: Store, tokens: int) -> None:
         """Ids must mean the same to teacher and student, and every id must have its row in both output matrices."""
@@ -308,11 +305,10 @@ class Cell(Settings):
         """What a record needs to say how the student answers, before and after tuning, and what else tuning did."""
         if not self.tuned:
             return {}
-        found = {"answers_base": self.answered(self.distilled, self.tokenizer)}
+        found = {"instructions": self.instructions, "answers_base": self.answered(self.distilled, self.tokenizer)}
         found |= {f"answers_{name}": self.answered(model, model) for name, model in self.tuned.items()}
         final = list(self.tuned.values())[-1]
         found |= {f"tuned_benchmark_{i}": stage for i, stage in enumerate(self.benchmarks(final))}
-        found["instructions"] = self.instructions
         return found | self.tuned | {"evaluate_tuned": self.scored(final, self.student_shape)}
 
     def scored(self, model: Stage, shape: Mapping[str, Any]) -> Stage:

@@ -4,12 +4,17 @@ import importlib.util
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from capacity_gap.config import RunConfig
 from capacity_gap.errors import ConfigError, StageError
 from capacity_gap.instruct.rows import PAIR, TALK, read_rows
 from capacity_gap.models.axes import architecture, dims
+from capacity_gap.runtime import Runtime
+from capacity_gap.stage import Store
+
+if TYPE_CHECKING:
+    from capacity_gap.pipeline import Cell
 
 log = logging.getLogger(__name__)
 MOST_DROPPED = 0.05  # share of rows too long to learn from; above it the setting is wrong, not a few rows
@@ -34,6 +39,18 @@ def check_settings(config: RunConfig, shape: Mapping[str, Any]) -> None:
                 f"{name}.batch_size={c.batch_size} does not split into micro-batches of "
                 f"train.micro_batch_size={micro}. Give a divisor of the batch."
             )
+
+
+def check_tuning(cell: "Cell", store: Store, runtime: Runtime) -> None:
+    """Raises, before any model is trained, if an extra is missing or the rows of a cell that tunes cannot be used.
+
+    The tokens of the cell, and so its tokenizer, are in the store.
+    """
+    if all(store.has(stage) for stage in cell.tuned.values()):
+        return
+    check_extras(cell.config)
+    made = store.compute(cell.instructions, runtime)
+    check_rows(cell.config, made, store.path(cell.tokenizer), dims(cell.student_shape).positions)
 
 
 def check_extras(config: RunConfig) -> None:
