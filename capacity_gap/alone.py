@@ -10,6 +10,7 @@ from capacity_gap.pipeline import resolve
 from capacity_gap.plan import check_budget, make_plan
 from capacity_gap.ranks import Ranks
 from capacity_gap.records import RECORD
+from capacity_gap.runtime import resolve_device
 from capacity_gap.stage import Store, closure
 from capacity_gap.store_tools import note_sweep
 from capacity_gap.watch import View, Watch
@@ -32,6 +33,7 @@ def run_alone(config: RunConfig, overrides: Sequence[str]) -> str:
     check_budget(plan, config.budget_hours)
     if config.plan or config.only or not Ranks().leads:
         return cell.record.key if config.plan else running.run(cell)
+    resolve_device(config.train.device)  # one that is not here is refused before anything is written
     store.create()
     reused = store.has(cell.record)
     stages = {key: plan.speed.seconds(stage) for key, stage in closure(cell.record).items()}
