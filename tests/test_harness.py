@@ -174,6 +174,7 @@ def test_the_papers_tasks_are_found_and_a_typo_is_named():
 
 
 def test_the_papers_shots_and_code_only_if_allowed():
+    pytest.importorskip("lm_eval")
     cell = pipeline.resolve(compose(["evaluate=paper"]))
     named = {t.name: t.shots for t in cell.config.evaluate.benchmarks}
     others = dict.fromkeys(PERPLEXITIES)
@@ -198,6 +199,7 @@ def test_every_task_of_the_harness_that_runs_code_is_known_by_its_name():
 
 
 def test_own_tasks_that_run_code_are_stopped_before_anything_is_loaded(tmp_path):
+    pytest.importorskip("lm_eval")
     (tmp_path / "base").write_text("unsafe_code: true\n")
     (tmp_path / "a.yaml").write_text("include: base\ntask: a\ntag: writes\n")
     (tmp_path / "b.yaml").write_text("task: b\n")

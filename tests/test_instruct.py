@@ -446,6 +446,7 @@ LONG = [{"role": "user", "content": "word " * 150}, {"role": "assistant", "conte
     ],
 )
 def test_what_is_wrong_with_rows_is_said_before_anything_is_trained(given, said, tiny, tmp_path):
+    pytest.importorskip("trl")
     files = {"bad": "{oops\n", "long": (json.dumps({"messages": LONG}) + "\n") * 20}
     files["talks"] = (json.dumps({"messages": TALK}) + "\n") * 20
     files["pairs"] = json.dumps({"messages": LONG[:1], "chosen": "a", "rejected": "b"}) + "\n"
