@@ -232,6 +232,16 @@ def test_each_teacher_costs_once():
     assert found["teachers"] == frame["teacher"].nunique() * 5e9
 
 
+def test_a_student_that_two_cells_recorded_is_drawn_and_paid_for_once(tmp_path):
+    frame = grid(trained="x").assign(trained=lambda t: t["cell"])
+    again = frame.assign(cell="y" + frame["cell"], **{"metrics/other": 0.5})
+    both = pd.concat([frame, again], ignore_index=True)
+    assert content.costs(both)["students"] == content.costs(frame)["students"]
+    both.to_csv(tmp_path / "runs.csv", index=False)
+    found = content.gather(str(tmp_path / "runs.csv"))
+    assert sum(len(p.rows) for p in found.panels) == len(frame)
+
+
 def test_commands_make_the_grid_again():
     cells = [
         {"overrides": [f"student={s}", f"teacher={t}", "+sweeps=quick", "hydra.x=1", "store=here"]}

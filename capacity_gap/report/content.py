@@ -150,7 +150,8 @@ def gather(source: str, *, sweep: str | None = None, axis: str = "total", metric
         problem = str(error)
     optima: Sequence[Optimum | None] = law.optima if law and len(law.optima) == len(found) else [None] * len(found)
     labels = arm_labels([c.key for c in found])
-    panels = [Panel(c, o, rows_of(frame, c, axis), label) for c, o, label in zip(found, optima, labels, strict=True)]
+    drawn = once(frame, metric or default_metric(frame))
+    panels = [Panel(c, o, rows_of(drawn, c, axis), label) for c, o, label in zip(found, optima, labels, strict=True)]
     panels.sort(key=lambda p: (p.rows["data_tokens"].max() if "data_tokens" in p.rows else 0, p.curve.student_params))
     known = {k: v for k, v in sweeps(store).items() if sweep in (None, k)} if store else {}
     return Content(
@@ -300,8 +301,18 @@ def _value(column: str, value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def once(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Rows with a known `metric`, each trained student once: cells that only differ in what else was asked share it."""
+    known = frame[frame[metric].notna()] if metric in frame else frame
+    if "trained" not in known:
+        return known
+    return known[known["trained"].isna() | ~known.duplicated(["trained", metric, "teacher_params"])]
+
+
 def costs(done: pd.DataFrame) -> dict[str, float | None]:
-    """What the cells took, each teacher counted once; None for what no cell recorded."""
+    """What the cells took, each student and each teacher counted once; None for what no cell recorded."""
+    if "trained" in done:
+        done = done[done["trained"].isna() | ~done.duplicated("trained")]
     which = [c for c in ("family", "teacher", "teacher_seed", "teacher_tokens") if c in done]
     teachers = done.drop_duplicates(which) if which else done
     return {
