@@ -128,6 +128,16 @@ def test_one_model_recorded_twice_counts_once():
         assert locate_optima(twice) == locate_optima(frame)
 
 
+def test_pruning_alone_does_not_hide_what_training_shows():
+    """Its scatter over seeds is a hundred times that of trained students, and all curves of a table share one noise."""
+    trained = grid(valley, noise=0.002).assign(data_tokens=300_000)
+    start = grid(lambda r: math.log(r), noise=0.3, draw=1).assign(data_tokens=0)
+    with pytest.warns(UserWarning, match="84 rows of pruning alone left out"):
+        both = locate_optima(pd.concat([trained, start]))
+    assert both == locate_optima(trained)
+    assert {o.data_tokens for o in locate_optima(start)} == {0}
+
+
 def test_settings_in_which_cells_of_one_seed_differ_part_curves():
     low, high = grid(valley, noise=0.001), grid(lambda r: valley(r, 4), noise=0.001, draw=1)
     both = pd.concat([low.assign(learning_rate=1e-3), high.assign(learning_rate=3e-3)])

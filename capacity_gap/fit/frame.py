@@ -96,6 +96,8 @@ def curves(
     column = metric or default_metric(frame)
     require(frame, [student, teacher, column, *([] if by is BY else by)])
     kept, notes = _usable(frame, student, teacher, column)
+    kept, said = _trained(kept)
+    notes += said
     given = [c for c in by if c in kept and kept[c].notna().any()]
     if column != "loss" and "loss" in kept and "loss" not in given:
         given.insert(0, "loss")  # in our records the name of the objective: its losses are never replicates
@@ -149,6 +151,16 @@ def _usable(frame: pd.DataFrame, student: str, teacher: str, column: str) -> tup
         seen = f"; status: {', '.join(map(str, frame['status'].unique()))}" if "status" in frame else ""
         raise ValueError(f"no row can be used: each needs {student}, {teacher} and a finite {column}{seen}.")
     return frame[finite], notes
+
+
+def _trained(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The rows without those of pruning alone, where there are others: its scatter, many times that of trained
+    students, would hide their optima. A table of nothing else is fitted as it is.
+    """
+    if "data_tokens" not in frame or not (alone := frame["data_tokens"].eq(0)).any() or alone.all():
+        return frame, []
+    note = f"{int(alone.sum())} rows of pruning alone left out (data_tokens = 0): fit them from a table of their own"
+    return frame[~alone], [note]
 
 
 def _told_apart(
