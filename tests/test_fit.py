@@ -138,6 +138,11 @@ def test_pruning_alone_does_not_hide_what_training_shows():
     assert {o.data_tokens for o in locate_optima(start)} == {0}
 
 
+def test_a_score_that_nobody_asked_for_says_how_to_get_it():
+    with pytest.raises(ValueError, match=r"no run was scored on metrics/x\. Scores here: metrics/y\. .* evaluate=pico"):
+        locate_optima(grid(valley).assign(**{"metrics/y": 0.5, "metrics/y/stderr": 0.1}), metric="metrics/x")
+
+
 def test_settings_in_which_cells_of_one_seed_differ_part_curves():
     low, high = grid(valley, noise=0.001), grid(lambda r: valley(r, 4), noise=0.001, draw=1)
     both = pd.concat([low.assign(learning_rate=1e-3), high.assign(learning_rate=3e-3)])

@@ -126,6 +126,12 @@ def default_metric(frame: pd.DataFrame) -> str:
 def require(frame: pd.DataFrame, names: Sequence[str]) -> None:
     """Raises if the table lacks a column, naming the nearest that it has."""
     missing = [n for n in names if n not in frame]
+    if scores := [n for n in missing if n.startswith("metrics/")]:
+        held = [c for c in map(str, frame.columns) if c.startswith("metrics/") and c.count("/") == 1]
+        raise ValueError(
+            f"no run was scored on {', '.join(scores)}. Scores here: {', '.join(held) or 'none'}. The same grid with "
+            "evaluate=pico, or evaluate=paper, adds scores to what is there; nothing is trained again."
+        )
     if missing:
         near = {n: difflib.get_close_matches(n, map(str, frame.columns), n=2, cutoff=0.5) for n in missing}
         hints = "; ".join(f"{n} (nearest: {', '.join(c) or 'none'})" for n, c in near.items())
