@@ -7,19 +7,17 @@ python -m benchmarks.losses STORE [--out results/losses.csv]
 import argparse
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from scipy.stats import t
 
+from benchmarks.intervals import interval
 from capacity_gap import records
 
 
 def against(values: pd.Series, baseline: pd.Series) -> dict[str, float]:
     """Mean difference of two series paired by seed, and the half-width of its 95 % t interval."""
     difference = (values - baseline).dropna()
-    count = len(difference)
-    half = difference.std() / np.sqrt(count) * t.ppf(0.975, count - 1) if count > 1 else np.nan
-    return {"seeds": count, "difference": difference.mean(), "half-width": half}
+    mean, half = interval(difference.to_numpy())
+    return {"seeds": len(difference), "difference": mean, "half-width": half}
 
 
 def table(frame: pd.DataFrame) -> pd.DataFrame:

@@ -12,10 +12,9 @@ teacher (by the student's loss) and the largest.
 import argparse
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from scipy import stats
 
+from benchmarks.intervals import interval
 from capacity_gap import store_tools
 
 GAINS = ("exact_match", "preference", "log_ratio")
@@ -28,13 +27,6 @@ def gains(frame: pd.DataFrame) -> pd.DataFrame:
     return kept.assign(
         exact_match=frame["metrics/exact_match/instruct"], **{f"gain_{k}": v for k, v in columns.items()}
     )
-
-
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """The mean of a few values, and half of its 95 % t-interval (NaN for one value)."""
-    n = len(values)
-    half = stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n) if n > 1 else np.nan
-    return float(values.mean()), float(half)
 
 
 def table(cells: pd.DataFrame) -> pd.DataFrame:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
+from benchmarks.intervals import interval
 from benchmarks.study_arms import Arm, arms_of
 from capacity_gap import records
 from capacity_gap.fit.law import LawFit
@@ -77,9 +77,8 @@ def optima_table(arms: list[Arm]) -> str:
     for arm in arms:
         curses = {(c.student, c.data_tokens): c for c in arm.law.curses}
         for o in sorted(arm.law.optima, key=lambda o: (o.data_tokens or 0, o.student_params)):
-            best, ratio = "–" if o.teacher_params is None else f"{o.teacher_params:,.0f}", "–"
-            if o.ratio is not None:
-                ratio = f"{o.ratio:.2f}"
+            best = "–" if o.teacher_params is None else f"{o.teacher_params:,.0f}"
+            ratio = "–" if o.ratio is None else f"{o.ratio:.2f}"
             c = curses.get((o.student, o.data_tokens))
             excess = f"{c.excess:.3f} ({within(c.interval, '.3f')})" if c else "–"
             place = [arm.name, o.student, format_scale(o.data_tokens or 0), str(o.teachers), o.status]
@@ -118,13 +117,6 @@ def teachers_table(frame: pd.DataFrame) -> str:
 
 
 # Contrasts, paired by seed
-
-
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """Mean and half of the 95 % t-interval (NaN for one value)."""
-    n = len(values)
-    half = float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n)) if n > 1 else np.nan
-    return float(values.mean()), half
 
 
 def shown(values: np.ndarray) -> str:

@@ -150,6 +150,11 @@ NESTED = ("metrics", "teacher_metrics", "versions")  # spread over columns in ta
 BESIDE_SCORES = ("stderr", "shots", "higher_is_better")  # what a table tells of a score, in columns of their own
 
 
+def scores_of(frame: "pd.DataFrame") -> list[str]:
+    """The columns of a table that are a benchmark's first score: `metrics/<task>`."""
+    return [c for c in map(str, frame.columns) if c.startswith("metrics/") and c.count("/") == 1]
+
+
 def read(folder: str | Path) -> list[dict[str, Any]]:
     """Every record of a store, finished cells and failed ones, ordered by cell."""
     root = Path(folder)

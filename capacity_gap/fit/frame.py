@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from capacity_gap.records import scores_of
+
 AXES = {"total": "", "non_embedding": "_non_embedding"}
 SAME_SIZE = 0.03  # students within 3 % are one student where no nominal scale says so
 # What parts curves, where the table has it: cells that differ in any of these answer different questions.
@@ -127,7 +129,7 @@ def require(frame: pd.DataFrame, names: Sequence[str]) -> None:
     """Raises if the table lacks a column, naming the nearest that it has."""
     missing = [n for n in names if n not in frame]
     if scores := [n for n in missing if n.startswith("metrics/")]:
-        held = [c for c in map(str, frame.columns) if c.startswith("metrics/") and c.count("/") == 1]
+        held = scores_of(frame)
         raise ValueError(
             f"no run was scored on {', '.join(scores)}. Scores here: {', '.join(held) or 'none'}. The same grid with "
             "evaluate=pico, or evaluate=paper, adds scores to what is there; nothing is trained again."

@@ -18,6 +18,7 @@ from capacity_gap import accounting
 from capacity_gap.errors import UserError, choose
 from capacity_gap.evaluate.scores import metric_direction
 from capacity_gap.evaluate.tasks import PAPER
+from capacity_gap.records import scores_of
 from capacity_gap.report.plots import short_scale
 
 PUBLISHED = Path(__file__).with_name("published.csv")
@@ -107,7 +108,7 @@ def _score(frame: pd.DataFrame, metric: str) -> pd.Series:
 
 def _no_score(finished: pd.DataFrame, metric: str) -> str:
     """What to say when no row has `metric`."""
-    scores = [str(c) for c in finished if str(c).startswith("metrics/") and str(c).count("/") == 1]
+    scores = scores_of(finished)
     six = f" (the paper's six: {', '.join(PAPER)})" if metric.removeprefix("metrics/") == AVERAGE else ""
     return (
         f"no finished record has {metric}{six}. Recorded scores: {', '.join(scores) or 'none'}; --metric names one of "
