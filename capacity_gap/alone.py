@@ -7,11 +7,11 @@ from typing import Any
 from capacity_gap import running
 from capacity_gap.config import RunConfig
 from capacity_gap.pipeline import resolve
-from capacity_gap.plan import check_budget, make_plan
+from capacity_gap.plan import check_budget, make_plan, noted_cell
 from capacity_gap.ranks import Ranks
 from capacity_gap.records import RECORD
 from capacity_gap.runtime import resolve_device
-from capacity_gap.stage import Store, closure
+from capacity_gap.stage import Store
 from capacity_gap.store_tools import note_sweep
 from capacity_gap.watch import View, Watch
 
@@ -36,8 +36,7 @@ def run_alone(config: RunConfig, overrides: Sequence[str]) -> str:
     resolve_device(config.train.device)  # one that is not here is refused before anything is written
     store.create()
     reused = store.has(cell.record)
-    stages = {key: plan.speed.seconds(stage) for key, stage in closure(cell.record).items()}
-    noted = {cell.record.key: {"name": cell.name, "overrides": list(overrides), "stages": stages}}
+    noted = {cell.record.key: noted_cell(cell, overrides, plan.speed)}
     note_sweep(store, SINGLE, noted)
     with Watch(View(store, noted), label=cell.name):
         running.run(cell)

@@ -19,7 +19,7 @@ from capacity_gap.errors import Busy, ConfigError, ImpossibleCell, UserError
 from capacity_gap.fingerprint import fingerprint
 from capacity_gap.lease import POLL_S, Pulse
 from capacity_gap.pipeline import Cell, resolve
-from capacity_gap.plan import Speed, check_budget, make_plan
+from capacity_gap.plan import check_budget, make_plan, noted_cell
 from capacity_gap.report.sweep_run import mirror_sweep
 from capacity_gap.running import fail
 from capacity_gap.runtime import PARENT, Interrupted
@@ -91,7 +91,7 @@ def run_grid(jobs: Sequence[Job], launch: Launch, *, workers: int = 1, max_batch
     store.create()
     os.environ[PARENT] = str(os.getpid())
     settled(first.tracking)  # says once, for all workers, if W&B cannot be had
-    noted = {c.record.key: _noted(c, overrides, plan.speed) for c, overrides in cells.values()}
+    noted = {c.record.key: noted_cell(c, overrides, plan.speed) for c, overrides in cells.values()}
     note_sweep(store, _name(jobs), noted)
     todo = {digest: c for digest, c in cells.items() if not store.has(c[0].record)}
     for cell, _ in todo.values():
@@ -164,11 +164,6 @@ def _name(jobs: Sequence[Job]) -> str:
     """What the grid is called in the store: its file in `sweeps/`, or a hash of what was asked for."""
     named = [o.partition("=")[2] for o in jobs[0].overrides if o.startswith("+sweeps=")]
     return named[0] if named else f"grid-{fingerprint([j.overrides for j in jobs])[:8]}"
-
-
-def _noted(cell: Cell, overrides: list[str], pace: Speed) -> dict[str, Any]:
-    stages = {key: round(pace.seconds(stage), 3) for key, stage in closure(cell.record).items()}
-    return {"name": cell.name, "overrides": overrides, "stages": stages}
 
 
 def _given(job: Job) -> str:

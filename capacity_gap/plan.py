@@ -176,6 +176,12 @@ def make_plan(cells: Sequence["Cell"], store: Store, *, workers: int = 1) -> Pla
     )
 
 
+def noted_cell(cell: "Cell", overrides: Sequence[str], pace: Speed) -> dict[str, Any]:
+    """What a store keeps of a cell that was asked for: its name, how, and its stages with their seconds."""
+    stages = {key: round(pace.seconds(stage), 3) for key, stage in closure(cell.record).items()}
+    return {"name": cell.name, "overrides": list(overrides), "stages": stages}
+
+
 def _models(cells: Sequence["Cell"]) -> list[str]:
     """Every student and teacher once: its shape and its exact size."""
     found: dict[str, None] = {}

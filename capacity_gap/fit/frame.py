@@ -1,5 +1,6 @@
 """From a tidy table to curves: loss against log teacher scale, one curve a student (and data scale, family, start)."""
 
+import dataclasses
 import difflib
 import math
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from capacity_gap.records import scores_of
+from capacity_gap.records import Record, scores_of
 
 AXES = {"total": "", "non_embedding": "_non_embedding"}
 SAME_SIZE = 0.03  # students within 3 % are one student where no nominal scale says so
@@ -44,10 +45,7 @@ SETTINGS = (
     "threads",
     "teacher_tokens",
     "held_out_tokens",
-    "instruct_rows",
-    "instruct_lora_rank",
-    "prefer_rows",
-    "prefer_lora_rank",
+    *(f.name for f in dataclasses.fields(Record) if f.name.startswith(("instruct_", "prefer_"))),
 )
 
 
