@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks import study
+from benchmarks import study, study_tables
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +39,29 @@ def test_arms_are_told_apart_by_what_was_changed():
     held = main.assign(init="random", cell="x" + main["cell"])
     found = study.arms_of(pd.concat([main, held], ignore_index=True))
     assert [(a.name, sorted(a.differs)) for a in found] == [("main", []), ("random start", ["init"])]
-    contrast = study.confound_table(found).splitlines()
+    contrast = study_tables.contrasts_table(found).splitlines()
     assert len(contrast) > 2
-    assert all(cells.split("|")[5].strip() == "0.000 ± 0.000" for cells in contrast[2:]), "the same cells"
+    assert all(cells.split("|")[6].strip() == "0.000 ± 0.000" for cells in contrast[2:]), "the same cells"
+
+
+def budgets(short: pd.DataFrame, more: float) -> list[list[str]]:
+    """Rows of the budget table where four times the tokens raise the loss under the largest teacher by `more`."""
+    longer = short.assign(data_tokens=1_200_000, cell="x" + short["cell"])
+    longer["student_loss"] += more * (longer["teacher_params"] == study_tables.LARGE)
+    arm = study.arms_of(pd.concat([short, longer], ignore_index=True))[0]
+    return [[c.strip() for c in row.split("|")] for row in study_tables.budget_table(arm).splitlines()[2:]]
+
+
+def test_what_a_budget_changes_is_told_per_doubling():
+    short = study.load().query("data_tokens == 300_000 and init == 'pruned' and teacher_data == '1m'")
+    same, changed = budgets(short, 0.0), budgets(short, 0.1)
+    assert [row[1] for row in same] == ["40k", "55k", "80k", "110k"]
+    assert all(row[3].startswith("1.00 (") and row[4] == "0.000 ± 0.000" for row in same)
+    assert all(row[4] == "0.050 ± 0.000" for row in changed)
 
 
 def test_the_rest_of_a_table_is_what_rows_and_columns_leave():
     additive = np.add.outer([0.0, 1.0, 3.0], [0.0, 2.0])
-    assert study.remainder(additive) == pytest.approx(0)
+    assert study_tables.remainder(additive) == pytest.approx(0)
     noise = np.array([[1.0, -1.0], [-1.0, 1.0]])
-    assert study.remainder(np.add.outer([0.0, 1.0], [0.0, 2.0]) + noise) == pytest.approx(2.0)
+    assert study_tables.remainder(np.add.outer([0.0, 1.0], [0.0, 2.0]) + noise) == pytest.approx(2.0)
