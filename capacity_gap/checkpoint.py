@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from capacity_gap.stage import let_others_read
+
 STATE = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -26,6 +28,7 @@ def save(
     beside.mkdir()
     save_file(tensors, beside / "state.safetensors")
     (beside / "state.json").write_text(json.dumps({"step": step, "history": history}))
+    let_others_read(beside)
     os.rename(beside, final)
     for old in folder.glob("step-*"):
         if old != final:

@@ -12,7 +12,7 @@ from typing import Any
 
 from capacity_gap.errors import UserError
 from capacity_gap.records import RECORD
-from capacity_gap.stage import META, Store, write_json
+from capacity_gap.stage import META, Store, let_others_read, write_json
 from capacity_gap.steps import RESULT
 
 SHARD = "2GB"
@@ -232,6 +232,7 @@ def export(store: Store, cell: str, out: Path, *, shard: str = SHARD) -> Path:
     beside.mkdir(parents=True)
     try:
         _write(lineage, beside, shard)
+        let_others_read(beside)
         if out.exists():
             out.rmdir()
         beside.rename(out)

@@ -1,5 +1,6 @@
 """Scales as people write them: `0.5b`, `350m`, `40k`, 60000; and token budgets, which may also be `20x` parameters."""
 
+import math
 import re
 from decimal import Decimal
 
@@ -34,6 +35,14 @@ def format_scale(count: int) -> str:
         if count >= unit:
             return f"{Decimal(count) / unit:f}{suffix}"
     return str(count)
+
+
+def short_scale(count: float, _position: int = 0) -> str:
+    """A parameter count in as few digits as name it to 0.5 %, three at most: 119873 → `120k`, 124439808 → `124m`."""
+    if count <= 0 or not math.isfinite(count):
+        return ""
+    short = [round(count, digits - 1 - math.floor(math.log10(count))) for digits in (1, 2, 3)]
+    return format_scale(round(next((s for s in short if abs(s / count - 1) < 0.005), short[-1])))
 
 
 def parse_tokens(given: str | int, *, params: int, key: str) -> int:

@@ -231,6 +231,7 @@ def adopt_checkpoint(place: Path, checkpoint: Path) -> bool:
 
 def publish(out: Path, final: Path) -> None:
     """Renames a finished directory into place; if another process was first, its equal result stays."""
+    let_others_read(out)
     for file in sorted(out.rglob("*")):
         if file.is_file():
             _sync(file)
@@ -241,6 +242,14 @@ def publish(out: Path, final: Path) -> None:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
     _sync(final.parent)
+
+
+def let_others_read(folder: Path) -> None:
+    """Who may read the folder may read its files: safetensors are written for their owner alone, stores are shared."""
+    allowed = folder.stat().st_mode & 0o444
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(file.stat().st_mode | allowed)
 
 
 def _sync(path: Path) -> None:

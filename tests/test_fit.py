@@ -10,7 +10,7 @@ import pytest
 
 from capacity_gap import cli
 from capacity_gap.fit import LawFit, fit_law, locate_optima
-from capacity_gap.report.plots import short_scale
+from capacity_gap.scales import short_scale
 
 STUDENTS = (50e3, 80e3, 130e3, 200e3)
 RATIOS = np.geomspace(1, 8, 7)

@@ -36,6 +36,15 @@ def test_a_shared_stage_is_computed_once(tmp_path):
     assert calls.count(base.digest) == 1
 
 
+def test_who_may_read_the_store_may_read_its_tensors(tmp_path):
+    def write(run):
+        (run.out / "model.safetensors").touch(mode=0o600)
+
+    stage = Stage("tensors", 1, {}, {}, write)
+    written = Store(tmp_path).compute(stage, Runtime()) / "model.safetensors"
+    assert written.stat().st_mode & 0o444 == written.parent.stat().st_mode & 0o444 != 0
+
+
 def test_identity_is_name_version_settings_and_inputs_alone(tmp_path):
     base = Stage("s", 1, {"a": 1}, {}, counting([]))
     assert base.digest == Stage("s", 1, {"a": 1}, {}, print, cost=9.0, options={"path": "/x"}).digest

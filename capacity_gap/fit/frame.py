@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from capacity_gap.records import Record, scores_of
+from capacity_gap.scales import short_scale
 
 AXES = {"total": "", "non_embedding": "_non_embedding"}
 SAME_SIZE = 0.03  # students within 3 % are one student where no nominal scale says so
@@ -193,14 +194,14 @@ def _told_apart(
 
 
 def _student_label(frame: pd.DataFrame, column: str) -> pd.Series:
-    """The nominal scale, or a number that students within 3 % of each other share."""
+    """The nominal scale, or a short one that students within 3 % of each other share."""
     if "student" in frame and frame["student"].notna().all():
         return frame["student"].astype(str)
     label: dict[float, str] = {}
     first = -np.inf
     for n in np.sort(frame[column].unique()):
         first = n if n > first * (1 + SAME_SIZE) else first
-        label[n] = f"{first:.0f}"
+        label[n] = short_scale(first)
     return frame[column].map(label)
 
 

@@ -20,8 +20,9 @@ from capacity_gap.fit import LawFit
 from capacity_gap.fit.frame import AXES, Curve, curves, default_metric
 from capacity_gap.fit.law import law_from
 from capacity_gap.fit.optimum import Optimum, locate
-from capacity_gap.report.plots import LOSSES, short_scale
+from capacity_gap.report.plots import LOSSES
 from capacity_gap.report.products import products
+from capacity_gap.scales import short_scale
 from capacity_gap.store_tools import open_store, sweep_frame, sweeps
 
 HISTORY_POINTS = 40  # a training curve is averaged in so many bins: single batches are noise

@@ -19,7 +19,7 @@ from capacity_gap.errors import UserError, choose
 from capacity_gap.evaluate.scores import metric_direction
 from capacity_gap.evaluate.tasks import PAPER
 from capacity_gap.records import scores_of
-from capacity_gap.report.plots import short_scale
+from capacity_gap.scales import short_scale
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 AVERAGE = "average"  # of the six

@@ -1,7 +1,7 @@
 """Figures from a fitted table, for PNG and SVG. No global state: every function returns a new figure."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from capacity_gap.fit.frame import Curve
 from capacity_gap.fit.law import LawFit
 from capacity_gap.fit.optimum import FLAT_NATS, Located, Optimum
 from capacity_gap.fit.valley import LEAST_TEACHERS, Valley
-from capacity_gap.scales import format_scale
+from capacity_gap.scales import short_scale
 
 POINT, LINE, BEST, BAND = "#4c6a92", "#222222", "#c1432e", "#e9a23b"
+BUDGETS = (POINT, "#2a9d8f", "#e9a23b", "#8d5a97", "#555555")
 WORDS = {
     "interior": "interior optimum",
     "left_edge": "best at or below the smallest teacher",
@@ -37,37 +38,52 @@ VERDICTS = {
 }
 
 
+WIDEST = 6  # settings that find room beside one another
 LOSSES = (None, "loss", "student_loss")  # the columns that a fit takes when none is named
-
-
-def short_scale(count: float, _position: int = 0) -> str:
-    """A parameter count in as few digits as name it to 0.5 %, three at most: 119873 → `120k`, 124439808 → `124m`."""
-    if count <= 0 or not math.isfinite(count):
-        return ""
-    short = [round(count, digits - 1 - math.floor(math.log10(count))) for digits in (1, 2, 3)]
-    return format_scale(round(next((s for s in short if abs(s / count - 1) < 0.005), short[-1])))
 
 
 def plot_curves(located: Located, *, metric: str | None = None) -> Figure:
     """Loss against teacher scale, a panel a curve: means over seeds with their standard errors, the fitted form, the
     optimum with its interval, and the flat region. `metric`: what was fitted, if not the held-out loss.
     """
-    found = located.found
-    columns = min(3 if len(found) < 12 else 4, len(found))
-    rows = math.ceil(len(found) / columns)
+    places, rows, columns = _places(located.found)
     figure = Figure(figsize=(4.2 * columns, 3.5 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for i, (curve, optimum) in enumerate(zip(found, located.optima, strict=True)):
+    for i, (curve, optimum) in enumerate(zip(located.found, located.optima, strict=True)):
         error = np.sqrt(located.noise.variance[i, : len(curve.x)])
-        _panel(axes[i], curve, optimum, located.valley(i), error)
-    for unused in axes[len(found) :]:
-        unused.set_visible(False)
+        _panel(axes[places[i]], curve, optimum, located.valley(i), error)
+    for unused in set(range(rows * columns)) - set(places):
+        axes[unused].set_visible(False)
     figure.legend(
         handles=_legend(located), loc="outside upper center", ncols=2 if columns < 3 else 5, fontsize=7, frameon=False
     )
     figure.supxlabel("teacher parameters (above: teacher / student)", fontsize=9)
     figure.supylabel("held-out loss, nats per token" if metric in LOSSES else metric, fontsize=9)
     return figure
+
+
+def _places(found: Sequence[Curve]) -> tuple[list[int], int, int]:
+    """The panel of each curve, row by row, and how many rows and columns: students and settings, where these cross."""
+    students = sorted({_student(c) for c in found})
+    settings = sorted({_setting(c) for c in found})
+    across, down = [students.index(_student(c)) for c in found], [settings.index(_setting(c)) for c in found]
+    columns, rows = len(students), len(settings)
+    if rows > columns:
+        across, down, columns, rows = down, across, rows, columns
+    if rows > 1 and columns <= WIDEST:
+        return [i * columns + j for i, j in zip(down, across, strict=True)], rows, columns
+    width = min(3 if len(found) < 12 else 4, len(found))
+    return list(range(len(found))), math.ceil(len(found) / width), width
+
+
+def _student(curve: Curve) -> tuple[float, str]:
+    return curve.student_params, str(curve.key["student"])
+
+
+def _setting(curve: Curve) -> tuple[tuple[float, str], ...]:
+    """All that tells a curve apart but its student; numbers sort as numbers."""
+    values = [v for k, v in sorted(curve.key.items()) if k != "student"]
+    return tuple((float(v), "") if isinstance(v, (int, float, np.number)) else (math.inf, str(v)) for v in values)
 
 
 def _legend(located: Located) -> list[Artist]:
@@ -109,7 +125,7 @@ def _panel(axes: Axes, curve: Curve, optimum: Optimum, valley: Valley | None, er
     above = axes.secondary_xaxis("top", functions=(_over(curve.student_params), _times(curve.student_params)))
     above.xaxis.set_major_formatter(FuncFormatter(lambda r, _: f"{r:g}×"))
     above.xaxis.set_minor_formatter(NullFormatter())
-    above.set_xticks([r for r in (1, 2, 4, 8, 16) if _inside(axes, r * curve.student_params)])
+    above.set_xticks(ratio_ticks(*(x / curve.student_params for x in axes.get_xlim())))
     above.tick_params(labelsize=7)
 
 
@@ -131,9 +147,13 @@ def _times(student: float) -> Callable[[Any], Any]:
     return lambda ratio: np.asarray(ratio) * student
 
 
-def _inside(axes: Axes, value: float) -> bool:
-    low, high = axes.get_xlim()
-    return low <= value <= high
+def ratio_ticks(low: float, high: float) -> list[float]:
+    """Ticks of the ratio axis: powers of two, or halves of an octave where these are fewer than two."""
+    for step in (1.0, 0.5, 0.25):
+        powers = np.arange(math.ceil(math.log2(low) / step), math.floor(math.log2(high) / step) + 1) * step
+        if len(powers) > 1:
+            break
+    return [float(f"{2**p:.2g}") for p in powers if low <= float(f"{2**p:.2g}") <= high]
 
 
 def _scales(axes: Axes, ticks: np.ndarray) -> None:
@@ -151,8 +171,12 @@ def plot_law(law: LawFit) -> Figure:
     axes = figure.subplots()
     axes.set_xscale("log")
     axes.set_yscale("log")
+    budgets = sorted({o.data_tokens or 0 for o in law.optima})
     for optimum in law.optima:
-        _mark(axes, optimum)
+        at = budgets.index(optimum.data_tokens or 0)
+        _mark(axes, optimum, BUDGETS[at % len(BUDGETS)], 1.03 ** (at - (len(budgets) - 1) / 2))
+    for at, tokens in enumerate(budgets if len(budgets) > 1 else []):
+        axes.plot([], [], "o", color=BUDGETS[at % len(BUDGETS)], ms=5, label=f"{short_scale(tokens) or 0} tokens")
     students = np.array(sorted({o.student_params for o in law.optima}))
     span = np.array([students[0] / 1.2, students[-1] * 1.2])
     axes.plot(span, span, color="#999999", lw=0.8, ls=":", label="teacher = student")
@@ -163,6 +187,7 @@ def plot_law(law: LawFit) -> Figure:
             span, law.ratio_interval[0] * span, law.ratio_interval[1] * span, color=BEST, alpha=0.12, lw=0
         )
     _scales(axes, students)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(short_scale))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("student parameters", fontsize=9)
@@ -172,17 +197,17 @@ def plot_law(law: LawFit) -> Figure:
     return figure
 
 
-def _mark(axes: Axes, optimum: Optimum) -> None:
-    """One optimum: a point with its interval, or an arrow from the bound that is known."""
+def _mark(axes: Axes, optimum: Optimum, color: str, aside: float) -> None:
+    """One optimum: a point with its interval, or an arrow from the bound that is known; a little aside of others."""
     low, high = optimum.interval
-    x = optimum.student_params
+    x = optimum.student_params * aside
     if optimum.teacher_params is not None and low is not None and high is not None:
-        axes.plot([x, x], [low, high], color=POINT, lw=1)
-        axes.plot(x, optimum.teacher_params, "o", color=POINT, ms=5)
+        axes.plot([x, x], [low, high], color=color, lw=1)
+        axes.plot(x, optimum.teacher_params, "o", color=color, ms=5)
     elif low is not None:
-        axes.plot(x, low, marker=r"$\uparrow$", color=POINT, ms=11)
+        axes.plot(x, low, marker=r"$\uparrow$", color=color, ms=11)
     elif high is not None:
-        axes.plot(x, high, marker=r"$\downarrow$", color=POINT, ms=11)
+        axes.plot(x, high, marker=r"$\downarrow$", color=color, ms=11)
 
 
 def save_figure(figure: Figure, stem: Path) -> list[Path]:
