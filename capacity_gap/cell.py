@@ -217,7 +217,8 @@ class Settings:
         c = self.config.prune
         given = {"prune_priority": c.priority, "prune_layers": c.layers, "prune_steps": c.iterative}
         usual = {"prune_priority": "local", "prune_layers": "symmetric", "prune_steps": 1}
-        return {} if c.init == "random" else {k: v for k, v in given.items() if v != usual[k]}
+        shared = {} if c.reference is None else {"reference": c.reference}
+        return shared | ({} if c.init == "random" else {k: v for k, v in given.items() if v != usual[k]})
 
     @property
     def objective(self) -> dict[str, Any]:

@@ -301,8 +301,8 @@ def _head(lineage: Lineage) -> Iterator[str]:
 
 def _origin(lineage: Lineage) -> str:
     row = lineage.row
-    starts = {"random": "that began with random weights", "shared": "cut from a model that all students are cut from"}
-    start = starts.get(row["init"], f"cut from {row['teacher']}")
+    cut = f"cut from {row.get('reference') or row['teacher']}"
+    start = "that began with random weights" if row["init"] == "random" else cut
     teacher = f"distilled from {row['teacher']} ({row['teacher_params']:,} parameters)"
     taught = teacher if row["kd_weight"] else "trained without a teacher"
     learnt = f" and {taught} on {row['data_tokens']:,} tokens of `{lineage.corpus}`" if row["data_tokens"] else ""

@@ -44,6 +44,7 @@ class Record:
     teacher_params: int | None = None
     teacher_params_non_embedding: int | None = None
     init: str | None = None  # pruned | random | shared
+    reference: str | None = None  # init=shared: the rung that the one start was cut from
     prune_method: str | None = None
     prune_priority: str | None = None
     prune_layers: str | None = None

@@ -51,6 +51,12 @@ def test_a_planted_law_is_recovered_with_an_interval_that_holds_it():
     assert law.predict(1e6) == pytest.approx(law.ratio * 1e6)
 
 
+def test_starts_cut_from_two_references_are_two_curves():
+    cut = [grid(lambda r, best=best: valley(r, best)).assign(reference=name) for name, best in (("a", 2), ("b", 4))]
+    found = locate_optima(pd.concat(cut, ignore_index=True))
+    assert sorted(round(o.ratio) for o in found) == [2] * len(STUDENTS) + [4] * len(STUDENTS)
+
+
 @pytest.mark.parametrize("seeds", [1, 3])
 @pytest.mark.parametrize("teacher_noise", [0.0, 0.01])
 @pytest.mark.parametrize("trend", [0.0, -0.02, 0.02])

@@ -108,7 +108,7 @@ def test_a_shared_start_is_one_for_all_teachers(tiny, tmp_path):
     for cell in cells:
         pipeline.run(cell.config)
     rows = records.read(tmp_path)
-    assert {r["init"] for r in rows} == {"shared"}
+    assert {(r["init"], r["reference"]) for r in rows} == {("shared", "55k")}
     assert len({r["init_loss"] for r in rows}) == 1
     assert len({r["teacher_loss"] for r in rows}) == 2
 

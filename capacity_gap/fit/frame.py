@@ -19,6 +19,7 @@ BY = (
     "family",
     "corpus",
     "init",
+    "reference",
     "shape",
     "prune_method",
     "prune_priority",

@@ -40,6 +40,7 @@ SETTINGS = {
     "epochs": "epochs",
     "teacher_data": "teacher's tokens",
     "init": "start",
+    "reference": "cut from",
     "prune_method": "score",
     "shape": "shape",
     "batch": "batch (sequences)",
