@@ -14,21 +14,27 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.study_arms import Arm, arms_of
+from benchmarks.study_surface import contour_table, forecast_table, surface_of, surface_table
 from benchmarks.study_tables import (
+    argmin_table,
     budget_table,
     contrasts_table,
     direct_table,
+    factors_table,
     laws_table,
     luck_table,
     optima_table,
+    ratios_table,
     teachers_table,
 )
 from capacity_gap import records
+from capacity_gap.fit import SurfaceFit
 from capacity_gap.report.plots import plot_curves, plot_law, save_figure
 from capacity_gap.scales import parse_scale
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS, PAGES = ROOT / "results" / "pico", (ROOT / "docs" / "study.md", ROOT / "README.md")
+DRAWN = ("main", "random start", "shared start, cut from 120k", "teachers at 2x tokens")
 DROPPED = ("error", "git_commit", "micro_batch", "created", "schema_version", "peak_memory_bytes", "ranks")
 
 
@@ -50,25 +56,37 @@ def export(store: str, budgets: list[int]) -> None:
 
 def load() -> pd.DataFrame:
     """The study's cells, each once."""
-    return records.load(RECORDS).drop_duplicates("cell").reset_index(drop=True)
+    frame = records.load(RECORDS).drop_duplicates("cell").reset_index(drop=True)
+    return frame.assign(reference=frame["reference"].fillna("") if "reference" in frame else "")
 
 
 # Pages
 
 
-def pages(frame: pd.DataFrame, arms: list[Arm]) -> dict[str, str]:
-    """The tables of the pages, by name."""
-    trained = [a for a in arms if a.budgets != [0]]
-    main = next(a for a in trained if not a.differs)
+def main_of(arms: list[Arm]) -> Arm:
+    """The main arm, distilled."""
+    return next(a for a in arms if not a.differs and a.budgets != [0])
+
+
+def pages(frame: pd.DataFrame, arms: list[Arm], surface: SurfaceFit | None = None) -> dict[str, str]:
+    """The tables of the pages, by name. `surface`: of the main arm, fitted here if it is not given."""
+    trained, main = [a for a in arms if a.budgets != [0]], main_of(arms)
+    surface = surface or surface_of(main)
     teachers = frame.drop_duplicates(["family", "teacher", "teacher_data", "teacher_seed", "corpus"])
     return {
         "cells": f"{len(frame)} cells under {len(teachers)} teachers.",
         "teachers": teachers_table(frame),
         "start": optima_table([a for a in arms if a.budgets == [0]]),
         "optima": optima_table(trained),
+        "ratios": ratios_table([main]),
+        "surface": surface_table(surface),
+        "contour": contour_table(surface, main),
+        "forecast": forecast_table(main),
+        "argmin": argmin_table(main),
         "laws": laws_table(trained),
         "budget": budget_table(main),
         "contrasts": contrasts_table(trained),
+        "factors": factors_table(trained),
         "direct": direct_table(frame),
         "luck": luck_table(frame),
         "verdict": f"> {main.law.verdict()}",
@@ -87,24 +105,26 @@ def figures() -> None:
     """Writes everything that is published."""
     frame = load()
     arms = arms_of(frame)
-    tables = pages(frame, arms)
+    main = main_of(arms)
+    surface = surface_of(main)
+    tables = pages(frame, arms, surface)
     if missing := [n for n in tables if not any(f"<!-- {n} -->" in page.read_text() for page in PAGES)]:
         raise SystemExit(f"no page has a place for {', '.join(missing)}: <!-- NAME --> … <!-- /NAME -->")
     for page in PAGES:
         page.write_text(filled(page.read_text(), tables))
-    main = next(a for a in arms if not a.differs and a.budgets != [0])
     main.law.save(RECORDS / "law.json")
+    (RECORDS / "surface.json").write_text(surface.to_json() + "\n")
     fits = {f"{a.name}, {n}": json.loads(a.fit(n).to_json()) | {"draws": []} for a in arms for n in a.budgets}
     (RECORDS / "arms.json").write_text(json.dumps(fits, indent=1) + "\n")
     for arm in arms:
-        if arm.budgets != [0]:
+        if arm.budgets != [0] and arm.name in DRAWN:
             _draw(plot_curves(arm.located), f"study_curves{arm.suffix}")
     _draw(plot_law(main.law), "study_law")
-    print(main.law.summary())
+    print(main.law.summary(), surface.summary(), sep="\n\n")
 
 
 def _draw(figure, name: str) -> None:  # type: ignore[no-untyped-def]
-    save_figure(figure, ROOT / "docs" / name)
+    save_figure(figure, ROOT / "docs" / name, dpi=85)
     (ROOT / "docs" / f"{name}.svg").unlink()
 
 

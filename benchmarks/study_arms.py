@@ -12,12 +12,14 @@ MAIN = {
     "family": "pico",
     "corpus": "embedded",
     "init": "pruned",
+    "reference": "",
     "shape": "common",
     "teacher_data": "1m",
     "kd_weight": 0.5,
 }
 SAID = {
     "init": "{} start",
+    "reference": "cut from {}",
     "teacher_data": "teachers at {} tokens",
     "kd_weight": "KD weight {}",
     "shape": "shape {}",
@@ -43,7 +45,7 @@ class Arm:
     @property
     def suffix(self) -> str:
         """For file names."""
-        return "_" + self.name.replace(" ", "_") if self.differs else ""
+        return "_" + self.name.replace(",", "").replace(" ", "_") if self.differs else ""
 
     @property
     def law(self) -> LawFit:

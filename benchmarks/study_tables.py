@@ -1,14 +1,19 @@
 """The tables of the pico study, in markdown."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 
 from benchmarks.intervals import interval
 from benchmarks.study_arms import Arm
 from capacity_gap.fit.law import LawFit
+from capacity_gap.fit.optimum import Optimum
 from capacity_gap.scales import format_scale
 
 SMALL, LARGE = 120_200, 899_712  # the ends of what every student of the confound was distilled from
+REFERENCES = ("120k", "900k")
+NONE = pd.DataFrame(columns=["data_tokens", "student_params", "student", "seed", "reference", "teacher_params"])
 NOT_YET = "Not run yet."
 
 
@@ -44,6 +49,38 @@ def optima_table(arms: list[Arm]) -> str:
             place = [arm.name, o.student, format_scale(o.data_tokens or 0), str(o.teachers), o.status]
             rows.append([*place, best, within(o.interval, ",.0f"), ratio, excess])
     return markdown([*head, "largest − best, nats"], rows)
+
+
+def ratios_table(arms: list[Arm]) -> str:
+    """The headline: each student's best teacher over its own size, by budget; bounds where only these are known."""
+    arms = [a for a in arms if any(o.status != "too_few" for o in a.law.optima)]
+    budgets = sorted({n for a in arms for n in a.budgets})
+    rows = []
+    for arm in arms:
+        students = {(o.student_params, o.student) for o in arm.law.optima}
+        for params, student in sorted(students):
+            of = {o.data_tokens or arm.budgets[0]: o for o in arm.law.optima if o.student_params == params}
+            rows.append([arm.name, student, *(ratio_of(of[n]) if n in of else "" for n in budgets)])
+    return markdown(["arm", "student", *(f"{format_scale(n)} tokens" for n in budgets)], rows)
+
+
+def ratio_of(optimum: Optimum) -> str:
+    """What is known of teacher over student, in a few marks."""
+    low, high = (None if v is None else v / optimum.student_params for v in optimum.interval)
+    if optimum.ratio is not None:
+        return f"{optimum.ratio:.1f} ({within((low, high), '.1f')})"
+    if optimum.status == "left_edge" and high is not None:
+        return f"≤ {high:.1f}"
+    return f"≥ {low:.1f}" if optimum.status == "right_edge" and low is not None else optimum.status
+
+
+def argmin_table(arm: Arm) -> str:
+    """The paper's way: the teacher of the lowest mean loss over the student, by budget, and the geometric mean."""
+    means = arm.frame.groupby(["student_params", "student", "data_tokens", "teacher_params"])["student_loss"].mean()
+    best = means.groupby(level=[0, 1, 2]).idxmin().map(lambda at: at[3] / at[0]).unstack()
+    rows = [[str(student), *(f"{v:.1f}" if v == v else "" for v in row)] for (_, student), row in best.iterrows()]
+    rows.append(["geometric mean", *(f"{np.exp(np.log(best[n]).mean()):.1f}" for n in best)])
+    return markdown(["student", *(f"{format_scale(int(n))} tokens" for n in best)], rows)
 
 
 def laws_table(arms: list[Arm]) -> str:
@@ -93,29 +130,64 @@ def rise(frame: pd.DataFrame) -> pd.Series:
     return (table[LARGE] - table[SMALL]).dropna() if {LARGE, SMALL} <= set(table) else pd.Series(dtype=float)
 
 
+def line(frame: pd.DataFrame) -> pd.Series:
+    """The same difference along a straight line in log teacher through all teachers from one to the other."""
+    table = frame.pivot_table(index="seed", columns="teacher_params", values="student_loss")
+    table = table.loc[:, [c for c in table if SMALL <= c <= LARGE]].dropna()
+    if not {LARGE, SMALL} <= set(table):
+        return pd.Series(dtype=float)
+    x = np.log(np.array(table.columns, dtype=float))
+    weight = (x - x.mean()) / ((x - x.mean()) ** 2).sum() * np.log(LARGE / SMALL)
+    return pd.Series(table.to_numpy() @ weight, index=table.index)
+
+
 def contrasts_table(arms: list[Arm]) -> str:
     """What a teacher 7.5 times as large costs each student in every arm, beside the main one; then over students."""
     main = next(a for a in arms if not a.differs)
     rows = []
     for arm in arms:
         for tokens in arm.budgets if arm.differs else []:
-            pairs = _pairs(main.frame, arm.frame, tokens)
-            for student, pair in pairs.items():
-                rows.append([arm.name, student, format_scale(tokens), *_contrast(pair)])
-            if len(pairs) > 1:
-                mean = sum(pairs.values()) / len(pairs)
-                rows.append([arm.name, f"mean of {len(pairs)}", format_scale(tokens), *_contrast(mean.dropna())])
-    return markdown(["arm", "student", "tokens", "main arm", "this arm", "main − this"], rows)
+            pairs = [_pairs(main.frame, arm.frame, tokens, of) for of in (rise, line)]
+            if len(pairs[0]) > 1:
+                of = f"mean of {len(pairs[0])}"
+                pairs = [p | {of: (sum(p.values()) / len(p)).dropna()} for p in pairs]  # type: ignore[attr-defined]
+            for student in pairs[0]:
+                ends, through = (p[student] for p in pairs)
+                place = [arm.name, student, format_scale(tokens), str(len(ends))]
+                rows.append([*place, *_contrast(ends), _contrast(through)[-1]])
+    head = ["arm", "student", "tokens", "seeds", "main arm", "this arm", "main − this", "main − this, line through all"]
+    return markdown(head, rows)
 
 
-def _pairs(main: pd.DataFrame, held: pd.DataFrame, tokens: int) -> dict[str, pd.DataFrame]:
-    """Both rises of each student that both arms hold, one row a seed."""
+def factors_table(arms: list[Arm]) -> str:
+    """Start and teacher apart: loss by the rung that the student was cut from and by its teacher, one budget a row.
+
+    Under its own teacher a pruned student is the shared one, so four corners need two shared arms alone.
+    """
+    cells = pd.concat(
+        [a.frame for a in arms if "reference" in a.differs and a.differs <= {"init", "reference"}] or [NONE]
+    )
+    rows = []
+    for (tokens, _, student), of in cells.groupby(["data_tokens", "student_params", "student"]):
+        table = of.pivot_table(index="seed", columns=["reference", "teacher_params"], values="student_loss").dropna()
+        corners = [(r, t) for r in REFERENCES for t in (SMALL, LARGE)]
+        if set(corners) <= set(table):
+            loss = {c: table[c].to_numpy() for c in corners}
+            good, bad = REFERENCES
+            start = sum(loss[bad, t] - loss[good, t] for t in (SMALL, LARGE)) / 2
+            taught = sum(loss[r, LARGE] - loss[r, SMALL] for r in REFERENCES) / 2
+            means = [f"{loss[c].mean():.3f}" for c in corners]
+            rows.append([str(student), format_scale(int(tokens)), *means, shown(start), shown(taught)])
+    starts = [f"cut from {r}, teacher {t}" for r in REFERENCES for t in REFERENCES]
+    return markdown(["student", "tokens", *starts, "worse start", "larger teacher"], rows)
+
+
+def _pairs(main: pd.DataFrame, held: pd.DataFrame, tokens: int, of: Callable) -> dict[str, pd.DataFrame]:
+    """What `of` gives for each student that both arms hold, one row a seed."""
     main, held = (f[f["data_tokens"] == tokens] for f in (main, held))
     students = held.sort_values("student_params")["student"].unique()
     both = {
-        str(s): pd.concat(
-            [rise(main[main["student"] == s]), rise(held[held["student"] == s])], axis=1, keys=["main", "held"]
-        ).dropna()
+        str(s): pd.concat([of(f[f["student"] == s]) for f in (main, held)], axis=1, keys=["main", "held"]).dropna()
         for s in students
     }
     return {s: pair for s, pair in both.items() if len(pair)}
@@ -178,7 +250,7 @@ def luck_table(frame: pd.DataFrame) -> str:
     for (student, teacher_params, tokens), cells in main.groupby(["student", "teacher_params", "data_tokens"]):
         table = cells.pivot_table(index="teacher_seed", columns="seed", values="student_loss").dropna()
         if min(table.shape) > 1:
-            spread = [table.mean(1).std(), table.mean(0).std(), remainder(table.to_numpy())]
+            spread = [table.mean(axis=1).std(), table.mean(axis=0).std(), remainder(table.to_numpy())]
             place = [str(student), format_scale(int(tokens)), f"{teacher_params:,.0f}"]
             rows.append([*place, *(f"{v:.4f}" for v in spread)])
     return markdown(["student", "tokens", "teacher", "over teachers", "over students", "rest"], rows)

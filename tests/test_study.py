@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks import study, study_tables
+from benchmarks import study, study_surface, study_tables
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +19,13 @@ def test_tables_of_the_pages_are_those_of_the_records(arms):
     assert all(f"<!-- {name} -->" in study.PAGES[0].read_text() for name in tables)
 
 
+def test_the_published_surface_is_that_of_the_tables():
+    from capacity_gap.fit import SurfaceFit
+
+    kept = SurfaceFit.from_json((study.RECORDS / "surface.json").read_text())
+    assert study_surface.surface_table(kept) in study.PAGES[0].read_text()
+
+
 def test_a_cell_is_published_once():
     frame = study.load()
     assert frame["cell"].is_unique
@@ -29,19 +36,25 @@ def test_the_published_fit_is_that_of_the_records(arms):
     from capacity_gap.fit import LawFit
 
     kept = LawFit.from_json((study.RECORDS / "law.json").read_text())
-    made = next(a for a in arms if not a.differs and a.budgets != [0]).law
+    made = study.main_of(arms).law
     assert (kept.status, kept.ratio) == (made.status, made.ratio)
     assert [o.status for o in kept.optima] == [o.status for o in made.optima]
 
 
+def main_arm():
+    """The cells of the main arm that were distilled."""
+    return study.main_of(study.arms_of(study.load())).frame
+
+
 def test_arms_are_told_apart_by_what_was_changed():
-    main = study.load().query("data_tokens > 0")
+    main = main_arm()
     held = main.assign(init="random", cell="x" + main["cell"])
     found = study.arms_of(pd.concat([main, held], ignore_index=True))
     assert [(a.name, sorted(a.differs)) for a in found] == [("main", []), ("random start", ["init"])]
     contrast = study_tables.contrasts_table(found).splitlines()
     assert len(contrast) > 2
-    assert all(cells.split("|")[6].strip() == "0.000 ± 0.000" for cells in contrast[2:]), "the same cells"
+    differences = [cell.strip() for cells in contrast[2:] for cell in cells.split("|")[7:9]]
+    assert set(differences) == {"0.000 ± 0.000"}, "the same cells"
 
 
 def budgets(short: pd.DataFrame, more: float) -> list[list[str]]:
@@ -53,11 +66,17 @@ def budgets(short: pd.DataFrame, more: float) -> list[list[str]]:
 
 
 def test_what_a_budget_changes_is_told_per_doubling():
-    short = study.load().query("data_tokens == 300_000 and init == 'pruned' and teacher_data == '1m'")
+    short = main_arm().query("data_tokens == 300_000")
     same, changed = budgets(short, 0.0), budgets(short, 0.1)
     assert [row[1] for row in same] == ["40k", "55k", "80k", "110k"]
     assert all(row[3].startswith("1.00 (") and row[4] == "0.000 ± 0.000" for row in same)
     assert all(row[4] == "0.050 ± 0.000" for row in changed)
+
+
+def test_a_line_through_all_teachers_gives_the_difference_of_a_straight_curve():
+    short = main_arm().query("data_tokens == 300_000 and student == '55k' and seed == 0")
+    straight = short.assign(student_loss=0.1 * np.log(short["teacher_params"]))
+    assert study_tables.line(straight).tolist() == pytest.approx(study_tables.rise(straight).tolist())
 
 
 def test_the_rest_of_a_table_is_what_rows_and_columns_leave():

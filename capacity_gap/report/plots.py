@@ -210,8 +210,8 @@ def _mark(axes: Axes, optimum: Optimum, color: str, aside: float) -> None:
         axes.plot(x, high, marker=r"$\downarrow$", color=color, ms=11)
 
 
-def save_figure(figure: Figure, stem: Path) -> list[Path]:
-    """Writes `stem.png` and `stem.svg`; the same figure gives the same bytes."""
+def save_figure(figure: Figure, stem: Path, *, dpi: int = 130) -> list[Path]:
+    """Writes `stem.png`, of so many dots an inch, and `stem.svg`; the same figure gives the same bytes."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -219,6 +219,6 @@ def save_figure(figure: Figure, stem: Path) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
     files = [stem.with_suffix(s) for s in (".png", ".svg")]
     with rc_context({"svg.hashsalt": "capacity_gap"}):
-        figure.savefig(files[0], dpi=130, metadata={"Software": None})
+        figure.savefig(files[0], dpi=dpi, metadata={"Software": None})
         figure.savefig(files[1], metadata={"Date": None})
     return files
