@@ -119,12 +119,12 @@ def figures() -> None:
     for arm in arms:
         if arm.budgets != [0] and arm.name in DRAWN:
             _draw(plot_curves(arm.located), f"study_curves{arm.suffix}")
-    _draw(plot_law(main.law), "study_law")
+    _draw(plot_law(main.law), "study_law", dpi=130)
     print(main.law.summary(), surface.summary(), sep="\n\n")
 
 
-def _draw(figure, name: str) -> None:  # type: ignore[no-untyped-def]
-    save_figure(figure, ROOT / "docs" / name, dpi=85)
+def _draw(figure, name: str, dpi: int = 85) -> None:  # type: ignore[no-untyped-def]
+    save_figure(figure, ROOT / "docs" / name, dpi=dpi)
     (ROOT / "docs" / f"{name}.svg").unlink()
 
 
