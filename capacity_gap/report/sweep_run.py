@@ -85,6 +85,7 @@ def _optima(law: "LawFit") -> "pd.DataFrame":
 
 def _figures(located: "Located", law: "LawFit", folder: Path) -> dict[str, Any]:
     import wandb
+
     from capacity_gap.report.plots import plot_curves, plot_law, save_figure
 
     made = {"curves": plot_curves(located), "law": plot_law(law)}
