@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.study_arms import Arm, arms_of
+from benchmarks.study_arms import Arm, arms_of, main_of
 from benchmarks.study_surface import contour_table, forecast_table, surface_of, surface_table
 from benchmarks.study_tables import (
     argmin_table,
@@ -63,11 +63,6 @@ def load() -> pd.DataFrame:
 # Pages
 
 
-def main_of(arms: list[Arm]) -> Arm:
-    """The main arm, distilled."""
-    return next(a for a in arms if not a.differs and a.budgets != [0])
-
-
 def pages(frame: pd.DataFrame, arms: list[Arm], surface: SurfaceFit | None = None) -> dict[str, str]:
     """The tables of the pages, by name. `surface`: of the main arm, fitted here if it is not given."""
     trained, main = [a for a in arms if a.budgets != [0]], main_of(arms)
@@ -78,7 +73,7 @@ def pages(frame: pd.DataFrame, arms: list[Arm], surface: SurfaceFit | None = Non
         "teachers": teachers_table(frame),
         "start": optima_table([a for a in arms if a.budgets == [0]]),
         "optima": optima_table(trained),
-        "ratios": ratios_table([main]),
+        "ratios": ratios_table(main),
         "surface": surface_table(surface),
         "contour": contour_table(surface, main),
         "forecast": forecast_table(main),

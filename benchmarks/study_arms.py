@@ -79,3 +79,8 @@ def arms_of(frame: pd.DataFrame) -> list[Arm]:
         name = ", ".join(SAID[k].format(v) for k, v in differs.items()) or "main"
         found.append(Arm(name, frozenset(differs), cells.reset_index(drop=True)))
     return sorted(found, key=lambda a: (len(a.differs), a.name, a.budgets != [0]))
+
+
+def main_of(arms: list[Arm]) -> Arm:
+    """The main arm, distilled."""
+    return next(a for a in arms if not a.differs and a.budgets != [0])

@@ -3,7 +3,7 @@
 import numpy as np
 
 from benchmarks.study_arms import Arm
-from benchmarks.study_tables import markdown, within
+from benchmarks.study_tables import counted, markdown, over, within
 from capacity_gap.fit import SurfaceFit, best_teacher, fit_surface
 from capacity_gap.scales import format_scale
 
@@ -39,10 +39,8 @@ def forecast_table(arm: Arm) -> str:
         given = {"student_params": np.full(len(teachers), params), "data_tokens": np.full(len(teachers), FORECAST)}
         errors = surface.predict(**given, teacher_params=teachers) - means.to_numpy()
         came = seen[str(student)]
-        place = "–" if came.teacher_params is None else f"{came.teacher_params:,.0f}"
-        foretold = "–" if told.teacher_params is None else f"{told.teacher_params:,.0f}"
-        rows.append([str(student), foretold, within(told.interval, ",.0f"), place, within(came.interval, ",.0f")])
-        rows[-1] += [came.status, f"{errors.mean():+.3f}", f"{errors.std():.3f}"]
+        places = [v for c in (told, came) for v in (counted(c.teacher_params), within(c.interval, ",.0f"))]
+        rows.append([str(student), *places, came.status, f"{errors.mean():+.3f}", f"{errors.std():.3f}"])
     head = ["student", "foretold", "95 %", "found", "95 %", "status", "loss foretold − found", "scatter of that"]
     return markdown(head, rows)
 
@@ -54,6 +52,5 @@ def contour_table(surface: SurfaceFit, arm: Arm) -> str:
     for params, student in students:
         found = [best_teacher(surface, student_params=params, data_tokens=float(n)) for n in arm.budgets]
         ratios = [f"{f.teacher_params / params:.1f}" if f.teacher_params is not None else f.status for f in found]
-        bounds = [within(tuple(None if v is None else v / params for v in f.interval), ".1f") for f in found]
-        rows.append([student, *(f"{r} ({b})" for r, b in zip(ratios, bounds, strict=True))])
+        rows.append([student, *(f"{r} ({over(f.interval, params)})" for r, f in zip(ratios, found, strict=True))])
     return markdown(["student", *(f"{format_scale(n)} tokens" for n in arm.budgets)], rows)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.intervals import interval
-from benchmarks.study_arms import Arm
+from benchmarks.study_arms import Arm, main_of
 from capacity_gap.fit.law import LawFit
 from capacity_gap.fit.optimum import Optimum
 from capacity_gap.scales import format_scale
@@ -30,6 +30,17 @@ def within(interval: tuple[float | None, float | None] | None, form: str) -> str
     return f"{low} to {high}"
 
 
+def over(interval: tuple[float | None, float | None], params: float) -> str:
+    """An interval of teachers as one of ratios."""
+    low, high = (None if v is None else v / params for v in interval)
+    return within((low, high), ".1f")
+
+
+def counted(params: float | None) -> str:
+    """A number of parameters, or a dash."""
+    return "–" if params is None else f"{params:,.0f}"
+
+
 def estimate(value: float | None, interval: tuple[float, float] | None) -> str:
     """A number with its interval, or a dash."""
     return "–" if value is None else f"{value:.2f} ({within(interval, '.2f')})"
@@ -42,36 +53,34 @@ def optima_table(arms: list[Arm]) -> str:
     for arm in arms:
         curses = {(c.student, c.data_tokens): c for c in arm.law.curses}
         for o in sorted(arm.law.optima, key=lambda o: (o.data_tokens or 0, o.student_params)):
-            best = "–" if o.teacher_params is None else f"{o.teacher_params:,.0f}"
             ratio = "–" if o.ratio is None else f"{o.ratio:.2f}"
             c = curses.get((o.student, o.data_tokens))
             excess = f"{c.excess:.3f} ({within(c.interval, '.3f')})" if c else "–"
             place = [arm.name, o.student, format_scale(o.data_tokens or 0), str(o.teachers), o.status]
-            rows.append([*place, best, within(o.interval, ",.0f"), ratio, excess])
+            rows.append([*place, counted(o.teacher_params), within(o.interval, ",.0f"), ratio, excess])
     return markdown([*head, "largest − best, nats"], rows)
 
 
-def ratios_table(arms: list[Arm]) -> str:
+def ratios_table(arm: Arm) -> str:
     """The headline: each student's best teacher over its own size, by budget; bounds where only these are known."""
-    arms = [a for a in arms if any(o.status != "too_few" for o in a.law.optima)]
-    budgets = sorted({n for a in arms for n in a.budgets})
-    rows = []
-    for arm in arms:
-        students = {(o.student_params, o.student) for o in arm.law.optima}
-        for params, student in sorted(students):
-            of = {o.data_tokens or arm.budgets[0]: o for o in arm.law.optima if o.student_params == params}
-            rows.append([arm.name, student, *(ratio_of(of[n]) if n in of else "" for n in budgets)])
-    return markdown(["arm", "student", *(f"{format_scale(n)} tokens" for n in budgets)], rows)
+    of = {(o.student_params, o.student, o.data_tokens or arm.budgets[0]): o for o in arm.law.optima}
+    rows = [
+        [student, *(ratio_of(of[params, student, n]) if (params, student, n) in of else "" for n in arm.budgets)]
+        for params, student in sorted({key[:2] for key in of})
+    ]
+    return markdown(["student", *(f"{format_scale(n)} tokens" for n in arm.budgets)], rows)
 
 
 def ratio_of(optimum: Optimum) -> str:
     """What is known of teacher over student, in a few marks."""
-    low, high = (None if v is None else v / optimum.student_params for v in optimum.interval)
+    low, high = optimum.interval
     if optimum.ratio is not None:
-        return f"{optimum.ratio:.1f} ({within((low, high), '.1f')})"
+        return f"{optimum.ratio:.1f} ({over(optimum.interval, optimum.student_params)})"
     if optimum.status == "left_edge" and high is not None:
-        return f"≤ {high:.1f}"
-    return f"≥ {low:.1f}" if optimum.status == "right_edge" and low is not None else optimum.status
+        return f"≤ {high / optimum.student_params:.1f}"
+    if optimum.status == "right_edge" and low is not None:
+        return f"≥ {low / optimum.student_params:.1f}"
+    return optimum.status
 
 
 def argmin_table(arm: Arm) -> str:
@@ -124,26 +133,29 @@ def shown(values: np.ndarray) -> str:
     return f"{mean:.3f} ± {half:.3f}"
 
 
-def rise(frame: pd.DataFrame) -> pd.Series:
-    """Loss under the largest teacher less that under the 120k one, for each seed (its teachers are its own)."""
+def by_seed(frame: pd.DataFrame) -> pd.DataFrame:
+    """Losses, a row a seed (its teachers are its own) and a column a teacher from 120k to 900k; empty without both."""
     table = frame.pivot_table(index="seed", columns="teacher_params", values="student_loss")
-    return (table[LARGE] - table[SMALL]).dropna() if {LARGE, SMALL} <= set(table) else pd.Series(dtype=float)
+    return table.loc[:, SMALL:LARGE] if {LARGE, SMALL} <= set(table) else pd.DataFrame({SMALL: [], LARGE: []})
+
+
+def rise(frame: pd.DataFrame) -> pd.Series:
+    """Loss under the largest teacher less that under the 120k one, for each seed."""
+    table = by_seed(frame)
+    return (table[LARGE] - table[SMALL]).dropna()
 
 
 def line(frame: pd.DataFrame) -> pd.Series:
     """The same difference along a straight line in log teacher through all teachers from one to the other."""
-    table = frame.pivot_table(index="seed", columns="teacher_params", values="student_loss")
-    table = table.loc[:, [c for c in table if SMALL <= c <= LARGE]].dropna()
-    if not {LARGE, SMALL} <= set(table):
-        return pd.Series(dtype=float)
+    table = by_seed(frame).dropna()
     x = np.log(np.array(table.columns, dtype=float))
     weight = (x - x.mean()) / ((x - x.mean()) ** 2).sum() * np.log(LARGE / SMALL)
-    return pd.Series(table.to_numpy() @ weight, index=table.index)
+    return table @ weight
 
 
 def contrasts_table(arms: list[Arm]) -> str:
     """What a teacher 7.5 times as large costs each student in every arm, beside the main one; then over students."""
-    main = next(a for a in arms if not a.differs)
+    main = main_of(arms)
     rows = []
     for arm in arms:
         for tokens in arm.budgets if arm.differs else []:

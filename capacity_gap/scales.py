@@ -37,7 +37,7 @@ def format_scale(count: int) -> str:
     return str(count)
 
 
-def short_scale(count: float, _position: int = 0) -> str:
+def short_scale(count: float) -> str:
     """A parameter count in as few digits as name it to 0.5 %, three at most: 119873 → `120k`, 124439808 → `124m`."""
     if count <= 0 or not math.isfinite(count):
         return ""

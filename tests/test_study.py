@@ -41,13 +41,13 @@ def test_the_published_fit_is_that_of_the_records(arms):
     assert [o.status for o in kept.optima] == [o.status for o in made.optima]
 
 
-def main_arm():
+@pytest.fixture
+def main(arms):
     """The cells of the main arm that were distilled."""
-    return study.main_of(study.arms_of(study.load())).frame
+    return study.main_of(arms).frame
 
 
-def test_arms_are_told_apart_by_what_was_changed():
-    main = main_arm()
+def test_arms_are_told_apart_by_what_was_changed(main):
     held = main.assign(init="random", cell="x" + main["cell"])
     found = study.arms_of(pd.concat([main, held], ignore_index=True))
     assert [(a.name, sorted(a.differs)) for a in found] == [("main", []), ("random start", ["init"])]
@@ -65,16 +65,16 @@ def budgets(short: pd.DataFrame, more: float) -> list[list[str]]:
     return [[c.strip() for c in row.split("|")] for row in study_tables.budget_table(arm).splitlines()[2:]]
 
 
-def test_what_a_budget_changes_is_told_per_doubling():
-    short = main_arm().query("data_tokens == 300_000")
+def test_what_a_budget_changes_is_told_per_doubling(main):
+    short = main.query("data_tokens == 300_000")
     same, changed = budgets(short, 0.0), budgets(short, 0.1)
     assert [row[1] for row in same] == ["40k", "55k", "80k", "110k"]
     assert all(row[3].startswith("1.00 (") and row[4] == "0.000 ± 0.000" for row in same)
     assert all(row[4] == "0.050 ± 0.000" for row in changed)
 
 
-def test_a_line_through_all_teachers_gives_the_difference_of_a_straight_curve():
-    short = main_arm().query("data_tokens == 300_000 and student == '55k' and seed == 0")
+def test_a_line_through_all_teachers_gives_the_difference_of_a_straight_curve(main):
+    short = main.query("data_tokens == 300_000 and student == '55k' and seed == 0")
     straight = short.assign(student_loss=0.1 * np.log(short["teacher_params"]))
     assert study_tables.line(straight).tolist() == pytest.approx(study_tables.rise(straight).tolist())
 

@@ -158,7 +158,7 @@ def ratio_ticks(low: float, high: float) -> list[float]:
 
 def _scales(axes: Axes, ticks: np.ndarray) -> None:
     axes.set_xticks(ticks)
-    axes.xaxis.set_major_formatter(FuncFormatter(short_scale))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: short_scale(count)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(labelsize=7)
     axes.tick_params(axis="x", rotation=40)
@@ -188,7 +188,7 @@ def plot_law(law: LawFit) -> Figure:
         )
     _scales(axes, students)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(short_scale))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda count, _: short_scale(count)))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("student parameters", fontsize=9)
     axes.set_ylabel("best teacher's parameters", fontsize=9)
