@@ -18,12 +18,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from capacity_gap.config import DistillConfig, OptimConfig
+from capacity_gap.config import DistillConfig
 from capacity_gap.distill import distill_loss
 from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.models.loading import hidden_states, new_model, output_weight
 from capacity_gap.runtime import Runtime
 from capacity_gap.train import Plan, learning_rate, make_optimizer, train
+from capacity_gap.training_config import OptimConfig
 
 STEPS, BATCH, LENGTH = 60, 4, 128
 RUNGS = FAMILIES["pico"].rungs

@@ -18,6 +18,7 @@ from capacity_gap.models.folders import is_folder, local_family
 from capacity_gap.models.ladders import Family, family
 from capacity_gap.pruning.shape import Shape, between, sized, student_shape
 from capacity_gap.scales import format_scale, parse_scale, parse_tokens
+from capacity_gap.unsaid import unsaid
 
 SIGNAL_SIZE = 64  # values a token of a cached signal, unless said
 
@@ -57,7 +58,13 @@ class Settings:
             )
         data = parse_scale(config.data, key="data", allow_zero=True)
         budget = None if rung in ladder.published else teacher_tokens(config, base.params[rung])
-        _check_positions(config, ladder.rungs[rung])
+        _check_positions(config, ladder, ladder.rungs[rung])
+        if budget is not None and (config.family.dtype, config.family.quantization) != ("fp32", "none"):
+            raise ConfigError(
+                f"family.dtype={config.family.dtype} family.quantization={config.family.quantization}: these say how "
+                f"published teachers are held, and those of {ladder.name} are trained here, in fp32. Leave both as "
+                "they are; train.precision=bf16 is how models are trained."
+            )
         if config.family.quantization != "none" and config.prune.init != "random":
             raise ConfigError(
                 f"family.quantization={config.family.quantization} with prune.init={config.prune.init}: a quantised "
@@ -154,7 +161,7 @@ class Settings:
         """The part of the record that is known before anything has run."""
         c, shape = self.config, self.student_shape
         return {
-            "family": c.family.name,
+            "family": self.family.name,
             "corpus": corpus_name(c.text),
             "student": format_scale(self.student_scale),
             "teacher": self.rung,
@@ -174,6 +181,7 @@ class Settings:
             **self._distilled_otherwise,
             **self._adapted_by,
             **self._tuned_by,
+            **self._unsaid,
             "shape": c.prune.shape if c.prune.fixed is None else c.prune.fixed,
             "batch": c.train.batch_size,
             "learning_rate": self.learning_rate,
@@ -230,6 +238,12 @@ class Settings:
         """The same for the objective."""
         c = self.config.distill
         return {k: v for k, v in (("skew", c.skew), ("hidden_weight", c.hidden_weight)) if v}
+
+    @property
+    def _unsaid(self) -> dict[str, Any]:
+        """The settings that have no column of their own, where they are not as usual."""
+        found = unsaid(self.config, pretrained=self.teacher_tokens is not None)
+        return {"settings": found} if found else {}
 
     @property
     def _training(self) -> dict[str, Any]:
@@ -290,11 +304,11 @@ def _expanded(ladder: Family, config: RunConfig) -> Family:
     return replace(ladder, rungs=shapes)
 
 
-def _check_positions(config: RunConfig, shape: Mapping[str, Any]) -> None:
+def _check_positions(config: RunConfig, ladder: Family, shape: Mapping[str, Any]) -> None:
     """Learned positions end; a longer sequence would fail deep inside a forward pass."""
     limit = dims(shape).positions
     if limit and config.corpus.sequence_length > limit:
         raise ConfigError(
-            f"corpus.sequence_length={config.corpus.sequence_length}, but models of {config.family.name} have learned "
+            f"corpus.sequence_length={config.corpus.sequence_length}, but models of {ladder.name} have learned "
             f"positions for {limit} tokens. Give a shorter sequence_length."
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from capacity_gap import __version__
 from capacity_gap.config import default_store
-from capacity_gap.errors import UserError
+from capacity_gap.errors import ConfigError, UserError
 from capacity_gap.report import commands as report_commands
 
 
@@ -277,7 +277,9 @@ def run_fetch(given: argparse.Namespace) -> int:
     for what in given.what:
         name, _, rung = what.partition(":")
         ladder = family(name) if rung else None
-        repositories.append(ladder.published[ladder.rung(rung)] if ladder and ladder.published else what)
+        if ladder and not ladder.published:
+            raise ConfigError(f"{what}: teachers of {name} are trained on the spot, there is nothing to fetch.")
+        repositories.append(ladder.published[ladder.rung(rung)] if ladder else what)
     from capacity_gap.models.loading import fetch  # torch, only now that the names are known to be good
 
     for repository in repositories:

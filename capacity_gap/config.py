@@ -18,7 +18,13 @@ from capacity_gap.config_tune import ExpandConfig, InstructConfig, PreferConfig
 from capacity_gap.errors import ConfigError, choose
 from capacity_gap.evaluate.tasks import Task, folder_tasks, forbid_code, parse_tasks
 from capacity_gap.fingerprint import LATER, RUNTIME
-from capacity_gap.training_config import PRECISIONS, DistillConfig, OptimConfig, TrainConfig
+from capacity_gap.training_config import (
+    PRECISIONS,
+    AdaptOptimConfig,
+    DistillConfig,
+    PretrainConfig,
+    TrainConfig,
+)
 
 SOURCES = ("embedded", "code", "cantonese", "text", "hub", "mixture")
 METHODS = ("expressive", "random", "magnitude", "movement", "taylor", "activation", "wanda")
@@ -45,7 +51,7 @@ class FamilyConfig:
     quantization: str = "none"
     teacher_data: str = "1m"  # tokens of a teacher's pre-training: a scale, or `20x` parameters
     teacher_epochs: int = 1
-    pretrain: OptimConfig = field(default_factory=OptimConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
 
     def __post_init__(self) -> None:
         _positive("family", self, "teacher_epochs")
@@ -84,6 +90,14 @@ class SourceConfig:
             )
         if self.name == "text":
             _check_path(self.path)
+        self._check_hub()
+
+    def _check_hub(self) -> None:
+        usual = {"subset": None, "dataset_split": "train", "column": "text", "revision": None, "documents": None}
+        given = {k: getattr(self, k) for k, v in usual.items() if self.name != "hub" and getattr(self, k) != v}
+        if given:
+            said = " ".join(f"corpus.{k}={v}" for k, v in given.items())
+            raise ConfigError(f"{said} with corpus={self.name}: that is for a dataset of the hub. Add corpus=hub.")
 
 
 def _check_path(path: str | None) -> None:
@@ -118,6 +132,8 @@ class CorpusConfig(SourceConfig):
             super().__post_init__()
         elif self.path is not None or self.dataset is not None:
             raise ConfigError("corpus=mixture reads its parts: give path or dataset inside corpus.parts.")
+        else:
+            self._check_hub()
         _positive("corpus", self, "sequence_length", "validation", "test")
         _need(
             self.validation + self.test < 0.9, "corpus.validation + corpus.test", self.validation + self.test, "< 0.9"
@@ -134,7 +150,7 @@ class AdaptConfig:
     data: str = "0"
     epochs: int = 1
     parts: list[SourceConfig] = field(default_factory=list)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: AdaptOptimConfig = field(default_factory=AdaptOptimConfig)
 
     def __post_init__(self) -> None:
         _positive("adapt", self, "epochs")
@@ -142,10 +158,11 @@ class AdaptConfig:
 
 @dataclass
 class PruneConfig:
-    """Where a student starts: `pruned` from its teacher (METHOD §2, §3), from `random` weights, or `shared`.
+    """Where a student starts: `pruned` from its teacher (docs/method.md §2, §3), from `random` weights, or `shared`.
 
     `shared`: one start for all teachers, pruned from the teacher named by `reference`. Like `random`, it holds the
-    start fixed, so that what is left of the curve is the capacity gap and not the damage of pruning.
+    start fixed, so that what is left of the curve is the capacity gap and not the damage of pruning. With `random`
+    nothing is cut, and no other setting here is read.
     """
 
     method: str = "expressive"
@@ -173,6 +190,10 @@ class PruneConfig:
             raise ConfigError(
                 f"prune.shape={self.shape} with prune.fixed={self.fixed}: a shape is named for shape=fixed, and only "
                 "for it, such as prune.shape=fixed prune.fixed=24x3072x24x8192 (layers x hidden x heads x neurons)."
+            )
+        if self.fixed is not None and self.depth is not None:
+            raise ConfigError(
+                f"prune.depth={self.depth} with prune.fixed={self.fixed}: a fixed shape names its layers. Give one."
             )
         if self.step_data != "0" and self.iterative == 1:
             raise ConfigError(

@@ -34,7 +34,7 @@ class ExpandConfig:
 
 @dataclass
 class TuneConfig:
-    """What supervised fine-tuning and preference optimisation share: TRL's trainer, AdamW, cosine (METHOD §4)."""
+    """What supervised fine-tuning and preference optimisation share: TRL's trainer, AdamW, cosine."""
 
     count: int = 0  # rows made from templates over the corpus; 0 and no path: nothing is done
     path: str | None = runtime(None)  # rows of your own, .jsonl; their content is what is hashed

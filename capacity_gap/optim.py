@@ -1,11 +1,11 @@
-"""The optimiser and its learning rates (METHOD §4)."""
+"""The optimiser and its learning rates (docs/method.md §4)."""
 
 import math
 
 import torch
 from torch import nn
 
-from capacity_gap.config import OptimConfig
+from capacity_gap.training_config import OptimConfig
 
 
 def learning_rate(step: int, steps: int, optim: OptimConfig, peak: float) -> float:
@@ -26,7 +26,7 @@ def learning_rate(step: int, steps: int, optim: OptimConfig, peak: float) -> flo
 
 
 def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices, none on norms and biases (METHOD §4)."""
+    """AdamW with weight decay on matrices, none on norms and biases (docs/method.md §4)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},

@@ -48,8 +48,14 @@ class Pace:
         return found
 
 
+def forget_peak(device: str) -> None:
+    """Counts a CUDA device's peak from here on: a process trains many models. A process's own peak only grows."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device: str) -> int:
-    """Most memory ever held: on CUDA by torch's allocator, else by this process."""
+    """Most memory held: on CUDA by torch's allocator since `forget_peak`, else by this process in all its life."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     import resource

@@ -38,17 +38,22 @@ class Cell(Settings):
         """Raises, before any model is trained, if there are too few tokens for teacher or student, or no such task."""
         from capacity_gap.data.packing import Packed, subset
 
-        c = self.config
-        check_tasks(c.evaluate.benchmarks, c.evaluate.folder)
-        needs = [(self.tokens, self.data_tokens, c.epochs, "data")]
-        needs.append((self.tokens, self.adapt_tokens, c.adapt.epochs, "adapt.data"))
-        if self.teacher_tokens:
-            needs.append((self.base_tokens, self.teacher_tokens, c.family.teacher_epochs, "family.teacher_data"))
-        for stage, budget, epochs, key in needs:
-            packed = Packed(store.compute(stage, runtime) / "train", c.corpus.sequence_length)
+        check_tasks(self.config.evaluate.benchmarks, self.config.evaluate.folder)
+        for stage, budget, epochs, key in self.budgets:
+            packed = Packed(store.compute(stage, runtime) / "train", self.config.corpus.sequence_length)
             subset(packed, budget, epochs=epochs, key=key)
         self._check_vocabularies(store, len(Packed(store.path(self.tokens) / "train", 1).bytes_per_id))
         checks.check_tuning(self, store, runtime)
+
+    @property
+    def budgets(self) -> list[tuple[Stage, int, int, str]]:
+        """What this cell wants of a training text: its stage, tokens, passes, and the setting that says so."""
+        c = self.config
+        found = [(self.tokens, self.data_tokens, c.epochs, "data")]
+        found.append((self.tokens, self.adapt_tokens, c.adapt.epochs, "adapt.data"))
+        if self.teacher_tokens:
+            found.append((self.base_tokens, self.teacher_tokens, c.family.teacher_epochs, "family.teacher_data"))
+        return found
 
     def _check_vocabularies(self, store: Store, tokens: int) -> None:
         """Ids must mean the same to teacher and student, and every id must have its row in both output matrices."""
@@ -137,7 +142,7 @@ class Cell(Settings):
     def _adapted(self, model: Stage, shape: Mapping[str, Any]) -> Stage:
         c, budget = self.config, self.adapt_tokens
         given = {"tokens": budget, "epochs": c.adapt.epochs, "seed": c.teacher_seed, **self._arithmetic}
-        given |= steps.pace(c.adapt.optim, dims(shape).hidden)
+        given |= steps.pace(c.adapt.optim, dims(shape).hidden) | self._compiled
         return self._training_stage("adapt", given, {"model": model, "tokens": self.tokens}, steps.adapt, shape)
 
     def _training_stage(

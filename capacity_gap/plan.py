@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from capacity_gap.accounting import peak_memory, signal_bytes_per_token, stored_bytes
 from capacity_gap.errors import ConfigError
 from capacity_gap.models.axes import count_params, dims
+from capacity_gap.runtime import gpus
 from capacity_gap.scales import format_scale
 from capacity_gap.stage import META, Stage, Store, closure
 
@@ -106,6 +107,7 @@ class Plan:
     signals: tuple[str, ...]  # kinds of cached signals, with their bytes a token
     speed: Speed
     models: list[str]  # what is trained, in words
+    texts: list[str]  # whether the training texts are long enough, in words
     devices: int  # of one worker
 
     @property
@@ -130,6 +132,7 @@ class Plan:
         return [
             f"plan: {self.cells} cells, {self.done} of them recorded; nothing is started",
             *self.models,
+            *self.texts,
             *rows,
             f"to run: {self.flops:.3g} FLOPs, {format_seconds(self.worker_s)} of one worker, about "
             f"{format_seconds(self.wall_s)} with {self.workers} at once",
@@ -146,7 +149,7 @@ class Plan:
 def make_plan(cells: Sequence["Cell"], store: Store, *, workers: int = 1) -> Plan:
     """Adds up what is not in the store yet; computes nothing."""
     first = cells[0].config
-    on_gpu = first.train.device.startswith("cuda")
+    on_gpu = first.train.device.startswith("cuda") or (first.train.device == "auto" and gpus() > 0)
     pace = speed(store, throughput=first.throughput, on_gpu=on_gpu, devices=first.devices)
     stages: dict[str, Stage] = {}
     for cell in cells:
@@ -172,6 +175,7 @@ def make_plan(cells: Sequence["Cell"], store: Store, *, workers: int = 1) -> Pla
         signals=tuple(sorted({f"{s.config['kind']}-{s.config['size']} {e:g}" for s, e in _signals(cells).values()})),
         speed=pace,
         models=_models(cells),
+        texts=_texts(cells, store),
         devices=first.devices,
     )
 
@@ -193,6 +197,24 @@ def _models(cells: Sequence["Cell"]) -> list[str]:
         said = f"{sizes.layers}x{sizes.hidden}x{sizes.heads}x{sizes.neurons}, vocabulary {sizes.vocab:,}"
         found[f"{kind} {name}: {count_params(shape):,} parameters, {said}"] = None
     return list(found)
+
+
+def _texts(cells: Sequence["Cell"], store: Store) -> list[str]:
+    """For each training text: what one pass must hold, and what it does hold if it is packed already."""
+    wanted: dict[str, tuple[int, str]] = {}
+    for cell in cells:
+        for stage, tokens, epochs, key in cell.budgets:
+            wanted[stage.key] = max(wanted.get(stage.key, (0, "")), (-(-tokens // epochs), key))
+    lengths = {stage.key: stage for cell in cells for stage, *_ in cell.budgets}
+    found = []
+    for key, (tokens, setting) in wanted.items():
+        said = f"text: {setting} wants {tokens:,} tokens a pass"
+        if not store.has(lengths[key]):
+            found.append(f"{said}; what the corpus holds is known once it is packed, before any model is trained")
+            continue
+        held = json.loads((store.path(lengths[key]) / "train.json").read_text())["tokens"]
+        found.append(f"{said}, the corpus holds {held:,}" + (": TOO FEW, those cells will fail" * (tokens > held)))
+    return found
 
 
 def _written(cells: Sequence["Cell"], left: Mapping[str, Stage]) -> Iterator[float]:

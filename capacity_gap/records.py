@@ -67,6 +67,7 @@ class Record:
     prefer_lora_rank: int | None = None
     prefer_beta: float | None = None
     shape: str | None = None
+    settings: str | None = None  # what no other column says and is not as usual: `prune.batches=8 train.schedule=wsd`
     batch: int | None = None  # sequences in one optimiser step
     learning_rate: float | None = None  # peak
     precision: str | None = None
@@ -194,7 +195,7 @@ def load(source: str | Path) -> "pd.DataFrame":
         return to_frame(load_rows(str(source)))
     path = Path(source).expanduser()
     if path.is_file():
-        return pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+        return pd.read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
     if (path / "store.json").exists():
         return to_frame(read(path))
     tables = sorted(path.glob("*.csv")) if path.is_dir() else []
@@ -203,4 +204,16 @@ def load(source: str | Path) -> "pd.DataFrame":
             f"{source} holds no records. Give a store (a folder with store.json), a folder of CSV files, "
             "a .csv or a .parquet file, or wandb:entity/project."
         )
-    return pd.concat([pd.read_csv(t) for t in tables], ignore_index=True)
+    return pd.concat([_read_csv(t) for t in tables], ignore_index=True)
+
+
+def _read_csv(file: Path) -> "pd.DataFrame":
+    import pandas as pd
+
+    try:
+        return pd.read_csv(file)
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{file} is no table that can be read: {str(error).strip()}. A .csv has one row of column names, then as "
+            "many values in every row, in UTF-8."
+        ) from error

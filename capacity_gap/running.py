@@ -9,7 +9,7 @@ from capacity_gap.errors import Busy
 from capacity_gap.logs import logging_to
 from capacity_gap.plan import make_plan
 from capacity_gap.records import RECORD, SCHEMA_VERSION, Record
-from capacity_gap.runtime import Runtime, resolve_device
+from capacity_gap.runtime import Runtime, resolve_device, take
 from capacity_gap.stage import Store, closure, write_json
 from capacity_gap.store_tools import sweeps_of
 from capacity_gap.watch import failure_file
@@ -38,6 +38,7 @@ def run(cell: "Cell", *, waits: bool = True) -> str:
         waits,
         sharding=config.train.sharding,
     )
+    take(runtime.device)
     if not runtime.ranks.leads:
         with runtime.catching_signals():
             store.follow(closure(cell.record), runtime)

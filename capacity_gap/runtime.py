@@ -21,6 +21,7 @@ from capacity_gap.errors import ConfigError
 from capacity_gap.ranks import Ranks
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+ECHO_S = 10.0  # one request to stop reaches a rank several times: from Slurm, from submitit, from torchrun
 PARENT = "CAPACITY_GAP_PARENT"  # process id of the grid that started this worker
 TRAINERS = ("accelerate", "liger_kernel", "trl", "peft")
 VERSIONED = ("capacity_gap", "torch", "transformers", "tokenizers", "numpy", *TRAINERS)
@@ -82,14 +83,26 @@ class Runtime:
 
     @contextlib.contextmanager
     def catching_signals(self) -> Iterator[None]:
-        """Turns the first SIGTERM, SIGINT or USR2 (Slurm's early warning) into a checkpoint; a second one kills."""
+        """Turns the first SIGTERM, SIGINT or USR2 (Slurm's early warning) into a checkpoint; a second one kills.
+
+        Several ranks are stopped by programs, not by people: there a second one within `ECHO_S` is the first again.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread may set handlers; whoever owns it decides
             return
 
+        asked: dict[int, float] = {}
+
         def stop(number: int, _frame: Any) -> None:
-            self.stop.set()
-            signal.signal(number, before[signal.Signals(number)])
+            now = time.monotonic()
+            if number not in asked:
+                self.stop.set()
+                asked[number] = now
+                if self.ranks.size == 1:
+                    signal.signal(number, before[signal.Signals(number)])
+            elif now - asked[number] > ECHO_S:
+                signal.signal(number, before[signal.Signals(number)])
+                signal.raise_signal(number)
 
         before = {number: signal.signal(number, stop) for number in STOPPING}
         ended = threading.Event()
@@ -121,25 +134,61 @@ class Runtime:
 
 
 def resolve_device(device: str) -> str:
-    """Returns the torch device that `auto` means here, or checks the one that is named."""
+    """The torch device that `auto` (a CUDA device, else the CPU) or a bare `cuda` means here; a named one is checked.
+
+    Raises:
+        ConfigError: there is no such device here, or several ranks were given the same one.
+    """
+    kind, _, index = device.partition(":")
+    kind = kind if kind != "auto" else "cuda" if _devices("cuda") else "cpu"
+    there = _devices(kind)
+    if int(index or 0) >= there:
+        found = [name for name in ("cuda", "xpu", "mps") if _devices(name)]
+        raise ConfigError(
+            f"train.device={device}, but torch finds {there or 'no'} {kind} device{'s' * (there > 1)} here"
+            f"{' (numbers begin at 0)' * bool(there)}. There is: {', '.join([*found, 'cpu'])}. Use train.device=auto "
+            "(the default), or install a torch that was built for the devices of this machine."
+        )
+    if index and Ranks().size > 1:
+        raise ConfigError(
+            f"train.device={device} with {Ranks().size} ranks: each needs a device of its own. Use train.device={kind}."
+        )
+    if kind == "cuda" and not index:
+        return f"cuda:{Ranks().local if Ranks().size > 1 else _own_gpu(there)}"
+    return device if index else kind
+
+
+def _devices(kind: str) -> int:
+    """How many devices of this kind torch can use here."""
     import torch
 
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "auto" and found == "cuda":
-        return f"cuda:{Ranks().local if Ranks().size > 1 else _own_gpu(torch.cuda.device_count())}"
-    if device == "auto":
-        return found
-    if device.split(":")[0] == "cuda" and found == "cpu":
-        raise ConfigError(
-            f"train.device={device}, but torch finds no CUDA device here. Use train.device=cpu (or auto, the default), "
-            "or install a CUDA build of torch."
-        )
-    return device
+    if kind == "cpu":
+        return 1
+    if kind == "mps":
+        return int(torch.backends.mps.is_available())
+    module = getattr(torch, kind)
+    return module.device_count() if module.is_available() else 0
+
+
+def take(device: str) -> None:
+    """Makes `device` this process's own: what libraries use where none is named."""
+    import torch
+
+    if (kind := device.partition(":")[0]) in ("cuda", "xpu"):
+        getattr(torch, kind).set_device(device)
+
+
+def gpus() -> int:
+    """NVIDIA GPUs that this process may use, counted without torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([v for v in visible.split(",") if v and v != "-1"])
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
 @functools.cache
 def _own_gpu(count: int) -> int:
-    """One GPU a worker: the first that no other worker of this machine holds, until this process ends."""
+    """One GPU a worker: the first that no other worker of this user holds here, until this process ends."""
     if count == 1:
         return 0
     from filelock import FileLock, Timeout
@@ -147,7 +196,7 @@ def _own_gpu(count: int) -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     for index in range(count):
         name = visible[index] if len(visible) == count else str(index)
-        lock = FileLock(Path(tempfile.gettempdir()) / f"capacity_gap-gpu-{name}.lock")
+        lock = FileLock(Path(tempfile.gettempdir()) / f"capacity_gap-{os.getuid()}-gpu-{name}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:

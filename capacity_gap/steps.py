@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.config import DistillConfig, OptimConfig
+from capacity_gap.config import DistillConfig
 from capacity_gap.data import packing
 from capacity_gap.data.corpus import SPLITS, build_corpus, read_texts
 from capacity_gap.data.documents import ood_documents
@@ -18,6 +18,7 @@ from capacity_gap.models.axes import count_params
 from capacity_gap.records import RECORD, SCHEMA_VERSION, Record
 from capacity_gap.runtime import provenance
 from capacity_gap.stage import META, StageRun, write_json
+from capacity_gap.training_config import OptimConfig
 
 METRICS = "metrics.jsonl"  # the logged history of a training run
 RESULT = "result.json"
@@ -103,7 +104,7 @@ def adapt(run: StageRun) -> None:
     """A teacher's pre-training, continued on the text that its students will learn."""
     from capacity_gap.models.loading import load_model
 
-    _pretrain(run, load_model(run.inputs["model"]))
+    _pretrain(run, load_model(run.inputs["model"]).float())  # published weights are held in bf16, but never trained so
 
 
 def published_tokenizer(run: StageRun) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from capacity_gap import checkpoint
-from capacity_gap.config import DistillConfig, OptimConfig
+from capacity_gap.config import DistillConfig
 from capacity_gap.distill.hidden import HiddenMatch
 from capacity_gap.distill.losses import distill_loss
 from capacity_gap.distill.signals import Signal
@@ -26,8 +26,9 @@ from capacity_gap.distill.sparse import SparseTargets
 from capacity_gap.errors import StageError
 from capacity_gap.models.loading import hidden_states, output_weight, predicted
 from capacity_gap.optim import learning_rate, make_optimizer
-from capacity_gap.pace import Pace, peak_memory
+from capacity_gap.pace import Pace, forget_peak, peak_memory
 from capacity_gap.runtime import Interrupted, Runtime
+from capacity_gap.training_config import OptimConfig
 
 log = logging.getLogger(__name__)
 LOG_EVERY = 10  # steps between points of the history
@@ -164,6 +165,7 @@ def make_accelerator(runtime: Runtime, precision: str, student: Any) -> Any:
     """
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
     AcceleratorState._reset_state(reset_partial_state=False)
     plugin = None
@@ -173,6 +175,7 @@ def make_accelerator(runtime: Runtime, precision: str, student: Any) -> Any:
             auto_wrap_policy="transformer_based_wrap",
             transformer_cls_names_to_wrap=list(student._no_split_modules),
             cpu_ram_efficient_loading=False,
+            mixed_precision_policy=MixedPrecisionPolicy(),  # autocast alone decides, as on one device
         )
     return Accelerator(
         cpu=runtime.device == "cpu", mixed_precision="bf16" if precision == "bf16" else "no", fsdp_plugin=plugin
@@ -218,6 +221,7 @@ def train(
         Interrupted: the process was asked to stop; a checkpoint was written.
     """
     accelerator = make_accelerator(runtime, precision, student)
+    forget_peak(runtime.device)
     student.to(accelerator.device).train()
     _lean(student, plan, on=True)
     if isinstance(teacher, nn.Module):

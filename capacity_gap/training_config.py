@@ -19,7 +19,7 @@ SIGNALS = ("online", "topk", "sampled")
 
 @dataclass
 class OptimConfig:
-    """One training run's optimiser: AdamW with decay on matrices only, a warm-up and a schedule (METHOD §4).
+    """One training run's optimiser: AdamW with decay on matrices only, a warm-up and a schedule (docs/method.md §4).
 
     The peak learning rate is `learning_rate`, or where that is not set `learning_rate_times_width` / hidden size: the
     best rate falls in proportion to the width, so one number serves a whole ladder.
@@ -39,20 +39,43 @@ class OptimConfig:
     clip: float = 1.0  # gradient norm
 
     def __post_init__(self) -> None:
-        positive("train", self, "batch_size", "learning_rate_times_width", "epsilon", "clip")
-        share("train", self, "warmup", "decay", "final", "beta1", "beta2")
-        need(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "zero or more")
+        name = self._section
+        positive(name, self, "batch_size", "learning_rate_times_width", "epsilon", "clip")
+        share(name, self, "warmup", "decay", "final", "beta1", "beta2")
+        need(self.weight_decay >= 0, f"{name}.weight_decay", self.weight_decay, "zero or more")
         need(
             self.learning_rate is None or self.learning_rate > 0,
-            "train.learning_rate",
+            f"{name}.learning_rate",
             self.learning_rate,
             "more than zero, or null for learning_rate_times_width / hidden size",
         )
-        choose("train.schedule", self.schedule, SCHEDULES)
+        choose(f"{name}.schedule", self.schedule, SCHEDULES)
+
+    @property
+    def _section(self) -> str:
+        return "train"
 
     def peak(self, hidden_size: int) -> float:
         """The peak learning rate for a model of this width."""
         return self.learning_rate or self.learning_rate_times_width / hidden_size
+
+
+@dataclass
+class PretrainConfig(OptimConfig):
+    """How teachers that no one has published are pre-trained."""
+
+    @property
+    def _section(self) -> str:
+        return "family.pretrain"
+
+
+@dataclass
+class AdaptOptimConfig(OptimConfig):
+    """How teachers are trained on."""
+
+    @property
+    def _section(self) -> str:
+        return "adapt.optim"
 
 
 @dataclass
@@ -89,7 +112,7 @@ class TrainConfig(OptimConfig):
 
 @dataclass
 class DistillConfig:
-    """The objective (1 − kd_weight)·CE + kd_weight·KD (METHOD §4); kd_weight = 0 is direct training."""
+    """The objective (1 − kd_weight)·CE + kd_weight·KD (docs/method.md §4); kd_weight = 0 is direct training."""
 
     loss: str = "forward_kl"
     kd_weight: float = 0.5

@@ -1,4 +1,4 @@
-"""One small model of every architecture with an axis table, in double precision, and masks on it as METHOD §2 says."""
+"""One small model of every architecture with an axis table, in double precision, and masks as in docs/method.md §2."""
 
 import contextlib
 from types import MethodType
@@ -110,7 +110,7 @@ def _layer_norm(x, over, module):
 
 @contextlib.contextmanager
 def masked(model, queries=None, neurons=None, hidden=None):
-    """Multiplies by masks where METHOD §2 puts them: `queries` [R, H], `neurons` [R, F], `hidden` [D]; R places."""
+    """Multiplies by masks (docs/method.md §2): `queries` [R, H], `neurons` [R, F], `hidden` [D]; R places."""
     table, sizes = architecture(model.config), dims(model.config)
     hooks = []
 

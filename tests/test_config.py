@@ -66,7 +66,17 @@ BAD = [
     (["train.batch_size=x"], "train.batch_size=x has the wrong type: it should be a whole number"),
     (["train.learning_rate=-1"], "train.learning_rate=-1.0 is out of range"),
     (["train.precision=fp8"], "train.precision='fp8' is not known. Allowed: fp32, bf16"),
-    (["train.device=cuda:7"], "torch finds no CUDA device here. Use train.device=cpu"),
+    (["train.device=cuda:7"], "torch finds no cuda device here. There is: cpu. Use train.device=auto"),
+    (["train.device=xpu"], "torch finds no xpu device here"),
+    (["family.pretrain.warmup=2"], "family.pretrain.warmup=2.0 is out of range. Allowed: 0 to 1"),
+    (["adapt.optim.clip=0"], "adapt.optim.clip=0.0 is out of range"),
+    (["family.dtype=bf16"], "those of pico are trained here, in fp32"),
+    (["family.quantization=8bit"], "those of pico are trained here, in fp32"),
+    (
+        ["corpus.documents=5"],
+        "corpus.documents=5 with corpus=embedded: that is for a dataset of the hub. Add corpus=hub",
+    ),
+    (["prune.shape=fixed", "prune.fixed=2x32x1x64", "prune.depth=2"], "a fixed shape names its layers. Give one"),
     (["distill.kd_weight=2"], "distill.kd_weight=2.0 is out of range. Allowed: 0 to 1"),
     (["distill.temperature=0"], "distill.temperature=0.0 is out of range"),
     (["distill.signal=sampled", "distill.loss=js"], "samples estimate only forward_kl and soft_ce without bias"),
@@ -108,10 +118,10 @@ BAD = [
 
 @pytest.mark.parametrize(("given", "said"), BAD, ids=[" ".join(b[0]) for b in BAD])
 def test_bad_input_is_one_clear_paragraph_and_writes_nothing(given, said, tmp_path):
-    if given == ["train.device=cuda:7"]:
+    if given[0].startswith(("train.device=cuda", "train.device=xpu")):
         torch = pytest.importorskip("torch")
-        if torch.cuda.is_available():
-            pytest.skip("there is a CUDA device here")
+        if torch.cuda.is_available() or torch.xpu.is_available():
+            pytest.skip("there is such a device here")
     done = run_py(f"store={tmp_path / 'store'}", *given, cwd=tmp_path, check=False)
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.startswith("error: ")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from capacity_gap import accounting, pipeline, records
-from capacity_gap.config import DistillConfig, OptimConfig
+from capacity_gap.config import DistillConfig
 from capacity_gap.data.packing import Packed
 from capacity_gap.distill.signals import Signal, write_signal
 from capacity_gap.errors import ConfigError
@@ -25,6 +25,7 @@ from capacity_gap.pruning.surgery import choose_units
 from capacity_gap.runtime import Runtime
 from capacity_gap.stage import Store
 from capacity_gap.train import Plan, train
+from capacity_gap.training_config import OptimConfig
 from tests.conftest import compose
 from tests.small_models import T5, TOKENS, small_model
 from tests.test_surgery import shape_with

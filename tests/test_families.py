@@ -5,6 +5,8 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from capacity_gap import cli, pipeline, records
 from capacity_gap.config import FamilyConfig
@@ -168,6 +170,22 @@ def test_a_teacher_in_bf16_teaches_nearly_the_same(folders, tiny, tmp_path):
     assert one["student_loss"] == pytest.approx(two["student_loss"], abs=0.05)
 
 
+def test_a_teacher_named_by_its_folder_is_not_recorded_under_the_default_family(folders, tiny):
+    given = [g for g in tiny if not g.startswith("family.")]
+    cell = pipeline.resolve(compose([*given, f"teacher={folders}/small", "student=40k"]))
+    assert cell.description["family"] == "folders"
+
+
+def test_a_teacher_held_in_bf16_is_adapted_in_fp32(folders, tiny, tmp_path):
+    given = [g for g in tiny if not g.startswith("family.")]
+    local = ["family=folders", f"family.folders=[{folders}/small]", "teacher=small", "student=40k", "adapt.data=4k"]
+    config = compose([*given, *local, "family.dtype=bf16", f"store={tmp_path}"])
+    pipeline.run(config)
+    weights = load_file(Store(tmp_path).path(pipeline.resolve(config).teacher) / "model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+    assert any((w != w.bfloat16().float()).any() for w in weights.values()), "and its steps are not rounded away"
+
+
 def test_folders_that_cannot_serve_are_named(folders, tmp_path):
     with pytest.raises(ConfigError, match="is no model folder: it has no config.json"):
         local_family([str(tmp_path)])
@@ -244,3 +262,9 @@ def test_bytes_of_sentencepiece_tokens():
     raw = Tokenizer(models.Unigram(pieces, unk_id=0))
     raw.decoder = decoders.Metaspace()
     assert bytes_per_id(PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>")) == [0, 4, 2, 1]
+
+
+def test_names_that_cannot_be_fetched_say_why(capsys):
+    for name, said in (("pico:55k", "teachers of pico are trained on the spot"), ("a/b/c", "a/b/c cannot be fetched")):
+        assert cli.main(["fetch", name]) == 2
+        assert said in capsys.readouterr().err

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from capacity_gap import cli
+from capacity_gap import cli, records
+from capacity_gap.errors import UserError
 from capacity_gap.fit import LawFit, fit_law, locate_optima
 from capacity_gap.scales import short_scale
 
@@ -119,11 +120,22 @@ def test_curves_are_parted_by_data_family_and_start():
 
 
 def test_cells_that_differ_in_any_setting_are_not_replicates():
-    for setting in ("teacher_data", "kd_weight", "prune_method", "shape"):
+    for setting in ("teacher_data", "kd_weight", "prune_method", "shape", "settings"):
         both = pd.concat([grid(valley).assign(**{setting: "a"}), grid(valley).assign(**{setting: "b"})])
         assert len(locate_optima(both)) == 2 * len(STUDENTS), setting
         with pytest.warns(UserWarning, match=f"{setting} varies within a curve: its values are averaged like seeds"):
             assert len(locate_optima(both, by=())) == len(STUDENTS)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"", "No columns"), (b"a,b\n1,2,3\n1\n1,2,3,4\n", "Expected 3 fields"), (b"\xff\xfe\x00a", "utf-8")],
+)
+def test_a_file_that_is_no_table_is_named(content, said, tmp_path):
+    (tmp_path / "runs.csv").write_bytes(content)
+    for source in (tmp_path / "runs.csv", tmp_path):
+        with pytest.raises(UserError, match=f"runs.csv is no table that can be read: .*{said}"):
+            records.load(source)
 
 
 def test_one_model_recorded_twice_counts_once():

@@ -155,7 +155,7 @@ def test_censored_optima_pull_the_ratio_their_way():
 
 
 def test_the_papers_own_line_is_recovered():
-    """N_T* = 2.498·N_S − 11.498 (millions), METHOD §1."""
+    """N_T* = 2.498·N_S − 11.498 (millions), docs/method.md §1."""
     rows, rng = [], np.random.default_rng(0)
     for n in (30e6, 56e6, 110e6, 220e6, 410e6, 640e6):
         best = 2.498 * n - 11.498e6

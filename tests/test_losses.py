@@ -407,3 +407,27 @@ def test_other_widths_are_mapped_first_without_loss_and_the_same_way_every_time(
     weight = one.projection.weight
     assert torch.equal(weight, two.projection.weight)
     torch.testing.assert_close(weight.T @ weight, torch.eye(4))
+
+
+@pytest.mark.parametrize("kd_weight", [0.0, 0.5])
+def test_under_autocast_the_output_layer_is_multiplied_in_bf16(kd_weight):
+    """As a model's own output layer would be: only the products round, the losses are fp32, and so are gradients."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight, th, tw = (torch.randn(s, generator=g) for s in ((B, T, 32), (V, 32), (B, T, 48), (V, 48)))
+    labels = torch.randint(0, V, (B, T), generator=g)
+    given = {"teacher_hidden": th, "teacher_weight": tw, "kd_weight": kd_weight}
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, parts = distill_loss(hidden, weight, labels, **given)
+        z, zt = (F.linear(h, w).float().flatten(0, 1) for h, w in ((hidden, weight), (th, tw)))
+    kl = F.kl_div(z.log_softmax(-1), zt.log_softmax(-1), log_target=True, reduction="batchmean")
+    expected = (1 - kd_weight) * F.cross_entropy(z, labels.flatten()) + kd_weight * kl
+    assert found.dtype == parts["ce"].dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    ours, theirs = (torch.autograd.grad(value, (hidden, weight)) for value in (found, expected))
+    for one, two in zip(ours, theirs, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, two, rtol=0.02, atol=1e-3)
+    plain, _ = distill_loss(hidden, weight, labels, **given)
+    assert plain != found, "the products did round"

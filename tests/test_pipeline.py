@@ -9,8 +9,11 @@ import time
 import pytest
 
 from capacity_gap import cli, pipeline, records
+from capacity_gap.config import PruneConfig
 from capacity_gap.errors import ImpossibleCell
+from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.stage import META, Store, closure
+from capacity_gap.training_config import DistillConfig, PretrainConfig, TrainConfig
 from tests.conftest import ROOT, compose, run_py
 
 
@@ -74,6 +77,69 @@ def test_golden_digests_of_the_default_cell():
         "a default cell has a new identity: every store would compute it again. If results really change, raise the "
         "stage's version and write the new digests; if a field was added, give it the metadata LATER"
     )
+
+
+FAMILY = sorted(f.stem for f in (ROOT / "conf/family").glob("*.yaml") if f.stem != "folders")
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_cell_as_usual_says_nothing_of_its_other_settings(name):
+    ladder = FAMILIES[name].rungs
+    rung = next(iter(ladder))
+    given = [f"family={name}", f"student={rung}", f"teacher={rung}"]
+    cell = pipeline.resolve(compose(given))
+    assert cell.description.get("settings") == ("family.dtype=bf16" if FAMILIES[name].published else None)
+
+
+# One of every setting that decides a result and has no column of its own.
+UNSAID = (
+    "distill.tau_squared=false",
+    "corpus.sequence_length=64",
+    "corpus.validation=0.1",
+    "prune.batches=8",
+    "prune.depth=3",
+    "train.schedule=wsd",
+    "train.weight_decay=0.2",
+    "train.compile=true",
+    "family.teacher_epochs=2",
+    "family.pretrain.warmup=0.2",
+    "family.pretrain.learning_rate_times_width=0.3",
+)
+
+
+@pytest.mark.parametrize("given", UNSAID)
+def test_what_has_no_column_of_its_own_is_said_where_it_is_not_as_usual(given):
+    name, value = given.split("=")
+    found = pipeline.resolve(compose([given])).description["settings"]
+    assert found.lower() == f"{name}={value}"
+
+
+def test_every_setting_that_decides_a_cell_is_in_its_record():
+    """Whatever changes the trained student changes a column too: else a fit would take it for another seed."""
+    usual = pipeline.resolve(compose([]))
+    sections = {"train": TrainConfig, "prune": PruneConfig, "distill": DistillConfig, "family.pretrain": PretrainConfig}
+    tried = 0
+    for section, kind in sections.items():
+        for field in dataclasses.fields(kind):
+            if field.metadata.get("identity", True) and isinstance(field.default, int | float):
+                value = not field.default if isinstance(field.default, bool) else field.default * 0.5 or 0.5
+                value = 2 if isinstance(field.default, int) and not isinstance(field.default, bool) else value
+                cell = pipeline.resolve(compose([f"{section}.{field.name}={value}"]))
+                assert cell.distilled.digest != usual.distilled.digest, field.name
+                known = field.name == "threads"  # a column that is filled when the cell has run
+                assert known or cell.description != usual.description, f"{section}.{field.name}={value}"
+                tried += 1
+    assert tried > 25
+
+
+def test_two_texts_of_ones_own_are_two_corpora(tiny, tmp_path):
+    (tmp_path / "other.txt").write_text("Another text.\n\nOf two paragraphs.")
+    one, two = (
+        pipeline.resolve(compose([*tiny, *more])).description["settings"]
+        for more in ([], [f"corpus.path={tmp_path}/other.txt"])
+    )
+    assert "corpus.content=" in one
+    assert one != two
 
 
 def test_a_student_above_its_teacher_is_impossible(tiny):

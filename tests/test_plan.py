@@ -43,6 +43,24 @@ def test_a_given_throughput_wins_and_an_unknown_one_is_said_to_be_assumed(tmp_pa
     assert speed(store, throughput=None, on_gpu=True).source.startswith("assumed")
 
 
+def test_a_machine_with_a_gpu_is_planned_as_one(tiny, tmp_path, monkeypatch):
+    cell = pipeline.resolve(compose([*tiny, f"store={tmp_path}"]))
+    for visible, source in (("0", "a GPU"), ("", "a CPU thread")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert source in make_plan([cell], Store(tmp_path)).speed.source
+
+
+def test_a_plan_says_whether_the_text_is_long_enough(tiny, tiny_cell):
+    """Before it is packed nobody knows; after that the plan tells what would fail."""
+    cells = [pipeline.resolve(compose([*tiny, f"store={tiny_cell.store}", f"data={data}"])) for data in ("6k", "10m")]
+    store = Store(tiny_cell.store_path)
+    fits, few = (make_plan([cell], store).texts for cell in cells)
+    assert re.fullmatch(r"text: family.teacher_data wants 8,000 tokens a pass, the corpus holds [\d,]+", fits[0])
+    assert re.fullmatch(r"text: data wants 10,000,000 tokens .* holds [\d,]+: TOO FEW, those cells will fail", few[0])
+    (unknown,) = make_plan(cells, Store(tiny_cell.store_path / "none")).texts
+    assert unknown.endswith("what the corpus holds is known once it is packed, before any model is trained")
+
+
 def test_makespan_gives_the_longest_job_first_to_whoever_is_free():
     assert makespan([3, 3, 2, 2, 2], 2) == 7
     assert makespan([5, 1, 1], 3) == 5

@@ -2,18 +2,20 @@
 
 import dataclasses
 import itertools
+import signal
 
 import numpy as np
 import pytest
 import torch
 
-from capacity_gap import accounting
-from capacity_gap.config import DistillConfig, OptimConfig
-from capacity_gap.errors import StageError
+from capacity_gap import accounting, runtime
+from capacity_gap.config import DistillConfig
+from capacity_gap.errors import ConfigError, StageError
 from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.models.loading import new_model
 from capacity_gap.runtime import Interrupted, Runtime
-from capacity_gap.train import Plan, learning_rate, make_optimizer, train
+from capacity_gap.train import Plan, learning_rate, make_accelerator, make_optimizer, train
+from capacity_gap.training_config import OptimConfig
 
 RUNGS = FAMILIES["pico"].rungs
 
@@ -270,3 +272,87 @@ def test_bf16_trains_nearly_the_same(tmp_path):
         assert {p.dtype for p in student.parameters()} == {torch.float32}
     for name in ("ce", "kl", "teacher_entropy"):
         assert points[1][name] == pytest.approx(points[0][name], rel=0.02)
+
+
+class Cards:
+    """A pretended torch.cuda."""
+
+    def __init__(self, count):
+        self.count, self.taken = count, []
+
+    def is_available(self):
+        return self.count > 0
+
+    def device_count(self):
+        return self.count
+
+    def set_device(self, device):
+        self.taken.append(device)
+
+
+def test_devices_are_named_checked_and_taken(monkeypatch):
+    cards = Cards(2)
+    monkeypatch.setattr(torch, "cuda", cards)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
+    monkeypatch.setattr(runtime, "_own_gpu", lambda count: count - 1)
+    assert [runtime.resolve_device(d) for d in ("auto", "cuda", "cuda:0", "cpu")] == [
+        "cuda:1",
+        "cuda:1",
+        "cuda:0",
+        "cpu",
+    ]
+    with pytest.raises(ConfigError, match="torch finds 2 cuda devices here .numbers begin at 0.. There is: cuda, cpu"):
+        runtime.resolve_device("cuda:2")
+    with pytest.raises(ConfigError, match="torch finds no xpu device here"):
+        runtime.resolve_device("xpu:0")
+    for device in ("cuda:1", "cpu"):
+        runtime.take(device)
+    assert cards.taken == ["cuda:1"], "libraries that name no device get this one"
+
+
+def test_each_rank_takes_the_device_of_its_number(monkeypatch):
+    monkeypatch.setattr(torch, "cuda", Cards(4))
+    for name, value in (("RANK", "2"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "2")):
+        monkeypatch.setenv(name, value)
+    assert runtime.resolve_device("auto") == runtime.resolve_device("cuda") == "cuda:2"
+    with pytest.raises(ConfigError, match="train.device=cuda:1 with 4 ranks: each needs a device of its own"):
+        runtime.resolve_device("cuda:1")
+
+
+def test_of_several_ranks_a_repeated_signal_is_the_first_one_again(monkeypatch):
+    """Slurm, submitit and torchrun each pass a request to stop on to every rank."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ranks = Runtime()
+    killed = []
+    before = signal.signal(signal.SIGTERM, lambda *_: killed.append("killed"))
+    try:
+        with ranks.catching_signals():
+            for _ in range(3):
+                signal.raise_signal(signal.SIGTERM)
+            assert ranks.stop.is_set()
+            assert not killed
+            monkeypatch.setattr(runtime, "ECHO_S", -1.0)
+            signal.raise_signal(signal.SIGTERM)
+            assert killed == ["killed"], "after a while a second one is meant"
+        alone = Runtime()
+        alone.ranks.size = 1
+        with alone.catching_signals():
+            signal.raise_signal(signal.SIGTERM)
+            assert killed == ["killed"]
+            signal.raise_signal(signal.SIGTERM)
+            assert killed == ["killed"] * 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_sharding_leaves_precision_to_autocast(monkeypatch):
+    """On GPUs accelerate would have FSDP compute, reduce and return everything in bf16, the loss too."""
+    made = {}
+    monkeypatch.setattr("accelerate.Accelerator", lambda **given: made.update(given))
+    several = Runtime(sharding="fsdp")
+    several.ranks.size = 2
+    make_accelerator(several, "bf16", new_model(RUNGS["55k"], 0))
+    assert made["mixed_precision"] == "bf16"
+    made["fsdp_plugin"].set_mixed_precision("bf16")  # as AcceleratorState does
+    policy = made["fsdp_plugin"].mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (None, None, None)

@@ -2,14 +2,17 @@
 
 import dataclasses
 import sys
+from pathlib import Path
 
 import pytest
 
-from capacity_gap.errors import Busy, UserError
+from capacity_gap.errors import Busy, ConfigError, UserError
 from capacity_gap.lease import Lease
 from capacity_gap.pipeline import resolve
 from capacity_gap.stage import Store
 from capacity_gap.worker import Jobs, run_children, run_job
+from hydra_plugins.capacity_gap_launchers.ray_launcher import RayLauncher
+from hydra_plugins.capacity_gap_launchers.slurm_launcher import SlurmLauncher
 from tests.conftest import compose
 
 
@@ -66,3 +69,14 @@ def test_a_worker_does_not_wait_for_a_stage_that_another_is_at(tiny, store):
     assert kind == "busy"
     assert "is being computed by" in message
     assert not (store.root / "failed").exists(), "busy is no failure"
+
+
+def test_launchers_refuse_what_cannot_be_before_anything_is_submitted():
+    ray = RayLauncher(gpus=4)
+    with pytest.raises(ConfigError, match="hydra.launcher.gpus=4, but under Ray a cell is one process"):
+        ray.launch([["student=40k"]], 0)
+    slurm = SlurmLauncher(nodes=2)
+    with pytest.raises(ConfigError, match="hydra.launcher.nodes=2 with hydra.launcher.gpus=0"):
+        slurm.launch([["student=40k"]], 0)
+    with pytest.raises(ConfigError, match="hydra.launcher.nodes=2 with hydra.launcher.gpus=0"):
+        slurm.submit_grid([], Path())

@@ -1,4 +1,4 @@
-"""The objective of METHOD §4, `(1 − w)·CE + w·KD`, with gradients in closed form, a chunk of tokens at a time.
+"""The objective of docs/method.md §4, `(1 − w)·CE + w·KD`, with gradients in closed form, a chunk of tokens at a time.
 
 Shape suffixes: N tokens (batch and time flattened), n tokens of one chunk, V vocabulary, D student width, E teacher
 width. All reductions are fp32 (or wider, if the inputs are).
@@ -83,6 +83,9 @@ def distill_loss(
         teacher = signal
     elif kd_weight > 0 and teacher_hidden is not None and teacher_weight is not None:
         teacher = (teacher_hidden.flatten(0, -2), teacher_weight[: len(student_weight)])
+    student_hidden, student_weight = _autocast(student_hidden), _autocast(student_weight)
+    if isinstance(teacher, tuple):
+        teacher = (_autocast(teacher[0]), _autocast(teacher[1]))
     skew = SKEWS.get(loss, 0.0) if skew is None else skew
     tau_factor = temperature**2 if tau_squared else 1.0
     if fused.serves(student_hidden, loss=loss, kd_weight=kd_weight, teacher=teacher, weight=student_weight):
@@ -100,6 +103,14 @@ def distill_loss(
     total, sums = _ChunkedLoss.apply(student_hidden.flatten(0, -2), student_weight, labels.flatten(), teacher, terms)
     names = ("ce", "kd", "kl", "teacher_entropy") if teacher else ("ce",)
     return total, {name: sums[i] * scale for i, name in enumerate(names)}
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """The tensor in the type that autocast, where it is on, gives to matrix products: those below it does not see."""
+    kind = tensor.device.type
+    if not torch.is_autocast_enabled(kind) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(kind))
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def supervised_natural(theta: Array, at: Mapping[str, float]) -> dict[str, Array
 
 
 def distillation_loss(theta: Array, x: Columns, slopes: bool) -> tuple[Array, Array | None]:
-    """L_S = L_T + L_T^(−c0)·[1 + (L_T/(d1·L̃))^(1/f1)]^(−c1·f1)·(A'/N_S^α' + B'/D_S^β')^γ'  (METHOD, arXiv 2502.08606).
+    """L_S = L_T + L_T^(−c0)·[1 + (L_T/(d1·L̃))^(1/f1)]^(−c1·f1)·(A'/N_S^α' + B'/D_S^β')^γ'  (docs/method.md §5).
 
     `own_loss` is log L̃(N_S, D_S), what the student would reach on text alone; `log_teacher_loss` is log L_T itself, and
     `teacher_loss` the same about its mean.

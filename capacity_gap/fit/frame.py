@@ -34,6 +34,7 @@ BY = (
     "objective",
     "expanded_vocab",
     "adapt_tokens",
+    "settings",
     "epochs",
     "batch",
     "data_tokens",
@@ -238,7 +239,7 @@ def adjust_for_size(
     """Takes out what a student's size, off its curve's mean, does to its loss: `ℓ − γ·(log N_S − mean log N_S)`.
 
     γ = ∂ℓ/∂log N_S is estimated between students under the same teacher and settings; 2 % of a student's parameters are
-    worth about 0.006 nats at pico scale, as much as neighbouring teachers differ (METHOD §8).
+    worth about 0.006 nats at pico scale, as much as neighbouring teachers differ (docs/method.md §6).
     """
     logs = frame[student].astype(float).map(math.log)
     groups = [frame[k] for k in keys]

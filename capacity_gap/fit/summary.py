@@ -7,8 +7,6 @@ if TYPE_CHECKING:
     from capacity_gap.fit.law import LawFit
     from capacity_gap.fit.regression import Estimate
 
-WIDTH = 100
-
 
 def verdict(law: "LawFit") -> str:
     """One or two sentences of plain English."""

@@ -75,7 +75,7 @@ class Sublayer:
 
 @dataclass(frozen=True)
 class Stack:
-    """One stack of layers, and the places in a layer where the masks of METHOD §2 act, as its submodules."""
+    """One stack of layers, and the places in a layer where the masks of docs/method.md §2 act, as its submodules."""
 
     layer: str
     attentions: tuple[Sublayer, ...]

@@ -144,12 +144,12 @@ def _from_hub(load: Any, repository: str) -> Any:
 def fetch(repository: str) -> Path:
     """Downloads a checkpoint's safetensors, configs and tokenizer to the hub's cache, and returns where."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt"]
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise StageError(
             f"{repository} cannot be fetched: {str(error).splitlines()[0]} If it is gated, accept its licence on its "
             "page and log in with `hf auth login`; else check the name and the network."

@@ -59,7 +59,7 @@ class Scores:
 def expressive_scores(
     model: Any, batches: Iterable[Tensor], *, seed: int = 0, on_batch: OnBatch = lambda done: None
 ) -> Scores:
-    """The paper's expressive scores: `I(m) = (1/B) Σ_batches |∂L_batch/∂m|` for a mask m of ones (METHOD §2).
+    """The paper's expressive scores: `I(m) = (1/B) Σ_batches |∂L_batch/∂m|` for a mask m of ones (docs/method.md §2).
 
     L is the language-model cross-entropy. For a mask on the input of a linear map W the derivative is the sum of
     W ⊙ ∂L/∂W over the entries of the unit; for the one hidden mask it is Σ x ⊙ ∂L/∂x over every site of the residual
@@ -219,7 +219,7 @@ def _open(model: Any) -> tuple[Dims, Architecture]:
     if broken or getattr(model, "is_quantized", False):
         raise ConfigError(
             "a quantised teacher cannot be scored or pruned: its weights have no gradients and no rows to select. Use "
-            "family.quantization=none (8-bit teachers can still teach: prune.init=random, or prune.init=shared)."
+            "family.quantization=none (8-bit teachers can still teach: prune.init=random)."
         )
     return dims(model.config), architecture(model.config)
 

@@ -2,8 +2,8 @@
 
 A shape is found by one rule, `shrink`: among all hidden sizes and head counts, with neurons absorbing what is left so
 that the total is exact, take the one that keeps the axes most nearly in proportion. Applied to one teacher this is the
-paper's even split of sparsity over the width axes (METHOD §3, p' = 1 − √(1 − p) on each); applied to the elementwise
-minimum of all larger rungs it gives the common student, which is the same for every teacher.
+paper's even split of sparsity over the width axes (docs/method.md §3, p' = 1 − √(1 − p) on each); applied to the
+elementwise minimum of all larger rungs it gives the common student, which is the same for every teacher.
 """
 
 import math
@@ -62,7 +62,7 @@ def choose_shape(
     multiple: int = 8,
     fixed: str | None = None,
 ) -> Shape:
-    """The shape of `target_params` parameters for one teacher, its own proportions kept (METHOD §3).
+    """The shape of `target_params` parameters for one teacher, its own proportions kept (docs/method.md §3).
 
     Args:
         config: the teacher's config.
@@ -122,8 +122,8 @@ def fixed_shape(config: Config, given: str, target_params: int | None = None) ->
 
 
 def spread(shape: Shape, config: Config, scores: "Scores | None", *, layers: str, multiple: int) -> Shape:
-    """The units of a local shape, spread over the layers by *global priority* (METHOD §3): ranked across all layers by
-    their layer-normalised scores, so that layers end up with different counts. Parameters stay the same.
+    """The units of a local shape, spread over the layers by *global priority* (docs/method.md §3): ranked across
+    all layers by their layer-normalised scores, so that layers end up with different counts. Parameters stay the same.
     """
     if scores is None:
         raise ConfigError("policy=global ranks units across layers: it needs scores.")

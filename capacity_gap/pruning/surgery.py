@@ -71,7 +71,7 @@ def _spread(units: Tensor, width: int) -> Tensor:
 
 
 def symmetric_layers(layers: int, keep: int) -> list[int]:
-    """Which layers stay when they are removed evenly from both ends, one more from the top if odd (METHOD §3)."""
+    """Which layers stay when they are removed from both ends, one more from the top if odd (docs/method.md §3)."""
     bottom = (layers - keep) // 2
     return list(range(bottom, bottom + keep))
 

@@ -5,7 +5,6 @@ import functools
 import os
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -63,14 +62,6 @@ class Composer:
         return override.type is OverrideType.CHANGE and not self.groups[key]
 
 
-def _gpus() -> int:
-    """NVIDIA GPUs that this process may use, counted without torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([v for v in visible.split(",") if v and v != "-1"])
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
-
-
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -83,10 +74,12 @@ class GridSweeper(BasicSweeper):
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
         """Gives joblib one worker a GPU, else a core, where its own default is ten; `n_jobs=` still wins."""
+        from capacity_gap.runtime import gpus
+
         launcher = config.hydra.launcher
         asked = any(o.startswith("hydra.launcher.n_jobs=") for o in config.hydra.overrides.hydra)
         if launcher.get("_target_", "").endswith("JoblibLauncher") and not asked:
-            launcher.n_jobs = _gpus() or _cores()
+            launcher.n_jobs = gpus() or _cores()
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def sweep(self, arguments: list[str]) -> None:

@@ -14,7 +14,7 @@ class RayConf:
 
     _target_: str = "hydra_plugins.capacity_gap_launchers.ray_launcher.RayLauncher"
     address: str | None = None  # of a running cluster, or `auto`; null: RAY_ADDRESS, else one on this machine
-    gpus: float = 0.0  # of one cell; 0.25 puts four on one device
+    gpus: float = 0.0  # of one cell, at most one; 0.25 puts four on one device
     cpus: float | None = None  # null: train.threads
 
 
@@ -38,6 +38,11 @@ class RayLauncher(Launcher):
         from capacity_gap.stage import Store
         from capacity_gap.worker import Jobs, run_job
 
+        if self.settings.gpus > 1:
+            raise ConfigError(
+                f"hydra.launcher.gpus={self.settings.gpus:g}, but under Ray a cell is one process, which uses one "
+                "device. Give at most 1, or use hydra/launcher=slurm for cells on several."
+            )
         try:
             import ray
         except ImportError as error:

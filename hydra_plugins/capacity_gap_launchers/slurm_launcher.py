@@ -31,7 +31,7 @@ class SlurmConf:
     time_min: int = 240
     nodes: int = 1  # of one cell; several need gpus
     gpus: int = 0  # of one cell on each node
-    cpus: int | None = None  # of one cell on each node; null: train.threads
+    cpus: int | None = None  # of one cell on each node; null: train.threads for each of its GPUs, or once
     mem_gb: float | None = None  # of one job on each node
     cells_per_job: int = 1  # small cells in one job, one after another
     cells_at_once: int = 1  # … and so many of them side by side, on the same devices
@@ -75,7 +75,9 @@ class Pack:
 
         children = psutil.Process().children(recursive=True)
         for child in children:
-            child.send_signal(signal.SIGTERM)
+            # torchrun, if asked itself, would kill after half a minute ranks that are writing: it ends when they do.
+            if "torch.distributed.run" not in child.cmdline():
+                child.send_signal(signal.SIGTERM)
         psutil.wait_procs(children, timeout=60)
         return submitit.helpers.DelayedSubmission(self)
 
@@ -120,11 +122,12 @@ class SlurmLauncher(Launcher):
         from capacity_gap.stage import Store
         from capacity_gap.worker import Jobs
 
+        self._check()
         _need_slurm()
         configs = [from_hydra(self.loader.load_sweep_config(self.config, list(o))) for o in job_overrides]
         jobs = Jobs.hand_out(Store(configs[0].store_path), [asdict(c) for c in configs])
         packs = self._packs(jobs.count)
-        threads = self.settings.cpus or configs[0].train.threads
+        threads = self.settings.cpus or configs[0].train.threads * max(1, self.settings.gpus)
         submitted = self._submit(jobs, packs, threads)
         try:
             self._watch(jobs, packs, submitted)
@@ -132,6 +135,16 @@ class SlurmLauncher(Launcher):
             subprocess.run(["scancel", *submitted], check=False)  # SIGTERM first: checkpoints are written
             raise
         return jobs.returns()
+
+    def _check(self) -> None:
+        from capacity_gap.errors import ConfigError
+
+        s = self.settings
+        if s.nodes > 1 and not s.gpus:
+            raise ConfigError(
+                f"hydra.launcher.nodes={s.nodes} with hydra.launcher.gpus=0: several nodes at one cell share its "
+                "training between their GPUs. Say hydra.launcher.gpus=N, or nodes=1."
+            )
 
     def _packs(self, count: int) -> list[list[int]]:
         """Jobs come longest first: dealt in turn, packs take about equally long."""
@@ -217,6 +230,7 @@ class SlurmLauncher(Launcher):
 
     def submit_grid(self, arguments: Sequence[str], store: Path) -> None:
         """Submits the whole command as a small CPU job, and says how to follow it."""
+        self._check()
         _need_slurm()
         s = self.settings
         folder = store / "jobs" / f"detached-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
