@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.study_arms import Arm, arms_of, main_of
+from benchmarks.study_elsewhere import elsewhere, elsewhere_table, together, unpruned_surface, unpruned_table
 from benchmarks.study_surface import contour_table, forecast_table, surface_of, surface_table
 from benchmarks.study_tables import (
     argmin_table,
@@ -78,6 +79,9 @@ def pages(frame: pd.DataFrame, arms: list[Arm], surface: SurfaceFit | None = Non
         "contour": contour_table(surface, main),
         "forecast": forecast_table(main),
         "argmin": argmin_table(main),
+        "unpruned": unpruned_table(main),
+        "unpruned_surface": unpruned_surface(main),
+        "elsewhere": elsewhere_table(arms),
         "laws": laws_table(trained),
         "budget": budget_table(main),
         "contrasts": contrasts_table(trained),
@@ -114,6 +118,8 @@ def figures() -> None:
     for arm in arms:
         if arm.budgets != [0] and arm.name in DRAWN:
             _draw(plot_curves(arm.located), f"study_curves{arm.suffix}")
+    if families := [a for a in elsewhere(arms) if a.differs == {"family"}]:
+        _draw(plot_curves(together(families).located), "study_curves_architectures")
     _draw(plot_law(main.law), "study_law", dpi=130)
     print(main.law.summary(), surface.summary(), sep="\n\n")
 

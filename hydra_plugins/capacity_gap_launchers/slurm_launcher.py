@@ -1,5 +1,6 @@
 """hydra/launcher=slurm: one wave of a grid as an array of Slurm jobs, through submitit. Imports no torch."""
 
+import contextlib
 import logging
 import os
 import shutil
@@ -54,8 +55,11 @@ ConfigStore.instance().store(group="hydra/launcher", name="slurm", node=SlurmCon
 class Pack:
     """What one Slurm job runs: some jobs of a hand-out. Requeued, it goes on with those that have no outcome."""
 
-    def __init__(self, folder: str, count: int, mine: Sequence[int], at_once: int, launcher: Sequence[str]) -> None:
+    def __init__(
+        self, folder: str, count: int, mine: Sequence[int], at_once: int, launcher: Sequence[str], patience: float
+    ) -> None:
         self.folder, self.count, self.mine, self.at_once, self.launcher = folder, count, mine, at_once, launcher
+        self.patience = patience  # seconds that children have for their checkpoints
 
     def __call__(self) -> None:
         """Runs what has no outcome yet; on every node of the job."""
@@ -76,9 +80,10 @@ class Pack:
         children = psutil.Process().children(recursive=True)
         for child in children:
             # torchrun, if asked itself, would kill after half a minute ranks that are writing: it ends when they do.
-            if "torch.distributed.run" not in child.cmdline():
-                child.send_signal(signal.SIGTERM)
-        psutil.wait_procs(children, timeout=60)
+            with contextlib.suppress(psutil.Error):  # gone in the meantime
+                if "torch.distributed.run" not in child.cmdline():
+                    child.send_signal(signal.SIGTERM)
+        psutil.wait_procs(children, timeout=self.patience)
         return submitit.helpers.DelayedSubmission(self)
 
 
@@ -163,9 +168,10 @@ class SlurmLauncher(Launcher):
             **({"gpus_per_node": s.gpus} if s.gpus else {}),
             **({"mem": f"{round(s.mem_gb * 1024)}M"} if s.mem_gb else {}),
         )
+        patience = 2 / 3 * s.signal_delay_s  # the rest is for the requeue, without which the job would be lost
         with executor.batch():
             made = [
-                executor.submit(Pack(str(jobs.folder), jobs.count, mine, s.cells_at_once, self._torchrun))
+                executor.submit(Pack(str(jobs.folder), jobs.count, mine, s.cells_at_once, self._torchrun, patience))
                 for mine in packs
             ]
         return [job.job_id for job in made]
