@@ -18,7 +18,7 @@ from capacity_gap.models.folders import is_folder, local_family
 from capacity_gap.models.ladders import Family, family
 from capacity_gap.pruning.shape import Shape, between, sized, student_shape
 from capacity_gap.scales import format_scale, parse_scale, parse_tokens
-from capacity_gap.unsaid import unsaid
+from capacity_gap.unsaid import unsaid, unsaid_of_tuning
 
 SIGNAL_SIZE = 64  # values a token of a cached signal, unless said
 
@@ -242,8 +242,10 @@ class Settings:
     @property
     def _unsaid(self) -> dict[str, Any]:
         """The settings that have no column of their own, where they are not as usual."""
-        found = unsaid(self.config, pretrained=self.teacher_tokens is not None)
-        return {"settings": found} if found else {}
+        pretrained = self.teacher_tokens is not None
+        found = {"settings": unsaid(self.config, ladder=self.family.name, pretrained=pretrained)}
+        found["instruct_settings"] = unsaid_of_tuning(self.config)
+        return {name: said for name, said in found.items() if said}
 
     @property
     def _training(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def save(
     folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict], *, leads: bool
 ) -> None:
     """Writes `folder/step-<step>` and then removes older ones. All ranks gather; the one that leads writes."""
-    tensors = _tensors(model, optimizer)
+    tensors = _tensors(model, optimizer, keep=leads)
     if not leads:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,12 +58,15 @@ def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, whole; only one at a time is so on a device."""
     tensors = {}
     for name, parameter in _named(model):
-        tensors[f"param/{name}"] = whole(parameter.detach()).contiguous()
-        for key in STATE:
-            tensors[f"{key}/{name}"] = whole(torch.as_tensor(optimizer.state[parameter][key])).contiguous()
+        state = {"param": parameter.detach()} | {k: torch.as_tensor(optimizer.state[parameter][k]) for k in STATE}
+        for kind, tensor in state.items():
+            gathered = whole(tensor)  # by all ranks together
+            if keep:
+                tensors[f"{kind}/{name}"] = gathered.cpu().contiguous()
     return tensors
 
 

@@ -96,8 +96,11 @@ class SourceConfig:
         usual = {"subset": None, "dataset_split": "train", "column": "text", "revision": None, "documents": None}
         given = {k: getattr(self, k) for k, v in usual.items() if self.name != "hub" and getattr(self, k) != v}
         if given:
-            said = " ".join(f"corpus.{k}={v}" for k, v in given.items())
-            raise ConfigError(f"{said} with corpus={self.name}: that is for a dataset of the hub. Add corpus=hub.")
+            said = ", ".join(f"{k}={v}" for k, v in given.items())
+            raise ConfigError(
+                f"a source with name={self.name} has {said}: that is for a dataset of the hub, so for corpus=hub, or a "
+                "part with name: hub."
+            )
 
 
 def _check_path(path: str | None) -> None:
@@ -162,7 +165,7 @@ class PruneConfig:
 
     `shared`: one start for all teachers, pruned from the teacher named by `reference`. Like `random`, it holds the
     start fixed, so that what is left of the curve is the capacity gap and not the damage of pruning. With `random`
-    nothing is cut, and no other setting here is read.
+    nothing is cut: of what follows only the shape counts.
     """
 
     method: str = "expressive"

@@ -48,11 +48,10 @@ class Cell(Settings):
     @property
     def budgets(self) -> list[tuple[Stage, int, int, str]]:
         """What this cell wants of a training text: its stage, tokens, passes, and the setting that says so."""
-        c = self.config
-        found = [(self.tokens, self.data_tokens, c.epochs, "data")]
-        found.append((self.tokens, self.adapt_tokens, c.adapt.epochs, "adapt.data"))
-        if self.teacher_tokens:
-            found.append((self.base_tokens, self.teacher_tokens, c.family.teacher_epochs, "family.teacher_data"))
+        c, text = self.config, self.tokens
+        found = [(text, self.data_tokens, c.epochs, "data"), (text, self.adapt_tokens, c.adapt.epochs, "adapt.data")]
+        if tokens := self.teacher_tokens:
+            found += [(self.base_tokens, tokens, c.family.teacher_epochs, "family.teacher_data")]
         return found
 
     def _check_vocabularies(self, store: Store, tokens: int) -> None:
@@ -157,9 +156,10 @@ class Cell(Settings):
     ) -> Stage:
         """A stage of the one loop, on `given["tokens"]` tokens."""
         budget = given["tokens"]
-        cost = accounting.train_flops(shape, budget) + teacher_flops
-        passes = (4 if teacher_flops else 3) * budget
-        return Stage(name, 1, given, inputs, compute, cost, self._training, passes=passes, collective=True)
+        cost, passes = accounting.train_flops(shape, budget) + teacher_flops, (4 if teacher_flops else 3) * budget
+        held = self.config.family.dtype if name == "adapt" else "fp32"
+        version = 2 if "bf16" in (given["precision"], held) else 1  # of outputs in fp32, of teachers adapted in bf16
+        return Stage(name, version, given, inputs, compute, cost, self._training, passes=passes, collective=True)
 
     def _pretrained(self, rung: str) -> Stage:
         c, shape = self.config, self.base.rungs[rung]

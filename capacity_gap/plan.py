@@ -202,9 +202,11 @@ def _models(cells: Sequence["Cell"]) -> list[str]:
 def _texts(cells: Sequence["Cell"], store: Store) -> list[str]:
     """For each training text: what one pass must hold, and what it does hold if it is packed already."""
     wanted: dict[str, tuple[int, str]] = {}
+    length = cells[0].config.corpus.sequence_length
     for cell in cells:
         for stage, tokens, epochs, key in cell.budgets:
-            wanted[stage.key] = max(wanted.get(stage.key, (0, "")), (-(-tokens // epochs), key))
+            each = tokens // (length * epochs) * length  # whole sequences
+            wanted[stage.key] = max(wanted.get(stage.key, (0, "")), (each, key))
     lengths = {stage.key: stage for cell in cells for stage, *_ in cell.budgets}
     found = []
     for key, (tokens, setting) in wanted.items():
@@ -212,7 +214,8 @@ def _texts(cells: Sequence["Cell"], store: Store) -> list[str]:
         if not store.has(lengths[key]):
             found.append(f"{said}; what the corpus holds is known once it is packed, before any model is trained")
             continue
-        held = json.loads((store.path(lengths[key]) / "train.json").read_text())["tokens"]
+        packed = json.loads((store.path(lengths[key]) / "train.json").read_text())["tokens"]
+        held = (packed - 1) // length * length
         found.append(f"{said}, the corpus holds {held:,}" + (": TOO FEW, those cells will fail" * (tokens > held)))
     return found
 

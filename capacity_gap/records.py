@@ -60,6 +60,7 @@ class Record:
     instruct_batch: int | None = None  # rows in one optimiser step, packed sequences where they are packed
     instruct_lora_rank: int | None = None
     instruct_replay: float | None = None  # where it was set
+    instruct_settings: str | None = None  # `settings` of both kinds of tuning
     prefer_rows: int | None = None  # pairs
     prefer_epochs: int | None = None
     prefer_learning_rate: float | None = None

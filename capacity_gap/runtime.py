@@ -153,9 +153,13 @@ def resolve_device(device: str) -> str:
         raise ConfigError(
             f"train.device={device} with {Ranks().size} ranks: each needs a device of its own. Use train.device={kind}."
         )
-    if kind == "cuda" and not index:
-        return f"cuda:{Ranks().local if Ranks().size > 1 else _own_gpu(there)}"
-    return device if index else kind
+    if index or kind not in ("cuda", "xpu"):
+        return device if index else kind
+    ranks = Ranks()
+    if ranks.local >= there:
+        raise ConfigError(f"rank {ranks.local} of this machine has no device: torch finds {there} of {kind} here.")
+    own = _own_gpu(there) if kind == "cuda" and ranks.size == 1 else ranks.local
+    return f"{kind}:{own}"
 
 
 def _devices(kind: str) -> int:
@@ -179,7 +183,10 @@ def take(device: str) -> None:
 
 
 def gpus() -> int:
-    """NVIDIA GPUs that this process may use, counted without torch."""
+    """NVIDIA GPUs that this process may use, counted without loading torch."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        if importlib.metadata.version("torch").endswith("+cpu"):
+            return 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([v for v in visible.split(",") if v and v != "-1"])

@@ -1,79 +1,104 @@
 """What decided a cell and no column of its record says: one text, of what is not as usual.
 
-Rows of a table are averaged where their settings agree (`fit/frame.py`), so whatever may differ must be recorded.
+Rows of a table are averaged where their settings agree (`fit/frame.py`), so whatever may differ must be recorded. What
+is left out on purpose: the content of a ladder of folders (its rungs are told apart by name), `train.threads` and
+`evaluate.ood_tokens` (the same quantities, rounded or sampled otherwise), what only adds to a student's history.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from capacity_gap.config import RunConfig, SourceConfig
 from capacity_gap.data.sources import identity, tokenizer_identity
-from capacity_gap.fingerprint import identity_fields
+from capacity_gap.fingerprint import files_digest, identity_fields
 
+SOURCE = ("name", "dataset", "weight")  # what the record's name of the corpus says
 SAID = {
     "family": ("name", "teacher_data"),
-    "corpus": ("name", "dataset", "weight"),
-    "expand": ("vocab", "revision"),
+    "corpus": SOURCE,
+    "expand": ("tokenizer", "revision"),  # said below, by what they stand for
     "adapt": ("data",),
     "prune": ("method", "init", "reference", "shape", "fixed", "priority", "layers", "iterative"),
     "distill": ("loss", "kd_weight", "temperature", "signal", "signal_size", "skew", "hidden_weight"),
-    "train": ("batch_size", "learning_rate", "learning_rate_times_width", "precision", "threads", "evaluate_every"),
+    "train": ("batch_size", "precision", "threads", "evaluate_every"),
+    "evaluate": ("tokens", "ood_tokens", "tasks", "code_tasks"),
     "instruct": ("count", "epochs", "batch_size", "learning_rate", "lora_rank", "replay"),
     "prefer": ("count", "epochs", "batch_size", "learning_rate", "lora_rank", "beta"),
 }
 # Where `conf/` sets another default than the dataclass.
 USUAL = {"train.warmup": 0.1, "family.pretrain.batch_size": 4, "family.pretrain.warmup": 0.1}
+PUBLISHED = {"family.dtype": "bf16"}
 
 
-def unsaid(config: RunConfig, *, pretrained: bool) -> str:
-    """The settings that decide results, have no column of their own and are not as usual: `name=value`, sorted.
+def unsaid(config: RunConfig, *, ladder: str, pretrained: bool) -> str:
+    """The settings that decide a distilled student, have no column and are not as usual: `name=value`, sorted.
 
     Args:
         config: of the cell.
+        ladder: the name of its family.
         pretrained: its teacher is trained here, and not a published one.
     """
-    found = dict(_texts("corpus", config.corpus))
-    apart = {"family": () if pretrained else ("teacher_epochs", "pretrain")}
+    usual = USUAL if pretrained or ladder == "folders" else USUAL | PUBLISHED
+    said: dict[str, Sequence[str]] = dict(SAID)
+    if not pretrained:
+        said["family"] = (*SAID["family"], "teacher_epochs", "pretrain")
+    if config.adapt.parts:  # the record's corpus is then the mixture that the teachers were adapted to
+        said["corpus"] = ()
+    found: dict[str, Any] = dict(_texts("corpus", config.corpus))
     for section in _sections(config):
-        names = (*SAID[section], *apart.get(section, ()))
-        found |= dict(_unusual(section, getattr(config, section), names))
-    if config.adapt.parts:  # the corpus of the record is then the mixture that the teachers were adapted to
-        found["corpus.name"] = config.corpus.name
+        found |= dict(_unusual(section, getattr(config, section), said[section], usual))
+    if config.prune.init == "random" and config.prune.depth is not None:
+        found["prune.depth"] = config.prune.depth
     if config.expand.tokenizer:
         second = tokenizer_identity(config.expand.tokenizer, config.expand.revision)
         found["expand.tokenizer"] = "@".join(str(v)[:40] for v in second.values())
+    return _text(found)
+
+
+def unsaid_of_tuning(config: RunConfig) -> str:
+    """The same of what became of the distilled student afterwards."""
+    found: dict[str, Any] = {}
+    for section in ("instruct", "prefer"):
+        given = getattr(config, section)
+        if given.wanted:
+            found |= dict(_unusual(section, given, SAID[section], {}))
+            if given.path:
+                found[f"{section}.content"] = files_digest([Path(given.path).expanduser()])[:12]
+    return _text(found)
+
+
+def _text(found: dict[str, Any]) -> str:
     return " ".join(f"{name}={found[name]}" for name in sorted(found))
 
 
 def _sections(config: RunConfig) -> Iterator[str]:
     """Those that this cell reads."""
-    yield from ("family", "corpus", "train")
+    yield from ("family", "corpus", "train", "evaluate")
     if config.expand.vocab:
         yield "expand"
-    if config.adapt.data != "0":
+    if config.adapt.parts or config.adapt.data != "0":
         yield "adapt"
     if config.prune.init != "random":
         yield "prune"
     if config.distill.kd_weight:
         yield "distill"
-    yield from (name for name in ("instruct", "prefer") if getattr(config, name).wanted)
 
 
-def _unusual(path: str, config: Any, said: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    fresh = type(config)
-    usual = {f.name: _default(f) for f in dataclasses.fields(fresh)}
-    for name, value in identity_fields(config).items():
-        key = f"{path}.{name}"
-        if name in said or key == "expand.tokenizer":
+def _unusual(path: str, config: Any, said: Sequence[str], usual: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The settings of a section, and of those inside it, that are not as usual."""
+    for field in dataclasses.fields(config):
+        key, value = f"{path}.{field.name}", getattr(config, field.name)
+        if field.name in said or field.name not in identity_fields(config):
             continue
         if isinstance(value, list):
             for i, part in enumerate(value):
                 yield from _texts(f"{key}.{i}", part)
-                yield from _unusual(f"{key}.{i}", part, SAID["corpus"])
+                yield from _unusual(f"{key}.{i}", part, SOURCE if path == "adapt" or said else (), usual)
         elif dataclasses.is_dataclass(value):
-            yield from _unusual(key, value, ())
-        elif value != USUAL.get(key, usual[name]):
+            yield from _unusual(key, value, (), usual)
+        elif value != usual.get(key, _default(field)):
             yield key, value
 
 

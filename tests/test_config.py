@@ -74,7 +74,7 @@ BAD = [
     (["family.quantization=8bit"], "those of pico are trained here, in fp32"),
     (
         ["corpus.documents=5"],
-        "corpus.documents=5 with corpus=embedded: that is for a dataset of the hub. Add corpus=hub",
+        "a source with name=embedded has documents=5: that is for a dataset of the hub",
     ),
     (["prune.shape=fixed", "prune.fixed=2x32x1x64", "prune.depth=2"], "a fixed shape names its layers. Give one"),
     (["distill.kd_weight=2"], "distill.kd_weight=2.0 is out of range. Allowed: 0 to 1"),

@@ -138,6 +138,25 @@ def test_a_file_that_is_no_table_is_named(content, said, tmp_path):
             records.load(source)
 
 
+def test_as_usual_is_a_setting_like_any_other():
+    """Nothing said of one half of the curves, a schedule of the other: two ratios, not one with a larger error."""
+    usual = grid(valley).assign(settings=None)
+    other = grid(lambda r: valley(r, 4)).assign(settings="train.schedule=wsd")
+    found = locate_optima(pd.concat([usual, other]))
+    assert len(found) == 2 * len(STUDENTS)
+    assert Counter(round(o.ratio, 3) for o in found) == {2.5: len(STUDENTS), 4.0: len(STUDENTS)}
+
+
+def test_a_cell_that_was_recorded_again_with_its_settings_counts_once():
+    """Records of an earlier release did not hold them."""
+    before = grid(valley).assign(seed=0, settings=None)
+    before["trained"] = [f"digest{i}" for i in range(len(before))]
+    again = before.assign(settings="prune.batches=8")
+    with pytest.warns(UserWarning, match="rows left out: .* the same model again"):
+        found = locate_optima(pd.concat([before, again]))
+    assert len(found) == len(STUDENTS)
+
+
 def test_one_model_recorded_twice_counts_once():
     """Cells that differ in how the student was tuned afterwards hold the same distilled student."""
     frame = grid(valley, noise=0.003)

@@ -88,7 +88,7 @@ def test_a_cell_as_usual_says_nothing_of_its_other_settings(name):
     rung = next(iter(ladder))
     given = [f"family={name}", f"student={rung}", f"teacher={rung}"]
     cell = pipeline.resolve(compose(given))
-    assert cell.description.get("settings") == ("family.dtype=bf16" if FAMILIES[name].published else None)
+    assert "settings" not in cell.description
 
 
 # One of every setting that decides a result and has no column of its own.
@@ -98,6 +98,8 @@ UNSAID = (
     "corpus.validation=0.1",
     "prune.batches=8",
     "prune.depth=3",
+    "train.learning_rate=0.01",
+    "evaluate.limit=5",
     "train.schedule=wsd",
     "train.weight_decay=0.2",
     "train.compile=true",
@@ -130,6 +132,48 @@ def test_every_setting_that_decides_a_cell_is_in_its_record():
                 assert known or cell.description != usual.description, f"{section}.{field.name}={value}"
                 tried += 1
     assert tried > 25
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (["prune.init=random"], ["prune.depth=3"]),
+        (["adapt.data=1m", "adapt.parts=[{name:code}]"], ["corpus=code"]),
+        (["adapt.parts=[{name:hub,dataset:a/b}]"], ["adapt.parts=[{name:hub,dataset:a/b,subset:c}]"]),
+        (["corpus=mixture", "corpus.parts=[{name:code},{name:hub,dataset:a/b,column:c}]"], ["corpus.parts.1.column=d"]),
+        (["expand.vocab=1100"], ["expand.vocab=1120"]),
+        (["prune.iterative=2", "prune.step_data=10k"], ["prune.step_data=20k"]),
+    ],
+    ids=["depth of a random start", "corpus before adaptation", "subset of a part", "column", "padding", "steps"],
+)  # fmt: skip
+def test_what_columns_do_not_tell_apart_settings_do(one, other):
+    kept = [o for o in one if o.split("=")[0] not in {x.split("=")[0] for x in other}]
+    first, second = (pipeline.resolve(compose(given)) for given in (one, [*kept, *other]))
+    assert first.distilled.digest != second.distilled.digest
+    assert first.description.get("settings") != second.description.get("settings")
+
+
+def test_how_a_student_was_tuned_afterwards_parts_no_curves(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": name}]}) + "\n")
+    cells = [
+        pipeline.resolve(compose([f"instruct.path={tmp_path}/{name}.jsonl", "instruct.max_length=128"]))
+        for name in "ab"
+    ]
+    said = [cell.description["instruct_settings"] for cell in cells]
+    assert all("settings" not in cell.description for cell in cells)
+    assert said[0] != said[1]
+    assert all("instruct.content=" in s and "instruct.max_length=128" in s for s in said)
+
+
+def test_results_in_bf16_are_not_those_of_the_first_release(tiny):
+    """Their stages were computed otherwise then; those of fp32 stay found (the golden digests)."""
+    versions = {
+        p: pipeline.resolve(compose([*tiny, f"train.precision={p}"])).distilled.version for p in ("fp32", "bf16")
+    }
+    assert versions == {"fp32": 1, "bf16": 2}
+    adapted = pipeline.resolve(compose(["family=gpt2", "student=124m", "teacher=355m", "adapt.data=1m"]))
+    assert adapted.teacher.version == 2, "teachers held in bf16 are adapted in fp32 now"
 
 
 def test_two_texts_of_ones_own_are_two_corpora(tiny, tmp_path):

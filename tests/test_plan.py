@@ -45,7 +45,8 @@ def test_a_given_throughput_wins_and_an_unknown_one_is_said_to_be_assumed(tmp_pa
 
 def test_a_machine_with_a_gpu_is_planned_as_one(tiny, tmp_path, monkeypatch):
     cell = pipeline.resolve(compose([*tiny, f"store={tmp_path}"]))
-    for visible, source in (("0", "a GPU"), ("", "a CPU thread")):
+    for torch, visible, source in (("2.9.0", "0", "a GPU"), ("2.9.0", "", "a CPU"), ("2.9.0+cpu", "0", "a CPU")):
+        monkeypatch.setattr("importlib.metadata.version", lambda _, torch=torch: torch)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert source in make_plan([cell], Store(tmp_path)).speed.source
 

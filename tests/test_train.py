@@ -315,6 +315,9 @@ def test_each_rank_takes_the_device_of_its_number(monkeypatch):
     for name, value in (("RANK", "2"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "2")):
         monkeypatch.setenv(name, value)
     assert runtime.resolve_device("auto") == runtime.resolve_device("cuda") == "cuda:2"
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(ConfigError, match="rank 4 of this machine has no device: torch finds 4 of cuda here"):
+        runtime.resolve_device("auto")
     with pytest.raises(ConfigError, match="train.device=cuda:1 with 4 ranks: each needs a device of its own"):
         runtime.resolve_device("cuda:1")
 

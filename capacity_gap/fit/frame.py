@@ -13,6 +13,7 @@ from capacity_gap.records import Record, scores_of
 from capacity_gap.scales import short_scale
 
 AXES = {"total": "", "non_embedding": "_non_embedding"}
+USUAL = "as usual"
 SAME_SIZE = 0.03  # students within 3 % are one student where no nominal scale says so
 # What parts curves, where the table has it: cells that differ in any of these answer different questions.
 BY = (
@@ -35,6 +36,7 @@ BY = (
     "expanded_vocab",
     "adapt_tokens",
     "settings",
+    "precision",
     "epochs",
     "batch",
     "data_tokens",
@@ -44,7 +46,6 @@ BY = (
 # in everything else, seeds too, differ in it.
 SETTINGS = (
     "learning_rate",
-    "precision",
     "threads",
     "teacher_tokens",
     "held_out_tokens",
@@ -98,7 +99,7 @@ def curves(
     student, teacher = "student_params" + AXES[axis], "teacher_params" + AXES[axis]
     column = metric or default_metric(frame)
     require(frame, [student, teacher, column, *([] if by is BY else by)])
-    kept, notes = _usable(frame, student, teacher, column)
+    kept, notes = _usable(_as_usual(frame), student, teacher, column)
     kept, said = _trained(kept)
     notes += said
     given = [c for c in by if c in kept and kept[c].notna().any()]
@@ -117,6 +118,13 @@ def curves(
         named = {k: None if v is None or v != v else v for k, v in zip([*given, "student"], key, strict=True)}
         found.append(_curve(named, group, student, teacher, column))
     return sorted(found, key=lambda c: ([str(c.key[k]) for k in given], c.student_params)), notes
+
+
+def _as_usual(frame: pd.DataFrame) -> pd.DataFrame:
+    """`settings` of a record says nothing where all is as usual, which is a value like any other here."""
+    if "settings" not in frame or frame["settings"].isna().all():
+        return frame
+    return frame.assign(settings=frame["settings"].fillna(USUAL))
 
 
 def default_metric(frame: pd.DataFrame) -> str:
@@ -180,7 +188,7 @@ def _told_apart(
         return frame, [], []
     same = [*given, "_student", teacher, *(c for c in ("seed", "teacher_seed") if c in frame)]
     others = [c for c in BY if c in frame and c not in given]  # averaged, because the caller said so
-    again = frame.duplicated([*same, *others, column])
+    again = frame.duplicated([*same, *others, column]) | _recorded_again(frame, teacher, column)
     kept = frame[~again]
     twice = kept[kept.duplicated(same, keep=False)]
     groups = twice.groupby(same, dropna=False)
@@ -193,6 +201,16 @@ def _told_apart(
     if left := int(kept.duplicated([*same, *others, *parting]).sum()):
         notes.append(f"{left} rows repeat student, teacher and seeds with another {column}: averaged like seeds")
     return kept, parting, notes
+
+
+def _recorded_again(frame: pd.DataFrame, teacher: str, column: str) -> pd.Series:
+    """Rows of one trained student under one teacher whose settings are only said otherwise: the fuller one stays."""
+    if "trained" not in frame or "settings" not in frame:
+        return pd.Series(False, index=frame.index)
+    fullest = frame.sort_values("settings", key=lambda s: s.eq(USUAL), kind="stable")
+    alike = [c for c in BY if c in frame and c != "settings"]
+    found = fullest.duplicated([*alike, "trained", teacher, column]) & fullest["trained"].notna()
+    return found.reindex(frame.index)
 
 
 def _student_label(frame: pd.DataFrame, column: str) -> pd.Series:

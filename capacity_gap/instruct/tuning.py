@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from capacity_gap.errors import StageError
-from capacity_gap.runtime import Interrupted, Runtime
+from capacity_gap.runtime import Interrupted, Runtime, take
 
 LOG_EVERY = 5  # steps between points of the history
 
@@ -72,7 +72,7 @@ def fine_tune(
         )
         trainer = trl.SFTTrainer(
             model=model,
-            args=_on_one_device(settings),
+            args=_on_one_device(settings, runtime.device),
             train_dataset=Dataset.from_list(list(rows)),
             processing_class=tokenizer,
             peft_config=_lora(tuning.lora_rank),
@@ -104,7 +104,7 @@ def prefer(
         trainer = trl.DPOTrainer(
             model=model,
             ref_model=None if tuning.lora_rank else reference,
-            args=_on_one_device(trl.DPOConfig(**_arguments(tuning, runtime, scratch), beta=beta)),
+            args=_on_one_device(trl.DPOConfig(**_arguments(tuning, runtime, scratch), beta=beta), runtime.device),
             train_dataset=Dataset.from_list(list(pairs)),
             processing_class=tokenizer,
             peft_config=_lora(tuning.lora_rank),
@@ -137,9 +137,17 @@ def _arguments(tuning: Tuning, runtime: Runtime, scratch: Path) -> dict[str, Any
     }
 
 
-def _on_one_device(settings: Any) -> Any:
-    """The settings, for one device: of several a trainer would use all, and multiply the batch by their number."""
+def _on_one_device(settings: Any, device: str) -> Any:
+    """The settings, for one device: of several a trainer would use all, and multiply the batch by their number.
+
+    Reading them has made the first GPU this process's own, whichever it was given.
+    """
+    import torch
+
     settings._n_gpu = 1
+    if device.startswith("cuda"):
+        take(device)
+        settings.__dict__["_setup_devices"] = torch.device(device)  # the cached property behind `device`
     return settings
 
 

@@ -184,6 +184,7 @@ class SlurmLauncher(Launcher):
             return []
         where = ["--standalone"] if s.nodes == 1 else ["--rdzv-backend=c10d", "--rdzv-endpoint={head}:29400"]
         return [
+            *("sh", "-c", 'trap "" USR2; exec "$@"', "sh"),  # Slurm's warning would end torchrun; ranks catch it
             sys.executable,
             "-m",
             "torch.distributed.run",
