@@ -3,12 +3,13 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 
+import psutil
 import pytest
 
 from capacity_gap import records
+from hydra_plugins.capacity_gap_launchers.slurm_launcher import SlurmLauncher
 from tests.conftest import ROOT, run_py
 
 # A gentle learning rate: at the pico recipe's, training amplifies the last bit of a sum to 1e-2 within forty steps.
@@ -17,9 +18,9 @@ CELL = ["student=40k", "teacher=55k", "train.batch_size=5", "family.pretrain.bat
 
 
 def torchrun(*arguments):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "run.py")]
+    """Two ranks, started as a Slurm job starts them."""
     return subprocess.Popen(
-        [sys.executable, *command, *arguments],
+        [*SlurmLauncher(gpus=2)._torchrun, str(ROOT / "run.py"), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -66,13 +67,20 @@ def test_two_ranks_agree_with_one_process(tiny, tmp_path, precision, alone, shar
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["none", "fsdp"])
 def test_two_ranks_stop_and_go_on(tiny, tmp_path, sharding):
+    """As before a time-out: Slurm warns every process of the job, then submitit asks those that work to end."""
     given = [*tiny, *CELL, f"store={tmp_path}", "data=60k", "epochs=2", f"train.sharding={sharding}"]
     first = torchrun(*given)
     while not list((tmp_path / ".work").glob("distil-*/*/progress.json")):
         assert first.poll() is None, first.stdout.read()
         time.sleep(0.1)
-    first.send_signal(signal.SIGTERM)
+    ranks = psutil.Process(first.pid).children(recursive=True)
+    for process in (first, *ranks):
+        process.send_signal(signal.SIGUSR2)
+    assert len(ranks) >= 2
+    for rank in ranks:
+        rank.send_signal(signal.SIGTERM)
     first.communicate(timeout=120)
+    assert first.returncode > 0, "torchrun ended when its ranks had, not by the warning"
     left = list((tmp_path / ".work").glob("distil-*/*/checkpoint/step-*"))
     assert len(left) == 1
     ended(torchrun(*given))
