@@ -14,7 +14,15 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.study_arms import Arm, arms_of, main_of
-from benchmarks.study_elsewhere import elsewhere, elsewhere_table, together, unpruned_surface, unpruned_table
+from benchmarks.study_elsewhere import (
+    elsewhere,
+    elsewhere_table,
+    prices_table,
+    shapes_table,
+    together,
+    unpruned_surface,
+    unpruned_table,
+)
 from benchmarks.study_surface import contour_table, forecast_table, surface_of, surface_table
 from benchmarks.study_tables import (
     argmin_table,
@@ -82,6 +90,8 @@ def pages(frame: pd.DataFrame, arms: list[Arm], surface: SurfaceFit | None = Non
         "unpruned": unpruned_table(main),
         "unpruned_surface": unpruned_surface(main),
         "elsewhere": elsewhere_table(arms),
+        "prices": prices_table(arms),
+        "shapes": shapes_table(arms),
         "laws": laws_table(trained),
         "budget": budget_table(main),
         "contrasts": contrasts_table(trained),

@@ -1,6 +1,10 @@
 """The pico study beyond its main arm: other architectures, shapes and text; and what its unpruned cells weigh."""
 
+from collections.abc import Iterator
+
+import numpy as np
 import pandas as pd
+from scipy.stats import t
 
 from benchmarks.study_arms import Arm, main_of
 from benchmarks.study_surface import surface_of
@@ -9,6 +13,7 @@ from capacity_gap.scales import format_scale
 
 SETTINGS = {"family", "shape", "corpus"}
 FROM = "180k"  # the smallest teacher that every student of these arms has and is smaller than
+LEAST = 79_000  # parameters of the students that every architecture has
 UNPRUNED = 1.005  # a student of its teacher's size is the teacher
 
 
@@ -18,7 +23,9 @@ def elsewhere(arms: list[Arm]) -> list[Arm]:
 
 
 def elsewhere_table(arms: list[Arm]) -> str:
-    """One row a student: the best teacher tried, what the curve says, and the largest teacher less the 180k one."""
+    """One row a student: the best teacher tried, what the curve says, and the largest teacher less the 180k one, in the
+    student's loss, before training and by itself.
+    """
     main, others = main_of(arms), elsewhere(arms)
     budgets = {n for arm in others for n in arm.budgets}
     rows = []
@@ -26,27 +33,88 @@ def elsewhere_table(arms: list[Arm]) -> str:
         for tokens in (n for n in arm.budgets if n in budgets):
             optima = {o.student: o for o in arm.fit(tokens).optima}
             cells = arm.frame[arm.frame["data_tokens"] == tokens]
-            for (params, student), of in cells.groupby(["student_params", "student"]):
+            for student, of in _by_student(cells):
                 if student in optima:
-                    place = [arm.name, str(student), format_scale(tokens), _tried(of, float(params))]
-                    rows.append([*place, ratio_of(optima[str(student)]), *_price(of)])
+                    place = [arm.name, student, format_scale(tokens), _tried(of)]
+                    rows.append([*place, ratio_of(optima[student]), *_compared(of)])
     head = ["arm", "student", "tokens", "best tried", "best teacher over student", "largest teacher"]
-    return markdown([*head, f"its loss − that under {FROM}, by seed", "their own losses"], rows)
+    return markdown([*head, f"student's loss, largest − {FROM}, by seed", "before training", "teachers' own"], rows)
 
 
-def _tried(cells: pd.DataFrame, params: float) -> str:
+def _by_student(cells: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The cells of each student, smallest first; under shapes of its teachers' own its size varies a little."""
+    for student in cells.groupby("student")["student_params"].mean().sort_values().index:
+        yield str(student), cells[cells["student"] == student]
+
+
+def _tried(cells: pd.DataFrame) -> str:
     means = cells.groupby(["teacher_params", "teacher"])["student_loss"].mean()
     size, name = means.idxmin()
-    return f"{name} ({size / params:.1f}×)"
+    return f"{name} ({size / cells['student_params'].mean():.1f}×)"
 
 
-def _price(cells: pd.DataFrame) -> list[str]:
-    """The largest teacher, its price for each seed, and by how much it is the better model."""
+def _compared(cells: pd.DataFrame) -> list[str]:
+    """The largest teacher, what it costs the student for each seed, how its start and it itself compare."""
+    price, start, own = (price_of(cells, of) for of in ("student_loss", "init_loss", "teacher_loss"))
     largest = cells.loc[cells["teacher_params"].idxmax(), "teacher"]
-    by = cells.pivot_table(index="seed", columns="teacher", values=["student_loss", "teacher_loss"])
-    losses, own = by["student_loss"], by["teacher_loss"]
-    price = (losses[largest] - losses[FROM]).dropna()
-    return [str(largest), ", ".join(f"{v:.3f}" for v in price), f"{(own[largest] - own[FROM]).mean():.3f}"]
+    return [str(largest), ", ".join(f"{v:.3f}" for v in price), f"{start.mean():.2f}", f"{own.mean():.3f}"]
+
+
+def price_of(cells: pd.DataFrame, loss: str = "student_loss") -> pd.Series:
+    """A loss under the largest teacher less that under the 180k one, for each seed, the mean over students."""
+    found = []
+    for _, of in cells.groupby("student"):
+        table = of.pivot_table(index="seed", columns="teacher", values=loss)
+        largest = of.loc[of["teacher_params"].idxmax(), "teacher"]
+        found.append(table[largest] - table[FROM])
+    return pd.concat(found, axis=1).mean(axis=1).dropna()
+
+
+def prices_table(arms: list[Arm]) -> str:
+    """What the largest teacher costs students of 80k and more in each architecture, at the budget that all have.
+
+    Intervals: one variance between seeds for all, with as many degrees of freedom as seeds less architectures.
+    """
+    kept = [main_of(arms), *(a for a in elsewhere(arms) if a.differs == {"family"})]
+    if len(kept) == 1:
+        return markdown([], [])
+    tokens = max(set.intersection(*(set(a.budgets) for a in kept)))
+    cells = [a.frame[(a.frame["data_tokens"] == tokens) & (a.frame["student_params"] > LEAST)] for a in kept]
+    prices = [price_of(c).to_numpy() for c in cells]
+    freedom = sum(len(p) - 1 for p in prices)
+    error = np.sqrt(sum(((p - p.mean()) ** 2).sum() for p in prices) / freedom) * t.ppf(0.975, freedom)
+    rows = []
+    for arm, of, price in zip(kept, cells, prices, strict=True):
+        less = price.mean() - prices[0].mean()
+        apart = f"{less:.3f} ± {error * np.sqrt(1 / len(price) + 1 / len(prices[0])):.3f}" if arm.differs else ""
+        said = f"{price.mean():.3f} ± {error / np.sqrt(len(price)):.3f}"
+        others = [f"{price_of(of, 'init_loss').mean():.2f}", f"{price_of(of, 'teacher_loss').mean():.3f}"]
+        rows.append([arm.name, str(len(price)), said, apart, *others])
+    head = ["architecture", "seeds", f"student's loss, 900k − {FROM}", "less main's", "before training"]
+    return markdown([*head, "teachers' own"], rows)
+
+
+def shapes_table(arms: list[Arm]) -> str:
+    """What a shape of each teacher's own proportions costs over the common one, by student and teacher.
+
+    The mean over seeds; a dash where it is the same shape, and so the same model.
+    """
+    commons = {_family(a): a for a in elsewhere(arms) if a.differs == {"family"}}
+    found, teachers = [], dict[float, str]()
+    for arm in (a for a in elsewhere(arms) if a.differs == {"family", "shape"}):
+        by = ["student", "seed", "teacher", "teacher_params"]
+        both = arm.frame.merge(commons[_family(arm)].frame, on=by, suffixes=("", "_common"))
+        both["cost"] = both["student_loss"] - both["student_loss_common"]
+        for student, cells in _by_student(both):
+            costs = cells.groupby("teacher")["cost"].mean()
+            found.append((_family(arm), student, {t: "–" if c == 0 else f"{c:+.3f}" for t, c in costs.items()}))
+        teachers |= dict(zip(both["teacher_params"].round(-4), both["teacher"], strict=True))
+    columns = [name for _, name in sorted(teachers.items())]
+    return markdown(["arm", "student", *columns], [[a, s, *(c.get(t, "") for t in columns)] for a, s, c in found])
+
+
+def _family(arm: Arm) -> str:
+    return str(arm.frame["family"].iloc[0])
 
 
 def pruned_only(arm: Arm) -> Arm:

@@ -63,3 +63,10 @@ def test_the_ratio_axis_has_several_ticks_and_no_crowd(low, high):
     assert all(low <= t <= high for t in ticks)
     assert np.all(np.diff(ticks) > 0)
     assert all(math.isclose(float(f"{t:.2g}"), t) for t in ticks)
+
+
+def test_panels_name_whatever_tells_their_curves_apart():
+    short = both()[0]
+    tables = [short.assign(family=f, kd_weight=0.5) for f in ("gpt2", "neox")]
+    rows = titles(plot_curves(located(*tables)))
+    assert rows == [[f"student {s}, 300k tokens, {f}" for s in ("50k", "80k", "130k")] for f in ("gpt2", "neox")]

@@ -52,6 +52,7 @@ def plot_curves(located: Located, *, metric: str | None = None) -> Figure:
     for i, (curve, optimum) in enumerate(zip(located.found, located.optima, strict=True)):
         error = np.sqrt(located.noise.variance[i, : len(curve.x)])
         _panel(axes[places[i]], curve, optimum, located.valley(i), error)
+        axes[places[i]].set_title(f"{', '.join(_named(curve, located.found))}\n{_said(optimum)}", fontsize=9)
     for unused in set(range(rows * columns)) - set(places):
         axes[unused].set_visible(False)
     figure.legend(
@@ -117,16 +118,24 @@ def _panel(axes: Axes, curve: Curve, optimum: Optimum, valley: Valley | None, er
         best = float(valley.value(math.log(optimum.teacher_params)))
         reach = [[optimum.teacher_params - (low or 0)], [(high or 0) - optimum.teacher_params]]
         axes.errorbar(optimum.teacher_params, best, xerr=reach, fmt="D", color=BEST, ms=6, capsize=3, zorder=5)
-    title = f"student {optimum.student}"
-    title += f", {short_scale(optimum.data_tokens)} tokens" if optimum.data_tokens else ""
-    title += f", {optimum.init}" if optimum.init not in (None, "pruned") else ""
-    axes.set_title(f"{title}\n{_said(optimum)}", fontsize=9)
     _scales(axes, curve.teacher_params)
     above = axes.secondary_xaxis("top", functions=(_over(curve.student_params), _times(curve.student_params)))
     above.xaxis.set_major_formatter(FuncFormatter(lambda r, _: f"{r:g}×"))
     above.xaxis.set_minor_formatter(NullFormatter())
     above.set_xticks(ratio_ticks(*(x / curve.student_params for x in axes.get_xlim())))
     above.tick_params(labelsize=7)
+
+
+def _named(curve: Curve, found: Sequence[Curve]) -> list[str]:
+    """What a panel shows: student, tokens, a start that is not pruned, and whatever else varies in the figure."""
+    tokens, init = (curve.key.get(k) for k in ("data_tokens", "init"))
+    said = [f"student {curve.key['student']}"]
+    said += [f"{short_scale(float(tokens))} tokens"] if tokens else []  # type: ignore[arg-type]
+    said += [str(init)] if init not in (None, "pruned") else []
+    for name, value in curve.key.items():
+        if name not in ("student", "data_tokens", "init") and len({c.key[name] for c in found}) > 1:
+            said.append(f"{name} {value}" if isinstance(value, (int, float, np.number)) else str(value))
+    return said
 
 
 def _said(optimum: Optimum) -> str:
