@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t
+from scipy.stats import t, ttest_ind
 
 from benchmarks.study_arms import Arm, main_of
 from benchmarks.study_surface import surface_of
@@ -13,6 +13,8 @@ from capacity_gap.scales import format_scale
 
 SETTINGS = {"family", "shape", "corpus"}
 FROM = "180k"  # the smallest teacher that every student of these arms has and is smaller than
+NEXT = "270k"
+EVERYWHERE = "80k"  # the student that the main arm and every architecture have
 LEAST = 79_000  # parameters of the students that every architecture has
 UNPRUNED = 1.005  # a student of its teacher's size is the teacher
 
@@ -55,25 +57,26 @@ def _tried(cells: pd.DataFrame) -> str:
 
 def _compared(cells: pd.DataFrame) -> list[str]:
     """The largest teacher, what it costs the student for each seed, how its start and it itself compare."""
-    price, start, own = (price_of(cells, of) for of in ("student_loss", "init_loss", "teacher_loss"))
+    price, start, own = (price_of(cells, loss=of) for of in ("student_loss", "init_loss", "teacher_loss"))
     largest = cells.loc[cells["teacher_params"].idxmax(), "teacher"]
     return [str(largest), ", ".join(f"{v:.3f}" for v in price), f"{start.mean():.2f}", f"{own.mean():.3f}"]
 
 
-def price_of(cells: pd.DataFrame, loss: str = "student_loss") -> pd.Series:
-    """A loss under the largest teacher less that under the 180k one, for each seed, the mean over students."""
+def price_of(cells: pd.DataFrame, *, over: str = FROM, loss: str = "student_loss") -> pd.Series:
+    """A loss under the largest teacher less that under a smaller one, for each seed, the mean over students."""
     found = []
     for _, of in cells.groupby("student"):
         table = of.pivot_table(index="seed", columns="teacher", values=loss)
         largest = of.loc[of["teacher_params"].idxmax(), "teacher"]
-        found.append(table[largest] - table[FROM])
+        found.append(table[largest] - table[over])
     return pd.concat(found, axis=1).mean(axis=1).dropna()
 
 
 def prices_table(arms: list[Arm]) -> str:
     """What the largest teacher costs students of 80k and more in each architecture, at the budget that all have.
 
-    Intervals: one variance between seeds for all, with as many degrees of freedom as seeds less architectures.
+    Two seeds say little of their own scatter, so the first differences from the main arm take one variance for all
+    architectures; beside them, each with its own (Welch), over another teacher, and for the one student that all have.
     """
     kept = [main_of(arms), *(a for a in elsewhere(arms) if a.differs == {"family"})]
     if len(kept) == 1:
@@ -81,17 +84,36 @@ def prices_table(arms: list[Arm]) -> str:
     tokens = max(set.intersection(*(set(a.budgets) for a in kept)))
     cells = [a.frame[(a.frame["data_tokens"] == tokens) & (a.frame["student_params"] > LEAST)] for a in kept]
     prices = [price_of(c).to_numpy() for c in cells]
-    freedom = sum(len(p) - 1 for p in prices)
-    error = np.sqrt(sum(((p - p.mean()) ** 2).sum() for p in prices) / freedom) * t.ppf(0.975, freedom)
+    further = [price_of(c, over=NEXT).to_numpy() for c in cells]
+    one = [price_of(c[c["student"] == EVERYWHERE]).to_numpy() for c in cells]
     rows = []
-    for arm, of, price in zip(kept, cells, prices, strict=True):
-        less = price.mean() - prices[0].mean()
-        apart = f"{less:.3f} ± {error * np.sqrt(1 / len(price) + 1 / len(prices[0])):.3f}" if arm.differs else ""
-        said = f"{price.mean():.3f} ± {error / np.sqrt(len(price)):.3f}"
-        others = [f"{price_of(of, 'init_loss').mean():.2f}", f"{price_of(of, 'teacher_loss').mean():.3f}"]
-        rows.append([arm.name, str(len(price)), said, apart, *others])
-    head = ["architecture", "seeds", f"student's loss, 900k − {FROM}", "less main's", "before training"]
-    return markdown([*head, "teachers' own"], rows)
+    for i, (arm, price) in enumerate(zip(kept, prices, strict=True)):
+        said = [", ".join(f"{v:.3f}" for v in price), _plus_minus(price.mean(), _pooled(prices) / np.sqrt(len(price)))]
+        less = [_less(prices, i), _welch(price, prices[0]), _less(further, i), _less(one, i)] if i else [""] * 4
+        rows.append([arm.name, *said, *less])
+    head = ["architecture", f"900k − {FROM}, by seed", "mean", "less main's", "own variances", f"over {NEXT} instead"]
+    return markdown([*head, f"{EVERYWHERE} student alone"], rows)
+
+
+def _plus_minus(value: float, half: float) -> str:
+    return f"{value:.3f} ± {half:.3f}"
+
+
+def _pooled(groups: list[np.ndarray]) -> float:
+    """Half of a 95 % interval of a single value, one variance for all groups: seeds less groups degrees of freedom."""
+    freedom = sum(len(g) - 1 for g in groups)
+    return float(np.sqrt(sum(((g - g.mean()) ** 2).sum() for g in groups) / freedom) * t.ppf(0.975, freedom))
+
+
+def _less(groups: list[np.ndarray], i: int) -> str:
+    """The mean of one group less that of the first."""
+    half = _pooled(groups) * np.sqrt(1 / len(groups[i]) + 1 / len(groups[0]))
+    return _plus_minus(groups[i].mean() - groups[0].mean(), half)
+
+
+def _welch(one: np.ndarray, other: np.ndarray) -> str:
+    found = ttest_ind(one, other, equal_var=False).confidence_interval(0.95)
+    return _plus_minus(one.mean() - other.mean(), (found.high - found.low) / 2)
 
 
 def shapes_table(arms: list[Arm]) -> str:

@@ -31,6 +31,24 @@ class Interrupted(BaseException):
     """The process was asked to end (SIGTERM, or Slurm's early warning): a checkpoint is written, then it goes."""
 
 
+class Stop:
+    """Whether the process was asked to end.
+
+    No `threading.Event`: setting one takes a lock, and a signal that comes while the handler of another one holds it
+    would wait for it for ever.
+    """
+
+    asked = False
+
+    def set(self) -> None:
+        """Asks."""
+        self.asked = True
+
+    def is_set(self) -> bool:
+        """Whether somebody did."""
+        return self.asked
+
+
 @dataclass
 class Progress:
     """A small file that says how far a running stage is, for whoever watches the store."""
@@ -66,7 +84,7 @@ class Runtime:
     on_log: Callable[[dict], None] = lambda point: None
     sharding: str = "none"
     ranks: Ranks = field(default_factory=Ranks)
-    stop: threading.Event = field(default_factory=threading.Event)
+    stop: Stop = field(default_factory=Stop)
     progress: Progress | None = None
 
     @contextlib.contextmanager

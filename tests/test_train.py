@@ -2,7 +2,10 @@
 
 import dataclasses
 import itertools
+import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from capacity_gap.models.loading import new_model
 from capacity_gap.runtime import Interrupted, Runtime
 from capacity_gap.train import Plan, learning_rate, make_accelerator, make_optimizer, train
 from capacity_gap.training_config import OptimConfig
+from tests.conftest import ROOT
 
 RUNGS = FAMILIES["pico"].rungs
 
@@ -359,3 +363,37 @@ def test_sharding_leaves_precision_to_autocast(monkeypatch):
     made["fsdp_plugin"].set_mixed_precision("bf16")  # as AcceleratorState does
     policy = made["fsdp_plugin"].mixed_precision_policy
     assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (None, None, None)
+
+
+NESTED = """
+import signal, sys
+from capacity_gap.runtime import Runtime
+
+seen = []
+
+def nest(frame, event, arg):
+    return again if frame.f_code.co_name == "set" else None  # what marks the request, whatever it does
+
+def again(frame, event, arg):
+    seen.append(event)
+    if seen.count("line") == len(seen) == int(sys.argv[1]):
+        signal.raise_signal(signal.SIGTERM)  # a first one of its kind, so it is marked too
+    return again
+
+runtime = Runtime()
+with runtime.catching_signals():
+    sys.settrace(nest)
+    signal.raise_signal(signal.SIGUSR2)
+    sys.settrace(None)
+    print("caught", runtime.stop.is_set(), bool(seen))
+"""
+
+
+@pytest.mark.parametrize("line", ["1", "2"])
+def test_a_signal_in_the_middle_of_another_ones_handler_does_not_lock_up(line):
+    """A cluster sends two of them at once: USR2 to all of a job, TERM to those that work."""
+    environment = {**os.environ, "WORLD_SIZE": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", NESTED, line], env=environment, capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    assert done.stdout == "caught True True\n", done.stderr
