@@ -88,7 +88,7 @@ def pages(frame: pd.DataFrame, arms: list[Arm], surface: SurfaceFit | None = Non
         "forecast": forecast_table(main),
         "argmin": argmin_table(main),
         "unpruned": unpruned_table(main),
-        "unpruned_surface": unpruned_surface(main),
+        "unpruned_surface": unpruned_surface(main, surface),
         "elsewhere": elsewhere_table(arms),
         "prices": prices_table(arms),
         "shapes": shapes_table(arms),

@@ -9,6 +9,7 @@ from scipy.stats import t, ttest_ind
 from benchmarks.study_arms import Arm, main_of
 from benchmarks.study_surface import surface_of
 from benchmarks.study_tables import markdown, ratio_of, ratios_table, within
+from capacity_gap.fit import SurfaceFit
 from capacity_gap.scales import format_scale
 
 SETTINGS = {"family", "shape", "corpus"}
@@ -150,11 +151,11 @@ def unpruned_table(arm: Arm) -> str:
     return ratios_table(pruned_only(arm))
 
 
-def unpruned_surface(arm: Arm) -> str:
-    """What the surface says of the ratio, with and without them."""
+def unpruned_surface(arm: Arm, surface: SurfaceFit) -> str:
+    """What the surface says of the ratio: the arm's own, and one without them."""
+    kept = pruned_only(arm)
     rows = []
-    for each in (arm, pruned_only(arm)):
-        found = surface_of(each)
+    for each, found in ((arm, surface), (kept, surface_of(kept))):
         said = [f"{found.parameters[n]:.2f} ({within(found.intervals[n], '.2f')})" for n in ("ratio", "nu")]
         rows.append([each.name, str(len(each.frame)), *said])
     return markdown(["arm", "cells", "ratio", "nu"], rows)

@@ -27,6 +27,7 @@ from capacity_gap.training_config import (
 )
 
 SOURCES = ("embedded", "code", "cantonese", "text", "hub", "mixture")
+OF_HUB = ("subset", "dataset_split", "column", "revision", "documents")  # settings of a source that is a dataset there
 METHODS = ("expressive", "random", "magnitude", "movement", "taylor", "activation", "wanda")
 PRIORITIES = ("local", "global")
 LAYERS = ("symmetric", "block_influence", "loss_increase")
@@ -93,13 +94,12 @@ class SourceConfig:
         self._check_hub()
 
     def _check_hub(self) -> None:
-        usual = {"subset": None, "dataset_split": "train", "column": "text", "revision": None, "documents": None}
-        given = {k: getattr(self, k) for k, v in usual.items() if self.name != "hub" and getattr(self, k) != v}
-        if given:
-            said = ", ".join(f"{k}={v}" for k, v in given.items())
+        asked = (f for f in fields(SourceConfig) if f.name in OF_HUB and getattr(self, f.name) != f.default)
+        given = [f"{f.name}={getattr(self, f.name)}" for f in asked]
+        if given and self.name != "hub":
             raise ConfigError(
-                f"a source with name={self.name} has {said}: that is for a dataset of the hub, so for corpus=hub, or a "
-                "part with name: hub."
+                f"a source with name={self.name} has {', '.join(given)}: that is for a dataset of the hub, so for "
+                "corpus=hub, or a part with name: hub."
             )
 
 

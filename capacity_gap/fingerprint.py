@@ -46,10 +46,11 @@ def identity_fields(value: Any) -> dict[str, Any]:
 def _counts(field: dataclasses.Field, value: Any) -> bool:
     if not field.metadata.get("identity", True):
         return False
-    return not (field.metadata.get("later") and value == _default(field))
+    return not (field.metadata.get("later") and value == default_of(field))
 
 
-def _default(field: dataclasses.Field) -> Any:
+def default_of(field: dataclasses.Field) -> Any:
+    """What a field of a dataclass is unless it is given."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default

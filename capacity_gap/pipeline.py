@@ -139,10 +139,10 @@ class Cell(Settings):
         return self._adapted(model, self.family.rungs[rung]) if self.adapt_tokens else model
 
     def _adapted(self, model: Stage, shape: Mapping[str, Any]) -> Stage:
-        c, budget = self.config, self.adapt_tokens
-        given = {"tokens": budget, "epochs": c.adapt.epochs, "seed": c.teacher_seed, **self._arithmetic}
+        c, inputs = self.config, {"model": model, "tokens": self.tokens}
+        given = {"tokens": self.adapt_tokens, "epochs": c.adapt.epochs, "seed": c.teacher_seed, **self._arithmetic}
         given |= steps.pace(c.adapt.optim, dims(shape).hidden) | self._compiled
-        return self._training_stage("adapt", given, {"model": model, "tokens": self.tokens}, steps.adapt, shape)
+        return self._training_stage("adapt", given, inputs, steps.adapt, shape, held=c.family.dtype)
 
     def _training_stage(
         self,
@@ -153,11 +153,11 @@ class Cell(Settings):
         shape: Mapping[str, Any],
         *,
         teacher_flops: float = 0.0,
+        held: str = "fp32",
     ) -> Stage:
-        """A stage of the one loop, on `given["tokens"]` tokens."""
+        """A stage of the one loop, on `given["tokens"]` tokens; `held`: the type in which its start was held."""
         budget = given["tokens"]
         cost, passes = accounting.train_flops(shape, budget) + teacher_flops, (4 if teacher_flops else 3) * budget
-        held = self.config.family.dtype if name == "adapt" else "fp32"
         version = 2 if "bf16" in (given["precision"], held) else 1  # of outputs in fp32, of teachers adapted in bf16
         return Stage(name, version, given, inputs, compute, cost, self._training, passes=passes, collective=True)
 

@@ -201,20 +201,20 @@ def _models(cells: Sequence["Cell"]) -> list[str]:
 
 def _texts(cells: Sequence["Cell"], store: Store) -> list[str]:
     """For each training text: what one pass must hold, and what it does hold if it is packed already."""
-    wanted: dict[str, tuple[int, str]] = {}
-    length = cells[0].config.corpus.sequence_length
+    most: dict[tuple[str, int], tuple[int, str, Stage]] = {}
     for cell in cells:
-        for stage, tokens, epochs, key in cell.budgets:
+        length = cell.config.corpus.sequence_length
+        for stage, tokens, epochs, setting in cell.budgets:
             each = tokens // (length * epochs) * length  # whole sequences
-            wanted[stage.key] = max(wanted.get(stage.key, (0, "")), (each, key))
-    lengths = {stage.key: stage for cell in cells for stage, *_ in cell.budgets}
+            if each > most.get((stage.key, length), (-1,))[0]:
+                most[stage.key, length] = each, setting, stage
     found = []
-    for key, (tokens, setting) in wanted.items():
+    for (_, length), (tokens, setting, stage) in most.items():
         said = f"text: {setting} wants {tokens:,} tokens a pass"
-        if not store.has(lengths[key]):
+        if not store.has(stage):
             found.append(f"{said}; what the corpus holds is known once it is packed, before any model is trained")
             continue
-        packed = json.loads((store.path(lengths[key]) / "train.json").read_text())["tokens"]
+        packed = json.loads((store.path(stage) / "train.json").read_text())["tokens"]
         held = (packed - 1) // length * length
         found.append(f"{said}, the corpus holds {held:,}" + (": TOO FEW, those cells will fail" * (tokens > held)))
     return found

@@ -157,8 +157,9 @@ def resolve_device(device: str) -> str:
     Raises:
         ConfigError: there is no such device here, or several ranks were given the same one.
     """
-    kind, _, index = device.partition(":")
-    kind = kind if kind != "auto" else "cuda" if _devices("cuda") else "cpu"
+    ranks, (kind, _, index) = Ranks(), device.partition(":")
+    if kind == "auto":
+        kind = "cuda" if _devices("cuda") else "cpu"
     there = _devices(kind)
     if int(index or 0) >= there:
         found = [name for name in ("cuda", "xpu", "mps") if _devices(name)]
@@ -167,13 +168,14 @@ def resolve_device(device: str) -> str:
             f"{' (numbers begin at 0)' * bool(there)}. There is: {', '.join([*found, 'cpu'])}. Use train.device=auto "
             "(the default), or install a torch that was built for the devices of this machine."
         )
-    if index and Ranks().size > 1:
+    if index and ranks.size > 1:
         raise ConfigError(
-            f"train.device={device} with {Ranks().size} ranks: each needs a device of its own. Use train.device={kind}."
+            f"train.device={device} with {ranks.size} ranks: each needs a device of its own. Use train.device={kind}."
         )
-    if index or kind not in ("cuda", "xpu"):
-        return device if index else kind
-    ranks = Ranks()
+    if index:
+        return device
+    if kind not in ("cuda", "xpu"):
+        return kind
     if ranks.local >= there:
         raise ConfigError(f"rank {ranks.local} of this machine has no device: torch finds {there} of {kind} here.")
     own = _own_gpu(there) if kind == "cuda" and ranks.size == 1 else ranks.local

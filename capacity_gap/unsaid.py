@@ -12,7 +12,7 @@ from typing import Any
 
 from capacity_gap.config import RunConfig, SourceConfig
 from capacity_gap.data.sources import identity, tokenizer_identity
-from capacity_gap.fingerprint import files_digest, identity_fields
+from capacity_gap.fingerprint import default_of, files_digest, identity_fields
 
 SOURCE = ("name", "dataset", "weight")  # what the record's name of the corpus says
 SAID = {
@@ -88,9 +88,10 @@ def _sections(config: RunConfig) -> Iterator[str]:
 
 def _unusual(path: str, config: Any, said: Sequence[str], usual: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """The settings of a section, and of those inside it, that are not as usual."""
-    for field in dataclasses.fields(config):
-        key, value = f"{path}.{field.name}", getattr(config, field.name)
-        if field.name in said or field.name not in identity_fields(config):
+    fields = {f.name: f for f in dataclasses.fields(config)}
+    for name, value in identity_fields(config).items():
+        key = f"{path}.{name}"
+        if name in said:
             continue
         if isinstance(value, list):
             for i, part in enumerate(value):
@@ -98,12 +99,8 @@ def _unusual(path: str, config: Any, said: Sequence[str], usual: dict[str, Any])
                 yield from _unusual(f"{key}.{i}", part, SOURCE if path == "adapt" or said else (), usual)
         elif dataclasses.is_dataclass(value):
             yield from _unusual(key, value, (), usual)
-        elif value != usual.get(key, _default(field)):
+        elif value != usual.get(key, default_of(fields[name])):
             yield key, value
-
-
-def _default(field: dataclasses.Field) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _texts(path: str, source: SourceConfig) -> Iterator[tuple[str, str]]:

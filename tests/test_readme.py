@@ -29,7 +29,7 @@ def test_run_commands_plan(command, tmp_path):
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m capacity_gap")])
 def test_other_commands_parse(command):
-    cli.parser().parse_args(shlex.split(command)[3:])
+    assert callable(cli.parser().parse_args(shlex.split(command)[3:]).run)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make")])

@@ -69,23 +69,13 @@ def distill_loss(
         count: `ce`, and with a teacher `kd` (the distance), `kl` (forward KL, whatever the distance) and
         `teacher_entropy`, all at τ; soft CE = kl + teacher_entropy.
     """
-    if kd_weight > 0 and signal is None and (teacher_hidden is None or teacher_weight is None):
-        raise ValueError(
-            f"kd_weight={kd_weight} needs teacher_hidden and teacher_weight, or a signal; without a teacher give 0"
-        )
     if signal is not None and signal.kind == "sampled" and loss not in SAMPLED:
         raise ValueError(f"a sampled signal serves {' and '.join(SAMPLED)} only, not {loss}")
     keep = (labels != IGNORE).flatten()
     count = float(keep.sum()) if label_count is None else float(label_count)
     scale = 0.0 if count == 0 else 1.0 / count
-    teacher: Any = None
-    if kd_weight > 0 and signal is not None:
-        teacher = signal
-    elif kd_weight > 0 and teacher_hidden is not None and teacher_weight is not None:
-        teacher = (teacher_hidden.flatten(0, -2), teacher_weight[: len(student_weight)])
+    teacher = _teacher(teacher_hidden, teacher_weight, signal, kd_weight, len(student_weight))
     student_hidden, student_weight = _autocast(student_hidden), _autocast(student_weight)
-    if isinstance(teacher, tuple):
-        teacher = (_autocast(teacher[0]), _autocast(teacher[1]))
     skew = SKEWS.get(loss, 0.0) if skew is None else skew
     tau_factor = temperature**2 if tau_squared else 1.0
     if fused.serves(student_hidden, loss=loss, kd_weight=kd_weight, teacher=teacher, weight=student_weight):
@@ -103,6 +93,21 @@ def distill_loss(
     total, sums = _ChunkedLoss.apply(student_hidden.flatten(0, -2), student_weight, labels.flatten(), teacher, terms)
     names = ("ce", "kd", "kl", "teacher_entropy") if teacher else ("ce",)
     return total, {name: sums[i] * scale for i, name in enumerate(names)}
+
+
+def _teacher(
+    hidden: Tensor | None, weight: Tensor | None, signal: SparseTargets | None, kd_weight: float, rows: int
+) -> Any:
+    """What teaches: the signal, else hidden states [N, E] and the first `rows` of the output matrix; None at w = 0."""
+    if kd_weight <= 0:
+        return None
+    if signal is not None:
+        return signal
+    if hidden is None or weight is None:
+        raise ValueError(
+            f"kd_weight={kd_weight} needs teacher_hidden and teacher_weight, or a signal; without a teacher give 0"
+        )
+    return _autocast(hidden.flatten(0, -2)), _autocast(weight[:rows])
 
 
 def _autocast(tensor: Tensor) -> Tensor:

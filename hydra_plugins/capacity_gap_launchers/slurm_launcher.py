@@ -128,7 +128,6 @@ class SlurmLauncher(Launcher):
         from capacity_gap.worker import Jobs
 
         self._check()
-        _need_slurm()
         configs = [from_hydra(self.loader.load_sweep_config(self.config, list(o))) for o in job_overrides]
         jobs = Jobs.hand_out(Store(configs[0].store_path), [asdict(c) for c in configs])
         packs = self._packs(jobs.count)
@@ -150,6 +149,7 @@ class SlurmLauncher(Launcher):
                 f"hydra.launcher.nodes={s.nodes} with hydra.launcher.gpus=0: several nodes at one cell share its "
                 "training between their GPUs. Say hydra.launcher.gpus=N, or nodes=1."
             )
+        _need_slurm()
 
     def _packs(self, count: int) -> list[list[int]]:
         """Jobs come longest first: dealt in turn, packs take about equally long."""
@@ -238,7 +238,6 @@ class SlurmLauncher(Launcher):
     def submit_grid(self, arguments: Sequence[str], store: Path) -> None:
         """Submits the whole command as a small CPU job, and says how to follow it."""
         self._check()
-        _need_slurm()
         s = self.settings
         folder = store / "jobs" / f"detached-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         command = [sys.executable, *arguments, "hydra.launcher.detach=false"]
