@@ -232,6 +232,7 @@ def run_status(given: argparse.Namespace) -> int:
 
     from capacity_gap import store_tools
     from capacity_gap.errors import choose
+    from capacity_gap.outdated import outdated, said
     from capacity_gap.watch import View, table
 
     store = store_tools.open_store(given.store)
@@ -249,6 +250,8 @@ def run_status(given: argparse.Namespace) -> int:
             for key, state in now.cells.items():
                 if state == "failed":
                     print(_autopsy(store, key, cells[key]))
+    made = known[given.sweep] if given.sweep else store_tools.recorded(store)
+    print("".join(f"{line}\n" for line in said(outdated(store, made))), end="")
     return 1 if failed else 0
 
 

@@ -118,6 +118,11 @@ def sweeps(store: Store) -> dict[str, dict[str, Any]]:
     return {f.stem: json.loads(f.read_text())["cells"] for f in files}
 
 
+def recorded(store: Store) -> list[str]:
+    """The keys of all records, of grids and of single cells."""
+    return sorted(f"record/{file.parent.name}" for file in store.root.glob(f"record/*/{records.RECORD}"))
+
+
 def sweeps_of(store: Store, record_key: str) -> list[str]:
     """The grids that a cell belongs to, the youngest first."""
     files = sorted((store.root / "sweeps").glob("*.json"), key=lambda f: -f.stat().st_mtime)
