@@ -4,6 +4,7 @@ Each check compares what a stage says of itself (`stage.json`) with what the sam
 torch; nothing is computed again.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
@@ -21,8 +22,10 @@ from capacity_gap.models.weights import check_names
 from capacity_gap.pruning.shape import common_rows
 from capacity_gap.records import RECORD
 from capacity_gap.scales import parse_scale
-from capacity_gap.stage import META, Store
+from capacity_gap.stage import META, Store, write_json
 
+CHECKED = "checked.json"  # of a store: the records that were found right
+RULES = 1  # raise it with the checks: what was found right before is looked at again
 SIZED = 0.01  # how far a student's size may be from its name
 TRAINED = ("teacher", "adapt", "distil", "instruct", "prefer")
 POINTER, RESULT = "published.json", "result.json"
@@ -77,17 +80,32 @@ class Makings:
 def outdated(store: Store, records: Iterable[str]) -> dict[str, str]:
     """Record key → why its numbers are wrong, for those of `records` (keys) that are.
 
-    What is damaged or gone is passed over: this says only what is known to be wrong.
+    What is damaged or gone is passed over: this says only what is known to be wrong. Finished stages do not change, so
+    the store keeps a list of the records that were found right.
     """
-    made, found = Makings(store.root), {}
-    for key in records:
+    made, found, right = Makings(store.root), {}, _found_right(store.root)
+    before = len(right)
+    for key in (k for k in records if k not in right):
         try:
             why = made(key).reason or _other_student(made(key))
         except (OSError, ValueError, KeyError, StopIteration, UserError):
             continue
         if why:
             found[key] = why
+        else:
+            right.add(key)
+    if len(right) > before:
+        with contextlib.suppress(OSError):  # a store that may only be read is looked through again
+            write_json(store.root / CHECKED, {"rules": RULES, "right": sorted(right)})
     return found
+
+
+def _found_right(root: Path) -> set[str]:
+    try:
+        kept = json.loads((root / CHECKED).read_text(encoding="utf-8"))
+        return set(kept["right"]) if kept["rules"] == RULES else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def _acted(made: Made) -> str | None:

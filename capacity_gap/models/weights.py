@@ -12,8 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from capacity_gap.errors import ConfigError
 from capacity_gap.models.axes import Architecture, architecture, dims
 
@@ -56,6 +54,8 @@ class Stored:
 
     def is_finite(self) -> bool:
         """Whether it holds neither NaN nor infinity."""
+        import numpy as np
+
         words, ones = EXPONENTS[self.dtype]
         return not any(((np.frombuffer(part, words) & ones) == ones).any() for part in self.parts())
 
