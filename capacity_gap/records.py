@@ -1,7 +1,6 @@
 """One row per cell: the schema, read, write, to DataFrame. Records are the truth; W&B is a mirror of them."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capacity_gap.errors import UserError
+from capacity_gap.files import CHECKSUM, is_store, read_all
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -159,10 +159,12 @@ def scores_of(frame: "pd.DataFrame") -> list[str]:
 
 
 def read(folder: str | Path) -> list[dict[str, Any]]:
-    """Every record of a store, finished cells and failed ones, ordered by cell."""
+    """Every record of a store, finished cells and failed ones, ordered by cell; damaged ones are left out and named."""
     root = Path(folder)
-    files = [*root.glob(f"record/*/{RECORD}"), *root.glob("failed/*.json")]
-    return sorted((json.loads(f.read_text()) for f in files), key=lambda r: (r["cell"], r["status"]))
+    files = [*root.glob(f"record/[!.]*/{RECORD}"), *root.glob("failed/[!.]*.json")]
+    rows = (row for _, row in read_all(root, files, ["cell", "status"]))
+    kept = ({k: v for k, v in row.items() if k != CHECKSUM} for row in rows)
+    return sorted(kept, key=lambda r: (r["cell"], r["status"]))
 
 
 def to_frame(records: Iterable[dict[str, Any]]) -> "pd.DataFrame":
@@ -197,7 +199,7 @@ def load(source: str | Path) -> "pd.DataFrame":
     path = Path(source).expanduser()
     if path.is_file():
         return pd.read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
-    if (path / "store.json").exists():
+    if is_store(path):
         return to_frame(read(path))
     tables = sorted(path.glob("*.csv")) if path.is_dir() else []
     if not tables:
