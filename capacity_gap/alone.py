@@ -38,7 +38,7 @@ def run_alone(config: RunConfig, overrides: Sequence[str]) -> str:
     if config.sweep:
         choose("sweep", config.sweep, sweeps(store))
     resolve_device(config.train.device)  # one that is not here is refused before anything is written
-    with explaining_full_disk(store.root, "what was asked for"):
+    with explaining_full_disk(store.root, "the note of what is to run"):
         store.create()
         noted = {cell.record.key: noted_cell(cell, overrides, plan.speed)}
         note_sweep(store, config.sweep or SINGLE, noted)

@@ -21,9 +21,10 @@ from capacity_gap.errors import Damaged, StageError
 
 META = "stage.json"  # of a finished stage
 CHECKSUM = "checksum"
-# How libraries that know no errno say that the disk is full: safetensors and tokenizers (Rust), numpy, HDF5 and Arrow.
+# How libraries that know no errno say that the disk is full: safetensors and tokenizers (Rust), numpy, torch.
 FULL = re.compile(
-    r"os error (28|122)\b|No space left on device|Disk quota exceeded|Not enough free space|requested and \d+ written"
+    r"os error (28|122)\b|No space left on device|Disk quota exceeded|Not enough free space"
+    r"|requested and \d+ written|unexpected pos \d+ vs|iostream error"
 )
 
 

@@ -92,7 +92,7 @@ def run_grid(
     settled(first.tracking)  # says once, for all workers, if W&B cannot be had
     name = first.sweep or _name(jobs)
     noted = {c.record.key: noted_cell(c, overrides, plan.speed) for c, overrides in cells.values()}
-    with explaining_full_disk(store.root, "what was asked for"):
+    with explaining_full_disk(store.root, "the note of what is to run"):
         store.create()
         note_sweep(store, name, noted)
     todo = {digest: c for digest, c in cells.items() if not store.is_sound(c[0].record) or store.lost(c[0].record)}
