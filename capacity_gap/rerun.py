@@ -6,12 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_/.-]*")  # what Hydra's grammar reads as it stands
-DROPPED = (
-    "hydra",
-    "store=",
-    "only=",
-    "plan=",
-)  # how and where it was run before, which is said anew or left to be asked
+DROPPED = ("hydra", "store=", "only=", "plan=", "sweep=")  # how it was run, and what it joins only if asked
 WORDS = ("null", "true", "false", "inf", "nan")  # what it would read as something else
 
 

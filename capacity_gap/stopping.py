@@ -93,6 +93,26 @@ def ending_workers() -> Iterator[Asked]:
             os.environ.pop(STOP_FILE)
 
 
+@contextlib.contextmanager
+def noting_signals() -> Iterator[Callable[[], None]]:
+    """For libraries that swallow what a signal handler raises, and set handlers of their own.
+
+    Gives a function, to be called now and then, that raises `Interrupted` once the process was asked to end.
+    """
+    asked: list[int] = []
+    before = {n: signal.signal(n, lambda number, _: asked.append(number)) for n in ENDING if not ignores(n)}
+
+    def check() -> None:
+        if asked:
+            raise Interrupted(asked[0])
+
+    try:
+        yield check
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _children() -> list[Any]:
     import psutil
 

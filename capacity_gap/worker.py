@@ -17,13 +17,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from capacity_gap.errors import Busy, Damaged, UserError
+from capacity_gap.errors import Busy, Damaged, Stopped, UserError
 from capacity_gap.files import read_json, write_json
 from capacity_gap.stage import Store
 
 POLL_S = 0.2
 STOPPED = (129, 130, 143)  # exit statuses of a worker that was asked to end
-KINDS: dict[str, type[Exception]] = {"user": UserError, "busy": Busy, "crash": RuntimeError, "died": RuntimeError}
+KINDS: dict[str, type[Exception]] = {
+    "user": UserError,
+    "busy": Busy,
+    "crash": RuntimeError,
+    "died": RuntimeError,
+    "stopped": Stopped,
+}
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,16 @@ def run_job(settings: Mapping[str, Any]) -> tuple[str, str]:
         return "user", str(error)
     except Exception as error:
         return "crash", f"{type(error).__name__}: {error}"
+
+
+def run_task(settings: Mapping[str, Any]) -> tuple[str, str]:
+    """`run_job` for a pool that takes only ordinary returns and exceptions: being asked to end is an outcome too."""
+    from capacity_gap.runtime import Interrupted
+
+    try:
+        return run_job(settings)
+    except Interrupted:
+        return "stopped", "it was asked to end"
 
 
 def run_children(
