@@ -89,3 +89,4 @@ def _end(ray: Any, tasks: Sequence[Any]) -> None:
     for task in tasks:
         ray.cancel(task)
     ray.wait(tasks, num_returns=len(tasks), timeout=GRACE_S)
+    ray.shutdown()  # of a cluster on this machine, which would take half a minute to end by itself
