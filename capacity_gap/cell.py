@@ -59,6 +59,7 @@ class Settings:
         data = parse_scale(config.data, key="data", allow_zero=True)
         budget = None if rung in ladder.published else teacher_tokens(config, base.params[rung])
         _check_positions(config, ladder, ladder.rungs[rung])
+        _check_lengths(config, data, budget, target)
         if budget is not None and (config.family.dtype, config.family.quantization) != ("fp32", "none"):
             raise ConfigError(
                 f"family.dtype={config.family.dtype} family.quantization={config.family.quantization}: these say how "
@@ -94,10 +95,11 @@ class Settings:
     def student_shape(self) -> Mapping[str, Any]:
         """The student's config.json: a function of family, scale and policy (DESIGN, *Student*).
 
-        Under global priority it is that of the average layer: the parameters are the same.
+        Under global priority it is that of the average layer: the parameters are the same. What it says of single
+        layers is right where layers are taken from both ends; where scores choose them, they are known later.
         """
-        origin = self.family.rungs[self.origin]
-        return config_with(origin, sized(dims(origin), self.shape))
+        last = [self.family.rungs[self.origin], *self._way][-1]
+        return config_with(last, sized(dims(last), self.shape))
 
     @cached_property
     def shape(self) -> Shape:
@@ -134,8 +136,12 @@ class Settings:
         """The shapes between teacher and student when pruning goes in steps."""
         origin = self.family.rungs[self.origin]
         table, full, steps_ = architecture(origin), dims(origin), self.config.prune.iterative
-        shapes = [between(full, self.shape, k / steps_, table) for k in range(1, steps_)]
-        return [config_with(origin, sized(full, shape)) for shape in shapes]
+        found: list[Mapping[str, Any]] = []
+        last: Mapping[str, Any] = origin
+        for k in range(1, steps_):
+            last = config_with(last, sized(full, between(full, self.shape, k / steps_, table)))
+            found.append(last)
+        return found
 
     @property
     def _step_tokens(self) -> int:
@@ -306,9 +312,28 @@ def _expanded(ladder: Family, config: RunConfig) -> Family:
     return replace(ladder, rungs=shapes)
 
 
+def _check_lengths(config: RunConfig, data: int, teacher: int | None, target: int) -> None:
+    """Training sees whole sequences: a budget below one sequence a pass would train on nothing."""
+    c, length = config, config.corpus.sequence_length
+    adapt = parse_scale(c.adapt.data, key="adapt.data", allow_zero=True)
+    step = 0 if c.prune.step_data == "0" else parse_tokens(c.prune.step_data, params=target, key="prune.step_data")
+    budgets = [
+        ("data", c.data, data, "epochs", c.epochs),
+        ("adapt.data", c.adapt.data, adapt, "adapt.epochs", c.adapt.epochs),
+        ("family.teacher_data", c.family.teacher_data, teacher or 0, "family.teacher_epochs", c.family.teacher_epochs),
+        ("prune.step_data", c.prune.step_data, step, "epochs", c.epochs),
+    ]
+    for key, given, tokens, passes, epochs in budgets:
+        if 0 < tokens < length * epochs:
+            raise ConfigError(
+                f"{key}={given} with {passes}={epochs} and corpus.sequence_length={length} is less than one sequence a "
+                f"pass: nothing would be trained. Give {key}={length * epochs} or more."
+            )
+
+
 def _check_positions(config: RunConfig, ladder: Family, shape: Mapping[str, Any]) -> None:
     """Learned positions end; a longer sequence would fail deep inside a forward pass."""
-    limit = dims(shape).positions
+    limit = dims(shape).longest
     if limit and config.corpus.sequence_length > limit:
         raise ConfigError(
             f"corpus.sequence_length={config.corpus.sequence_length}, but models of {ladder.name} have learned "

@@ -189,6 +189,7 @@ def run_status(given: argparse.Namespace) -> int:
 
     from capacity_gap import store_tools
     from capacity_gap.errors import choose
+    from capacity_gap.outdated import outdated, said
     from capacity_gap.watch import View, table
 
     store = store_tools.open_store(given.store)
@@ -211,6 +212,8 @@ def run_status(given: argparse.Namespace) -> int:
             "\nWith other settings a rerun is another cell: `sweep=NAME` adds it to a sweep, and `python -m "
             f"capacity_gap store forget {store.root} --failed NAME` forgets those of the sweep that failed."
         )
+    made = known[given.sweep] if given.sweep else store_tools.recorded(store)
+    print("".join(f"{line}\n" for line in said(outdated(store, made))), end="")
     return 1 if failed else 0
 
 

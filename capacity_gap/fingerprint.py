@@ -38,6 +38,15 @@ def canonical(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} cannot be hashed deterministically: {value!r}")
 
 
+def plain(value: Any) -> Any:
+    """What `canonical` was given, from what it gave: numbers as numbers again."""
+    if isinstance(value, Mapping):
+        if set(value) == {"float"}:
+            return float.fromhex(value["float"])
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, list) else value
+
+
 def identity_fields(value: Any) -> dict[str, Any]:
     """The fields of a dataclass that decide its results, by name."""
     return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if _counts(f, getattr(value, f.name))}

@@ -19,13 +19,16 @@ from capacity_gap.cell import Settings, teacher_tokens
 from capacity_gap.config import CorpusConfig, RunConfig
 from capacity_gap.config_tune import TuneConfig
 from capacity_gap.data.sources import identity, tokenizer_identity
+from capacity_gap.data.token_bytes import old_bytes_were_wrong
 from capacity_gap.errors import ConfigError
 from capacity_gap.evaluate import stages as scoring
 from capacity_gap.evaluate.tasks import GENERATED, Task, check_tasks, folder_digest, folder_names
 from capacity_gap.fingerprint import files_digest, identity_fields
 from capacity_gap.instruct import checks, stages
 from capacity_gap.models.axes import dims
+from capacity_gap.models.defaults import frozen_rows, training_only
 from capacity_gap.models.folders import content_digest
+from capacity_gap.models.layers import renumbered
 from capacity_gap.runtime import Runtime
 from capacity_gap.stage import Stage, StageRun, Store
 
@@ -115,14 +118,18 @@ class Cell(Settings):
     @cached_property
     def tokens(self) -> Stage:
         """The corpus as memory-mapped token streams."""
-        inputs = {"corpus": self.corpus, "tokenizer": self.tokenizer}
-        return Stage("tokens", 1, {}, inputs, steps.tokens)
+        return self._packed(self.corpus, self.tokenizer)
 
     @cached_property
     def base_tokens(self) -> Stage:
         """What teachers are pre-trained on."""
-        inputs = {"corpus": self.base_corpus, "tokenizer": self.base_tokenizer}
-        return Stage("tokens", 1, {}, inputs, steps.tokens)
+        return self._packed(self.base_corpus, self.base_tokenizer)
+
+    def _packed(self, corpus: Stage, tokenizer: Stage) -> Stage:
+        given = {}
+        if self.family.name == "folders" and old_bytes_were_wrong(Path(next(iter(self.family.published.values())))):
+            given["bytes"] = "decoded"  # an earlier version counted other bytes a token
+        return Stage("tokens", 1, given, {"corpus": corpus, "tokenizer": tokenizer}, steps.tokens)
 
     @cached_property
     def teacher(self) -> Stage:
@@ -157,6 +164,7 @@ class Cell(Settings):
     ) -> Stage:
         """A stage of the one loop, on `given["tokens"]` tokens; `held`: the type in which its start was held."""
         budget = given["tokens"]
+        given = {**given, **_ignored(training_only(shape))}
         cost, passes = accounting.train_flops(shape, budget) + teacher_flops, (4 if teacher_flops else 3) * budget
         version = 2 if "bf16" in (given["precision"], held) else 1  # of outputs in fp32, of teachers adapted in bf16
         return Stage(name, version, given, inputs, compute, cost, self._training, passes=passes, collective=True)
@@ -189,6 +197,8 @@ class Cell(Settings):
         given = {"method": c.method, "batches": c.batches, "batch_size": c.batch_size, **self._arithmetic}
         if c.method == "random":
             given["seed"] = self.config.seed
+        if c.method in ("taylor", "movement"):  # they read the gradients of the embedding
+            given |= _ignored(frozen_rows(shape))
         seen = c.batches * c.batch_size * self.config.corpus.sequence_length
         passes = 3 * seen
         if c.layers != "symmetric":
@@ -204,20 +214,31 @@ class Cell(Settings):
         c = self.config.prune
         if c.init == "random":
             given = {"shape": self.student_shape, "seed": self.config.seed}
-            return Stage("student", 1, {"init": "random", **given}, {}, steps.random_student)
-        model, scores = self._ready(self.origin), self.scores
+            given |= {"init": "random", **_ignored(frozen_rows(self.student_shape))}
+            return Stage("student", 1, given, {}, steps.random_student)
+        model, scores, before = self._ready(self.origin), self.scores, self.family.rungs[self.origin]
         for shape in self._way:
-            model = self._cut(model, scores, shape)
+            model = self._cut(model, scores, before, shape)
             if self._step_tokens:
                 model = self._trained(model, shape, self._step_tokens)
-            scores = self._scores_of(model, shape)
-        return self._cut(model, scores, self.student_shape, last=True)
+            scores, before = self._scores_of(model, shape), shape
+        return self._cut(model, scores, before, self.student_shape, last=True)
 
-    def _cut(self, model: Stage, scores: Stage, shape: Mapping[str, Any], *, last: bool = False) -> Stage:
+    def _cut(
+        self,
+        model: Stage,
+        scores: Stage,
+        before: Mapping[str, Any],
+        shape: Mapping[str, Any],
+        *,
+        last: bool = False,
+    ) -> Stage:
         c = self.config.prune
         given: dict[str, Any] = {"init": "pruned", "shape": shape}
         if c.layers != "symmetric":
             given["layers"] = c.layers
+        if renumbered(before, dims(before).layers, dims(shape).layers, symmetric=c.layers == "symmetric"):
+            given["by_layer"] = "kept"  # what belongs to a layer's number goes with the layer
         if last and c.priority == "global":
             given |= {"priority": c.priority, "multiple": self.family.multiple}
         return Stage("student", 1, given, {"teacher": model, "scores": scores}, steps.pruned_student)
@@ -297,6 +318,7 @@ class Cell(Settings):
         kept = {k: v for k, v in identity_fields(config).items() if k not in ("count", "held_out", "answer_tokens")}
         given = {**kept, "seed": self.config.seed, "precision": self.config.train.precision}
         given["threads"] = self.config.train.threads
+        given |= _ignored(training_only(self.student_shape))
         return Stage(name, 2, given, inputs, getattr(stages, name), options=self._training)
 
     def answered(self, model: Stage, tokenizer: Stage) -> Stage:
@@ -381,6 +403,11 @@ class Cell(Settings):
         if "signal" in self.distilled.inputs:
             scored.append(self.distilled.inputs["signal"])
         return [[self.tokens], teachers, scored, start]
+
+
+def _ignored(keys: list[str]) -> dict[str, Any]:
+    """What an identity says of config keys that once acted in training, and no longer do."""
+    return {"ignored": keys} if keys else {}
 
 
 def resolve(config: RunConfig) -> Cell:

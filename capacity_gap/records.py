@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from capacity_gap.errors import UserError
 from capacity_gap.files import CHECKSUM, is_store, read_all
+from capacity_gap.tables import read_csv, read_parquet
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -184,6 +186,28 @@ def to_frame(records: Iterable[dict[str, Any]]) -> "pd.DataFrame":
     return frame.reindex(columns=[*columns, *[c for c in frame.columns if c not in columns]])
 
 
+LABELS = ("seed", "teacher_seed")  # nothing computes with them: `seed0` does as well
+NUMBERS = frozenset(
+    f.name for f in dataclasses.fields(Record) if {int, float} & {f.type, *get_args(f.type)} and f.name not in LABELS
+)
+SCORED = re.compile(r"(teacher_)?metrics/")
+
+
+def is_flag(name: str) -> bool:
+    """Whether a column must hold true or false."""
+    return bool(SCORED.match(name)) and name.endswith("/higher_is_better")
+
+
+def is_number(name: str, frame: "pd.DataFrame") -> bool:
+    """Whether a column must hold numbers. `loss` is a name in our records, and a number elsewhere."""
+    if name == "loss":
+        return bool(frame[name].dropna().astype(str).str.match(r"\s*[-+.]?\d").any())
+    return name in NUMBERS or (bool(SCORED.match(name)) and not is_flag(name))
+
+
+COLUMNS: dict[str, Any] = {"is_flag": is_flag, "is_number": is_number}  # what tables of records hold
+
+
 def load(source: str | Path) -> "pd.DataFrame":
     """Records as a table, from a store, a folder of CSVs, a CSV file, a parquet file or `wandb:entity/project`.
 
@@ -198,7 +222,7 @@ def load(source: str | Path) -> "pd.DataFrame":
         return to_frame(load_rows(str(source)))
     path = Path(source).expanduser()
     if path.is_file():
-        return pd.read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
+        return read_parquet(path, **COLUMNS) if path.suffix == ".parquet" else read_csv(path, **COLUMNS)
     if is_store(path):
         return to_frame(read(path))
     tables = sorted(path.glob("*.csv")) if path.is_dir() else []
@@ -207,16 +231,4 @@ def load(source: str | Path) -> "pd.DataFrame":
             f"{source} holds no records. Give a store (a folder with store.json), a folder of CSV files, "
             "a .csv or a .parquet file, or wandb:entity/project."
         )
-    return pd.concat([_read_csv(t) for t in tables], ignore_index=True)
-
-
-def _read_csv(file: Path) -> "pd.DataFrame":
-    import pandas as pd
-
-    try:
-        return pd.read_csv(file)
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{file} is no table that can be read: {str(error).strip()}. A .csv has one row of column names, then as "
-            "many values in every row, in UTF-8."
-        ) from error
+    return pd.concat([read_csv(t, **COLUMNS) for t in tables], ignore_index=True)

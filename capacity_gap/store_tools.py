@@ -160,6 +160,11 @@ def sweeps(store: Store) -> dict[str, dict[str, Any]]:
     return dict(sorted(found.items()))
 
 
+def recorded(store: Store) -> list[str]:
+    """The keys of all records, of grids and of single cells."""
+    return sorted(f"record/{file.parent.name}" for file in store.root.glob(f"record/[!.]*/{records.RECORD}"))
+
+
 def sweeps_of(store: Store, record_key: str) -> list[str]:
     """The grids that a cell belongs to, the youngest first."""
     mine = [part["name"] for part in _parts(store) if record_key in part["cells"]]

@@ -222,7 +222,9 @@ def train(
     """
     accelerator = make_accelerator(runtime, precision, student)
     forget_peak(runtime.device)
-    student.to(accelerator.device).train()
+    # Nothing may act in training mode only. transformers checkpoints activations in that mode alone, so then, and only
+    # then, the student is in it; what else would act was switched off when it was made (`models/quiet.py`).
+    student.to(accelerator.device).train(plan.activation_checkpointing)
     _lean(student, plan, on=True)
     if isinstance(teacher, nn.Module):
         teacher.to(accelerator.device).eval()
@@ -297,7 +299,6 @@ def _compile(model: Any, on: bool) -> None:
 @torch.no_grad()
 def _held_out(accelerator: Any, objective: Any, text: Sequences, micro: int, labels: int) -> float:
     """Label cross-entropy on the first sequences of a held-out text; every rank computes all of it."""
-    objective.eval()
     rows = text.batch(np.arange(max(1, HELD_OUT // text.sequence_length)))
     total = 0.0
     for part in torch.from_numpy(rows).split(micro):
@@ -305,7 +306,6 @@ def _held_out(accelerator: Any, objective: Any, text: Sequences, micro: int, lab
         with accelerator.autocast():
             _, parts = objective(tokens[:, :-1], tokens[:, -labels:], None, float(len(rows) * labels))
         total += float(parts["ce"])
-    objective.train()
     return total
 
 

@@ -15,7 +15,7 @@ from capacity_gap.errors import ConfigError, StageError
 from capacity_gap.models.axes import count_params
 from capacity_gap.models.folders import local_family
 from capacity_gap.models.ladders import FAMILIES, Family
-from capacity_gap.models.loading import auto_class
+from capacity_gap.models.loading import auto_class, load_model
 from capacity_gap.scales import parse_scale
 from capacity_gap.stage import Store
 from tests.conftest import compose, run_py
@@ -246,8 +246,9 @@ def test_a_ladder_whose_checkpoints_have_other_tokens_stops_before_compute(folde
 
 def test_a_vocabulary_lower_than_its_tokenizer_stops_before_compute(folders, tiny, tmp_path):
     shutil.copytree(folders / "small", tmp_path / "low")
-    content = json.loads((tmp_path / "low" / "config.json").read_text())
-    (tmp_path / "low" / "config.json").write_text(json.dumps({**content, "vocab_size": 1000}))
+    low = load_model(tmp_path / "low")
+    low.resize_token_embeddings(1000)
+    low.save_pretrained(tmp_path / "low")
     given = [g for g in tiny if not g.startswith("family.")]
     local = ["family=folders", f"family.folders=[{tmp_path}/low]", "teacher=low", "student=40k"]
     with pytest.raises(ConfigError, match="vocabulary has 1,000 rows, its tokenizer 1,024 tokens"):

@@ -368,11 +368,14 @@ def test_no_curse_where_no_noise_is_known():
 def test_missing_settings_and_text_for_numbers():
     frame = grid(valley, noise=0.002).assign(data_tokens=float("nan"), family=None)
     frame["loss"] = frame["loss"].astype(object)
-    frame.loc[frame.index[4], "loss"] = "failed"
+    frame.loc[frame.index[4], "loss"] = None
     frame["student_params"] = frame["student_params"].astype(str)
     law = fit_law(frame)
     assert law.status == "law"
     assert any("rows 4" in n for n in law.notes)
+    frame.loc[frame.index[4], "loss"] = "failed"
+    with pytest.raises(ValueError, match=r"column loss, row 4 .*'failed' is no number"):
+        fit_law(frame)
     with pytest.raises(ValueError, match=r"no row can be used.*status: running"):
         fit_law(grid(valley).assign(status="running"))
     with pytest.raises(ValueError, match=r"scales must be positive.*rows \[2\]"):

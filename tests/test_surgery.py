@@ -10,11 +10,12 @@ import torch
 
 from capacity_gap.errors import ConfigError
 from capacity_gap.models.axes import architecture, count, count_params, dims, pattern_of, place
+from capacity_gap.models.layers import symmetric_layers
 from capacity_gap.models.loading import lm_loss, save_model
 from capacity_gap.pruning import choose_shape, expressive_scores, prune
 from capacity_gap.pruning.scores import random_scores
 from capacity_gap.pruning.shape import Shape, between, shape_of
-from capacity_gap.pruning.surgery import choose_units, kept_layers, prune_checkpoint, symmetric_layers
+from capacity_gap.pruning.surgery import choose_units, kept_layers, prune_checkpoint
 from tests.small_models import SMALL, TOKENS, exact_norms, logits_of, masked, small_model
 
 GROUPED = ("llama", "llama with biases", "mistral", "qwen2", "qwen3")
@@ -141,7 +142,7 @@ def test_a_checkpoint_without_safetensors_is_refused(tmp_path):
     model = small_model()
     model.config.save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ConfigError, match="Pickled checkpoints are not read"):
+    with pytest.raises(ConfigError, match="pickled ones .* are not read"):
         prune_checkpoint(tmp_path, random_scores(model, ()), smaller(model), tmp_path)
 
 

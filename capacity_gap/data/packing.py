@@ -62,8 +62,8 @@ class Packed:
 
     @cached_property
     def bytes_per_id(self) -> np.ndarray:
-        """UTF-8 bytes that each token id stands for [V]."""
-        return np.asarray(json.loads((self.stem.parent / "bytes_per_id.json").read_text()), dtype=np.int64)
+        """UTF-8 bytes that each token id stands for [V], NaN where they are not known."""
+        return np.asarray(json.loads((self.stem.parent / "bytes_per_id.json").read_text()), dtype=np.float64)
 
     def __len__(self) -> int:
         return max(0, (len(self.stream) - 1) // self.sequence_length)
@@ -80,9 +80,14 @@ def subset(packed: Packed, tokens: int, *, epochs: int = 1, key: str = "data") -
     With `epochs` = k the budget is met by k passes over its k-th part.
 
     Raises:
-        ConfigError: the corpus holds fewer tokens than one pass needs.
+        ConfigError: the corpus holds fewer tokens than one pass needs, or a pass is less than one sequence.
     """
     each = tokens // (packed.sequence_length * epochs)
+    if tokens and not each:
+        raise ConfigError(
+            f"{key}={format_scale(tokens)} in {epochs} passes is less than one sequence of {packed.sequence_length} "
+            f"tokens: nothing would be trained. Give {packed.sequence_length * epochs} or more."
+        )
     if each > len(packed):
         held = len(packed) * packed.sequence_length
         passes = {"family.teacher_data": "family.teacher_epochs", "adapt.data": "adapt.epochs"}.get(key, "epochs")

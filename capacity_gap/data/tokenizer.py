@@ -1,11 +1,12 @@
 """Byte-level BPE, trained here; saved as plain transformers loads it."""
 
-import re
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+from capacity_gap.data.token_bytes import kind_of, proved, token_bytes
+
 END = "<|endoftext|>"
 SAMPLE_BYTES = 8_000_000  # merges of a small vocabulary do not change with more text
 
@@ -46,17 +47,18 @@ def load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def bytes_per_id(tokenizer: Any) -> list[int]:
-    """UTF-8 bytes that each id stands for; 0 for special ones.
+def bytes_per_id(tokenizer: Any) -> list[int | None]:
+    """UTF-8 bytes that each id stands for, 0 for special ones; `None` for those, or for all, whose bytes are not known.
 
-    In byte-level BPE each character of a token is a byte; in SentencePiece `▁` is a space and `<0x0A>` a byte.
+    Summed over a text without unknown characters they are the text's bytes; `token_bytes` says what is not so exact.
     """
-    special = set(tokenizer.all_special_ids)
-    tokens = tokenizer.convert_ids_to_tokens(list(range(max(tokenizer.get_vocab().values()) + 1)))  # ids may skip some
-    byte_level = "ByteLevel" in tokenizer.backend_tokenizer.to_str().partition('"decoder"')[2][:400]
-    width = len if byte_level else _sentencepiece_bytes
-    return [0 if i in special or token is None else width(token) for i, token in enumerate(tokens)]
-
-
-def _sentencepiece_bytes(token: str) -> int:
-    return 1 if _BYTE.fullmatch(token) else len(token.replace("▁", " ").encode())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # written in Python: nothing says what its tokens stand for
+        return [None] * (max(tokenizer.get_vocab().values()) + 1)
+    content = json.loads(backend.to_str())
+    special = set(tokenizer.all_special_tokens)
+    named = {token for role, token in tokenizer.special_tokens_map.items() if role != "unk_token"}
+    lengths = token_bytes(content, special, named | special - {tokenizer.unk_token})
+    kind = kind_of(content)
+    known = kind is not None and proved(lengths, tokenizer, prepends=kind.prepends)
+    return lengths if known else [None] * len(lengths)

@@ -49,13 +49,15 @@ def answer_all(folder: Path, questions: Sequence[Question], out: Path, *, device
 def _load(folder: Path, device: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from capacity_gap.models.loading import whole_model
+
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if tokenizer.chat_template is None:
         raise UserError(
             f"{folder} has a tokenizer without a chat template, so it is no instructed model. Instruct it first, or "
             'give its answers as .jsonl: {"id", "answers": [one a turn]}.'
         )
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    model = whole_model(AutoModelForCausalLM, folder, local_files_only=True)
     return model.to(device).eval(), tokenizer
 
 

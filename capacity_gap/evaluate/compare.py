@@ -1,14 +1,14 @@
 """Models beside one another: what `python -m capacity_gap compare` makes of the tables of `evaluate --out`."""
 
-import csv
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capacity_gap.errors import UserError
-from capacity_gap.evaluate.other import SETTINGS, check_table
+from capacity_gap.evaluate.other import SETTINGS, score_rows
 from capacity_gap.evaluate.scores import Score, as_metrics
 from capacity_gap.records import BESIDE_SCORES
+from capacity_gap.tables import PLAIN, boolean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,7 +33,8 @@ def table(files: Iterable[Path]) -> "pd.DataFrame":
     A task that was scored twice in one way counts as it was scored last.
 
     Raises:
-        UserError: a file is missing or another table, or one model has a task with several numbers of shots.
+        UserError: a file is missing or another table, a cell cannot be read, or one model has a task with several
+            numbers of shots.
     """
     import pandas as pd
 
@@ -62,22 +63,35 @@ def _rows(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
     for file in files:
         if not file.is_file():
             raise UserError(f"{file} is no file. Give tables that `evaluate --out` wrote.")
-        check_table(file)
-        with file.open(encoding="utf-8", newline="") as stream:
-            for number, row in enumerate(csv.DictReader(stream), 2):
+        for line, row in score_rows(file):
+            read = {}
+            for name, text in row.items():
                 try:
-                    yield {name: _read(name, text) for name, text in row.items()}
+                    read[name] = _read(name, text)
                 except ValueError as error:
-                    raise UserError(f"{file}, line {number}: {error}.") from error
+                    raise UserError(f"{file}, line {line}: could not convert column {name}: {error}.") from error
+            yield read
 
 
 def _read(name: str, text: str) -> Any:
     """One cell; what is empty is None."""
-    if not text:
+    if not text.strip():
         return None
     if name == "higher_is_better":
-        return text == "True"
-    return int(text) if name in WHOLE else float(text) if name in REAL else text
+        return boolean(text)
+    return _number(text, whole=name in WHOLE) if name in (*WHOLE, *REAL) else text
+
+
+def _number(text: str, *, whole: bool) -> float:
+    try:
+        found = int(text) if whole and text.strip().isdecimal() else float(text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no number. {PLAIN}") from error
+    if not whole or isinstance(found, int):
+        return found
+    if not found.is_integer():
+        raise ValueError(f"{text!r} is no whole number. Write one, such as 1000")
+    return int(found)
 
 
 def _columns(scores: Iterable[Score]) -> dict[str, Any]:

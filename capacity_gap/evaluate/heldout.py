@@ -21,7 +21,7 @@ class HeldOut:
 
     loss: float  # nats per token
     stderr: float | None  # None: one sequence says nothing of it
-    bits_per_byte: float | None  # None: the tokens' bytes are not known
+    bits_per_byte: float | None  # None: the bytes of some token are not known
     entropy: float  # of the model's own predictions, nats per token
     tokens: int
 
@@ -47,7 +47,7 @@ def held_out(model: Any, sequences: Any, *, tokens: int, batch_size: int, runtim
     seen = count * labels
     mean = float(per_sequence.mean())
     stderr = float(per_sequence.std() / math.sqrt(count)) if count > 1 else None
-    bits = mean / math.log(2) * seen / n_bytes if n_bytes else None
+    bits = mean / math.log(2) * seen / n_bytes if n_bytes > 0 else None  # NaN is above nothing
     return HeldOut(mean, stderr, bits, float(torch.cat(entropies).double().mean()), seen)
 
 

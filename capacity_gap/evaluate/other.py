@@ -10,6 +10,7 @@ from typing import Any
 from capacity_gap.errors import UserError, choose
 from capacity_gap.evaluate.scores import Score
 from capacity_gap.evaluate.tasks import Task, check_tasks, folder_tasks, forbid_code, paper_tasks, parse_tasks
+from capacity_gap.tables import cells
 
 # Of a table of scores: which model, how it was scored, what came out.
 SETTINGS = ("model", "params", "train_flops", "dtype", "batch_size", "limit", "lm_eval")
@@ -77,9 +78,11 @@ def _load(model: str, tokenizer: str, *, device: str, dtype: Any) -> tuple[Any, 
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from capacity_gap.models.loading import whole_model
+
     logging.disable_progress_bar()
     try:
-        found = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, use_safetensors=True)
+        found = whole_model(AutoModelForCausalLM, model, dtype=dtype)
         return found.to(device).eval(), AutoTokenizer.from_pretrained(tokenizer)
     except (OSError, ValueError) as error:
         raise UserError(
@@ -100,15 +103,23 @@ def lines(scores: Sequence[Score]) -> list[str]:
 
 def check_table(file: Path) -> None:
     """Raises if `file` is there and is not a table of scores."""
-    if not file.exists():
-        return
-    with file.open(encoding="utf-8", errors="replace", newline="") as stream:
-        header = next(csv.reader(stream), [])
+    if file.exists():
+        score_rows(file)
+
+
+def score_rows(file: Path) -> list[tuple[int, dict[str, str]]]:
+    """The rows of a table of scores as text, each with its line of the file. Lines of nothing but commas are left out.
+
+    Raises:
+        UserError: it is no table that can be read, or another one.
+    """
+    header, rows = cells(file)
     if header != list(COLUMNS):
         raise UserError(
             f"{file} is another table (columns {', '.join(header)}), not one of `evaluate --out` (columns "
             f"{', '.join(COLUMNS)}). Name another file."
         )
+    return [(line, dict(zip(header, row, strict=True))) for line, row in rows if any(row)]
 
 
 def add_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -116,7 +127,9 @@ def add_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     check_table(file)
     fresh = not file.exists()
     file.parent.mkdir(parents=True, exist_ok=True)
+    ended = fresh or file.read_bytes().endswith((b"\n", b"\r"))  # an editor may have cut the last line's end
     with file.open("a", encoding="utf-8", newline="") as stream:
+        stream.write("" if ended else "\r\n")
         writer = csv.DictWriter(stream, fieldnames=COLUMNS)
         if fresh:
             writer.writeheader()

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from capacity_gap.errors import UserError
+from capacity_gap.tables import booleans, numbers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,10 +55,10 @@ def metric_direction(name: str, frame: "pd.DataFrame | None" = None) -> int:
     What was recorded beside a score (`<name>/higher_is_better`) decides; else the name does.
 
     Raises:
-        UserError: neither says.
+        UserError: neither says, or a cell beside a score is neither true nor false.
     """
     column = f"{name}/higher_is_better"
-    if frame is not None and column in frame and (said := set(frame[column].dropna().astype(bool))):
+    if frame is not None and column in frame and (said := set(booleans(frame[column]).dropna())):
         if len(said) == 1:
             return 1 if said.pop() else -1
         raise UserError(f"the records disagree whether more of {name} is better ({column} holds both).")
@@ -75,10 +76,13 @@ def as_loss(frame: "pd.DataFrame", name: str | None) -> "tuple[pd.DataFrame, str
     """The table with a column of which less is better, since fits minimise, and what that column is called.
 
     A loss stays as it is. A share of right answers `x` becomes the share of wrong ones, `1 − x`; any other score `−x`.
+
+    Raises:
+        UserError: nothing says which way is better, or a score is no number.
     """
     if name is None or name not in frame or metric_direction(name, frame) < 0:
         return frame, name
-    values = frame[name].astype(float)
+    values = numbers(frame, [name])[name].astype(float)
     share = values.dropna().between(0, 1).all()
     turned = f"1 − {name}" if share else f"−{name}"
     errors = {f"{turned}/stderr": frame[e] for e in (f"{name}/stderr", f"{name}_stderr") if e in frame}

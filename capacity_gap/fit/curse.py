@@ -15,8 +15,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from capacity_gap.fit.frame import BY, default_metric, require
+from capacity_gap.fit.frame import BY, Curve, default_metric, require
 from capacity_gap.fit.optimum import Located
+from capacity_gap.fit.sizes import size_draws
+from capacity_gap.tables import numbers
 
 DRAWS = 4000
 
@@ -50,9 +52,10 @@ def _curse(located: Located, i: int, rng: np.random.Generator) -> Curse:
     K = len(curve.x)
     variance = noise.variance[i, :K]
     gap = curve.loss[-1] - curve.loss[:-1]
-    error = np.sqrt(variance[-1] + variance[:-1])
+    error = np.sqrt(variance[-1] + variance[:-1] + _size_variance(curve))
     luck = rng.standard_normal((DRAWS, K)) * np.sqrt(variance)
     scale = np.sqrt(noise.df / rng.chisquare(noise.df, DRAWS))[:, None]
+    luck += size_draws([curve], (DRAWS, 1, K), rng)[:, 0]
     null = ((luck[:, -1:] - luck[:, :-1]) / error * scale).max(1)
     critical = float(np.quantile(null, 0.975))
     low, high = float((gap - critical * error).max()), float((gap + critical * error).max())
@@ -68,6 +71,13 @@ def _curse(located: Located, i: int, rng: np.random.Generator) -> Curse:
         interval=(max(0.0, low), max(0.0, high)),
         p=p,
     )
+
+
+def _size_variance(curve: Curve) -> np.ndarray:
+    """What adjusting for size adds to the variance of each mean's gap to the last [K−1]."""
+    if curve.size_off is None or curve.size_slope is None:
+        return np.zeros(len(curve.x) - 1)
+    return (((curve.size_off[-1] - curve.size_off[:-1]) @ curve.size_slope.spread.T) ** 2).sum(1)
 
 
 @dataclass(frozen=True)
@@ -102,7 +112,8 @@ def student_growth(
     require(frame, ["student_params" + suffix, "teacher_params" + suffix, column])
     objective = ["loss"] if column != "loss" and "loss" in frame else []
     names = [c for c in (*objective, *by) if c in frame and frame[c].nunique(dropna=False) > 1]
-    keep = frame[np.isfinite(pd.to_numeric(frame[column], errors="coerce"))]
+    frame = numbers(frame, ["student_params" + suffix, "teacher_params" + suffix, column])
+    keep = frame[np.isfinite(frame[column])]
     found = []
     for key, group in keep.groupby([*names, "teacher_params" + suffix], dropna=False):
         if group["student_params" + suffix].nunique() > 2:

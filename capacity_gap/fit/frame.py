@@ -2,15 +2,17 @@
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from capacity_gap.records import Record, scores_of
+from capacity_gap.errors import ConfigError
+from capacity_gap.fit.sizes import SIZE_TERMS, SizeSlope, adjust_for_size
+from capacity_gap.records import Record, is_number, scores_of
 from capacity_gap.scales import short_scale
+from capacity_gap.tables import numbers
 
 AXES = {"total": "", "non_embedding": "_non_embedding"}
 USUAL = "as usual"
@@ -58,7 +60,8 @@ class Curve:
     """One student under several teachers, smallest teacher first. Replicates of a teacher are averaged.
 
     `loss` [K] means, `count` [K] replicates, `within` the sum of squares of replicates about their means with
-    `within_df` degrees of freedom; `clusters` [K] names the trained teachers, which other curves may share.
+    `within_df` degrees of freedom; `clusters` [K] names the trained teachers, which other curves may share. Where the
+    student's size differs by more than `TIGHT`, `loss` is less `size_off` [K, 3] times the value of `size_slope`.
     """
 
     key: dict[str, object]
@@ -69,6 +72,8 @@ class Curve:
     within: float
     within_df: int
     clusters: tuple[str, ...] = ()
+    size_off: np.ndarray | None = None
+    size_slope: SizeSlope | None = None
 
     @property
     def x(self) -> np.ndarray:
@@ -92,7 +97,7 @@ def curves(
         The curves, and notes on the rows that were left out.
 
     Raises:
-        ValueError: a column is missing, or a scale is not positive.
+        ValueError: a column is missing or holds text for a number, a scale is not positive, or no curve is left.
     """
     if axis not in AXES:
         raise ValueError(f"axis={axis!r} is not known. Allowed: {', '.join(AXES)}.")
@@ -112,6 +117,8 @@ def curves(
     given += parting
     notes += said
     kept, adjusted = adjust_for_size(kept, student, teacher, column, [*given, "_student"])
+    if kept.empty:
+        raise ValueError(f"no curve can be fitted: {'; '.join(adjusted)}.")
     notes += [*adjusted, *_mixtures(kept)]
     found = []
     for key, group in kept.groupby([*given, "_student"], dropna=False, sort=False):
@@ -129,13 +136,15 @@ def _as_usual(frame: pd.DataFrame) -> pd.DataFrame:
 
 def default_metric(frame: pd.DataFrame) -> str:
     """`loss` if it is a number, else `student_loss`: in our records `loss` is the name of the objective."""
-    if "loss" in frame and pd.api.types.is_numeric_dtype(frame["loss"]):
+    _once(frame, ["loss"])
+    if "loss" in frame and (pd.api.types.is_numeric_dtype(frame["loss"]) or is_number("loss", frame)):
         return "loss"
     return "student_loss" if "student_loss" in frame else "loss"
 
 
 def require(frame: pd.DataFrame, names: Sequence[str]) -> None:
-    """Raises if the table lacks a column, naming the nearest that it has."""
+    """Raises if the table lacks a column, naming the nearest that it has, or has two of one name."""
+    _once(frame, names)
     missing = [n for n in names if n not in frame]
     if scores := [n for n in missing if n.startswith("metrics/")]:
         held = scores_of(frame)
@@ -149,10 +158,15 @@ def require(frame: pd.DataFrame, names: Sequence[str]) -> None:
         raise ValueError(f"the table lacks {hints}. It has: {', '.join(map(str, frame.columns))}.")
 
 
+def _once(frame: pd.DataFrame, names: Sequence[str]) -> None:
+    if twice := [n for n in dict.fromkeys(names) if list(frame.columns).count(n) > 1]:
+        raise ConfigError(f"the table has more than one column {', '.join(twice)}. Rename or drop all but one.")
+
+
 def _usable(frame: pd.DataFrame, student: str, teacher: str, column: str) -> tuple[pd.DataFrame, list[str]]:
     """The rows that can be used, and why the others cannot."""
     notes = []
-    frame = frame.assign(**{c: pd.to_numeric(frame[c], errors="coerce") for c in (student, teacher, column)})
+    frame = numbers(frame, (student, teacher, column))
     bad = frame[
         (frame[student] <= 0) | (frame[teacher] <= 0) | np.isinf(frame[[student, teacher]].to_numpy(float)).any(axis=1)
     ]
@@ -229,6 +243,7 @@ def _curve(key: dict, group: pd.DataFrame, student: str, teacher: str, column: s
     per = group.groupby(teacher, sort=True)[column]
     loss, count = per.mean(), per.size()
     within = float(((group[column] - group[teacher].map(loss)) ** 2).sum())
+    slope = group["_slope"].iloc[0] if "_slope" in group else None
     return Curve(
         key=key,
         student_params=float(np.exp(np.log(group[student].astype(float)).mean())),
@@ -238,6 +253,8 @@ def _curve(key: dict, group: pd.DataFrame, student: str, teacher: str, column: s
         within=within,
         within_df=int((count - 1).sum()),
         clusters=tuple(group.groupby(teacher, sort=True)["_cluster"].first()),
+        size_off=group.groupby(teacher, sort=True)[list(SIZE_TERMS)].mean().to_numpy(float) if slope else None,
+        size_slope=slope,
     )
 
 
@@ -249,32 +266,6 @@ def _clusters(frame: pd.DataFrame, teacher: str) -> pd.Series:
     """A name for each teacher. Its luck is shared by all curves in which it appears, at whatever budget."""
     parts = [frame[c].astype(str) for c in TEACHER if c in frame]
     return sum((p + "/" for p in parts), pd.Series("", index=frame.index)) + frame[teacher].astype(str)
-
-
-def adjust_for_size(
-    frame: pd.DataFrame, student: str, teacher: str, column: str, keys: Sequence[str]
-) -> tuple[pd.DataFrame, list[str]]:
-    """Takes out what a student's size, off its curve's mean, does to its loss: `ℓ − γ·(log N_S − mean log N_S)`.
-
-    γ = ∂ℓ/∂log N_S is estimated between students under the same teacher and settings; 2 % of a student's parameters are
-    worth about 0.006 nats at pico scale, as much as neighbouring teachers differ (docs/method.md §6).
-    """
-    logs = frame[student].astype(float).map(math.log)
-    groups = [frame[k] for k in keys]
-    off = logs - logs.groupby(groups, dropna=False).transform("mean")
-    if off.abs().max() < 1e-3:
-        return frame, []
-    others = [frame[k] for k in (*keys, teacher) if k != "_student"]
-    within = [v - v.groupby(others, dropna=False).transform("mean") for v in (logs, frame[column].astype(float))]
-    if (within[0].abs() < 0.05).all():
-        return frame, [
-            f"student sizes differ by up to {off.abs().max():.1%} within a curve; not adjusted for: one size"
-        ]
-    gamma = float((within[0] * within[1]).sum() / (within[0] ** 2).sum())
-    note = (
-        f"losses adjusted for student sizes that differ by up to {off.abs().max():.1%} ({gamma:.3f} nats per log unit)"
-    )
-    return frame.assign(**{column: frame[column].astype(float) - gamma * off}), [note]
 
 
 def _mixtures(frame: pd.DataFrame) -> list[str]:

@@ -51,6 +51,7 @@ def without(curve: Curve, drop: np.ndarray) -> Curve:
         loss=curve.loss[keep],
         count=curve.count[keep],
         clusters=names,
+        size_off=None if curve.size_off is None else curve.size_off[keep],
     )
 
 

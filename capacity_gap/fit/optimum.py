@@ -17,6 +17,7 @@ from scipy import stats
 
 from capacity_gap.fit.frame import BY, Curve, curves
 from capacity_gap.fit.noise import Noise, components
+from capacity_gap.fit.sizes import size_draws
 from capacity_gap.fit.valley import LEAST_TEACHERS, METHODS, SHAPES, Design, Grid, Valley, near_the_best
 
 FLAT_NATS = 0.005  # differences below this matter to nobody, and are called flat even without noise
@@ -149,7 +150,9 @@ def locate(
         at = design.best(design.coefficients(loss, np.array([shape])), np.array([shape]))[0]
         design = Design.of(design.grid, near_the_best(design.grid, design.weight, at), (0.0,))
     beta = design.coefficients(loss, np.array([shape]))
-    drawn = design.fitted(beta[0], shape) + noise.draws(design, bootstraps, np.random.default_rng(seed))
+    generator = np.random.default_rng(seed)
+    drawn = design.fitted(beta[0], shape) + noise.draws(design, bootstraps, generator)
+    drawn += size_draws(found, drawn.shape, generator)
     shapes = design.shape_of(drawn)
     betas = design.coefficients(drawn, shapes)
     best, draws = design.best(beta, np.array([shape]))[0], design.best(betas, shapes)

@@ -9,6 +9,8 @@ import pandas as pd
 from capacity_gap.errors import ConfigError
 from capacity_gap.fit.batched import Array
 from capacity_gap.fit.frame import AXES, BY, default_metric, require
+from capacity_gap.records import is_number
+from capacity_gap.tables import numbers as numeric
 
 SAME = 0.03  # a column whose values all lie within 3 % takes one value
 SHOWN = 10  # rows that a message names
@@ -56,7 +58,8 @@ def read_runs(
     """Takes from a table what a surface needs.
 
     Raises:
-        ConfigError: a column is missing (the message names the nearest ones), or a scale is not positive (the rows).
+        ConfigError: a column is missing (the message names the nearest ones), a cell is text, or a scale is not
+            positive (the rows).
     """
     if axis not in AXES:
         raise ConfigError(f"axis={axis!r} is not known. Allowed: {', '.join(AXES)}.")
@@ -82,21 +85,21 @@ def _require(frame: pd.DataFrame, names: Sequence[str]) -> None:
 
 def _usable(frame: pd.DataFrame, scales: Sequence[str], column: str) -> tuple[pd.DataFrame, list[str]]:
     """The rows that can be used, as numbers, and why the others cannot."""
-    numbers = frame[[*scales, column]].apply(pd.to_numeric, errors="coerce")
+    numbers = numeric(frame[[*scales, column]], [*scales, column])
     wrong = (numbers[list(scales)] <= 0).any(axis=1) | (numbers[column] <= 0)
     if wrong.any():
         raise ConfigError(
             f"scales and losses must be positive, since the fit takes their logarithms; they are not in "
             f"{', '.join([*scales, column])} of {_rows(frame, wrong)}. Leave those rows out or mend them."
         )
-    good = np.isfinite(numbers).all(axis=1)
+    good = pd.Series(np.isfinite(numbers.to_numpy(float)).all(axis=1), index=frame.index)
     if "status" in frame:
         good &= frame["status"].eq("done")
     notes = []
     if (~good).any():
         why = f"failed, or without {', '.join([*scales, column])}"
         notes.append(f"{int((~good).sum())} of {len(frame)} runs left out ({why}): {_rows(frame, ~good)}")
-    return frame[good].assign(**{c: numbers.loc[good, c] for c in numbers}), notes
+    return frame[good].assign(**{c: numbers.loc[good, c] for c in map(str, numbers)}), notes
 
 
 def _rows(frame: pd.DataFrame, which: pd.Series) -> str:
@@ -139,7 +142,7 @@ def collinear(a: Array, b: Array) -> bool:
 def mixed(frame: pd.DataFrame) -> str:
     """The settings, data scale apart, in which runs differ, with their values; nothing if they are of one kind."""
     names = [c for c in BY if c != "data_tokens"]
-    if not pd.api.types.is_numeric_dtype(frame.get("loss", pd.Series(dtype=float))):
+    if "loss" in frame and not (pd.api.types.is_numeric_dtype(frame["loss"]) or is_number("loss", frame)):
         names.append("loss")  # in our records the name of the objective
     found = {c: sorted(map(str, frame[c].dropna().unique())) for c in names if c in frame}
     return "; ".join(f"{c} ({', '.join(values[:5])})" for c, values in found.items() if len(values) > 1)

@@ -27,7 +27,7 @@ def check_settings(config: RunConfig, shape: Mapping[str, Any]) -> None:
             f"instruct asks for a causal model, and family={config.family.name} is an encoder–decoder. Leave "
             "instruct and prefer out, or take another family."
         )
-    limit, micro = dims(shape).positions, config.train.micro_batch_size
+    limit, micro = dims(shape).longest, config.train.micro_batch_size
     for name, c in (("instruct", config.instruct), ("prefer", config.prefer)):
         if c.wanted and limit and c.max_length > limit:
             raise ConfigError(
@@ -50,7 +50,7 @@ def check_tuning(cell: "Cell", store: Store, runtime: Runtime) -> None:
         return
     check_extras(cell.config)
     made = store.compute(cell.instructions, runtime)
-    check_rows(cell.config, made, store.path(cell.tokenizer), dims(cell.student_shape).positions)
+    check_rows(cell.config, made, store.path(cell.tokenizer), dims(cell.student_shape).longest)
 
 
 def check_extras(config: RunConfig) -> None:

@@ -6,12 +6,20 @@ from dataclasses import replace
 from capacity_gap.errors import ConfigError
 from capacity_gap.models.axes import Architecture, Config, Stack, Sublayer, get
 
+OPT_OFFSET = 2  # OPT's positions begin at row 2 of their table
+
 
 def _one_stack(layer: str, attention: Sublayer, mlp: Sublayer, stream: tuple[str, ...]) -> tuple[Stack]:
     return (Stack(layer, (attention,), mlp, stream),)
 
 
-def _llama(config: Config, *, qkv_bias: bool = False) -> Architecture:
+def _llama(config: Config) -> Architecture:
+    every = bool(get(config, "attention_bias"))
+    return _gated(qkv_bias=every, output_bias=every, mlp_bias=bool(get(config, "mlp_bias")))
+
+
+def _gated(*, qkv_bias: bool = False, output_bias: bool = False, mlp_bias: bool = False) -> Architecture:
+    """Llama and its relatives, which differ in where they have biases."""
     layer = "model.layers.{i}."
     attention, mlp = layer + "self_attn.", layer + "mlp."
     parameters: dict[str, tuple[str, ...]] = {
@@ -28,12 +36,12 @@ def _llama(config: Config, *, qkv_bias: bool = False) -> Architecture:
         "model.norm.weight": ("hidden",),
         "lm_head.weight": ("vocab", "hidden"),
     }
-    if qkv_bias or get(config, "attention_bias"):
+    if qkv_bias:
         parameters |= {attention + "q_proj.bias": ("heads",)}
         parameters |= {attention + f"{x}_proj.bias": ("kv_heads",) for x in "kv"}
-    if get(config, "attention_bias"):
+    if output_bias:
         parameters[attention + "o_proj.bias"] = ("hidden",)
-    if get(config, "mlp_bias"):
+    if mlp_bias:
         parameters |= {mlp + f"{x}_proj.bias": ("neurons",) for x in ("gate", "up")}
         parameters[mlp + "down_proj.bias"] = ("hidden",)
     return Architecture(
@@ -53,16 +61,26 @@ def _llama(config: Config, *, qkv_bias: bool = False) -> Architecture:
             Sublayer("mlp", "mlp.down_proj"),
             ("post_attention_layernorm",),
         ),
+        leftovers=("rotary_emb.inv_freq",),
     )
 
 
+def _mistral(config: Config) -> Architecture:
+    """Llama without any bias, whatever its config says of biases."""
+    del config
+    return _gated()
+
+
 def _qwen2(config: Config) -> Architecture:
-    return _llama(config, qkv_bias=True)
+    """Llama with biases of queries, keys and values, always."""
+    del config
+    return _gated(qkv_bias=True)
 
 
 def _qwen3(config: Config) -> Architecture:
     """Llama with a norm over each query and key head, shared by all heads of a layer."""
-    table = _llama(config)
+    every = bool(get(config, "attention_bias"))
+    table = _gated(qkv_bias=every, output_bias=every)
     norms = {f"model.layers.{{i}}.self_attn.{x}_norm.weight": ("head_dim",) for x in "qk"}
     return replace(table, parameters={**table.parameters, **norms})
 
@@ -73,6 +91,11 @@ def _with_biases(parameters: dict[str, tuple[str, ...]], outputs: Mapping[str, s
 
 
 def _gpt2(config: Config) -> Architecture:
+    if get(config, "add_cross_attention"):
+        raise ConfigError(
+            "this GPT-2 has cross-attention (add_cross_attention: true): it is the decoder of another model, and no "
+            "language model by itself. Give a GPT-2 without it."
+        )
     layer = "transformer.h.{i}."
     norms = (layer + "ln_1", layer + "ln_2", "transformer.ln_f")
     parameters: dict[str, tuple[str, ...]] = {
@@ -92,7 +115,17 @@ def _gpt2(config: Config) -> Architecture:
     attention, mlp = Sublayer("attn", "attn.c_proj"), Sublayer("mlp", "mlp.c_proj")
     stacks = _one_stack("transformer.h.{i}", attention, mlp, ("ln_2",))
     keys["positions"] = "n_positions"
-    return Architecture(_with_biases(parameters, biased), keys, "lm_head.weight", stacks, square=True)
+    return Architecture(
+        _with_biases(parameters, biased),
+        keys,
+        "lm_head.weight",
+        stacks,
+        square=True,
+        queries_by_layer=tuple(layer + f"attn.c_attn.{x}" for x in ("weight", "bias"))
+        if get(config, "scale_attn_by_inverse_layer_idx")
+        else (),
+        leftovers=("attn.bias", "attn.masked_bias"),
+    )
 
 
 def _gpt_neox(config: Config) -> Architecture:
@@ -107,7 +140,9 @@ def _gpt_neox(config: Config) -> Architecture:
         "lm_head.weight": ("vocab", "hidden"),
         **{f"{n}.weight": ("hidden",) for n in norms},
     }
-    biased = {layer + "attention.query_key_value": "qkv_by_head", layer + "attention.dense": "hidden"}
+    biased: dict[str, str] = {}
+    if get(config, "attention_bias", True):
+        biased |= {layer + "attention.query_key_value": "qkv_by_head", layer + "attention.dense": "hidden"}
     biased |= {layer + "mlp.dense_h_to_4h": "neurons", layer + "mlp.dense_4h_to_h": "hidden"}
     keys = {"vocab": "vocab_size", "hidden": "hidden_size", "heads": "num_attention_heads"}
     keys |= {"neurons": "intermediate_size", "layers": "num_hidden_layers"}
@@ -123,6 +158,7 @@ def _gpt_neox(config: Config) -> Architecture:
         stacks,
         square=True,
         in_checkpoints={"lm_head.weight": "embed_out.weight"},
+        leftovers=("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq"),
     )
 
 
@@ -130,8 +166,11 @@ def _opt(config: Config) -> Architecture:
     decoder = "model.decoder."
     layer = decoder + "layers.{i}."
     norms = [layer + "self_attn_layer_norm", layer + "final_layer_norm"]
-    if get(config, "do_layer_norm_before", True):
+    before = bool(get(config, "do_layer_norm_before", True))
+    if before and not get(config, "_remove_final_layer_norm"):
         norms.append(decoder + "final_layer_norm")
+    if not get(config, "layer_norm_elementwise_affine", True):
+        norms = []
     parameters: dict[str, tuple[str, ...]] = {
         decoder + "embed_tokens.weight": ("vocab", "embed"),
         decoder + "embed_positions.weight": ("positions", "hidden"),
@@ -142,19 +181,22 @@ def _opt(config: Config) -> Architecture:
         "lm_head.weight": ("vocab", "embed"),
         **{f"{n}.weight": ("hidden",) for n in norms},
     }
-    if get(config, "word_embed_proj_dim", get(config, "hidden_size")) != get(config, "hidden_size"):
+    if (get(config, "word_embed_proj_dim") or get(config, "hidden_size")) != get(config, "hidden_size"):
         parameters[decoder + "project_in.weight"] = ("hidden", "embed")
         parameters[decoder + "project_out.weight"] = ("embed", "hidden")
-    biased = {layer + f"self_attn.{x}_proj": "heads" for x in "qkv"} | {layer + "self_attn.out_proj": "hidden"}
-    biased |= {layer + "fc1": "neurons", layer + "fc2": "hidden", **dict.fromkeys(norms, "hidden")}
+    biased: dict[str, str] = dict.fromkeys(norms, "hidden")
+    if get(config, "enable_bias", True):
+        biased |= {layer + f"self_attn.{x}_proj": "heads" for x in "qkv"} | {layer + "self_attn.out_proj": "hidden"}
+        biased |= {layer + "fc1": "neurons", layer + "fc2": "hidden"}
     keys = {"vocab": "vocab_size", "hidden": "hidden_size", "heads": "num_attention_heads", "neurons": "ffn_dim"}
     keys |= {"layers": "num_hidden_layers", "positions": "max_position_embeddings", "embed": "word_embed_proj_dim"}
     # Norms before the sublayers (all but 350m): the second reads the middle stream. After them: each reads a sum.
-    before = get(config, "do_layer_norm_before", True)
     sums = ("final_layer_norm",) if before else ("self_attn_layer_norm", "final_layer_norm")
     attention, mlp = Sublayer("self_attn", "self_attn.out_proj"), Sublayer("fc2", "fc2")
     stacks = _one_stack("model.decoder.layers.{i}", attention, mlp, sums)
-    return Architecture(_with_biases(parameters, biased), keys, "lm_head.weight", stacks, square=True)
+    return Architecture(
+        _with_biases(parameters, biased), keys, "lm_head.weight", stacks, square=True, position_offset=OPT_OFFSET
+    )
 
 
 T5_KEYS = {
@@ -198,7 +240,18 @@ def _t5(config: Config) -> Architecture:
         Stack("decoder.block.{i}", (itself, on_encoder), mlps[1], ("layer.1", "layer.2")),
     )
     scaled = "decoder.final_layer_norm.weight" if get(config, "scale_decoder_outputs", True) else ""
-    return Architecture(parameters, T5_KEYS, "lm_head.weight", stacks, one_set=(0, 1), scaled=scaled)
+    repeated = {f"{stack}.embed_tokens.weight": "shared.weight" for stack in ("encoder", "decoder")}
+    unused = (f"{decoder}layer.1.EncDecAttention.relative_attention_bias.weight".replace("{i}", "0"),)
+    return Architecture(
+        parameters,
+        T5_KEYS,
+        "lm_head.weight",
+        stacks,
+        one_set=(0, 1),
+        scaled=scaled,
+        copies=repeated,
+        leftovers=unused,
+    )
 
 
 def _t5_attention(layer: str, name: str, heads: str) -> dict[str, tuple[str, ...]]:
@@ -233,7 +286,7 @@ def _check_t5(config: Config) -> None:
 
 ARCHITECTURES: dict[str, Callable[[Config], Architecture]] = {
     "llama": _llama,
-    "mistral": _llama,
+    "mistral": _mistral,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
     "gpt2": _gpt2,

@@ -12,12 +12,14 @@ each such place and layer: place p of layer i is row p·L + i. A model with one 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 from capacity_gap.errors import ConfigError
+from capacity_gap.models.defaults import by_own_names, completed
+from capacity_gap.models.layers import of_kept_layers, symmetric_layers
 
 Config = Mapping[str, Any] | Any  # the content of a config.json, or a transformers config object
 
@@ -34,9 +36,15 @@ class Dims:
     neurons: int
     layers: int
     tied: bool  # output matrix = embedding
-    positions: int = 0
+    positions: int = 0  # rows of the table of learned positions
     embed: int = 0
     buckets: int = 0
+    first_position: int = 0  # the row of the first position: those before it stand for none
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that learned positions allow; 0 where nothing limits it."""
+        return self.positions - self.first_position
 
     @property
     def group(self) -> int:
@@ -95,6 +103,15 @@ class Architecture:
     in_checkpoints: Mapping[str, str] = field(default_factory=dict)  # names that differ in files
     one_set: tuple[int, ...] = ()  # attentions whose heads all layers share: one set stays, the same in every layer
     scaled: str = ""  # the weight that takes up the output's factor hidden^−½, which changes with the width
+    position_offset: int = 0  # rows of the table of positions before the first position
+    queries_by_layer: tuple[str, ...] = ()  # fused maps whose queries the model divides by the layer's number
+    copies: Mapping[str, str] = field(default_factory=dict)  # names in files that repeat another parameter
+    leftovers: tuple[str, ...] = ()  # endings of names in files that are no parameters: buffers of older releases
+
+    @property
+    def embedding(self) -> str:
+        """The input embedding: the output matrix where the two are tied."""
+        return next(n for n, axes in self.parameters.items() if axes[0] == "vocab" and n != self.output)
 
     def stacks_of(self, axis: str) -> list[int]:
         """The stack of each place that has units of `heads` or `neurons`."""
@@ -126,16 +143,6 @@ def place(axis: str) -> tuple[str, int]:
     return name, int(number or 0)
 
 
-UNTIED_BY_DEFAULT = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gpt_neox",
-)  # what transformers assumes where a config is silent
-OPT_OFFSET = 2  # OPT's positions begin at 2
-
-
 def get(config: Config, key: str, default: Any = None) -> Any:
     """One entry of a config, be it a mapping or an object."""
     return config.get(key, default) if isinstance(config, Mapping) else getattr(config, key, default)
@@ -145,6 +152,8 @@ def architecture(config: Config) -> Architecture:
     """The table for a config's `model_type`; one without a table raises and names those that have one."""
     from capacity_gap.models.architectures import ARCHITECTURES
 
+    if isinstance(config, Mapping):
+        config = completed(config)
     model_type = get(config, "model_type")
     if model_type not in ARCHITECTURES:
         raise ConfigError(
@@ -156,7 +165,10 @@ def architecture(config: Config) -> Architecture:
 
 def dims(config: Config) -> Dims:
     """The sizes of the model that `config` describes."""
-    keys, model_type = architecture(config).keys, get(config, "model_type")
+    if isinstance(config, Mapping):
+        config = completed(config)
+    table = architecture(config)
+    keys = table.keys
     hidden, heads = get(config, keys["hidden"]), get(config, keys["heads"])
     positions = get(config, keys["positions"]) if "positions" in keys else 0
     return Dims(
@@ -167,17 +179,22 @@ def dims(config: Config) -> Dims:
         head_dim=get(config, keys.get("head_dim", "head_dim")) or hidden // heads,
         neurons=get(config, keys["neurons"]) or 4 * hidden,
         layers=get(config, keys["layers"]),
-        tied=bool(get(config, "tie_word_embeddings", model_type not in UNTIED_BY_DEFAULT)),
-        positions=positions + (OPT_OFFSET if model_type == "opt" else 0),
+        tied=bool(get(config, "tie_word_embeddings")),
+        positions=positions + table.position_offset,
         embed=(get(config, keys["embed"]) or hidden) if "embed" in keys else 0,
         buckets=get(config, keys["buckets"]) if "buckets" in keys else 0,
+        first_position=table.position_offset,
     )
 
 
-def config_with(config: Mapping[str, Any], sizes: Dims) -> dict[str, Any]:
-    """A config.json like `config` with these sizes; head_dim is said where hidden does not imply it."""
-    table = architecture(config)
-    found = dict(config)
+def config_with(config: Mapping[str, Any], sizes: Dims, stay: Sequence[int] | None = None) -> dict[str, Any]:
+    """A config.json like `config` with these sizes; head_dim is said where hidden does not imply it.
+
+    `stay`: the numbers of the layers that stay, by default those in the middle. An encoder–decoder, whose stacks may
+    keep different ones, has no entries that speak of single layers.
+    """
+    table, old = architecture(config), dims(config)
+    found = by_own_names(config)
     for axis in ("hidden", "heads", "kv_heads", "neurons", "layers"):
         if axis in table.keys:
             found[table.keys[axis]] = getattr(sizes, axis)
@@ -185,11 +202,14 @@ def config_with(config: Mapping[str, Any], sizes: Dims) -> dict[str, Any]:
         found[table.keys["decoder_layers"]] = sizes.layers
     if not table.square:
         found[table.keys.get("head_dim", "head_dim")] = sizes.head_dim
-    elif "embed" in table.keys and get(config, table.keys["embed"]) == get(config, table.keys["hidden"]):
+    elif "embed" in table.keys and old.embed == old.hidden and found.get(table.keys["embed"]) is not None:
         found[table.keys["embed"]] = sizes.hidden
-    if layer_types := get(config, "layer_types"):
-        found["layer_types"] = list(layer_types)[: sizes.layers]
-    return found
+    if sizes.vocab != old.vocab:
+        found[table.keys["vocab"]] = sizes.vocab
+    if sizes.tied != old.tied:
+        found["tie_word_embeddings"] = sizes.tied
+    kept = symmetric_layers(old.layers, sizes.layers) if stay is None else stay
+    return found | of_kept_layers(config, table.keys["layers"], kept)
 
 
 def pattern_of(table: Architecture, name: str) -> tuple[str, int]:

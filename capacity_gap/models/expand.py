@@ -9,8 +9,7 @@ from torch import Tensor
 
 from capacity_gap.errors import StageError
 from capacity_gap.models.axes import architecture, dims
-
-INDEX = "model.safetensors.index.json"
+from capacity_gap.models.weights import INDEX, weight_files
 
 
 def grown(matrix: Tensor, first: int, parts: Sequence[Sequence[int]], rows: int) -> Tensor:
@@ -54,7 +53,7 @@ def expand_checkpoint(
         raise StageError(f"{rows} rows cannot hold the {max(old, first + len(parts))} there are.")
     own = [name for name, axes in table.parameters.items() if "vocab" in axes]
     names = {*own, *(n.partition(".")[2] for n in own), *(table.in_checkpoints.get(n, n) for n in own)}
-    shards = sorted(folder.glob("*.safetensors"))
+    shards = weight_files(folder)
     for done, shard in enumerate(shards, 1):
         tensors = load_file(shard)
         for name in names & tensors.keys():

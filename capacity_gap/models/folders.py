@@ -10,6 +10,7 @@ from capacity_gap.errors import ConfigError
 from capacity_gap.fingerprint import files_digest
 from capacity_gap.models.axes import count_params
 from capacity_gap.models.ladders import Family
+from capacity_gap.models.weights import check_weights
 
 
 def is_folder(teacher: str) -> bool:
@@ -44,14 +45,9 @@ def _config(path: Path) -> dict[str, Any]:
     config = json.loads(file.read_text())
     if config.get("quantization_config"):
         raise ConfigError(f"{path} is a quantised checkpoint; pruning needs its full-precision original.")
-    if not list(path.glob("*.safetensors")):
-        raise ConfigError(
-            f"{path} holds no .safetensors weights; pickled ones (.bin, .pt) are not read. Load it once with "
-            "transformers and save it again: save_pretrained writes safetensors."
-        )
     if not (path / "tokenizer.json").is_file():
         raise ConfigError(f"{path} has no tokenizer.json: save its (fast) tokenizer there too.")
-    count_params(config)  # an architecture without a table says so here
+    check_weights(path, config)  # an architecture without a table says so here
     return config
 
 

@@ -13,6 +13,8 @@ from torch.distributed.tensor import DTensor
 from capacity_gap.checkpoint import whole
 from capacity_gap.errors import StageError
 from capacity_gap.models.axes import count_params
+from capacity_gap.models.defaults import frozen_rows
+from capacity_gap.models.quiet import quiet
 from capacity_gap.stage import write_json
 
 POINTER = "published.json"  # a stage folder that holds this instead of weights points to a checkpoint elsewhere
@@ -20,14 +22,22 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def new_model(shape: Mapping[str, Any], seed: int) -> Any:
-    """A model with random weights: `shape` is the content of a config.json, `seed` decides every weight."""
+    """A model with random weights: `shape` is the content of a config.json, `seed` decides every weight.
+
+    The row of the padding token starts as random as the others; transformers would leave it at zero.
+    """
     from transformers import AutoConfig
 
     settings = dict(shape)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    padding = config.pad_token_id
+    if frozen_rows(shape):
+        config.pad_token_id = None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return auto_class(config).from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        model = auto_class(config).from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    model.config.pad_token_id = padding
+    return quiet(model)
 
 
 def auto_class(config: Any) -> Any:
@@ -57,9 +67,43 @@ def load_model(folder: Path, *, device: str = "cpu") -> Any:
 
             options |= {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
     config = AutoConfig.from_pretrained(source, **where)
-    options |= {**where, "config": config, "attn_implementation": "sdpa", "use_safetensors": True}
-    model = auto_class(config).from_pretrained(source, **options)
-    return (model if "quantization_config" in options else model.to(device)).eval()
+    options |= {**where, "config": config}
+    model = whole_model(auto_class(config), source, **options)
+    return quiet(model if "quantization_config" in options else model.to(device)).eval()
+
+
+def whole_model(kind: Any, source: str | Path, **options: Any) -> Any:
+    """`kind.from_pretrained(source)` from safetensors, with every weight from there and no other.
+
+    Raises:
+        ConfigError: the folder holds an adapter or two checkpoints.
+        StageError: weights are missing, left over, or an adapter came along.
+    """
+    from capacity_gap.models.weights import no_adapter, weight_files
+
+    if Path(source).is_dir():
+        no_adapter(Path(source))
+        weight_files(Path(source))
+    options |= {"attn_implementation": "sdpa", "use_safetensors": True, "output_loading_info": True}
+    model, info = kind.from_pretrained(source, **options)
+    wrong = {what: sorted(map(str, info[f"{what}_keys"])) for what in ("missing", "unexpected", "mismatched")}
+    if getattr(model, "_hf_peft_config_loaded", False):
+        wrong["adapter"] = [name for name, _ in model.named_parameters() if "lora" in name] or ["its weights"]
+    if model.config.get_text_config().tie_word_embeddings and not _is_tied(model):
+        wrong["not shared, though its config says so"] = ["the output matrix and the embedding"]
+    if any(wrong.values()):
+        said = "; ".join(f"{what}: {', '.join(names[:3])} ({len(names)})" for what, names in wrong.items() if names)
+        raise StageError(
+            f"the weights of {source} are not those of its config.json: {said}. Nothing was computed with them. Save "
+            "the whole model again with save_pretrained, without adapters."
+        )
+    return model
+
+
+def _is_tied(model: Any) -> bool:
+    """Whether the output matrix is the embedding; transformers leaves them apart where a file holds two that differ."""
+    output = model.get_output_embeddings()
+    return output is None or output.weight is model.get_input_embeddings().weight
 
 
 def checkpoint_folder(folder: Path) -> Path:
@@ -67,21 +111,29 @@ def checkpoint_folder(folder: Path) -> Path:
     if not (folder / POINTER).exists():
         return folder
     pointer = json.loads((folder / POINTER).read_text())
-    if Path(pointer["repository"]).is_dir():
-        return Path(pointer["repository"])
+    return _files_of(pointer["repository"], pointer["revision"])
+
+
+def _files_of(repository: str, revision: str | None) -> Path:
+    """The folder of a published checkpoint: the user's own, or a snapshot in the hub's cache."""
+    if Path(repository).is_dir():
+        return Path(repository)
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.json"]
-    return Path(snapshot_download(pointer["repository"], revision=pointer["revision"], allow_patterns=patterns))
+    return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
 
 
 def point_to(repository: str, out: Path, *, shape: Mapping[str, Any], dtype: str, quantization: str) -> None:
-    """Checks that a published checkpoint is there and has its rung's size, and writes where it is.
+    """Checks that a published checkpoint is there, has its rung's size and all its weights, and writes where it is.
 
     Raises:
         StageError: it is missing or gated, or of another size than the ladder says.
+        ConfigError: its weights are not those of its config.json.
     """
     from transformers import AutoConfig
+
+    from capacity_gap.models.weights import check_weights
 
     config = _from_hub(AutoConfig.from_pretrained, repository)
     found, expected = count_params(config.to_dict()), count_params(shape)
@@ -91,6 +143,7 @@ def point_to(repository: str, out: Path, *, shape: Mapping[str, Any], dtype: str
             "the checkpoint is not the one this ladder was written for."
         )
     revision = getattr(config, "_commit_hash", None)
+    check_weights(_from_hub(partial(_files_of, revision=revision), repository), config.to_dict())
     pointer = {"repository": repository, "revision": revision, "dtype": dtype, "quantization": quantization}
     write_json(out / POINTER, pointer)
 

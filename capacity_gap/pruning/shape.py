@@ -9,7 +9,7 @@ elementwise minimum of all larger rungs it gives the common student, which is th
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,8 @@ FIXED_TOLERANCE = 0.03  # of a shape that the user names against the scale that 
 class Shape:
     """The sizes of a student and its parameters. `heads` are query heads; a unit is a key-value head.
 
+    An untied student can be cut from a tied teacher: both its matrices then start as the teacher's one.
+
     Under global priority layers differ: `layer_heads` and `layer_neurons` are the units of each of the teacher's layers
     (of an encoder–decoder each row, `models/axes.py`) that stay, 0 where the layer goes, and `kv_heads` and `neurons`
     what a layer has on average. Heads that are tied, to the hidden size or over layers, are as many in every layer.
@@ -42,6 +44,8 @@ class Shape:
     neurons: int
     layers: int
     params: int
+    vocab: int | None = None  # rows of the embedding; None: as the teacher
+    tied: bool | None = None  # whether the output matrix is the embedding; None: as the teacher's
     layer_heads: tuple[int, ...] | None = None
     layer_neurons: tuple[int, ...] | None = None
 
@@ -167,16 +171,13 @@ def common_shape(
     """The one shape for students of this size, a function of the ladder and the size alone.
 
     A student the size of a rung has that rung's shape. Any other is shrunk from the elementwise minimum of all rungs
-    that are larger, so each of them can hold it. Rungs whose heads have another size than most cannot be cut to one
-    shape with the others: they are left out. Where rungs group queries differently, the student takes as few queries
-    to a key-value head as any; under one rung without groups it has none, and grouped teachers repeat their
-    key-value heads.
+    that are larger, so each of them can hold it: with the fewest rows of an embedding (rows beyond the tokenizer's are
+    padding), and tied only if all are. Rungs that cannot be cut to one shape with most others, because their heads have
+    another size or their parameters other names, are left out. Where rungs group queries differently, the student takes
+    as few queries to a key-value head as any; under one rung without groups it has none, and grouped teachers repeat
+    their key-value heads.
     """
-    able = [r for r in rungs.values() if count(architecture(r), dims(r)) >= target_params * (1 - TOLERANCE)]
-    if not able:
-        raise ConfigError(f"no rung has {target_params:,} parameters or more. Rungs: {' '.join(rungs)}.")
-    usual = Counter(dims(r).head_dim for r in able).most_common(1)[0][0]
-    able = [r for r in able if dims(r).head_dim == usual]
+    able = _alike(rungs, target_params)
     sizes = [dims(r) for r in able]
     for rung in able:
         if count(architecture(rung), dims(rung)) <= target_params * (1 + TOLERANCE):
@@ -188,7 +189,34 @@ def common_shape(
     if group == 1:
         least["kv_heads"] = min(s.heads for s in sizes)
     envelope = sizes[0].with_units(**least, group=group)
+    vocab, tied = _rows(sizes)
+    envelope = replace(envelope, vocab=vocab, tied=tied)
     return shrink(architecture(able[0]), envelope, target_params, multiple=multiple, depth=depth)
+
+
+def _alike(rungs: Mapping[str, Config], target_params: int) -> list[Config]:
+    """The rungs that are large enough, with the size of heads and then the parameters that most of these have."""
+    able = [r for r in rungs.values() if count(architecture(r), dims(r)) >= target_params * (1 - TOLERANCE)]
+    if not able:
+        raise ConfigError(f"no rung has {target_params:,} parameters or more. Rungs: {' '.join(rungs)}.")
+    for kind in (lambda r: dims(r).head_dim, _names):  # what pruning cannot change
+        usual = Counter(map(kind, able)).most_common(1)[0][0]
+        able = [r for r in able if kind(r) == usual]
+    return able
+
+
+def common_rows(rungs: Mapping[str, Config], target_params: int) -> tuple[int, bool]:
+    """Rows of the common student's embedding, and whether its output matrix is the same."""
+    return _rows([dims(r) for r in _alike(rungs, target_params)])
+
+
+def _rows(sizes: Sequence[Dims]) -> tuple[int, bool]:
+    return min(s.vocab for s in sizes), all(s.tied for s in sizes)
+
+
+def _names(config: Config) -> tuple:
+    """Which parameters a model has, and the axes of each."""
+    return tuple(sorted(architecture(config).parameters.items()))
 
 
 def shrink(table: Architecture, full: Dims, target: int, *, multiple: int, depth: int | None = None) -> Shape:
@@ -237,7 +265,15 @@ def _distortion(sizes: Dims, full: Dims) -> float:
 
 def _shape(table: Architecture, sizes: Dims) -> Shape:
     return Shape(
-        sizes.hidden, sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.neurons, sizes.layers, count(table, sizes)
+        sizes.hidden,
+        sizes.heads,
+        sizes.kv_heads,
+        sizes.head_dim,
+        sizes.neurons,
+        sizes.layers,
+        count(table, sizes),
+        sizes.vocab,
+        sizes.tied,
     )
 
 
@@ -266,6 +302,10 @@ def unfit(shape: Shape, teacher: Dims) -> list[str]:
             reasons.append(f"{axis} {getattr(shape, axis)} > {getattr(teacher, axis)}")
     if shape.head_dim != teacher.head_dim:
         reasons.append(f"head_dim {shape.head_dim} ≠ {teacher.head_dim}")
+    if (shape.vocab or 0) > teacher.vocab:
+        reasons.append(f"vocabulary of {shape.vocab} rows > {teacher.vocab}")
+    if shape.tied and not teacher.tied:
+        reasons.append("one matrix for embedding and output, teacher two")
     if shape.group > 1 and (shape.kv_heads > teacher.kv_heads or shape.group > teacher.group):
         groups = f"{shape.kv_heads} key-value heads with {shape.group} queries each"
         reasons.append(f"{groups}, teacher {teacher.kv_heads} with {teacher.group}")
@@ -298,12 +338,24 @@ def student_shape(
         shape = fixed_shape(teacher, fixed or "", target)
     else:
         shape = common_shape(rungs, target, multiple=multiple, depth=depth)
+        _check_kind(rungs, teacher, target)
     if reasons := unfit(shape, dims(teacher)):
         raise ImpossibleCell(
             f"the teacher cannot hold the {policy} student of {target:,} parameters: {'; '.join(reasons)}. "
             "Take a larger teacher, or prune.shape=per_teacher."
         )
     return shape
+
+
+def _check_kind(rungs: Mapping[str, Config], teacher: Mapping[str, Any], target: int) -> None:
+    """Raises `ImpossibleCell` under a teacher whose parameters are not those of most rungs that hold the student."""
+    mine, usual = (dict(_names(c)) for c in (teacher, _alike(rungs, target)[0]))
+    if differ := sorted(set(mine.items()) ^ set(usual.items())):
+        raise ImpossibleCell(
+            f"the teacher cannot hold the common student of {target:,} parameters: its weights are not those of most "
+            f"rungs; they differ in {', '.join(sorted({n for n, _ in differ})[:3])}. Take another teacher, or "
+            "prune.shape=per_teacher."
+        )
 
 
 def student_config(
@@ -321,13 +373,20 @@ def shape_of(config: Config) -> Shape:
 
 def sized(teacher: Dims, shape: Shape) -> Dims:
     """The teacher's dims with a student's sizes."""
-    return teacher.with_units(
+    cut = teacher.with_units(
         hidden=shape.hidden,
         kv_heads=shape.kv_heads,
         neurons=shape.neurons,
         layers=shape.layers,
         group=shape.group,
     )
+    return with_rows(cut, shape)
+
+
+def with_rows(sizes: Dims, shape: Shape) -> Dims:
+    """`sizes` with the embedding of `shape`: its rows, and whether the output matrix is the same."""
+    vocab, tied = (getattr(sizes if getattr(shape, a) is None else shape, a) for a in ("vocab", "tied"))
+    return replace(sizes, vocab=vocab, tied=tied)
 
 
 def between(teacher: Dims, final: Shape, share: float, table: Architecture) -> Shape:

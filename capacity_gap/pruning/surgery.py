@@ -17,8 +17,10 @@ from torch import Tensor
 
 from capacity_gap.errors import ConfigError
 from capacity_gap.models.axes import Architecture, Config, Dims, architecture, config_with, dims, pattern_of, place
+from capacity_gap.models.layers import symmetric_layers
+from capacity_gap.models.weights import INDEX, SINGLE, base_prefix, weight_files
 from capacity_gap.pruning.scores import Scores
-from capacity_gap.pruning.shape import Shape, sized, unfit
+from capacity_gap.pruning.shape import Shape, sized, unfit, with_rows
 
 SHARDS = 48  # the student is written in shards of this part of the teacher's checkpoint (saving copies a shard once)
 LEAST_SHARD = 2**25
@@ -41,6 +43,7 @@ class Kept:
     heads: list[Tensor]
     kv_heads: list[Tensor]
     neurons: list[Tensor]
+    vocab: int | None = None  # rows of the embedding that stay, the first ones; None: all
 
     def rows(self, axis: str, layer: int, sizes: Dims) -> Tensor | None:
         """Indices into one axis of a parameter of layer `layer`; None keeps the whole axis."""
@@ -62,18 +65,13 @@ class Kept:
             return torch.cat([rows + part * sizes.heads * width for part in range(3)])
         if axis == "qkv_by_head":
             return _spread(self.heads[row], 3 * width)
-        return None
+        first = self.vocab or sizes.vocab
+        return torch.arange(first) if axis == "vocab" and first < sizes.vocab else None
 
 
 def _spread(units: Tensor, width: int) -> Tensor:
     """Indices of all rows of the given units: unit u holds rows u·width … u·width + width − 1."""
     return (units[:, None] * width + torch.arange(width)).flatten()
-
-
-def symmetric_layers(layers: int, keep: int) -> list[int]:
-    """Which layers stay when they are removed from both ends, one more from the top if odd (docs/method.md §3)."""
-    bottom = (layers - keep) // 2
-    return list(range(bottom, bottom + keep))
 
 
 def kept_layers(scores: Scores, config: Config, keep: int, by: str) -> list[list[int]]:
@@ -109,6 +107,7 @@ def choose_units(scores: Scores, shape: Shape, config: Config, *, layers: str = 
         list(heads),
         list(kv_heads),
         [_top(scores.neurons[row], n) for row, n in enumerate(counts)],
+        sized(sizes, shape).vocab,
     )
 
 
@@ -156,13 +155,14 @@ def stored_sizes(sizes: Dims, shape: Shape, table: Architecture) -> Dims:
     heads = max(shape.layer_heads)
     while not table.square and shape.hidden % (heads * shape.group):
         heads += 1  # transformers wants hidden sizes that the number of heads divides
-    return sizes.with_units(
+    widest = sizes.with_units(
         hidden=shape.hidden,
         kv_heads=heads,
         neurons=max(shape.layer_neurons),
         layers=shape.layers,
         group=shape.group,
     )
+    return with_rows(widest, shape)
 
 
 def prune(model: Any, scores: Scores, shape: Shape, *, layers: str = "symmetric") -> Any:
@@ -206,7 +206,7 @@ class _Cut:
             raise ConfigError(f"a student of shape {shape} cannot be cut from this teacher: {'; '.join(reasons)}.")
         self.kept = choose_units(scores, shape, config, layers=layers)
         self.stored = stored_sizes(self.sizes, shape, self.table)
-        self.config = config_with(config, self.stored)
+        self.config = config_with(config, self.stored, self.kept.layers[0])
         self.padded = shape.layer_heads is not None
         self.targets = _positions(self.kept, self.stored)
 
@@ -215,7 +215,10 @@ class _Cut:
         pattern, own = pattern_of(self.table, name)
         layer = self.kept.layers[self.table.stack_of(pattern)][own] if "{i}" in pattern else 0
         axes = self.table.parameters[pattern]
-        tensor = read(pattern.replace("{i}", str(layer)), [self.kept.rows(a, layer, self.sizes) for a in axes])
+        source = self.table.embedding if pattern == self.table.output and self.sizes.tied else pattern
+        tensor = read(source.replace("{i}", str(layer)), [self.kept.rows(a, layer, self.sizes) for a in axes])
+        if pattern in self.table.queries_by_layer and own != layer:  # the model divides what they give by layer + 1
+            tensor = _queries_times(tensor, axes.index("qkv"), (own + 1) / (layer + 1))
         if pattern == self.table.scaled:  # the model multiplies what follows by hidden^−½, and hidden has changed
             tensor = tensor * math.sqrt(self.stored.hidden / self.sizes.hidden)
         for dimension, axis in enumerate(axes if self.padded else ()):
@@ -234,6 +237,12 @@ def select(tensor: Tensor, indices: Sequence[Tensor | None], name: str) -> Tenso
     return tensor
 
 
+def _queries_times(tensor: Tensor, dimension: int, factor: float) -> Tensor:
+    """A fused map whose queries, the first third along `dimension`, are multiplied by `factor`."""
+    queries, others = tensor.split([tensor.shape[dimension] // 3, 2 * tensor.shape[dimension] // 3], dimension)
+    return torch.cat([queries * factor, others], dimension)
+
+
 def _positions(kept: Kept, stored: Dims) -> Kept:
     """Where the kept units go: to the front of each axis of the student."""
 
@@ -241,7 +250,8 @@ def _positions(kept: Kept, stored: Dims) -> Kept:
         return [torch.arange(len(units)) for units in chosen]
 
     hidden = torch.arange(stored.hidden)
-    return Kept(kept.depth, kept.layers, hidden, front(kept.heads), front(kept.kv_heads), front(kept.neurons))
+    heads, kv_heads, neurons = front(kept.heads), front(kept.kv_heads), front(kept.neurons)
+    return Kept(kept.depth, kept.layers, hidden, heads, kv_heads, neurons, kept.vocab)
 
 
 def _filled(tensor: Tensor, dimension: int, index: Tensor | None, length: int) -> Tensor:
@@ -279,7 +289,7 @@ def prune_checkpoint(
         index |= dict.fromkeys(shard, file)
     total = sum(f.stat().st_size for f in out.glob("model-*.safetensors"))
     listing = {"metadata": {"total_size": total}, "weight_map": index}
-    (out / "model.safetensors.index.json").write_text(json.dumps(listing, indent=1))
+    (out / INDEX).write_text(json.dumps(listing, indent=1))
     (out / "config.json").write_text(json.dumps({**cut.config, "dtype": dtype}, indent=1))
     if (folder / "generation_config.json").exists():
         shutil.copy(folder / "generation_config.json", out)
@@ -294,7 +304,7 @@ def _save(tensors: dict[str, Tensor], file: Path) -> None:
 def _names(cut: _Cut) -> Iterator[str]:
     """The student's parameters; a tied output matrix is not stored."""
     for pattern in cut.table.parameters:
-        if pattern == cut.table.output and cut.sizes.tied:
+        if pattern == cut.table.output and cut.stored.tied:
             continue
         for layer in range(cut.stored.layers) if "{i}" in pattern else (0,):
             yield pattern.replace("{i}", str(layer))
@@ -321,17 +331,10 @@ class _Checkpoint:
 
     def __init__(self, folder: Path, table: Architecture) -> None:
         self.folder = folder
-        listing = folder / "model.safetensors.index.json"
-        if listing.exists():
-            self.files = json.loads(listing.read_text())["weight_map"]
-        elif (folder / "model.safetensors").exists():
-            self.files = None
-        else:
-            raise ConfigError(
-                f"{folder} holds no safetensors checkpoint (model.safetensors, or shards with their index). Pickled "
-                "checkpoints are not read: convert it with transformers' save_pretrained."
-            )
-        self.prefix = next(n for n in table.parameters if n != table.output).split(".")[0] + "."
+        weight_files(folder)  # raises where there is no checkpoint, or more than one
+        listing = folder / INDEX
+        self.files = json.loads(listing.read_text())["weight_map"] if listing.exists() else None
+        self.prefix = base_prefix(table)
         self.other_names = table.in_checkpoints
 
     def read(self, name: str, indices: Sequence[Tensor | None]) -> Tensor:
@@ -339,7 +342,7 @@ class _Checkpoint:
         from safetensors import safe_open
 
         for spelling in (name, name.removeprefix(self.prefix), self.other_names.get(name, name)):
-            file = "model.safetensors" if self.files is None else self.files.get(spelling)
+            file = SINGLE if self.files is None else self.files.get(spelling)
             if file is None:
                 continue
             with safe_open(self.folder / file, framework="pt") as tensors:

@@ -26,6 +26,7 @@ from capacity_gap.report.plots import LOSSES
 from capacity_gap.report.products import products
 from capacity_gap.scales import short_scale
 from capacity_gap.store_tools import open_store, sweep_frame, sweeps
+from capacity_gap.tables import numbers
 
 HISTORY_POINTS = 40  # a training curve is averaged in so many bins: single batches are noise
 LONGEST_RUNG = 8  # letters; model folders have longer names
@@ -173,9 +174,9 @@ def gather(source: str, *, sweep: str | None = None, axis: str = "total", metric
 
 
 def _numeric(frame: pd.DataFrame, axis: str, metric: str | None) -> pd.DataFrame:
-    """The table as the fit reads it: what is no number in a column that must hold numbers is missing."""
+    """The table as the fit reads it: with numbers in the columns that must hold them, or an error that names a cell."""
     names = ["student_params" + AXES[axis], "teacher_params" + AXES[axis], metric or default_metric(frame), *COSTS]
-    return frame.assign(**{c: pd.to_numeric(frame[c], errors="coerce") for c in names if c in frame})
+    return numbers(frame, names)
 
 
 def arm_labels(keys: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -20,6 +20,7 @@ from capacity_gap.evaluate.scores import metric_direction
 from capacity_gap.evaluate.tasks import PAPER
 from capacity_gap.records import scores_of
 from capacity_gap.scales import short_scale
+from capacity_gap.tables import numbers
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 AVERAGE = "average"  # of the six
@@ -80,14 +81,14 @@ def record_points(frame: pd.DataFrame, metric: str, compute: str = "distillation
         compute: a key of `COMPUTE`.
 
     Raises:
-        UserError: no record has the metric, or none has all of the compute.
+        UserError: no record has the metric, none has all of the compute, or a cell holds text for a number.
     """
     finished = frame[frame["status"] == "done"] if "status" in frame else frame
     score = _score(finished, metric)
     scored, score = finished[score.notna()], score[score.notna()]
     if scored.empty:
         raise UserError(_no_score(finished, metric))
-    parts = scored.reindex(columns=list(COMPUTE[compute])).apply(pd.to_numeric, errors="coerce")
+    parts = numbers(scored.reindex(columns=list(COMPUTE[compute])), COMPUTE[compute])
     known = parts.notna().all(axis=1)
     notes = _without_compute(parts[~known], _names(scored[~known]), compute)
     if not known.any():
@@ -100,10 +101,11 @@ def record_points(frame: pd.DataFrame, metric: str, compute: str = "distillation
 def _score(frame: pd.DataFrame, metric: str) -> pd.Series:
     """The column that `metric` names, missing where a row has none; the average only of rows that have all six."""
     if metric.removeprefix("metrics/") == AVERAGE:
-        six = frame.reindex(columns=[f"metrics/{task}" for task in PAPER]).apply(pd.to_numeric, errors="coerce")
+        columns = [f"metrics/{task}" for task in PAPER]
+        six = numbers(frame.reindex(columns=columns), columns)
         return six.mean(axis=1, skipna=False)
     column = metric if metric in frame else f"metrics/{metric}"
-    return pd.to_numeric(frame[column], errors="coerce") if column in frame else pd.Series(np.nan, index=frame.index)
+    return numbers(frame, [column])[column] if column in frame else pd.Series(np.nan, index=frame.index)
 
 
 def _no_score(finished: pd.DataFrame, metric: str) -> str:

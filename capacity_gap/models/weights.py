@@ -1,0 +1,265 @@
+"""Whether the files of a model folder hold just the weights that its config.json describes. Imports no torch.
+
+What transformers does not find it draws at random, and what it does not know it leaves out, with no more than a line
+in its log. Here both are errors, before anything is computed.
+"""
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from capacity_gap.errors import ConfigError
+from capacity_gap.models.axes import Architecture, architecture, dims
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+LONGEST_HEADER = 100_000_000  # bytes: the limit of the format
+NAMED = 3  # tensors that an error names of each kind
+CHUNK = 2**24  # bytes read at once
+# Of each floating type its words, and the bits that are all ones in an infinity or NaN.
+EXPONENTS = {"F64": ("<u8", 0x7FF << 52), "F32": ("<u4", 0xFF << 23), "F16": ("<u2", 0x1F << 10)}
+EXPONENTS |= {"BF16": ("<u2", 0xFF << 7)}
+_NOT_FINITE = "not finite (NaN or infinity)"
+_NOT_SHARED = "of a matrix that its config.json shares with another"
+_SAVE = (
+    "It is not a checkpoint of its config.json, or was saved from inside another model: save it again with "
+    "save_pretrained from the whole model."
+)
+_ADVICE = {  # what to do, where it is not to save the model again
+    _NOT_FINITE: "Copy it again, or take an earlier checkpoint of its training.",
+    _NOT_SHARED: "Say tie_word_embeddings: false in config.json if both matrices are meant, or delete the copy.",
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor in a file: its type, its shape, and where its bytes are."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    def parts(self) -> Iterator[bytes]:
+        """The bytes, some at a time."""
+        with self.file.open("rb") as stream:
+            stream.seek(self.start)
+            for at in range(self.start, self.end, CHUNK):
+                yield stream.read(min(CHUNK, self.end - at))
+
+    def is_finite(self) -> bool:
+        """Whether it holds neither NaN nor infinity."""
+        import numpy as np
+
+        words, ones = EXPONENTS[self.dtype]
+        return not any(((np.frombuffer(part, words) & ones) == ones).any() for part in self.parts())
+
+    def equals(self, other: "Stored") -> bool:
+        """Whether both hold the same numbers."""
+        same = (self.dtype, self.shape) == (other.dtype, other.shape)
+        return same and all(a == b for a, b in zip(self.parts(), other.parts(), strict=True))
+
+
+def check_weights(folder: Path, config: Mapping[str, Any]) -> None:
+    """Checks names, shapes, types and values of a checkpoint's tensors; a folder that has not changed only once.
+
+    Raises:
+        ConfigError: tensors are missing, left over, of another shape or type, not finite, or an output matrix differs
+            from the embedding that the config ties it to; there is an adapter; or the files cannot be read.
+    """
+    no_adapter(folder)
+    files = [*weight_files(folder), *folder.glob(INDEX)]
+    marks = tuple((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)
+    if problem := _problem(folder, json.dumps(config, sort_keys=True, default=str), marks):
+        raise ConfigError(problem)
+
+
+def no_adapter(folder: Path) -> None:
+    """Raises `ConfigError` if an adapter lies in a model folder: transformers would load it beside the weights."""
+    if found := [name for name in ADAPTERS if (folder / name).exists()]:
+        raise ConfigError(
+            f"{folder} holds an adapter ({', '.join(found)}), which would be loaded with the model where peft is "
+            "installed and left out where it is not. Merge it (peft: merge_and_unload, then save_pretrained to another "
+            "folder), or move its files away to use the model without it."
+        )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers would read: one, or the shards that the index lists.
+
+    Raises:
+        ConfigError: there is none, or not all, or more than one checkpoint.
+    """
+    index, single = folder / INDEX, folder / SINGLE
+    if index.is_file() and single.is_file():
+        raise ConfigError(
+            f"{folder} holds two checkpoints: {SINGLE}, and the shards of {INDEX}. Which one is meant is not clear: "
+            "move one of them away."
+        )
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise ConfigError(_no_files(folder))
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{index} is no index of shards: it needs a JSON object with weight_map.") from error
+    if lost := [n for n in names if not (folder / n).is_file()]:
+        raise ConfigError(f"{folder} lacks {len(lost)} of the {len(names)} files that {INDEX} lists: {_few(lost)}.")
+    return [folder / name for name in names]
+
+
+def _no_files(folder: Path) -> str:
+    shards = sorted(f.name for f in folder.glob("*.safetensors"))
+    if shards:
+        return (
+            f"{folder} holds {_few(shards)}, but neither {SINGLE} nor {INDEX}, by which shards are found. Load the "
+            "model once with transformers and save it again."
+        )
+    return (
+        f"{folder} holds no .safetensors weights; pickled ones (.bin, .pt) are not read. Load it once with "
+        "transformers and save it again: save_pretrained writes safetensors."
+    )
+
+
+@cache
+def stored_tensors(file: Path, size: int, changed: int) -> dict[str, Stored]:
+    """The tensors of one safetensors file, by name; `size` and `changed` (its time) say that it is still the same."""
+    del changed
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        header = stream.read(length) if 0 < length <= min(size, LONGEST_HEADER) else b""
+    if start.startswith(b"version "):
+        raise ConfigError(f"{file} is a Git LFS pointer, not the weights. Fetch them with `git lfs pull`.")
+    try:
+        found = {
+            name: Stored(file, t["dtype"], tuple(t["shape"]), *(8 + length + at for at in t["data_offsets"]))
+            for name, t in json.loads(header).items()
+            if name != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{file} is no safetensors file: its header cannot be read. Copy or download it again."
+        ) from error
+    if found and max(t.end for t in found.values()) > size:
+        raise ConfigError(f"{file} is cut short: {size:,} bytes of {max(t.end for t in found.values()):,}.")
+    return found
+
+
+def _tensors(folder: Path) -> dict[str, Stored]:
+    found: dict[str, Stored] = {}
+    for file in weight_files(folder):
+        found |= stored_tensors(file, file.stat().st_size, file.stat().st_mtime_ns)
+    return found
+
+
+def check_names(folder: Path, config: Mapping[str, Any]) -> None:
+    """`check_weights` without the values of single matrices, which takes long: names, shapes, types, copies."""
+    no_adapter(folder)
+    if problem := _misnamed(folder, config):
+        raise ConfigError(problem)
+
+
+@cache
+def _problem(folder: Path, config_text: str, marks: tuple) -> str | None:
+    """What is wrong with a checkpoint, in one paragraph; `marks` say that its files are still the same."""
+    del marks
+    config = json.loads(config_text)
+    if problem := _misnamed(folder, config):
+        return problem
+    stored, wanted, spelt = _opened(folder, config)
+    known = {spelt(name, wanted): name for name in stored}
+    return _said(folder, {_NOT_FINITE: [known[n] for n in wanted if not stored[known[n]].is_finite()]})
+
+
+def _misnamed(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """Names, shapes and types that are not those of the config, and copies that differ, in one paragraph."""
+    stored, wanted, spelt = _opened(folder, config)
+    known = {spelt(name, wanted): name for name in stored}
+    found = {
+        "missing": [name for name in wanted if name not in known],
+        "left over": [n for n in stored if known[spelt(n, wanted)] != n or not spelt.is_known(n, wanted)],
+        "of another shape": [
+            f"{known[n]} is {list(stored[known[n]].shape)}, its config.json says {list(shape)}"
+            for n, shape in wanted.items()
+            if n in known and stored[known[n]].shape != shape
+        ],
+        f"of a type other than {', '.join(EXPONENTS)}": [
+            f"{n} ({t.dtype})" for n, t in stored.items() if t.dtype not in EXPONENTS and not spelt.is_buffer(n)
+        ],
+        _NOT_SHARED: [
+            f"{name} differs from {known[of]}"
+            for name, of in spelt.copies(stored, wanted)
+            if of in known and not stored[name].equals(stored[known[of]])
+        ],
+    }
+    return _said(folder, found)
+
+
+def _opened(
+    folder: Path, config: Mapping[str, Any]
+) -> tuple[dict[str, Stored], dict[str, tuple[int, ...]], "Spelling"]:
+    """The tensors of a folder, those that its config describes, and how names are read."""
+    return _tensors(folder), expected(config), Spelling(architecture(config), tied=dims(config).tied)
+
+
+def expected(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every parameter that `config` describes, tied ones once."""
+    table, sizes = architecture(config), dims(config)
+    return {
+        pattern.replace("{i}", str(layer)): tuple(sizes.axis(a) for a in axes)
+        for pattern, axes in table.parameters.items()
+        if not (pattern == table.output and sizes.tied)
+        for layer in (range(sizes.layers) if "{i}" in pattern else (0,))
+    }
+
+
+class Spelling:
+    """The names under which files may hold a parameter: with or without the base model's, or an older one."""
+
+    def __init__(self, table: Architecture, *, tied: bool) -> None:
+        self.table = table
+        self.prefix = base_prefix(table)
+        self.older = {old: new for new, old in table.in_checkpoints.items()}
+        self.repeated = {**table.copies, **({table.output: table.embedding} if tied else {})}
+
+    def __call__(self, name: str, wanted: Mapping[str, Any]) -> str:
+        """The parameter that a file calls `name`."""
+        name = self.older.get(name, name)
+        return self.prefix + name if name not in wanted and self.prefix + name in wanted else name
+
+    def is_buffer(self, name: str) -> bool:
+        """Whether it is something that older releases stored beside the parameters, and nothing reads."""
+        return name.endswith(self.table.leftovers) if self.table.leftovers else False
+
+    def is_known(self, name: str, wanted: Mapping[str, Any]) -> bool:
+        """Whether it is a parameter, repeats one, or is one of those buffers."""
+        return self.is_buffer(name) or self(name, wanted) in {*wanted, *self.repeated}
+
+    def copies(self, stored: Mapping[str, Stored], wanted: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """The names in the files that repeat a parameter, each with it."""
+        for name in stored:
+            if (of := self.repeated.get(self(name, wanted))) is not None:
+                yield name, of
+
+
+def base_prefix(table: Architecture) -> str:
+    """The name of the base model, which some published checkpoints leave out."""
+    return next(n for n in table.parameters if n != table.output).split(".")[0] + "."
+
+
+def _said(folder: Path, found: Mapping[str, list[str]]) -> str | None:
+    parts = [f"{len(n)} tensor{'s' * (len(n) > 1)} {what} ({_few(n)})" for what, n in found.items() if n]
+    advice = next((_ADVICE.get(what, _SAVE) for what, names in found.items() if names), _SAVE)
+    return f"{folder}: {'; '.join(parts)}. {advice}" if parts else None
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

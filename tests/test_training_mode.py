@@ -1,0 +1,139 @@
+"""Nothing acts in training mode only, whatever a config says; what once did is named in identities."""
+
+import json
+
+import pytest
+import torch
+
+from capacity_gap import cli, pipeline, records
+from capacity_gap.models import loading
+from capacity_gap.models.axes import architecture
+from capacity_gap.models.defaults import ASSUMED, PADDED, training_only
+from capacity_gap.models.quiet import quiet
+from capacity_gap.outdated import CHECKED
+from capacity_gap.stage import Store
+from tests.conftest import compose
+from tests.small_models import SMALL, TOKENS, logits_of, small_model
+
+RATES = {kind: [k for k in keys if "drop" in k] for kind, keys in ASSUMED.items()}
+
+
+def noisy(name):
+    """A small model of one kind with every rate of its config at one half, and token 0 for padding."""
+    kind = SMALL[name][0]
+    return small_model(name, pad_token_id=0, **dict.fromkeys(RATES[kind], 0.5))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_training_computes_what_evaluation_does(name):
+    model = noisy(name)
+    assert RATES[model.config.model_type], "each of these architectures has some dropout"
+    with torch.no_grad():
+        expected = logits_of(model.eval(), TOKENS[0])
+        assert not torch.equal(logits_of(model.train(), TOKENS[0]), expected), "the config alone would act"
+        assert torch.equal(logits_of(quiet(model).train(), TOKENS[0]), expected)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_padding_tokens_embedding_learns(name):
+    model = quiet(noisy(name)).train()
+    tokens = torch.zeros_like(TOKENS[0])
+    logits_of(model, tokens)[..., 1].sum().backward()
+    assert model.get_input_embeddings().weight.grad[0].abs().sum() > 0
+
+
+def test_activation_checkpointing_and_tuning_see_no_noise_either(tmp_path):
+    model = noisy("gpt2").float()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict() | {"resid_pdrop": 0.5}))
+    loaded = loading.load_model(tmp_path)
+    loaded.activation_checkpointing_enable()
+    tokens = TOKENS[0][:, :-1]
+    assert torch.equal(loaded.train()(tokens).logits, loaded.eval()(tokens).logits)
+
+
+@pytest.mark.parametrize("kind", PADDED)
+def test_a_padding_token_starts_as_random_as_the_others(kind):
+    settings = next(s for k, s in SMALL.values() if k == kind)
+    plain, padded = (loading.new_model({"model_type": kind, **settings, "pad_token_id": pad}, 0) for pad in (None, 5))
+    rows = [m.get_input_embeddings().weight for m in (plain, padded)]
+    assert torch.equal(*rows)
+    assert rows[1][5].abs().sum() > 0
+    assert padded.config.pad_token_id == 5
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, text_file):
+    """Model folders that transformers would train with dropout, and with a frozen row; and one without either."""
+    from capacity_gap.data.tokenizer import train_tokenizer
+
+    root = tmp_path_factory.mktemp("noise")
+    shapes = {
+        "drop": {"model_type": "gpt2", "n_embd": 48, "n_inner": 96, "n_layer": 2, "n_head": 4, "n_positions": 64},
+        "pad": {"model_type": "llama", "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2},
+    }
+    shapes["pad"] |= {"num_attention_heads": 4, "head_dim": 12, "tie_word_embeddings": False, "pad_token_id": 0}
+    shapes["clean"] = {**shapes["pad"], "pad_token_id": None}
+    for name, shape in shapes.items():
+        full = {"vocab_size": 512, "bos_token_id": 0, "eos_token_id": 0, **shape}
+        loading.save_model(loading.new_model(full, 1), root / name)
+        config = json.loads((root / name / "config.json").read_text())
+        (root / name / "config.json").write_text(json.dumps(config | dict.fromkeys(RATES[full["model_type"]], 0.1)))
+        if name != "drop":
+            (root / name / "config.json").write_text(json.dumps(config))
+        train_tokenizer([text_file.read_text()], 512, root / name)
+    return root
+
+
+def cell_of(folder, tiny, store, *more):
+    given = [g for g in tiny if not g.startswith("family.")]
+    local = ["family=folders", f"family.folders=[{folder}]", f"teacher={folder.name}", "student=50k"]
+    return compose([*given, *local, f"store={store}", *more])
+
+
+@pytest.mark.parametrize("name", ["drop", "pad"])
+def test_a_cell_repeats_and_its_wrong_predecessor_is_not_reused(folders, tiny, tmp_path, monkeypatch, capsys, name):
+    first, again, old = (tmp_path / n for n in ("first", "again", "old"))
+    for store in (first, again):
+        pipeline.run(cell_of(folders / name, tiny, store))
+    rows = [records.read(store)[0] for store in (first, again)]
+    assert rows[0]["student_loss"] == rows[1]["student_loss"]
+    with monkeypatch.context() as before:
+        before.setattr(pipeline, "_ignored", lambda keys: {})
+        pipeline.run(cell_of(folders / name, tiny, old))
+    now = pipeline.resolve(cell_of(folders / name, tiny, old))
+    assert not Store(old).has(now.record)
+    assert now.record.digest == rows[0]["cell"]
+    assert cli.main(["status", str(old)]) == 0
+    assert "stale: 1 recorded cells" in (said := capsys.readouterr().out)
+    assert ", ".join(training_only(now.teacher_shape)) in said
+    for _ in range(2):  # looked at, and then known to be right
+        assert cli.main(["status", str(first)]) == 0
+        assert "stale" not in capsys.readouterr().out
+    assert json.loads((first / CHECKED).read_text())["right"] == [now.record.key]
+    assert cli.main(["status", str(old)]) == 0
+    assert "stale: 1 recorded cells" in capsys.readouterr().out, "what is wrong is named each time"
+
+
+def test_a_config_in_which_nothing_acts_keeps_its_identity(folders, tiny, tmp_path):
+    cell = pipeline.resolve(cell_of(folders / "clean", tiny, tmp_path))
+    assert "ignored" not in cell.distilled.config
+    assert "ignored" in pipeline.resolve(cell_of(folders / "pad", tiny, tmp_path)).distilled.config
+    random = cell_of(folders / "pad", tiny, tmp_path, "prune.init=random")
+    assert pipeline.resolve(random).student.config["ignored"] == ["pad_token_id"]
+
+
+def test_scores_that_read_the_embedding_name_its_frozen_row(folders, tiny, tmp_path):
+    cells = {
+        method: pipeline.resolve(cell_of(folders / "pad", tiny, tmp_path, f"prune.method={method}"))
+        for method in ("expressive", "magnitude", "taylor", "movement")
+    }
+    assert {m for m, c in cells.items() if "ignored" in c.scores.config} == {"taylor", "movement"}
+
+
+def test_every_architecture_says_what_would_act():
+    for name in SMALL:
+        config = noisy(name).config.to_dict()
+        frozen = ["pad_token_id"] if config["model_type"] in PADDED else []
+        assert training_only(config) == sorted([*RATES[config["model_type"]], *frozen])
+        assert architecture(config).embedding
