@@ -46,6 +46,7 @@ class Asked:
         """A launcher of a pool in this machine: its workers are told, and it is waited for."""
 
         def launch_all(jobs: Sequence[Any], initial_job_idx: int) -> Sequence[Any]:
+            os.environ[STOP_FILE] = str(self.stop_file)  # only workers of a pool may pass signals over
             self.in_pool = True
             self.pools += 1
             try:
@@ -77,7 +78,7 @@ def ending_workers() -> Iterator[Asked]:
     """A grid that is asked to end takes its workers along: they write checkpoints first."""
     with tempfile.TemporaryDirectory(prefix="capacity_gap-") as folder:
         asked = Asked(Path(folder) / "stop")
-        os.environ |= {PARENT: str(os.getpid()), STOP_FILE: str(asked.stop_file)}
+        os.environ[PARENT] = str(os.getpid())
         before = {n: signal.signal(n, asked) for n in ENDING if not ignores(n)}
         try:
             yield asked
@@ -90,7 +91,7 @@ def ending_workers() -> Iterator[Asked]:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            os.environ.pop(STOP_FILE)
+            os.environ.pop(STOP_FILE, None)
 
 
 @contextlib.contextmanager

@@ -225,3 +225,20 @@ def test_forgetting_takes_what_failed_and_nothing_else(store, capsys):
     assert not failed.exists()
     with pytest.raises(SystemExit):
         cli.main(["store", "forget", str(store.root)])
+
+
+@pytest.mark.slow
+def test_a_grid_with_cached_signals_ends_well_beside_collecting_again_and_again(tiny, tmp_path):
+    from tests.conftest import ROOT
+
+    given = ["student=40k,45k", "teacher=55k", "data=30k", "distill.signal=topk", "distill.signal_size=32"]
+    command = [sys.executable, str(ROOT / "run.py"), "-m", *tiny, *given, f"store={tmp_path}"]
+    rounds = 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as grid:
+        while grid.poll() is None:
+            if (tmp_path / "store.json").exists():
+                assert cli.main(["store", "gc", str(tmp_path), "--yes"]) == 0
+                rounds += 1
+        assert grid.returncode == 0, grid.stdout.read()
+    assert rounds > 20
+    assert len(list(tmp_path.glob("record/*/record.json"))) == 2
