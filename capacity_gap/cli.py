@@ -228,7 +228,7 @@ def _autopsy(store, key: str, cell) -> str:  # type: ignore[no-untyped-def]
     try:
         cause = read_json(failure_file(store, key), ["error"])["error"]
     except Damaged as error:
-        cause = f"not known: its failed record {error.why}"
+        cause = f"not known, {error.file.relative_to(store.root)} {error.why}"
     lines = [f"\nfailed: {cell['name']}", f"  cause: {cause}"]
     if found := tail(store, list(cell["stages"])):
         lines += [f"  log:   {found[0]}", *(f"    | {line}" for line in found[1])]
