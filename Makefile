@@ -45,6 +45,7 @@ bench: $(VENV)/.installed  ## every claim of speed, one script each
 
 evidence: $(VENV)/.installed  ## the long runs whose tables are in results/
 	$(BIN)/python -m benchmarks.chaos --out results/chaos.csv
+	$(BIN)/python -m benchmarks.damage --out results/damage.csv
 	$(BIN)/python -m benchmarks.fit_coverage --out results/fit_coverage.csv
 	$(BIN)/python run.py -m +sweeps=signals
 	$(BIN)/python run.py -m +sweeps=signals distill.signal=sampled distill.signal_size=32

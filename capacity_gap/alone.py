@@ -1,18 +1,19 @@
 """One cell at a terminal: how far it is, then what came out. A grid has its own table (`grid.py`)."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from capacity_gap import running
 from capacity_gap.config import RunConfig
+from capacity_gap.errors import choose
+from capacity_gap.files import explaining_full_disk, read_json
 from capacity_gap.pipeline import resolve
 from capacity_gap.plan import check_budget, make_plan, noted_cell
 from capacity_gap.ranks import Ranks
 from capacity_gap.records import RECORD
 from capacity_gap.runtime import resolve_device
 from capacity_gap.stage import Store
-from capacity_gap.store_tools import note_sweep
+from capacity_gap.store_tools import note_sweep, sweeps
 from capacity_gap.watch import View, Watch
 
 SINGLE = "single"  # what the cells that were run one by one are called in the store, beside the grids
@@ -27,21 +28,25 @@ def run_alone(config: RunConfig, overrides: Sequence[str]) -> str:
     """
     cell = resolve(config)
     store = Store(config.store_path)
+    store.check_schema()
     plan = make_plan([cell], store)
     if config.plan:
         print("\n".join(plan.lines))
     check_budget(plan, config.budget_hours)
     if config.plan or config.only or not Ranks().leads:
         return cell.record.key if config.plan else running.run(cell)
+    if config.sweep:
+        choose("sweep", config.sweep, sweeps(store))
     resolve_device(config.train.device)  # one that is not here is refused before anything is written
-    store.create()
-    reused = store.has(cell.record)
-    noted = {cell.record.key: noted_cell(cell, overrides, plan.speed)}
-    note_sweep(store, SINGLE, noted)
+    with explaining_full_disk(store.root, "the note of what is to run"):
+        store.create()
+        noted = {cell.record.key: noted_cell(cell, overrides, plan.speed)}
+        note_sweep(store, config.sweep or SINGLE, noted)
+    reused = store.is_sound(cell.record)
     with Watch(View(store, noted), label=cell.name):
         running.run(cell)
     folder = store.path(cell.record)
-    print(f"{'reused' if reused else 'done'}: {told(cell.name, json.loads((folder / RECORD).read_text()))}")
+    print(f"{'reused' if reused else 'done'}: {told(cell.name, read_json(folder / RECORD))}")
     print(f"record: {folder / RECORD}")
     return cell.record.key
 

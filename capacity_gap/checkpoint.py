@@ -1,17 +1,21 @@
 """Training checkpoints: parameters and optimiser state as safetensors, the rest as JSON; whole or absent, no pickle."""
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from capacity_gap.stage import let_others_read
+from capacity_gap.errors import Damaged
+from capacity_gap.files import let_others_read, read_json, sync, sync_all
 
+log = logging.getLogger(__name__)
 STATE = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -29,7 +33,9 @@ def save(
     save_file(tensors, beside / "state.safetensors")
     (beside / "state.json").write_text(json.dumps({"step": step, "history": history}))
     let_others_read(beside)
+    sync_all(beside)  # else a crash of the machine could leave the name without the content
     os.rename(beside, final)
+    sync(folder)
     for old in folder.glob("step-*"):
         if old != final:
             shutil.rmtree(old, ignore_errors=True)
@@ -37,10 +43,27 @@ def save(
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict]]:
     """Restores the furthest checkpoint below `folder`; returns the next step and the history, (0, []) without one."""
-    found = sorted(folder.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
-    if not found:
-        return 0, []
-    tensors = load_file(found[-1] / "state.safetensors")
+    for found in sorted(folder.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")), reverse=True):
+        try:
+            tensors, state = _read(found, model)
+        except (Damaged, SafetensorError, OSError) as error:
+            log.warning("%s is passed over: %s", found, error)
+            continue
+        _restore(tensors, model, optimizer)
+        return state["step"], state["history"]
+    return 0, []
+
+
+def _read(folder: Path, model: nn.Module) -> tuple[dict[str, Tensor], dict]:
+    """The whole content of a checkpoint; raises before anything of `model` is changed."""
+    state = read_json(folder / "state.json", ["step", "history"])
+    tensors = load_file(folder / "state.safetensors")
+    if lacking := [n for n, _ in _named(model) for kind in ("param", *STATE) if f"{kind}/{n}" not in tensors]:
+        raise Damaged(folder / "state.safetensors", f"lacks {len(lacking)} tensors, such as those of {lacking[0]}")
+    return tensors, state
+
+
+def _restore(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     with torch.no_grad():
         for name, parameter in _named(model):
             parameter.copy_(_like(tensors[f"param/{name}"], parameter))
@@ -50,8 +73,6 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tu
                 key: value.to(parameter.device) if key == "step" else _like(value, parameter).clone()
                 for key, value in state.items()
             }
-    state = json.loads((found[-1] / "state.json").read_text())
-    return state["step"], state["history"]
 
 
 def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from capacity_gap import __version__
+from capacity_gap import __version__, store_commands
 from capacity_gap.config import default_store
 from capacity_gap.errors import ConfigError, UserError
 from capacity_gap.report import commands as report_commands
@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--store", default=default_store(), help="default: %(default)s")
     export.add_argument("--shard", default="2GB", help="largest size of one file (default: %(default)s)")
     export.set_defaults(run=run_export)
-    _add_store(commands)
+    store_commands.add(commands)
     return root
 
 
@@ -170,49 +170,6 @@ def run_frontier(given: argparse.Namespace) -> int:
     return 0
 
 
-def _add_store(commands) -> None:  # type: ignore[no-untyped-def]
-    store = commands.add_parser("store", help="what is in a store, what it is for, and what can go")
-    actions = store.add_subparsers(dest="action", required=True, metavar="ACTION")
-    for name, does in (
-        ("ls", "cells and size of each sweep"),
-        ("du", "size by kind of stage"),
-        ("gc", "delete dead work, cached signals and what no record needs; says what, and asks for --yes"),
-    ):
-        action = actions.add_parser(name, help=does)
-        action.add_argument("store", nargs="?", default=default_store(), help="default: %(default)s")
-        if name == "gc":
-            action.add_argument("--yes", action="store_true", help="really delete")
-        action.set_defaults(run=run_store)
-
-
-def run_store(given: argparse.Namespace) -> int:
-    """Prints what was asked about a store."""
-    from capacity_gap import store_tools
-
-    store = store_tools.open_store(given.store)
-    if given.action == "ls":
-        for name, done, cells, size in store_tools.list_sweeps(store):
-            print(f"{name:<24} {done:>5} of {cells:>5} cells {size / 1e6:>10.1f} MB")
-    elif given.action == "du":
-        for kind, count, size in store_tools.disk_use(store):
-            print(f"{kind:<12} {count:>6} {size / 1e6:>10.1f} MB")
-    else:
-        _collect(list(store_tools.waste(store)), really=given.yes)
-    return 0
-
-
-def _collect(found, *, really: bool) -> None:  # type: ignore[no-untyped-def]
-    from capacity_gap import store_tools
-
-    for item in found:
-        print(f"{item.bytes / 1e6:>9.1f} MB  {item.path}  ({item.reason})")
-        if really:
-            store_tools.delete(item)
-    total = sum(item.bytes for item in found) / 1e6
-    ending = "deleted" if really else "could go; `--yes` deletes it. Nothing was changed"
-    print(f"{len(found)} items, {total:.1f} MB {ending}.")
-
-
 def run_plan(given: argparse.Namespace) -> int:
     """Composes the grid and says what it would take."""
     import runpy
@@ -250,6 +207,11 @@ def run_status(given: argparse.Namespace) -> int:
             for key, state in now.cells.items():
                 if state == "failed":
                     print(_autopsy(store, key, cells[key]))
+    if failed and given.failed:
+        print(
+            "\nWith other settings a rerun is another cell: `sweep=NAME` adds it to a sweep, and `python -m "
+            f"capacity_gap store forget {store.root} --failed NAME` forgets those of the sweep that failed."
+        )
     made = known[given.sweep] if given.sweep else store_tools.recorded(store)
     print("".join(f"{line}\n" for line in said(outdated(store, made))), end="")
     return 1 if failed else 0
@@ -257,19 +219,20 @@ def run_status(given: argparse.Namespace) -> int:
 
 def _autopsy(store, key: str, cell) -> str:  # type: ignore[no-untyped-def]
     """Why one cell failed, what its log ends with, and the command that runs just this cell."""
-    import json
-    import shlex
-
+    from capacity_gap import rerun
+    from capacity_gap.errors import Damaged
+    from capacity_gap.files import read_json
     from capacity_gap.logs import tail
     from capacity_gap.watch import failure_file
 
-    row = json.loads(failure_file(store, key).read_text())
-    lines = [f"\nfailed: {cell['name']}", f"  cause: {row['error']}"]
+    try:
+        cause = read_json(failure_file(store, key), ["error"])["error"]
+    except Damaged as error:
+        cause = f"not known, {error.file.relative_to(store.root)} {error.why}"
+    lines = [f"\nfailed: {cell['name']}", f"  cause: {cause}"]
     if found := tail(store, list(cell["stages"])):
         lines += [f"  log:   {found[0]}", *(f"    | {line}" for line in found[1])]
-    kept = [o for o in cell["overrides"] if not o.startswith(("hydra", "store="))]
-    command = shlex.join(["python", "run.py", *kept, f"store={store.root}"])
-    return "\n".join([*lines, f"  rerun: {command}"])
+    return "\n".join([*lines, f"  rerun: {rerun.command(cell['overrides'], store.root)}"])
 
 
 def run_fetch(given: argparse.Namespace) -> int:

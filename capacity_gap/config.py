@@ -279,6 +279,7 @@ class RunConfig:
     budget_hours: float | None = None  # of a grid: refuse it if it costs more hours of one worker than this
     throughput: float | None = None  # FLOP/s of one worker, for plans; null: as measured in this store
     devices: int = 1  # of one worker, for plans: memory of each, device-hours
+    sweep: str | None = None  # of one cell: the sweep of this store that it joins; of a grid: what it is called there
     only: str = ""  # compute one stage of the chain (`name/digest`), not the cell: set by the grid sweeper
     family: FamilyConfig = field(default_factory=FamilyConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -14,6 +15,20 @@ class ConfigError(UserError, ValueError):
 
 class StoreError(UserError, OSError):
     """The store cannot be read or written as asked."""
+
+
+class Damaged(StoreError):
+    """A file of a store is not what was written there."""
+
+    def __init__(self, file: Path, why: str) -> None:
+        self.file, self.why = file, why
+        super().__init__(
+            f"{file} is damaged: it {why}. `python -m capacity_gap store verify STORE --repair` sets aside what is "
+            "damaged; the run.py command that made it then makes it again."
+        )
+
+    def __reduce__(self) -> tuple:
+        return Damaged, (self.file, self.why)  # workers send their errors to the grid
 
 
 class StageError(UserError, RuntimeError):
@@ -39,3 +54,11 @@ class ImpossibleCell(ConfigError):
 
 class Busy(Exception):
     """Another process is at work on a stage that this one needs, and this one was told not to wait for it."""
+
+
+class Stopped(Exception):
+    """A worker of a grid was asked to end: it left a checkpoint, and its grid starts nothing more."""
+
+
+class Lost(BaseException):
+    """This process was stopped for so long that another one took over the stage that it was at."""

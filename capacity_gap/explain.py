@@ -9,8 +9,8 @@ from dataclasses import fields, is_dataclass
 from typing import get_type_hints
 
 from capacity_gap.config import RunConfig
-from capacity_gap.errors import UserError, nearest
-from capacity_gap.runtime import Interrupted
+from capacity_gap.errors import Stopped, UserError, nearest
+from capacity_gap.runtime import Interrupted, in_pool
 
 
 @contextlib.contextmanager
@@ -30,6 +30,10 @@ def ends_single_run() -> Iterator[list[str] | None]:
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    except (Interrupted, KeyboardInterrupt) as error:
+        if single or not in_pool():
+            raise
+        raise Stopped("it was asked to stop; a checkpoint was left where the stage keeps one") from error
 
 
 def explained(main: Callable[[], object]) -> int:
@@ -46,11 +50,11 @@ def explained(main: Callable[[], object]) -> int:
     except BrokenPipeError:  # whoever read our output has had enough: `python run.py --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (Interrupted, KeyboardInterrupt):
+    except (Interrupted, KeyboardInterrupt) as error:
         print(
             "interrupted: finished work and checkpoints are kept; the same command goes on from there", file=sys.stderr
         )
-        return 130
+        return error.exit_status if isinstance(error, Interrupted) else 130
     except (HydraException, OmegaConfBaseException) as error:
         print(f"error: {_plain(error)}", file=sys.stderr)
         return 2

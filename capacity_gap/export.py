@@ -1,6 +1,5 @@
 """A cell's model as others use it: sharded safetensors, tokenizer, and a card that says where it comes from."""
 
-import json
 import os
 import re
 import shutil
@@ -11,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from capacity_gap.errors import UserError
+from capacity_gap.files import META, check_sizes, let_others_read, read_json, write_json
 from capacity_gap.records import RECORD
-from capacity_gap.stage import META, Store, let_others_read, write_json
+from capacity_gap.stage import Store
 from capacity_gap.steps import RESULT
 
 SHARD = "2GB"
@@ -79,11 +79,11 @@ class Lineage:
     @cached_property
     def row(self) -> dict[str, Any]:
         """The record."""
-        return json.loads((self.folder / RECORD).read_text())
+        return read_json(self.folder / RECORD)
 
     def stage(self, folder: Path) -> dict[str, Any]:
         """What a stage's folder says of it."""
-        return json.loads((folder / META).read_text())
+        return read_json(folder / META, ["inputs", "config"])
 
     def inputs(self, folder: Path) -> dict[str, Path]:
         """The folders that a stage was made from."""
@@ -103,13 +103,13 @@ class Lineage:
     @property
     def is_encoder_decoder(self) -> bool:
         """Whether the model has two stacks, and so another class of transformers."""
-        return bool(json.loads((self.model / "config.json").read_text()).get("is_encoder_decoder"))
+        return bool(read_json(self.model / "config.json").get("is_encoder_decoder"))
 
     @property
     def held_out(self) -> dict[str, dict[str, Any]]:
         """The held-out losses of the model itself, not of what it was before it was tuned."""
         folder = self.inputs(self.folder)["evaluate_tuned" if self.tuned else "evaluate"]
-        return json.loads((folder / RESULT).read_text())
+        return read_json(folder / RESULT)
 
     @property
     def metrics(self) -> dict[str, dict[str, Any]]:
@@ -157,7 +157,7 @@ class Lineage:
     def _checkpoints(self) -> Iterator[str]:
         for folder in self.ancestors:
             if (folder / POINTER).exists():
-                yield json.loads((folder / POINTER).read_text())["repository"]
+                yield read_json(folder / POINTER)["repository"]
 
     @property
     def parents(self) -> list[tuple[str, str]]:
@@ -196,7 +196,7 @@ def _base_tokenizer(_: Path, config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _second_tokenizer(folder: Path, _: Mapping[str, Any]) -> Iterator[str]:
-    if second := json.loads((folder / RESULT).read_text()).get("second"):
+    if second := read_json(folder / RESULT).get("second"):
         yield public(second, "the user's folder ")
 
 
@@ -222,6 +222,9 @@ def export(store: Store, cell: str, out: Path, *, shard: str = SHARD) -> Path:
         cell: the beginning of its digest.
         out: a folder that is empty or not there yet.
         shard: the largest size of one safetensors file.
+
+    Raises:
+        Damaged: a file that the export reads is not what was written there.
     """
     lineage = Lineage.of(store, cell)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -245,6 +248,8 @@ def _write(lineage: Lineage, out: Path, shard: str) -> None:
     from capacity_gap.data.tokenizer import load_tokenizer
     from capacity_gap.models.loading import load_model
 
+    for folder in {lineage.model, lineage.tokenizer}:
+        check_sizes(folder)
     model = load_model(lineage.model)
     model.config.use_cache = model.generation_config.use_cache = True  # trainers switch it off for themselves
     model.save_pretrained(out, max_shard_size=shard)

@@ -4,26 +4,24 @@ Hydra launchers run a list of jobs and know nothing of stages. So each wave is o
 overrides plus `only=<stage>`, or, in the last wave, the cell itself. Imports no torch.
 """
 
-import contextlib
-import os
-import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from capacity_gap.config import from_hydra
 from capacity_gap.errors import Busy, ConfigError, ImpossibleCell, UserError
+from capacity_gap.files import explaining_full_disk
 from capacity_gap.fingerprint import fingerprint
 from capacity_gap.lease import POLL_S, Pulse
 from capacity_gap.pipeline import Cell, resolve
 from capacity_gap.plan import check_budget, make_plan, noted_cell
 from capacity_gap.report.sweep_run import mirror_sweep
 from capacity_gap.running import fail
-from capacity_gap.runtime import PARENT, Interrupted
 from capacity_gap.stage import Stage, Store, closure
+from capacity_gap.stopping import ending_workers
 from capacity_gap.store_tools import note_sweep
 from capacity_gap.tracking import settled
 from capacity_gap.watch import View, Watch, failure_file
@@ -65,7 +63,9 @@ def check_grid(jobs: Sequence[Job]) -> Store:
     return store
 
 
-def run_grid(jobs: Sequence[Job], launch: Launch, *, workers: int = 1, max_batch_size: int | None = None) -> bool:
+def run_grid(
+    jobs: Sequence[Job], launch: Launch, *, workers: int = 1, max_batch_size: int | None = None, pool: bool = False
+) -> bool:
     """Runs every cell of a grid; returns whether none failed.
 
     Args:
@@ -73,6 +73,7 @@ def run_grid(jobs: Sequence[Job], launch: Launch, *, workers: int = 1, max_batch
         launch: a Hydra launcher's.
         workers: how many jobs the launcher runs at once.
         max_batch_size: how many jobs it is given at once; None: a whole wave.
+        pool: whether the launcher is joblib's, whose workers must not be interrupted from outside.
 
     Raises:
         ConfigError: a setting is wrong, no cell is possible, or all cost too much (raised before anything is run).
@@ -81,23 +82,24 @@ def run_grid(jobs: Sequence[Job], launch: Launch, *, workers: int = 1, max_batch
     cells = _resolve(jobs, outcome)
     first = next(iter(cells.values()))[0].config
     store = Store(first.store_path)
-    store.check()
+    store.check_schema()
     plan = make_plan([c for c, _ in cells.values()], store, workers=workers)
     if first.plan:
         print("\n".join([*plan.lines, *_skipped(outcome)]))
     check_budget(plan, first.budget_hours)
     if first.plan:
         return True
-    store.create()
-    os.environ[PARENT] = str(os.getpid())
     settled(first.tracking)  # says once, for all workers, if W&B cannot be had
+    name = first.sweep or _name(jobs)
     noted = {c.record.key: noted_cell(c, overrides, plan.speed) for c, overrides in cells.values()}
-    note_sweep(store, _name(jobs), noted)
-    todo = {digest: c for digest, c in cells.items() if not store.has(c[0].record)}
+    with explaining_full_disk(store.root, "the note of what is to run"):
+        store.create()
+        note_sweep(store, name, noted)
+    todo = {digest: c for digest, c in cells.items() if not store.is_sound(c[0].record) or store.lost(c[0].record)}
     for cell, _ in todo.values():
         failure_file(store, cell.record.key).unlink(missing_ok=True)
-    launch = _in_batches(launch, max_batch_size)
-    with _ending_workers(), Watch(View(store, noted), reused=len(cells) - len(todo)) as watch:
+    with ending_workers() as asked, Watch(View(store, noted), reused=len(cells) - len(todo)) as watch:
+        launch = _in_batches(asked.telling(launch) if pool else launch, max_batch_size)
         causes = _run_waves(list(todo.values()), store, launch, watch)
     for digest, (cell, _) in cells.items():
         done = store.has(cell.record)
@@ -106,31 +108,8 @@ def run_grid(jobs: Sequence[Job], launch: Launch, *, workers: int = 1, max_batch
         if not done:
             fail(cell, store, causes.get(cell.record.key, DIED))
     _print_outcome(outcome, store)
-    mirror_sweep(store, _name(jobs), first.tracking, changed=bool(todo))
+    mirror_sweep(store, name, first.tracking, changed=bool(todo))
     return not outcome.counts["failed"]
-
-
-@contextlib.contextmanager
-def _ending_workers() -> Iterator[None]:
-    """A grid that is asked to end takes its workers along: they write checkpoints first."""
-
-    def stop(*_: Any) -> None:
-        raise Interrupted
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except (Interrupted, KeyboardInterrupt):
-        import psutil
-
-        children = psutil.Process().children(recursive=True)
-        for child in children:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.terminate()
-        psutil.wait_procs(children, timeout=60)
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _in_batches(launch: Launch, size: int | None) -> Launch:

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -29,12 +29,14 @@ class Lease:
     With `waits=False` a stage that somebody else is at raises `Busy`: a job that holds a GPU must not idle.
     """
 
-    def __init__(self, place: Path, done: Callable[[], bool], *, waits: bool = True) -> None:
+    def __init__(self, place: Path, done: Callable[[], bool], *, waits: bool = True, needs: Sequence[str] = ()) -> None:
         self.file = place / "lease.json"
         self.done = done
         self.waits = waits
-        self.owner = f"{socket.gethostname().split('.')[0]}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.needs = list(needs)  # keys of the stages that the work reads, which nobody may delete meanwhile
+        self.owner = f"{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.owned = False
+        self._lost = False
         self._counter = 0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -54,20 +56,43 @@ class Lease:
         self._stop.set()
         if self._thread:
             self._thread.join()
+        self.give_back()
+
+    def take_if_free(self) -> bool:
+        """Takes the lease without waiting; whether it was free, or its owner known to be dead."""
+        if held_elsewhere(self.file.parent):
+            return False
+        if dead := _read(self.file):
+            self._evict(dead)
+        return self._acquire()
+
+    def give_back(self) -> None:
+        """Frees the lease, and removes its folder if nothing else is in there."""
         if self._holder() == self.owner:
             self.file.unlink(missing_ok=True)
+        if self.owned:
+            with contextlib.suppress(OSError):
+                self.file.parent.rmdir()  # unless somebody's checkpoints are there
+
+    def is_lost(self) -> bool:
+        """Whether another process has taken over: this one was stopped, and its heart did not beat."""
+        return self._lost
 
     def _acquire(self) -> bool:
         """Creates the lease file if there is none: the one step that only one process can win."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        beside = self._write_beside()
-        try:
-            os.link(beside, self.file)  # atomic on local disks and NFS alike, unlike O_EXCL on old NFS
-            return True
-        except FileExistsError:
-            return False
-        finally:
-            beside.unlink(missing_ok=True)
+        beside = self.file.with_name(f".lease-{self.owner}")
+        while True:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._write(beside)
+                os.link(beside, self.file)  # atomic on local disks and NFS alike, unlike O_EXCL on old NFS
+                return True
+            except FileExistsError:
+                return False
+            except FileNotFoundError:
+                continue  # the last owner has just removed the folder
+            finally:
+                beside.unlink(missing_ok=True)
 
     def _wait_for_owner(self) -> None:
         """Returns when the stage is done, the lease is free, or its owner is dead and the lease was removed.
@@ -92,7 +117,7 @@ class Lease:
         aside = self.file.with_name(f".evicted-{self.owner}")
         with contextlib.suppress(FileNotFoundError):
             os.rename(self.file, aside)
-            if json.loads(aside.read_text()).get("owner") != dead.get("owner"):
+            if (_read(aside) or {}).get("owner") != dead.get("owner"):
                 with contextlib.suppress(FileExistsError):
                     os.link(aside, self.file)  # a new owner came in between: give it back
             aside.unlink(missing_ok=True)
@@ -101,14 +126,16 @@ class Lease:
         while not self._stop.wait(BEAT_S):
             self._counter += 1
             with contextlib.suppress(OSError):
-                if self._holder() == self.owner:
-                    os.replace(self._write_beside(), self.file)
+                holder = self._holder()
+                self._lost = holder not in (None, self.owner)
+                if holder == self.owner:
+                    beside = self.file.with_name(f".lease-{self.owner}")
+                    self._write(beside)
+                    os.replace(beside, self.file)
 
-    def _write_beside(self) -> Path:
-        beside = self.file.with_name(f".lease-{self.owner}")
+    def _write(self, file: Path) -> None:
         lease = {"owner": self.owner, "counter": self._counter, "boot": _boot_id(), "pid": os.getpid()}
-        beside.write_text(json.dumps(lease))
-        return beside
+        file.write_text(json.dumps({**lease, "needs": self.needs}))
 
     def _holder(self) -> str | None:
         return (_read(self.file) or {}).get("owner")
@@ -142,11 +169,52 @@ def held_elsewhere(place: Path) -> bool:
     return lease is not None and not _dead_here(lease)
 
 
-def _read(file: Path) -> dict | None:
+def needs_of(place: Path) -> list[str]:
+    """The stages that whoever is at work in `place` reads."""
+    return list((_read(place / "lease.json") or {}).get("needs", ()))
+
+
+@contextlib.contextmanager
+def taking(place: Path) -> Iterator[bool]:
+    """Takes the lease of `place` for a moment, unless a process that may be alive has it; gives whether it was had."""
+    lease = Lease(place, lambda: False)
+    lease.owned = lease.take_if_free()
     try:
-        return json.loads(file.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        yield lease.owned
+    finally:
+        lease.give_back()
+
+
+def lives_here(owner: str) -> bool:
+    """Whether another process, after which an owner is named, runs on this machine or is stopped there."""
+    host, _, rest = owner.rpartition("-")[0].rpartition("-")
+    return host == _host() and rest.isdigit() and int(rest) != os.getpid() and _runs(int(rest))
+
+
+def _read(file: Path) -> dict | None:
+    """A lease: None where there is none, nothing known where a crash of its machine left it torn."""
+    try:
+        found = json.loads(file.read_text())
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _host() -> str:
+    return socket.gethostname().split(".")[0]
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process of this machine exists."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _boot_id() -> str:
@@ -161,10 +229,4 @@ def _dead_here(lease: dict) -> bool:
     """Whether the owner ran on this very machine and is gone, which needs no patience to know."""
     if lease.get("boot") != _boot_id():
         return False
-    try:
-        os.kill(int(lease["pid"]), 0)
-    except ProcessLookupError:
-        return True
-    except (PermissionError, KeyError, ValueError):
-        return False
-    return False
+    return str(lease.get("pid")).isdigit() and not _runs(int(lease["pid"]))

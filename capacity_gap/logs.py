@@ -20,13 +20,20 @@ def log_file(store: Store, key: str) -> Path:
     return store.root / FOLDER / f"{key.replace('/', '-')}.log"
 
 
+class CourteousHandler(logging.StreamHandler):
+    """A log is a courtesy: where it cannot be written, as on a full disk, its lines are lost and the work goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, the name is logging's
+        """Says nothing."""
+
+
 @contextlib.contextmanager
 def logging_to(store: Store, key: str) -> Iterator[None]:
     """Sends log lines, warnings, a traceback and even a crash of the interpreter to the log of this job."""
     file = log_file(store, key)
     file.parent.mkdir(parents=True, exist_ok=True)
     stream = file.open("a", encoding="utf-8")
-    handler = logging.StreamHandler(stream)
+    handler = CourteousHandler(stream)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root, ours = logging.getLogger(), logging.getLogger("capacity_gap")
     before = ours.level
@@ -40,12 +47,15 @@ def logging_to(store: Store, key: str) -> Iterator[None]:
         ours.error("%s", error)
         raise
     except BaseException:
-        stream.write(traceback.format_exc())
+        with contextlib.suppress(OSError):
+            stream.write(traceback.format_exc())
+            stream.flush()
         raise
     finally:
         faulthandler.disable()
         root.removeHandler(handler)
-        stream.close()
+        with contextlib.suppress(OSError):
+            stream.close()
         ours.setLevel(before)
 
 

@@ -5,17 +5,17 @@ however small the model. Both are fitted to what finished stages of this store t
 """
 
 import heapq
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from capacity_gap.accounting import peak_memory, signal_bytes_per_token, stored_bytes
-from capacity_gap.errors import ConfigError
+from capacity_gap.errors import ConfigError, Damaged
+from capacity_gap.files import read_all, read_json, stage_files
 from capacity_gap.models.axes import count_params, dims
 from capacity_gap.runtime import gpus
 from capacity_gap.scales import format_scale
-from capacity_gap.stage import META, Stage, Store, closure
+from capacity_gap.stage import Stage, Store, closure
 
 if TYPE_CHECKING:
     from capacity_gap.pipeline import Cell
@@ -60,8 +60,7 @@ def speed(store: Store, *, throughput: float | None, on_gpu: bool, devices: int 
 
 
 def _finished(store: Store) -> Iterable[dict[str, Any]]:
-    for file in store.root.glob(f"*/*/{META}"):
-        meta = json.loads(file.read_text())
+    for _, meta in read_all(store.root, stage_files(store.root)):
         if "wall_s" in meta:
             yield meta
 
@@ -214,7 +213,11 @@ def _texts(cells: Sequence["Cell"], store: Store) -> list[str]:
         if not store.has(stage):
             found.append(f"{said}; what the corpus holds is known once it is packed, before any model is trained")
             continue
-        packed = json.loads((store.path(stage) / "train.json").read_text())["tokens"]
+        try:
+            packed = read_json(store.path(stage) / "train.json", ["tokens"])["tokens"]
+        except Damaged as error:
+            found.append(f"{said}; {error.file} {error.why}, so the corpus will be packed again")
+            continue
         held = (packed - 1) // length * length
         found.append(f"{said}, the corpus holds {held:,}" + (": TOO FEW, those cells will fail" * (tokens > held)))
     return found

@@ -1,7 +1,6 @@
 """One row per cell: the schema, read, write, to DataFrame. Records are the truth; W&B is a mirror of them."""
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from capacity_gap.errors import UserError
+from capacity_gap.files import CHECKSUM, is_store, read_all
 from capacity_gap.tables import read_csv, read_parquet
 
 if TYPE_CHECKING:
@@ -161,10 +161,12 @@ def scores_of(frame: "pd.DataFrame") -> list[str]:
 
 
 def read(folder: str | Path) -> list[dict[str, Any]]:
-    """Every record of a store, finished cells and failed ones, ordered by cell."""
+    """Every record of a store, finished cells and failed ones, ordered by cell; damaged ones are left out and named."""
     root = Path(folder)
-    files = [*root.glob(f"record/*/{RECORD}"), *root.glob("failed/*.json")]
-    return sorted((json.loads(f.read_text()) for f in files), key=lambda r: (r["cell"], r["status"]))
+    files = [*root.glob(f"record/[!.]*/{RECORD}"), *root.glob("failed/[!.]*.json")]
+    rows = (row for _, row in read_all(root, files, ["cell", "status"]))
+    kept = ({k: v for k, v in row.items() if k != CHECKSUM} for row in rows)
+    return sorted(kept, key=lambda r: (r["cell"], r["status"]))
 
 
 def to_frame(records: Iterable[dict[str, Any]]) -> "pd.DataFrame":
@@ -221,7 +223,7 @@ def load(source: str | Path) -> "pd.DataFrame":
     path = Path(source).expanduser()
     if path.is_file():
         return read_parquet(path, **COLUMNS) if path.suffix == ".parquet" else read_csv(path, **COLUMNS)
-    if (path / "store.json").exists():
+    if is_store(path):
         return to_frame(read(path))
     tables = sorted(path.glob("*.csv")) if path.is_dir() else []
     if not tables:

@@ -1,16 +1,17 @@
 """Running a cell: its record if it is there, else whatever of its chain is missing, tracked, and a note if it fails."""
 
-import json
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capacity_gap import steps, tracking
 from capacity_gap.errors import Busy
+from capacity_gap.files import explaining_full_disk, read_json, write_checked
 from capacity_gap.logs import logging_to
 from capacity_gap.plan import make_plan
 from capacity_gap.records import RECORD, SCHEMA_VERSION, Record
 from capacity_gap.runtime import Runtime, resolve_device, take
-from capacity_gap.stage import Store, closure, write_json
+from capacity_gap.stage import Store, closure
 from capacity_gap.store_tools import sweeps_of
 from capacity_gap.watch import failure_file
 
@@ -44,7 +45,11 @@ def run(cell: "Cell", *, waits: bool = True) -> str:
             store.follow(closure(cell.record), runtime)
         return cell.record.key
     store.create()
-    with logging_to(store, config.only or cell.record.key), runtime.catching_signals():
+    with (
+        explaining_full_disk(store.root, "a file of the store"),
+        logging_to(store, config.only or cell.record.key),
+        runtime.catching_signals(),
+    ):
         try:
             return _lead(cell, store, runtime)
         finally:
@@ -53,6 +58,7 @@ def run(cell: "Cell", *, waits: bool = True) -> str:
 
 
 def _lead(cell: "Cell", store: Store, runtime: Runtime) -> str:
+    runtime.check()
     cell.check_budgets(store, runtime)
     if only := cell.config.only:
         store.compute(closure(cell.record)[only], runtime)
@@ -62,7 +68,9 @@ def _lead(cell: "Cell", store: Store, runtime: Runtime) -> str:
 
 def _run_cell(cell: "Cell", store: Store, runtime: Runtime) -> str:
     record = cell.record
-    if store.has(record):
+    if store.is_sound(record):
+        for stage in store.lost(record):  # set aside as damaged; the record itself stays as it is
+            store.compute(stage, runtime)
         return record.key
     tracker = _tracker(cell, store)
     try:
@@ -70,7 +78,7 @@ def _run_cell(cell: "Cell", store: Store, runtime: Runtime) -> str:
             store.compute(parent, runtime)
         runtime.on_log = tracker.log  # from here on only the cell's own points, not its teacher's
         store.compute(cell.distilled, runtime)
-        row = json.loads((store.compute(record, runtime) / RECORD).read_text())
+        row = read_json(store.compute(record, runtime) / RECORD)
     except BaseException as error:
         if isinstance(error, Exception) and not isinstance(error, Busy):
             tracker.finish(fail(cell, store, str(error) or type(error).__name__))
@@ -78,9 +86,15 @@ def _run_cell(cell: "Cell", store: Store, runtime: Runtime) -> str:
             tracker.leave()
         raise
     failure_file(store, record.key).unlink(missing_ok=True)
-    history = steps.read_history(store.path(cell.distilled)) if cell.data_tokens else []
-    tracker.finish(row, history, _keepsakes(cell, store))
+    tracker.finish(row, _history(cell, store), _keepsakes(cell, store))
     return record.key
+
+
+def _history(cell: "Cell", store: Store) -> list[dict[str, Any]]:
+    """The logged points of a finished cell, if its trained student is still there."""
+    with contextlib.suppress(FileNotFoundError):
+        return steps.read_history(store.path(cell.distilled)) if cell.data_tokens else []
+    return []
 
 
 def _tracker(cell: "Cell", store: Store) -> tracking.Tracker:
@@ -107,7 +121,8 @@ def _keepsakes(cell: "Cell", store: Store) -> list[Path]:
 def fail(cell: "Cell", store: Store, cause: str) -> dict[str, Any]:
     """Leaves a failed record with its cause, and returns it; it stays until the cell is done."""
     file = failure_file(store, cell.record.key)
-    file.parent.mkdir(parents=True, exist_ok=True)
     row = Record(SCHEMA_VERSION, cell.record.digest, "failed", cause, **cell.description).to_dict()
-    write_json(file, row)
+    with contextlib.suppress(OSError):  # on a full disk the cause that is shown matters more
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_checked(file, row)
     return row

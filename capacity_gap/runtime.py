@@ -17,18 +17,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.errors import ConfigError
+from capacity_gap.errors import ConfigError, Lost
 from capacity_gap.ranks import Ranks
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOPPING = (*ENDING, signal.SIGUSR2)
+MIND_S = 0.5  # how often a worker looks whether its grid is still there
 ECHO_S = 10.0  # one request to stop reaches a rank several times: from Slurm, from submitit, from torchrun
+STEPS = "steps"  # the unit of stages that leave checkpoints of their own
 PARENT = "CAPACITY_GAP_PARENT"  # process id of the grid that started this worker
+STOP_FILE = "CAPACITY_GAP_STOP"  # a file that a grid makes when it was asked to end (`stopping.py`)
 TRAINERS = ("accelerate", "liger_kernel", "trl", "peft")
 VERSIONED = ("capacity_gap", "torch", "transformers", "tokenizers", "numpy", *TRAINERS)
 
 
 class Interrupted(BaseException):
-    """The process was asked to end (SIGTERM, or Slurm's early warning): a checkpoint is written, then it goes."""
+    """The process was asked to end (by a signal, or Slurm's early warning): a checkpoint is written, then it goes."""
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__(number)
+        self.number = number
+
+    @property
+    def exit_status(self) -> int:
+        """What shells expect of a process that a signal ended; Slurm's warning counts as SIGTERM."""
+        return 128 + (self.number if self.number in ENDING else signal.SIGTERM)
 
 
 class Stop:
@@ -38,15 +51,15 @@ class Stop:
     would wait for it for ever.
     """
 
-    asked = False
+    number = 0  # of the signal
 
-    def set(self) -> None:
+    def set(self, number: int = signal.SIGTERM) -> None:
         """Asks."""
-        self.asked = True
+        self.number = number
 
     def is_set(self) -> bool:
         """Whether somebody did."""
-        return self.asked
+        return self.number > 0
 
 
 @dataclass
@@ -86,22 +99,23 @@ class Runtime:
     ranks: Ranks = field(default_factory=Ranks)
     stop: Stop = field(default_factory=Stop)
     progress: Progress | None = None
+    is_lost: Callable[[], bool] = lambda: False  # whether another process took over the running stage
 
     @contextlib.contextmanager
-    def following(self, stage: str, path: Path, cost: float) -> Iterator[None]:
+    def following(self, stage: str, path: Path, cost: float, is_lost: Callable[[], bool]) -> Iterator[None]:
         """Sets the process up for one stage and points `report` at its progress file."""
         import torch
 
         torch.set_num_threads(self.threads)
-        self.progress = Progress(stage, path, cost)
+        self.progress, self.is_lost = Progress(stage, path, cost), is_lost
         try:
             yield
         finally:
-            self.progress = None
+            self.progress, self.is_lost = None, lambda: False
 
     @contextlib.contextmanager
     def catching_signals(self) -> Iterator[None]:
-        """Turns the first SIGTERM, SIGINT or USR2 (Slurm's early warning) into a checkpoint; a second one kills.
+        """Turns the first SIGTERM, SIGINT, SIGHUP or USR2 (Slurm's warning) into a checkpoint; a second one kills.
 
         Several ranks are stopped by programs, not by people: there a second one within `ECHO_S` is the first again.
         """
@@ -114,7 +128,7 @@ class Runtime:
         def stop(number: int, _frame: Any) -> None:
             now = time.monotonic()
             if number not in asked:
-                self.stop.set()
+                self.stop.set(number)
                 asked[number] = now
                 if self.ranks.size == 1:
                     signal.signal(number, before[signal.Signals(number)])
@@ -122,33 +136,58 @@ class Runtime:
                 signal.signal(number, before[signal.Signals(number)])
                 signal.raise_signal(number)
 
-        before = {number: signal.signal(number, stop) for number in STOPPING}
+        before = {number: signal.signal(number, stop) for number in STOPPING if not ignores(number)}
         ended = threading.Event()
         if os.environ.get(PARENT) == str(os.getppid()):
-            threading.Thread(target=self._mind_parent, args=(os.getppid(), ended), daemon=True).start()
+            self._mind_grid(os.getppid())
+            threading.Thread(target=self._mind_grid_until, args=(os.getppid(), ended), daemon=True).start()
         try:
             yield
+        except Interrupted as error:
+            raise Interrupted(self.stop.number or error.number) from error
         finally:
             ended.set()
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, pass_over if in_pool() else handler)
 
-    def _mind_parent(self, parent: int, ended: threading.Event) -> None:
-        """A worker whose grid was killed stops as if it had been asked to: nobody waits for it any more."""
-        while not ended.wait(1.0):
-            if os.getppid() != parent:
-                self.stop.set()
-                return
+    def _mind_grid_until(self, parent: int, ended: threading.Event) -> None:
+        while not self.stop.is_set() and not ended.wait(MIND_S):
+            self._mind_grid(parent)
+
+    def _mind_grid(self, parent: int) -> None:
+        """A worker whose grid was killed or asked to end stops as if it had been asked itself."""
+        if os.getppid() != parent or os.path.exists(os.environ.get(STOP_FILE, "")):
+            self.stop.set()
 
     def check(self) -> None:
         """Raises `Interrupted` if the process was asked to stop."""
         if self.stop.is_set():
-            raise Interrupted
+            raise Interrupted(self.stop.number)
 
     def report(self, done: float, total: float, unit: str = "tokens", **extra: Any) -> None:
         """Says how far the running stage is."""
         if self.progress:
             self.progress.update(done, total, unit, **extra)
+        if unit != STEPS:
+            self.check()  # a training loop writes a checkpoint before it ends
+        if self.ranks.size == 1 and self.is_lost():
+            raise Lost
+
+
+def ignores(number: int) -> bool:
+    """Whether a hang-up is not to end this process: it was started with `nohup`."""
+    return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
+
+
+def in_pool() -> bool:
+    """Whether this process is a worker of a grid's own pool, which breaks when one of them ends."""
+    return STOP_FILE in os.environ and os.environ.get(PARENT) == str(os.getppid())
+
+
+def pass_over(number: int, _frame: Any) -> None:
+    """What a worker of a pool does with a signal between two jobs: its grid has been sent it too, and decides."""
+    if not in_pool():
+        raise SystemExit(128 + number)
 
 
 def resolve_device(device: str) -> str:

@@ -1,34 +1,53 @@
 """The content-addressed store: a stage is a function of its settings and of earlier stages that writes one directory.
 
-`<store>/<name>/<digest>/` holds the result of one stage. It is written beside and then renamed, so if it exists it is
-whole. The digest is the hash of the stage's name, version, settings and input digests: the same question is never
-computed twice, whoever asks it. Work in progress lives in `<store>/.work/<name>-<digest>/<owner>/`, where it leaves
-checkpoints that the next owner takes over. Two processes may compute one stage at once (the lease makes that rare);
-the first rename wins and both results are equal.
+`<store>/<name>/<digest>/` holds the result of one stage. It is written beside and then renamed, so if it exists it was
+whole; `stage.json` lists its files, and whoever reads the stage compares their sizes. What is damaged moves to
+`<store>/.damaged/` and is made again. The digest is the hash of the stage's name, version, settings and input digests:
+the same question is never computed twice, whoever asks it. Work in progress lives in
+`<store>/.work/<name>-<digest>/<owner>/`, where it leaves checkpoints that the next owner takes over. Two processes may
+compute one stage at once (the lease makes that rare); the first rename wins and both results are equal. A process
+deletes its own folder and those that lay there before it, never one of a later owner.
 """
 
 import contextlib
 import errno
-import json
 import logging
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.errors import StageError, StoreError
+from capacity_gap.errors import Damaged, Lost, StageError, StoreError
+from capacity_gap.files import (
+    META,
+    check_sizes,
+    disk_full,
+    explaining_full_disk,
+    is_disk_full,
+    is_whole,
+    let_others_read,
+    listed,
+    name_left_out,
+    read_json,
+    sync,
+    sync_all,
+    tell,
+    with_checksum,
+    write_checked,
+    write_json,
+)
 from capacity_gap.fingerprint import canonical, fingerprint
-from capacity_gap.lease import Lease
+from capacity_gap.lease import Lease, lives_here
 from capacity_gap.runtime import Interrupted, Runtime, provenance
 
 log = logging.getLogger(__name__)
 SCHEMA = 1
-META = "stage.json"
 
 
 @dataclass(frozen=True)
@@ -96,29 +115,53 @@ class Store:
     def __init__(self, root: str | os.PathLike) -> None:
         self.root = Path(root).expanduser().absolute()
         self.work = self.root / ".work"
+        self.damaged = self.root / ".damaged"
+        self.marker = self.root / "store.json"
 
-    def check(self) -> None:
-        """Raises `StoreError` if the store cannot be written or is of a newer schema; writes nothing."""
-        existing = next(p for p in (self.root, *self.root.parents) if p.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            raise StoreError(self._unwritable(f"{existing} is not a folder that you may write to"))
-        marker = self.root / "store.json"
-        schema = json.loads(marker.read_text())["schema"] if marker.exists() else SCHEMA
+    def check_schema(self) -> None:
+        """Raises `StoreError` if the store is of a newer schema; needs no write access."""
+        try:
+            schema = self._schema()
+        except Damaged as error:
+            name_left_out(self.root, [error] if self.marker.exists() else [])
+            return
         if schema > SCHEMA:
             raise StoreError(
                 f"store={self.root} was written by a newer capacity_gap (store schema {schema}; this version reads up "
                 f"to {SCHEMA}). Upgrade capacity_gap, or name another store with store=FOLDER."
             )
 
+    def _schema(self) -> int:
+        schema = read_json(self.marker, ["schema"])["schema"]
+        if not isinstance(schema, int):
+            raise Damaged(self.marker, f"names the schema {schema!r}, which is no whole number")
+        return schema
+
+    def check(self) -> None:
+        """Raises `StoreError` if the store cannot be written or is of a newer schema; writes nothing."""
+        existing = next(p for p in (self.root, *self.root.parents) if p.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise StoreError(self._unwritable(f"{existing} is not a folder that you may write to"))
+        self.check_schema()
+
     def create(self) -> None:
         """Makes the folder, with the marker that names its schema."""
         self.check()
         try:
             self.work.mkdir(parents=True, exist_ok=True)
-            if not (self.root / "store.json").exists():
-                write_json(self.root / "store.json", {"schema": SCHEMA})
+            self._mark()
         except OSError as error:
+            if is_disk_full(error):
+                raise disk_full(self.root, "the marker of the store") from error
             raise StoreError(self._unwritable(str(error))) from error
+
+    def _mark(self) -> None:
+        try:
+            self._schema()
+        except Damaged as error:
+            if self.marker.exists():
+                self.set_aside(self.marker, error)
+            write_checked(self.marker, {"schema": SCHEMA})
 
     def _unwritable(self, why: str) -> str:
         return (
@@ -130,13 +173,41 @@ class Store:
         """Where the result of `stage` is, or will be."""
         return self.root / stage.name / stage.digest
 
+    def place(self, key: str) -> Path:
+        """Where the work on a stage lies until it is finished."""
+        return self.work / key.replace("/", "-")
+
     def has(self, stage: Stage) -> bool:
-        """Whether the result is there; if it is, it is whole."""
+        """Whether the result is there, looked up by name alone: what a plan asks of thousands of stages."""
         return (self.path(stage) / META).exists()
+
+    def is_sound(self, stage: Stage) -> bool:
+        """Whether the result is there and every file has its size; hashes are compared by `store verify`."""
+        try:
+            check_sizes(self.path(stage))
+        except Damaged:
+            return False
+        return True
+
+    def set_aside(self, path: Path, why: Damaged) -> Path:
+        """Moves what is damaged to `.damaged/`, says so, and returns where it is now."""
+        self.damaged.mkdir(exist_ok=True)
+        name = path.relative_to(self.root).as_posix().replace("/", "-")
+        aside = self.damaged / f"{name}.{uuid.uuid4().hex[:6]}"
+        os.rename(path, aside)
+        told = f"{why.file.relative_to(self.root)} is damaged: it {why.why}; {path.name} was moved to {aside}"
+        log.warning("%s", told)
+        tell(told)
+        return aside
+
+    def lost(self, stage: Stage) -> list[Stage]:
+        """The stages behind `stage`, itself included, that were set aside as damaged and not made again yet."""
+        aside = {p.name.rpartition(".")[0] for p in self.damaged.iterdir()} if self.damaged.is_dir() else ()
+        return [s for key, s in closure(stage).items() if key.replace("/", "-") in aside and not self.has(s)]
 
     def started(self, stage: Stage) -> bool:
         """Whether work on the stage, or on something that it still needs, was begun and not ended."""
-        return any((self.work / key.replace("/", "-")).exists() for key in self.missing(stage))
+        return any(self.place(key).exists() for key in self.missing(stage))
 
     def missing(self, stage: Stage) -> dict[str, Stage]:
         """The stages that must still run before `stage` is there, itself included, inputs first."""
@@ -149,36 +220,75 @@ class Store:
         return found
 
     def compute(self, stage: Stage, runtime: Runtime) -> Path:
-        """Returns the directory of `stage`, computing whatever of its chain is not there yet."""
+        """Returns the directory of `stage`, computing whatever of its chain is missing or damaged."""
         self.create()
-        for todo in self.missing(stage).values():
-            runtime.check()
-            self._compute_one(todo, runtime)
+        self._need(stage, runtime)
         return self.path(stage)
 
+    def _need(self, stage: Stage, runtime: Runtime) -> None:
+        """Returns once the stage is there; inputs that are deleted in the meantime are made again."""
+        while not self.is_sound(stage):
+            for parent in stage.inputs.values():
+                self._need(parent, runtime)
+            runtime.check()
+            self._compute_one(stage, runtime)
+
     def _compute_one(self, stage: Stage, runtime: Runtime) -> None:
-        place = self.work / stage.key.replace("/", "-")
-        with Lease(place, lambda: self.has(stage), waits=runtime.waits) as lease:
+        place, needs = self.place(stage.key), [s.key for s in stage.inputs.values()]
+        with (
+            explaining_full_disk(self.root, f"stage {stage.key}"),
+            Lease(place, lambda: self.is_sound(stage), waits=runtime.waits, needs=needs) as lease,
+        ):
             if lease.owned:
+                self._clear(stage)
                 self._run(stage, place, lease, runtime)
 
+    def _clear(self, stage: Stage) -> None:
+        """Sets aside what stands in the way of a result: a folder that is not whole."""
+        if self.path(stage).exists():
+            try:
+                check_sizes(self.path(stage))
+            except Damaged as error:
+                self.set_aside(self.path(stage), error)
+
     def _run(self, stage: Stage, place: Path, lease: Lease, runtime: Runtime) -> None:
+        """Computes one stage, unless another owner takes over on the way or what it needs is deleted under it."""
         mine = place / lease.owner
+        before = [p for p in place.iterdir() if p not in (mine, lease.file)]
+        try:
+            with runtime.following(stage.key, mine / "progress.json", stage.cost, lease.is_lost):
+                self._make(stage, place, mine, runtime)
+        except Lost:
+            log.info("%s: another process took over while this one was stopped", stage.key)
+            shutil.rmtree(mine, ignore_errors=True)
+        except Exception as error:
+            if not self._is_overtaken(stage, runtime):
+                raise
+            log.warning("%s: begins again, because what it needs is gone (%s)", stage.key, error)
+        if self.has(stage):
+            shutil.rmtree(mine, ignore_errors=True)
+            _remove_leftovers(before)
+
+    def _is_overtaken(self, stage: Stage, runtime: Runtime) -> bool:
+        """Whether an error came of what other processes did: they finished the stage, or deleted its inputs."""
+        alone = runtime.ranks.size == 1 or not stage.collective  # else ranks would wait for one another for ever
+        return alone and (self.is_sound(stage) or not all(map(self.is_sound, stage.inputs.values())))
+
+    def _make(self, stage: Stage, place: Path, mine: Path, runtime: Runtime) -> None:
         out, checkpoint = mine / "out", mine / "checkpoint"
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         resumed = adopt_checkpoint(place, checkpoint)
         started = time.monotonic()
         log.info("%s: %s", stage.key, "goes on from a checkpoint" if resumed else "starts")
-        with disk_errors(stage, self.root), runtime.following(stage.key, mine / "progress.json", stage.cost):
-            inputs = {k: self.path(s) for k, s in stage.inputs.items()}
-            if stage.collective:
-                runtime.ranks.tell((stage.key, str(checkpoint)))
-            stage.fn(StageRun(stage.digest, stage.config, inputs, out, checkpoint, runtime, stage.options))
-            write_json(out / META, self._meta(stage, runtime, time.monotonic() - started, resumed))
-            publish(out, self.path(stage))
+        inputs = {k: self.path(s) for k, s in stage.inputs.items()}
+        if stage.collective:
+            runtime.ranks.tell((stage.key, str(checkpoint)))
+        stage.fn(StageRun(stage.digest, stage.config, inputs, out, checkpoint, runtime, stage.options))
+        meta = self._meta(stage, runtime, time.monotonic() - started, resumed)
+        write_json(out / META, with_checksum({**meta, "files": listed(out)}))
+        publish(out, self.path(stage))
         log.info("%s: done in %.1f s", stage.key, time.monotonic() - started)
-        shutil.rmtree(place, ignore_errors=True)
 
     def follow(self, stages: Mapping[str, Stage], runtime: Runtime) -> None:
         """What ranks other than the first do: their share of each collective stage, until rank 0 says that it ends."""
@@ -215,71 +325,44 @@ class Store:
 
 
 def adopt_checkpoint(place: Path, checkpoint: Path) -> bool:
-    """Copies the furthest checkpoint that an earlier owner left to this owner's folder; returns whether there is one.
+    """Copies the furthest whole checkpoint that an earlier owner left to this owner's folder; whether there is one.
 
-    Checkpoints are folders `step-<number>`, each written whole (`write_checkpoint` renames them into place).
+    Checkpoints are folders `step-<number>`, each written whole (`checkpoint.save` renames them into place); one that a
+    crash of the machine left empty or torn is passed over.
     """
-    left = sorted(place.glob("*/checkpoint/step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+    left = sorted(place.glob("*/checkpoint/step-*"), key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
     checkpoint.mkdir(parents=True, exist_ok=True)
-    if left and left[-1].parent != checkpoint:
+    furthest = next(filter(is_whole, left), None)
+    if furthest and furthest.parent != checkpoint:
         # Another owner may do the same at this moment: whoever comes second starts from its own, or from nothing.
         with contextlib.suppress(OSError):
-            shutil.copytree(left[-1], checkpoint / f".{left[-1].name}.tmp")
-            os.rename(checkpoint / f".{left[-1].name}.tmp", checkpoint / left[-1].name)
-    return bool(left)
+            shutil.copytree(furthest, checkpoint / f".{furthest.name}.tmp")
+            os.rename(checkpoint / f".{furthest.name}.tmp", checkpoint / furthest.name)
+    return furthest is not None
 
 
 def publish(out: Path, final: Path) -> None:
     """Renames a finished directory into place; if another process was first, its equal result stays."""
     let_others_read(out)
-    for file in sorted(out.rglob("*")):
-        if file.is_file():
-            _sync(file)
+    sync_all(out)
     final.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.rename(out, final)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-    _sync(final.parent)
+        check_sizes(final)
+    sync(final.parent)
 
 
-def let_others_read(folder: Path) -> None:
-    """Who may read the folder may read its files: safetensors are written for their owner alone, stores are shared."""
-    allowed = folder.stat().st_mode & 0o444
-    for file in folder.rglob("*"):
-        if file.is_file():
-            file.chmod(file.stat().st_mode | allowed)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def disk_errors(stage: Stage, root: Path) -> Iterator[None]:
-    """Turns a full disk into an error that names the stage, the place and the room left."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        free = shutil.disk_usage(root).free
-        raise StageError(
-            f"the disk is full: stage {stage.key} could not be written below {root} ({free / 1e6:.1f} MB are free). "
-            "Nothing in the store is damaged. Free some space (`python -m capacity_gap store du` says what takes it) "
-            "and start the same command again: it goes on from its checkpoints."
-        ) from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON whole or not at all (a file beside, renamed); refuses NaN, which JSON cannot carry."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, allow_nan=False, ensure_ascii=False)
-        file.write("\n")
-    os.replace(beside, path)
+def _remove_leftovers(before: Iterable[Path]) -> None:
+    """Removes what earlier owners of a finished stage left, but for those that are stopped here: they clear up
+    themselves when they go on.
+    """
+    for path in before:
+        if lives_here(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,23 +1,24 @@
-"""What is in a store, what it is for, and what can go: `python -m capacity_gap store ls | du | gc`."""
+"""What is in a store, what it is for, and what can go: `python -m capacity_gap store ls | du | gc | forget`."""
 
-import json
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capacity_gap import records
 from capacity_gap.errors import StoreError, choose
+from capacity_gap.files import is_store, read_all, stage_files, tell, write_checked
 from capacity_gap.fingerprint import fingerprint
-from capacity_gap.lease import held_elsewhere
-from capacity_gap.stage import META, Store, write_json
+from capacity_gap.lease import held_elsewhere, needs_of, taking
+from capacity_gap.stage import Store
+from capacity_gap.watch import failure_file
 
 if TYPE_CHECKING:
     import pandas as pd
 
-OUTSIDE = (".work", "sweeps", "failed", "jobs", "logs", "wandb")  # folders of a store that hold no stages
+OUTSIDE = (".work", ".damaged", "sweeps", "failed", "jobs", "logs", "wandb")  # folders of a store that hold no stages
 SIGNAL = "signal"  # cached teacher outputs: large, and made again from the teacher when needed
 
 
@@ -38,33 +39,35 @@ class Waste:
     path: Path
     bytes: int
     reason: str
+    place: Path | None = None  # where the lease lies that must be had before it is deleted
 
 
 def open_store(folder: str) -> Store:
-    """The store at `folder`; raises if there is none."""
+    """The store at `folder`, to be read; raises if there is none."""
     store = Store(folder)
-    if not (store.root / "store.json").exists():
+    if not is_store(store.root):
         raise StoreError(
             f"{folder} is no store: it has no store.json. Name the folder that run.py was given as store=."
         )
-    store.check()
+    if not store.marker.exists():
+        tell(f"{store.marker} is missing; the next run.py with this store writes it again.")
+    store.check_schema()
     return store
 
 
 def entries(store: Store) -> dict[str, Entry]:
     """Every finished stage, by key."""
     found = {}
-    for meta in sorted(store.root.glob(f"*/*/{META}")):
-        key = f"{meta.parent.parent.name}/{meta.parent.name}"
-        inputs = tuple(json.loads(meta.read_text())["inputs"].values())
-        found[key] = Entry(key, meta.parent, size(meta.parent), inputs)
+    for file, meta in read_all(store.root, stage_files(store.root), ["inputs"]):
+        key = f"{file.parent.parent.name}/{file.parent.name}"
+        found[key] = Entry(key, file.parent, size(file.parent), tuple(meta["inputs"].values()))
     return found
 
 
 def size(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder."""
-    if path.is_file():
-        return path.stat().st_size
+    """Bytes of a file or a link, or of all files below a folder."""
+    if path.is_symlink() or not path.is_dir():
+        return path.lstat().st_size if path.is_symlink() or path.exists() else 0
     total = 0
     for file in path.rglob("*"):
         try:
@@ -87,17 +90,54 @@ def needed(keys: Iterable[str], found: dict[str, Entry]) -> set[str]:
 
 
 def note_sweep(store: Store, name: str, cells: dict[str, dict[str, Any]]) -> None:
-    """Writes down which cells a grid is made of: `<store>/sweeps/<name>.json`; a grown grid adds to what is there."""
-    file = store.root / "sweeps" / f"{name}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(file.read_text()) if file.exists() else {"cells": {}}
-    own = known.get("id") or uuid.uuid4().hex[:12]
-    write_json(file, {"name": name, "id": own, "cells": {**known["cells"], **cells}})
+    """Writes down which cells a grid is made of; a grown grid adds to what is there.
+
+    Each start writes one file of its own, `<store>/sweeps/<name>/<hash of its cells>.json`, so that many processes may
+    note cells of one sweep at once and none reads what another is writing.
+    """
+    folder = _folder(store, name)
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = [part["id"] for part in _parts(store, name) if part.get("id")]
+    own = min(ids, default=uuid.uuid4().hex[:12])
+    write_checked(folder / f"{fingerprint(sorted(cells))}.json", {"name": name, "id": own, "cells": cells})
+
+
+def _folder(store: Store, name: str) -> Path:
+    return store.root / "sweeps" / name.replace("/", "-")
+
+
+def note_files(store: Store) -> list[Path]:
+    """The files that say which cells the sweeps are made of, in the order in which they were written."""
+    root = store.root / "sweeps"
+    files = [f for f in (*root.glob("*.json"), *root.glob("*/*.json")) if not f.name.startswith(".")]
+    return sorted(files, key=_written)
+
+
+def _written(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _parts(store: Store, name: str | None = None) -> list[dict[str, Any]]:
+    """What was noted of one sweep, or of all, oldest first; older versions kept one file a sweep."""
+    files = note_files(store) if name is None else [f for f in note_files(store) if _sweep_of(store, f) == name]
+    top = store.root / "sweeps"
+    return [
+        {**part, "name": _sweep_of(store, file), "file": file, "one_file": file.parent == top}
+        for file, part in read_all(store.root, files, ["cells"])
+    ]
+
+
+def _sweep_of(store: Store, file: Path) -> str:
+    return file.stem if file.parent == store.root / "sweeps" else file.parent.name
 
 
 def sweep_id(store: Store, name: str) -> str:
     """What tells this grid from others of its name in other stores; it stays when the grid grows."""
-    return json.loads((store.root / "sweeps" / f"{name}.json").read_text()).get("id") or fingerprint(name)[:12]
+    ids = [part["id"] for part in _parts(store, name) if part.get("id")]
+    return min(ids, default=fingerprint(name)[:12])
 
 
 def sweep_frame(store: Store, name: str) -> "pd.DataFrame":
@@ -114,19 +154,59 @@ def sweep_frame(store: Store, name: str) -> "pd.DataFrame":
 
 def sweeps(store: Store) -> dict[str, dict[str, Any]]:
     """The grids that were started in this store: name → record key → what is known of the cell."""
-    files = sorted((store.root / "sweeps").glob("*.json"))
-    return {f.stem: json.loads(f.read_text())["cells"] for f in files}
+    found: dict[str, dict[str, Any]] = {}
+    for part in _parts(store):
+        found.setdefault(part["name"], {}).update(part["cells"])
+    return dict(sorted(found.items()))
 
 
 def recorded(store: Store) -> list[str]:
     """The keys of all records, of grids and of single cells."""
-    return sorted(f"record/{file.parent.name}" for file in store.root.glob(f"record/*/{records.RECORD}"))
+    return sorted(f"record/{file.parent.name}" for file in store.root.glob(f"record/[!.]*/{records.RECORD}"))
 
 
 def sweeps_of(store: Store, record_key: str) -> list[str]:
     """The grids that a cell belongs to, the youngest first."""
-    files = sorted((store.root / "sweeps").glob("*.json"), key=lambda f: -f.stat().st_mtime)
-    return [f.stem for f in files if record_key in json.loads(f.read_text())["cells"]]
+    mine = [part["name"] for part in _parts(store) if record_key in part["cells"]]
+    return list(dict.fromkeys(reversed(mine)))
+
+
+def forget_failed(store: Store, name: str | None = None) -> list[str]:
+    """Forgets the failed cells of one sweep, or of all: their failed records and that the sweep wanted them.
+
+    A cell that failed stays in other sweeps than `name`, and so does its record as long as one of them wants it.
+
+    Returns:
+        The names of what was forgotten.
+    """
+    parts = _parts(store)
+    if name is not None:
+        choose("--failed", name, sweeps(store))
+    gone: dict[str, str] = {}
+    for part in parts:
+        failed = {key for key in part["cells"] if _has_failed(store, key)}
+        if failed and name in (None, part["name"]):
+            gone |= {key: part["cells"][key].get("name", key) for key in failed}
+            _rewrite(part, {k: v for k, v in part["cells"].items() if k not in failed})
+    wanted = {key for part in _parts(store) for key in part["cells"]}
+    orphans = [] if name else [f"record/{f.stem}" for f in (store.root / "failed").glob("*.json")]
+    for key in {*gone, *orphans} - wanted:
+        failure_file(store, key).unlink(missing_ok=True)
+    return sorted(gone.values())
+
+
+def _has_failed(store: Store, record_key: str) -> bool:
+    return failure_file(store, record_key).exists() and not (store.root / record_key / "stage.json").exists()
+
+
+def _rewrite(part: dict[str, Any], cells: dict[str, Any]) -> None:
+    """Takes a note's place with one of fewer cells, or of none."""
+    old = part["file"]
+    new = old if part["one_file"] else old.with_name(f"{fingerprint(sorted(cells))}.json")
+    if cells:
+        write_checked(new, {"name": part["name"], "id": part.get("id"), "cells": cells})
+    if not cells or new != old:
+        old.unlink(missing_ok=True)
 
 
 def list_sweeps(store: Store) -> list[tuple[str, int, int, int]]:
@@ -159,18 +239,52 @@ def disk_use(store: Store) -> list[tuple[str, int, int]]:
 
 
 def waste(store: Store) -> Iterator[Waste]:
-    """What can go, in the order in which it is least missed: dead work, cached signals, what no record needs."""
-    for place in sorted(store.work.iterdir()) if store.work.is_dir() else ():
-        if not held_elsewhere(place):
-            yield Waste(place, size(place), "checkpoints and halves of work that nobody is at")
-    found = entries(store)
-    signals = [e for key, e in found.items() if key.split("/")[0] == SIGNAL]
-    yield from (Waste(e.path, e.bytes, "cached teacher outputs, made again when needed") for e in signals)
-    kept = needed([k for k in found if k.startswith("record/")], found)
-    kept |= needed([k for cells in sweeps(store).values() for k in _planned(cells)], found)
-    for key, entry in found.items():
+    """What can go, in the order in which it is least missed: dead work, cached signals, what no record needs.
+
+    Whatever an unfinished cell of a sweep needs stays, and so does what anybody at work reads.
+    """
+    found, known = entries(store), sweeps(store)
+    unfinished = {
+        k
+        for cells in known.values()
+        for record, c in cells.items()
+        if record not in found
+        for k in (record, *c.get("stages", ()))
+    }
+    yield from _dead_work(store, {key.replace("/", "-") for key in unfinished})
+    yield from _made_again(store, found)
+    wanted = needed([*unfinished, *_read_now(store)], found)
+    for key, e in found.items():
+        if key.split("/")[0] == SIGNAL and key not in wanted:
+            yield Waste(e.path, e.bytes, "cached teacher outputs, made again when needed", store.place(key))
+    kept = wanted | needed([k for k in found if k.startswith("record/")], found)
+    kept |= needed([k for cells in known.values() for k in _planned(cells)], found)
+    for key, e in found.items():
         if key not in kept and key.split("/")[0] != SIGNAL:
-            yield Waste(entry.path, entry.bytes, "no record and no cell of a sweep was made from it")
+            yield Waste(e.path, e.bytes, "no record and no cell of a sweep was made from it", store.place(key))
+
+
+def _dead_work(store: Store, unfinished: Collection[str]) -> Iterator[Waste]:
+    """Work that nobody is at and no unfinished cell goes on from; stray files and links."""
+    for place in sorted(store.work.iterdir()) if store.work.is_dir() else ():
+        if place.is_symlink() or not place.is_dir():
+            yield Waste(place, size(place), "no work: a stray file or link")
+        elif place.name not in unfinished and not held_elsewhere(place):
+            yield Waste(place, size(place), "checkpoints and halves of work that nobody is at", place)
+
+
+def _made_again(store: Store, found: dict[str, Entry]) -> Iterator[Waste]:
+    """Damaged stages that are there again, and damaged files."""
+    there = {key.replace("/", "-") for key in found}
+    for aside in sorted(store.damaged.iterdir()) if store.damaged.is_dir() else ():
+        if aside.name.rpartition(".")[0] in there or not aside.is_dir():
+            yield Waste(aside, size(aside), "set aside as damaged")
+
+
+def _read_now(store: Store) -> list[str]:
+    """The stages that running work reads."""
+    places = store.work.iterdir() if store.work.is_dir() else ()
+    return [key for place in places if held_elsewhere(place) for key in needs_of(place)]
 
 
 def _planned(cells: dict[str, dict[str, Any]]) -> list[str]:
@@ -178,8 +292,24 @@ def _planned(cells: dict[str, dict[str, Any]]) -> list[str]:
     return [key for record, cell in cells.items() for key in (record, *cell.get("stages", ()))]
 
 
-def delete(item: Waste) -> None:
-    """Deletes one piece of waste; renamed first, so that a half-deleted stage is never taken for a whole one."""
-    aside = item.path.with_name(f".deleted-{item.path.name}")
-    item.path.rename(aside)
-    shutil.rmtree(aside)
+def delete(item: Waste) -> bool:
+    """Deletes one piece of waste, with its lease in hand; returns whether it was there and nobody was at it.
+
+    It is renamed first, so that a half-deleted stage is never taken for a whole one.
+    """
+    aside = item.path.with_name(f".deleted-{item.path.name}-{uuid.uuid4().hex[:6]}")
+    try:
+        if item.place is None:
+            item.path.rename(aside)
+        else:
+            with taking(item.place) as had:
+                if not had:
+                    return False
+                item.path.rename(aside)
+    except FileNotFoundError:
+        return False
+    if aside.is_symlink() or not aside.is_dir():
+        aside.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(aside, ignore_errors=True)
+    return True

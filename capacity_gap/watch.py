@@ -1,6 +1,5 @@
 """How far a grid is, as the store shows it: the live table, and `python -m capacity_gap status` from any machine."""
 
-import json
 import sys
 import threading
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from capacity_gap.files import read_json
 from capacity_gap.lease import PATIENCE_S
 from capacity_gap.plan import format_seconds
 from capacity_gap.stage import Store
@@ -103,19 +103,19 @@ class View:
             place = self.store.work / key.replace("/", "-")
             try:
                 lease = place / "lease.json"
-                owner = json.loads(lease.read_text())["owner"]
+                owner = read_json(lease, ["owner"])["owner"]
                 if now - lease.stat().st_mtime > PATIENCE_S:
                     continue  # its owner is dead
-            except (OSError, json.JSONDecodeError):
-                continue  # nobody is at it, or the lease is just being replaced
+            except OSError:
+                continue  # nobody is at it
             found.append(_progress(key, place / owner / "progress.json", owner))
         return found
 
 
 def _progress(key: str, file: Path, owner: str) -> Running:
     try:
-        state = json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError):
+        state = read_json(file, ["done", "total", "elapsed_s"])
+    except OSError:
         return Running(key, 0.0, 0.0, owner)
     return Running(key, state["done"] / max(1, state["total"]), state["elapsed_s"], owner)
 

@@ -17,11 +17,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from capacity_gap.errors import Busy, UserError
-from capacity_gap.stage import Store, write_json
+from capacity_gap.errors import Busy, Damaged, Stopped, UserError
+from capacity_gap.files import read_json, write_json
+from capacity_gap.stage import Store
 
 POLL_S = 0.2
-KINDS: dict[str, type[Exception]] = {"user": UserError, "busy": Busy, "crash": RuntimeError, "died": RuntimeError}
+STOPPED = (129, 130, 143)  # exit statuses of a worker that was asked to end
+KINDS: dict[str, type[Exception]] = {
+    "user": UserError,
+    "busy": Busy,
+    "crash": RuntimeError,
+    "died": RuntimeError,
+    "stopped": Stopped,
+}
 
 
 @dataclass(frozen=True)
@@ -43,8 +51,8 @@ class Jobs:
     def outcome(self, n: int) -> dict[str, str] | None:
         """What became of job n, or None while that is open."""
         try:
-            return json.loads((self.folder / f"{n}.out.json").read_text())
-        except FileNotFoundError:
+            return read_json(self.folder / f"{n}.out.json", ["kind", "message"])
+        except Damaged:
             return None
 
     def note(self, n: int, kind: str, message: str) -> None:
@@ -80,6 +88,16 @@ def run_job(settings: Mapping[str, Any]) -> tuple[str, str]:
         return "crash", f"{type(error).__name__}: {error}"
 
 
+def run_task(settings: Mapping[str, Any]) -> tuple[str, str]:
+    """`run_job` for a pool that takes only ordinary returns and exceptions: being asked to end is an outcome too."""
+    from capacity_gap.runtime import Interrupted
+
+    try:
+        return run_job(settings)
+    except Interrupted:
+        return "stopped", "it was asked to end"
+
+
 def run_children(
     jobs: Jobs, mine: Sequence[int], *, at_once: int = 1, launcher: Sequence[str] = (), notes: bool = True
 ) -> None:
@@ -102,6 +120,9 @@ def run_children(
             still = jobs.open(numbers)
             if slot in children and not notes:
                 left[slot] = []
+                continue
+            if slot in children and children[slot].returncode in STOPPED:
+                left[slot] = []  # whoever asked it to stop wants no more of the jobs either
                 continue
             if slot in children and still:
                 status = children.pop(slot).returncode
@@ -126,8 +147,8 @@ def main(arguments: Sequence[str]) -> int:
     for n in map(int, arguments[1:]):
         try:
             kind, message = run_job(json.loads((folder / f"{n}.json").read_text()))
-        except Interrupted:
-            return 143  # asked to stop: no outcome, whoever asked decides what follows
+        except Interrupted as error:
+            return error.exit_status  # asked to stop: no outcome, whoever asked decides what follows
         if os.environ.get("RANK", "0") == "0":
             jobs.note(n, kind, message)
     return 0

@@ -64,7 +64,7 @@ def test_a_cell_killed_in_every_stage_in_turn_ends_with_the_same_bits(tiny, tmp_
 
 @pytest.mark.slow
 def test_sigterm_leaves_a_checkpoint_and_a_free_lease(tiny, tmp_path, calm):
-    assert interrupt(tiny, tmp_path, "distil", signal.SIGTERM) == 130
+    assert interrupt(tiny, tmp_path, "distil", signal.SIGTERM) == 143
     (place,) = tmp_path.glob(".work/distil-*")
     assert not (place / "lease.json").exists()
     assert list(place.glob("*/checkpoint/step-*"))

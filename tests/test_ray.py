@@ -1,9 +1,12 @@
 """A grid on a local Ray cluster, if the extra is installed."""
 
+import signal
+
 import pytest
 
 from capacity_gap import records
 from tests.conftest import run_py
+from tests.test_stopping import start, stop, wait_for_training
 
 pytest.importorskip("ray", reason="the extra [ray] is not installed")
 
@@ -17,3 +20,13 @@ def test_a_grid_on_ray_and_a_cell_that_fails(tiny, tmp_path):
     assert "the loss is no longer finite" in done.stderr
     assert sorted(r["status"] for r in records.read(tmp_path)) == ["done", "done", "failed", "failed"]
     assert len(list(tmp_path.glob("teacher/*"))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_grid_on_ray_that_is_asked_to_end(tiny, tmp_path, number):
+    grid = start(tmp_path, tiny, "-m", "seed=0,1", "hydra/launcher=ray")
+    wait_for_training(tmp_path, grid, students=1)
+    assert stop(tmp_path, grid, number, group=False) == 128 + number
+    assert list(tmp_path.glob(".work/distil-*/*/checkpoint/step-*"))
+    assert list(tmp_path.glob("failed/*")) == []

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -131,3 +132,19 @@ def test_a_detached_grid(cluster, tiny, tmp_path):
         assert job in cluster.run("squeue", "-h", "-o", "%i") or len(grid.done) == 2
         time.sleep(0.5)
     assert len(grid.done) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_grid_that_is_asked_to_end_takes_its_jobs_along(cluster, tiny, tmp_path, number):
+    given = ["student=40k", "teacher=55k", "seed=0,1", "data=160k", "epochs=9", "train.checkpoint_minutes=60"]
+    grid = Grid(cluster, tmp_path, tiny, *given, "hydra.launcher.cells_per_job=2")
+    grid.wait_until(lambda: grid.working_on("distil"))
+    grid.process.send_signal(number)
+    assert grid.end(30) == 128 + number, grid.output
+    end = time.monotonic() + 30
+    while cluster.run("squeue", "-h", "-o", "%i"):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    assert len(list(grid.store.glob(".work/distil-*/*/checkpoint/step-*"))) == 1
+    assert list(grid.store.glob(".work/*/lease.json")) == []
+    assert list(grid.store.glob("failed/*")) == []

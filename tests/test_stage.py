@@ -1,16 +1,25 @@
 """The store: whole or absent, computed once, taken over from the dead."""
 
+import contextlib
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 
+import numpy as np
+import pandas as pd
 import pytest
+import tokenizers
+import torch
+from safetensors.torch import save_file
 
 from capacity_gap.errors import StageError, StoreError
+from capacity_gap.files import write_json
 from capacity_gap.lease import Lease
 from capacity_gap.runtime import Runtime
 from capacity_gap.stage import Stage, Store, adopt_checkpoint, closure
@@ -96,9 +105,53 @@ def test_closure_lists_inputs_before_their_users():
     assert [s.name for s in closure(c).values()] == ["a", "b", "c"]
 
 
+def leave_checkpoint(folder):
+    folder.mkdir(parents=True)
+    save_file({"a": torch.zeros(100)}, folder / "state.safetensors")
+    (folder / "state.json").write_text("{}")
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json", None])
+@pytest.mark.parametrize("left", [0, 0.5])
+def test_an_empty_or_torn_checkpoint_is_passed_over(tmp_path, name, left):
+    leave_checkpoint(tmp_path / "one" / "checkpoint" / "step-9")
+    torn = tmp_path / "two" / "checkpoint" / "step-10"
+    leave_checkpoint(torn)
+    for file in torn.iterdir():
+        if name is None:
+            file.unlink()
+        elif file.name == name:
+            os.truncate(file, int(file.stat().st_size * left))
+    assert adopt_checkpoint(tmp_path, tmp_path / "me" / "checkpoint")
+    assert [p.name for p in (tmp_path / "me" / "checkpoint").iterdir()] == ["step-9"]
+
+
+def test_training_starts_from_the_furthest_checkpoint_that_can_be_read(tmp_path):
+    from capacity_gap import checkpoint
+
+    def made():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 3)
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.ones(3)).sum().backward()
+        optimizer.step()
+        return model, optimizer
+
+    model, optimizer = made()
+    checkpoint.save(tmp_path, 3, model, optimizer, [{"step": 3}], leads=True)
+    shutil.copytree(tmp_path / "step-3", tmp_path / "step-7")
+    os.truncate(tmp_path / "step-7" / "state.safetensors", 40)
+    assert checkpoint.load(tmp_path, *made()) == (3, [{"step": 3}])
+    os.truncate(tmp_path / "step-3" / "state.safetensors", 0)
+    fresh, optimizer = made()
+    before = fresh.weight.clone()
+    assert checkpoint.load(tmp_path, fresh, optimizer) == (0, [])
+    assert torch.equal(fresh.weight, before)
+
+
 def test_the_furthest_checkpoint_of_any_owner_is_taken_over(tmp_path):
     for owner, step in (("one", 9), ("two", 10)):
-        (tmp_path / owner / "checkpoint" / f"step-{step}").mkdir(parents=True)
+        leave_checkpoint(tmp_path / owner / "checkpoint" / f"step-{step}")
     adopt_checkpoint(tmp_path, tmp_path / "me" / "checkpoint")
     assert [p.name for p in (tmp_path / "me" / "checkpoint").iterdir()] == ["step-10"]
 
@@ -181,3 +234,114 @@ def test_a_silent_owner_elsewhere_is_waited_for_by_the_observers_own_clock(tmp_p
     with Lease(tmp_path, lambda: False) as lease:
         assert lease.owned
     assert not (tmp_path / "lease.json").exists()
+
+
+STOPPED_OWNER = """
+    import sys, time
+    from pathlib import Path
+    import capacity_gap.lease as lease
+    lease.BEAT_S, lease.PATIENCE_S, lease.POLL_S = 0.1, 1.0, 0.05
+    lease._dead_here = lambda found: False  # as on two machines: only the beats tell
+    from capacity_gap.runtime import Runtime
+    from capacity_gap.stage import Stage, Store
+
+    def work(run):
+        Path(sys.argv[1] + f".{sys.argv[2]}.at").touch()
+        while not Path(sys.argv[1] + f".{sys.argv[2]}.go").exists():
+            time.sleep(0.01)
+            if sys.argv[3] == "reports":
+                run.runtime.report(1, 2)
+        (run.out / "x.txt").write_text("x")
+
+    print(Store(sys.argv[1]).compute(Stage("s", 1, {}, {}, work), Runtime()))
+"""
+
+
+@pytest.mark.parametrize("kind", ["reports", "is silent"])
+def test_an_owner_that_was_stopped_and_lost_its_lease_ends_quietly_and_spares_its_successor(tmp_path, kind):
+    """The first is stopped at work, the second takes over, the first goes on and ends, then the second does."""
+    store = tmp_path / "store"
+    one = start_owner(store, "one", kind)
+    wait_for(tmp_path / "store.one.at", one)
+    one.send_signal(signal.SIGSTOP)
+    two = start_owner(store, "two", kind)
+    wait_for(tmp_path / "store.two.at", two)
+    (place,) = (store / ".work").iterdir()
+    (theirs,) = place.glob(f"*-{two.pid}-*")
+    (tmp_path / "store.one.go").touch()
+    one.send_signal(signal.SIGCONT)
+    if kind == "reports":  # it waits for its successor's result
+        wait_until(lambda: not list(place.glob(f"*-{one.pid}-*")), one)
+    else:
+        assert one.wait(timeout=60) == 0
+    assert theirs.is_dir()
+    (tmp_path / "store.two.go").touch()
+    ended = [worker.communicate(timeout=60) for worker in (one, two)]
+    assert [one.returncode, two.returncode] == [0, 0], ended
+    assert [err for _, err in ended] == ["", ""]
+    assert ended[0][0] == ended[1][0]
+    assert list((store / ".work").iterdir()) == []
+
+
+def start_owner(store, name, kind):
+    command = [sys.executable, "-c", textwrap.dedent(STOPPED_OWNER), str(store), name, kind]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_until(true, worker):
+    while not true():
+        assert worker.poll() is None
+        time.sleep(0.01)
+
+
+def test_a_torn_lease_is_taken_over(tmp_path, monkeypatch):
+    monkeypatch.setattr("capacity_gap.lease.PATIENCE_S", 0.2)
+    monkeypatch.setattr("capacity_gap.lease.POLL_S", 0.01)
+    (tmp_path / "lease.json").write_text('{"owner": "some')
+    with Lease(tmp_path, lambda: False) as lease:
+        assert lease.owned
+
+
+# A full disk, in each library's own words.
+WRITES = {
+    "json": lambda out: write_json(out / "x.json", {"a": "x" * 9_000_000}),
+    "safetensors": lambda out: save_file({"a": torch.zeros(2_000_000)}, out / "x.safetensors"),
+    "text": lambda out: (out / "x").write_text("x" * 9_000_000),
+    "npy": lambda out: np.save(out / "x.npy", np.zeros(2_000_000)),
+    "tofile": lambda out: np.zeros(2_000_000).tofile(out / "x.bin"),
+    "torch": lambda out: torch.save(torch.zeros(2_000_000), out / "x.pt"),
+    "parquet": lambda out: pd.DataFrame({"a": np.random.default_rng(0).random(2_000_000)}).to_parquet(out / "x"),
+    "tokenizer": lambda out: tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({f"{n:0>30}": n for n in range(200_000)}, unk_token="0")
+    ).save(str(out / "x.json")),
+}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder)], capture_output=True).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("how", WRITES)
+def test_whatever_fills_the_disk_the_error_is_one_paragraph(small_disk, how):
+    store, stage = Store(small_disk / "store"), Stage("s", 1, {}, {}, lambda run: WRITES[how](run.out))
+    with pytest.raises(StageError, match="the disk is full: stage s/.*start the same command again"):
+        store.compute(stage, Runtime())
+    assert not store.has(stage)
+
+
+@pytest.mark.parametrize("left", [0, 1, 2, 3, 5, 8])
+def test_a_disk_that_is_full_before_the_first_stage_gives_the_paragraph_too(small_disk, left):
+    """`left` pages of 4 kB: too few for the store's marker, for a lease, for a stage's folder or for its content."""
+    with contextlib.suppress(OSError):
+        (small_disk / "filler").write_bytes(b"x" * 5_000_000)
+    os.truncate(small_disk / "filler", (small_disk / "filler").stat().st_size - 4096 * left)
+    stage = Stage("s", 1, {}, {}, lambda run: (run.out / "x").write_text("x" * 40_000))
+    with pytest.raises(StageError, match="the disk is full: .*start the same command again"):
+        Store(small_disk / "store").compute(stage, Runtime())

@@ -2,13 +2,29 @@
 
 import json
 import os
+import subprocess
+import sys
+import textwrap
 
 import pytest
 
 from capacity_gap import cli
+from capacity_gap.lease import Lease
 from capacity_gap.runtime import Runtime
 from capacity_gap.stage import Stage, Store
-from capacity_gap.store_tools import Waste, delete, disk_use, list_sweeps, needed, note_sweep, waste
+from capacity_gap.store_tools import (
+    Waste,
+    delete,
+    disk_use,
+    list_sweeps,
+    needed,
+    note_sweep,
+    sweep_id,
+    sweeps,
+    sweeps_of,
+    waste,
+)
+from capacity_gap.watch import failure_file
 
 
 def write(run):
@@ -91,3 +107,138 @@ def test_deleting_is_whole(tmp_path):
 def test_what_is_no_store_is_said(tmp_path, capsys):
     assert cli.main(["store", "du", str(tmp_path)]) == 2
     assert "is no store" in capsys.readouterr().err
+
+
+SIGNAL_CELL = {"name": "c", "overrides": ["student=60k"]}
+
+
+def signal_key(store):
+    (folder,) = store.root.glob("signal/*")
+    return f"signal/{folder.name}"
+
+
+def test_a_cached_signal_goes_only_when_the_last_cell_that_needs_it_is_recorded(store):
+    key = signal_key(store)
+    note_sweep(store, "mine", {"record/unborn": {**SIGNAL_CELL, "stages": {key: 1.0}}})
+    assert "signal" not in {w.path.parent.name for w in waste(store)}
+    (record,) = store.root.glob("record/*")
+    note_sweep(store, "mine", {f"record/{record.name}": {**SIGNAL_CELL, "stages": {key: 1.0}}})
+    assert "signal" not in {w.path.parent.name for w in waste(store)}
+    record.rename(record.with_name("unborn"))
+    note_sweep(store, "mine", {"record/unborn": {**SIGNAL_CELL, "stages": {key: 1.0}}})
+    (note,) = [f for f in store.root.glob("sweeps/mine/*.json") if record.name in f.read_text()]
+    note.unlink()
+    assert "signal" in {w.path.parent.name for w in waste(store)}
+
+
+def test_the_checkpoints_of_an_unfinished_cell_stay(store):
+    note_sweep(store, "mine", {"record/unborn": {**SIGNAL_CELL, "stages": {"distil/dead": 1.0}}})
+    assert ".work" not in {w.path.parent.name for w in waste(store)}
+
+
+def test_what_running_work_reads_stays(store):
+    with Lease(store.place("distil/now"), lambda: False, needs=[signal_key(store)]):
+        assert "signal" not in {w.path.parent.name for w in waste(store)}
+    assert "signal" in {w.path.parent.name for w in waste(store)}
+
+
+def test_a_stage_that_somebody_is_at_is_not_deleted(store):
+    (item,) = [w for w in waste(store) if w.path.parent.name == "signal"]
+    with Lease(item.place, lambda: False):
+        assert not delete(item)
+        assert item.path.exists()
+    assert delete(item)
+    assert not item.path.exists()
+    assert not item.place.exists()
+    assert not delete(item), "it is gone already"
+
+
+def test_stray_files_and_links_do_not_stop_collecting(store, tmp_path, capsys):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "mine").write_text("precious")
+    (store.work / "stray").write_text("x")
+    (store.work / "link").symlink_to(outside)
+    (store.work / "dangling").symlink_to(tmp_path / "nothing")
+    (store.root / "scores" / "link").symlink_to(outside)
+    assert cli.main(["store", "gc", str(store.root), "--yes"]) == 0
+    assert {p.name for p in store.work.iterdir()} == {"distil-live"}
+    assert (outside / "mine").exists()
+
+
+NOTING = """
+    import sys
+    from capacity_gap.stage import Store
+    from capacity_gap.store_tools import note_sweep
+    store, n = Store(sys.argv[1]), sys.argv[2]
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for again in range(5):
+        note_sweep(store, "single", {f"record/{n}-{again}": {"name": n, "overrides": [], "stages": {}}})
+"""
+
+
+def test_processes_that_note_cells_at_once_lose_none(store):
+    made = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(NOTING), str(store.root), str(n)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for n in range(20)
+    ]
+    assert [p.stdout.readline() for p in made] == ["ready\n"] * 20
+    for p in made:
+        p.stdin.write("go\n")
+        p.stdin.flush()
+    assert [p.communicate(timeout=60) and p.returncode for p in made] == [0] * 20
+    assert len(sweeps(store)["single"]) == 100
+
+
+def test_what_older_versions_noted_is_read_beside_what_is_noted_now(store):
+    old = {"name": "mine", "id": "abc", "cells": {"record/a": {**SIGNAL_CELL, "stages": {}}}}
+    (store.root / "sweeps").mkdir()
+    (store.root / "sweeps" / "mine.json").write_text(json.dumps(old))
+    note_sweep(store, "mine", {"record/b": {**SIGNAL_CELL, "stages": {}}})
+    assert set(sweeps(store)["mine"]) == {"record/a", "record/b"}
+    assert sweep_id(store, "mine") == "abc"
+    assert sweeps_of(store, "record/a") == ["mine"]
+
+
+def test_forgetting_takes_what_failed_and_nothing_else(store, capsys):
+    (record,) = store.root.glob("record/*")
+    cells = {k: {"name": k, "overrides": [], "stages": {}} for k in ("record/bad", "record/later")}
+    note_sweep(store, "mine", {**cells, f"record/{record.name}": {"name": "good", "overrides": [], "stages": {}}})
+    note_sweep(store, "other", {"record/bad": cells["record/bad"]})
+    failed = failure_file(store, "record/bad")
+    failed.parent.mkdir()
+    failed.write_text(json.dumps({"cell": "bad", "status": "failed", "error": "boom"}))
+    assert cli.main(["store", "forget", str(store.root), "--failed", "nope"]) == 2
+    assert "'nope' is not known. Allowed: mine, other" in capsys.readouterr().err
+    assert cli.main(["store", "forget", str(store.root), "--failed", "mine"]) == 0
+    assert capsys.readouterr().out == "forgotten: record/bad\n1 failed cells forgotten.\n"
+    assert set(sweeps(store)["mine"]) == {"record/later", f"record/{record.name}"}
+    assert failed.exists(), "another sweep wants it"
+    assert cli.main(["store", "forget", str(store.root), "--failed"]) == 0
+    assert "other" not in sweeps(store)
+    assert not failed.exists()
+    with pytest.raises(SystemExit):
+        cli.main(["store", "forget", str(store.root)])
+
+
+@pytest.mark.slow
+def test_a_grid_with_cached_signals_ends_well_beside_collecting_again_and_again(tiny, tmp_path):
+    from tests.conftest import ROOT
+
+    given = ["student=40k,45k", "teacher=55k", "data=30k", "distill.signal=topk", "distill.signal_size=32"]
+    command = [sys.executable, str(ROOT / "run.py"), "-m", *tiny, *given, f"store={tmp_path}"]
+    rounds = 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as grid:
+        while grid.poll() is None:
+            if (tmp_path / "store.json").exists():
+                assert cli.main(["store", "gc", str(tmp_path), "--yes"]) == 0
+                rounds += 1
+        assert grid.returncode == 0, grid.stdout.read()
+    assert rounds > 20
+    assert len(list(tmp_path.glob("record/*/record.json"))) == 2

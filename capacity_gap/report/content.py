@@ -15,7 +15,9 @@ import numpy as np
 import pandas as pd
 
 from capacity_gap import records
+from capacity_gap.errors import Damaged
 from capacity_gap.evaluate.scores import as_loss
+from capacity_gap.files import is_store, name_left_out, read_all
 from capacity_gap.fit import LawFit
 from capacity_gap.fit.frame import AXES, Curve, curves, default_metric
 from capacity_gap.fit.law import law_from
@@ -140,7 +142,7 @@ class Content:
 
 def gather(source: str, *, sweep: str | None = None, axis: str = "total", metric: str | None = None) -> Content:
     """Reads a store, or any other source of records, and fits it; what cannot be fitted is told, not raised."""
-    store = open_store(source) if sweep or (Path(source).expanduser() / "store.json").exists() else None
+    store = open_store(source) if sweep or is_store(Path(source).expanduser()) else None
     frame = sweep_frame(store, sweep) if store and sweep else records.load(source)
     frame, metric = as_loss(_numeric(frame.reset_index(drop=True), axis, metric), metric)
     found: list[Curve] = []
@@ -224,20 +226,26 @@ def histories(root: Path, frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     found: dict[str, pd.DataFrame] = {}
     read: dict[str, pd.DataFrame | None] = {}
     for cell in frame["cell"]:
-        meta = root / "record" / str(cell) / "stage.json"
-        if meta.exists():
-            trained = json.loads(meta.read_text())["inputs"]["trained"]
+        for _, meta in read_all(root, [root / "record" / str(cell) / "stage.json"], ["inputs"]):
+            trained = meta["inputs"]["trained"]
             if trained not in read:
-                read[trained] = _history(root / trained / "metrics.jsonl")
+                read[trained] = _history(root, root / trained / "metrics.jsonl")
             if (history := read[trained]) is not None:
                 found[str(cell)] = history
     return found
 
 
-def _history(file: Path) -> pd.DataFrame | None:
+def _history(root: Path, file: Path) -> pd.DataFrame | None:
     if not file.exists():
         return None
-    points = pd.DataFrame([json.loads(line) for line in file.read_text().splitlines()])
+    try:
+        points = pd.DataFrame([json.loads(line) for line in file.read_text().splitlines()])
+    except ValueError:
+        name_left_out(root, [Damaged(file, "is no table of JSON lines")])
+        return None
+    if points.empty:
+        name_left_out(root, [Damaged(file, "is empty")])
+        return None
     bins = np.arange(len(points)) * HISTORY_POINTS // max(len(points), HISTORY_POINTS)
     return points.groupby(bins).mean()
 

@@ -62,6 +62,10 @@ class Composer:
         return override.type is OverrideType.CHANGE and not self.groups[key]
 
 
+def _is_joblib(launcher: Any) -> bool:
+    return launcher.get("_target_", "").endswith("JoblibLauncher")
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -78,7 +82,7 @@ class GridSweeper(BasicSweeper):
 
         launcher = config.hydra.launcher
         asked = any(o.startswith("hydra.launcher.n_jobs=") for o in config.hydra.overrides.hydra)
-        if launcher.get("_target_", "").endswith("JoblibLauncher") and not asked:
+        if _is_joblib(launcher) and not asked:
             launcher.n_jobs = gpus() or _cores()
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
@@ -99,5 +103,6 @@ class GridSweeper(BasicSweeper):
             self.launcher.submit_grid(sys.argv, check_grid(jobs).root)
             return
         workers = launcher.get("n_jobs") or launcher.get("max_jobs") or 1
-        if not run_grid(jobs, self.launcher.launch, workers=max(1, workers), max_batch_size=self.max_batch_size):
+        batch, pool = self.max_batch_size, _is_joblib(launcher)
+        if not run_grid(jobs, self.launcher.launch, workers=max(1, workers), max_batch_size=batch, pool=pool):
             raise SystemExit(1)

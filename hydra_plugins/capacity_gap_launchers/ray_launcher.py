@@ -1,11 +1,13 @@
 """hydra/launcher=ray: one wave of a grid as tasks of a Ray cluster, running or local. Imports no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.plugins.launcher import Launcher
+
+POLL_S = 0.5  # how often a grid that waits looks whether it was asked to end
 
 
 @dataclass
@@ -36,7 +38,8 @@ class RayLauncher(Launcher):
         from capacity_gap.config import from_hydra
         from capacity_gap.errors import ConfigError
         from capacity_gap.stage import Store
-        from capacity_gap.worker import Jobs, run_job
+        from capacity_gap.stopping import noting_signals
+        from capacity_gap.worker import Jobs, run_task
 
         if self.settings.gpus > 1:
             raise ConfigError(
@@ -51,17 +54,39 @@ class RayLauncher(Launcher):
             ) from error
         configs = [from_hydra(self.loader.load_sweep_config(self.config, list(o))) for o in job_overrides]
         jobs = Jobs.hand_out(Store(configs[0].store_path), [asdict(c) for c in configs])
-        if not ray.is_initialized():
-            ray.init(address=self.settings.address, log_to_driver=False, include_dashboard=False)
-        # A worker serves one task: models, threads and signal handlers of one cell never meet those of another.
-        task = ray.remote(max_calls=1, max_retries=0)(run_job)
-        asked = {"num_cpus": self.settings.cpus or configs[0].train.threads, "num_gpus": self.settings.gpus}
-        running = {task.options(**asked).remote(asdict(c)): n for n, c in enumerate(configs)}
-        while running:
-            (ready,), _ = ray.wait(list(running), num_returns=1)
-            n = running.pop(ready)
+        with noting_signals() as check:
+            if not ray.is_initialized():
+                ray.init(address=self.settings.address, log_to_driver=False, include_dashboard=False)
+            # A worker serves one task: models, threads and signal handlers of one cell never meet those of another.
+            task = ray.remote(max_calls=1, max_retries=0)(run_task)
+            asked = {"num_cpus": self.settings.cpus or configs[0].train.threads, "num_gpus": self.settings.gpus}
+            running = {task.options(**asked).remote(asdict(c)): n for n, c in enumerate(configs)}
             try:
-                jobs.note(n, *ray.get(ready))
+                _note_outcomes(ray, running, jobs, check)
+            except BaseException:
+                _end(ray, list(running))
+                raise
+        return jobs.returns()
+
+
+def _note_outcomes(ray: Any, running: dict[Any, int], jobs: Any, check: Callable[[], None]) -> None:
+    """Writes down what becomes of each task, as it ends."""
+    while running:
+        ready, _ = ray.wait(list(running), num_returns=1, timeout=POLL_S)
+        check()
+        for task in ready:
+            n = running.pop(task)
+            try:
+                jobs.note(n, *ray.get(task))
             except ray.exceptions.RayError as error:
                 jobs.note(n, "died", f"its process died ({type(error).__name__})")
-        return jobs.returns()
+
+
+def _end(ray: Any, tasks: Sequence[Any]) -> None:
+    """Interrupts every task, which then leaves a checkpoint, and waits for them as long as any grid does."""
+    from capacity_gap.stopping import GRACE_S
+
+    for task in tasks:
+        ray.cancel(task)
+    ray.wait(tasks, num_returns=len(tasks), timeout=GRACE_S)
+    ray.shutdown()  # of a cluster on this machine, which would take half a minute to end by itself

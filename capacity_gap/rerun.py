@@ -1,0 +1,29 @@
+"""The command line that runs one cell again, quoted first for Hydra and then for the shell."""
+
+import re
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+
+PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_/.-]*")  # what Hydra's grammar reads as it stands
+DROPPED = ("hydra", "store=", "only=", "plan=", "sweep=")  # how it was run, and what it joins only if asked
+WORDS = ("null", "true", "false", "inf", "nan")  # what it would read as something else
+
+
+def command(overrides: Iterable[str], store: Path, *more: str) -> str:
+    """`python run.py …` for the cell that these overrides made, in the same store.
+
+    The overrides were read by Hydra once and so are spelt for it; only the store's path is a plain text.
+    """
+    kept = [o for o in overrides if not o.startswith(DROPPED)]
+    return shlex.join(["python", "run.py", *kept, f"store={quoted(str(store))}", *more])
+
+
+def quoted(text: str) -> str:
+    """A text as an override of Hydra's spells it, so that composing gives the same text."""
+    if PLAIN.fullmatch(text) and text.lower() not in WORDS:
+        return text
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # else OmegaConf would look it up
+    text = re.sub(r"(\\*)'", r"\1\1\\'", text)  # only backslashes before a quote count double
+    text = re.sub(r"(\\+)$", r"\1\1", text)
+    return f"'{text}'"
