@@ -152,14 +152,15 @@ def run_judge(given: argparse.Namespace) -> int:
 def run_frontier(given: argparse.Namespace) -> int:
     """Prints the points of the figure, cheapest first, and writes it if asked."""
     from capacity_gap import records
+    from capacity_gap.outdated import without_outdated
     from capacity_gap.report.frontier import better_up, frontier_points, plot_frontier
     from capacity_gap.report.plots import save_figure
 
-    frame = records.load(given.source) if given.source else None
+    frame, stale = without_outdated(records.load(given.source), given.source) if given.source else (None, [])
     points, notes = frontier_points(frame, given.metric, given.compute)
     points = points.sort_values("flops")
     print(points.to_string(index=False, float_format="{:.4g}".format))
-    for note in notes:
+    for note in (*stale, *notes):
         print(f"note: {note}.")
     if given.out:
         up = better_up(frame, given.metric)
@@ -270,16 +271,18 @@ def run_fit(given: argparse.Namespace) -> int:
     from capacity_gap.fit.frame import BY, curves
     from capacity_gap.fit.law import law_from
     from capacity_gap.fit.optimum import locate
+    from capacity_gap.outdated import without_outdated
 
     frame = _of_sweep(given.source, given.sweep) if given.sweep else records.load(given.source)
+    frame, stale = without_outdated(frame, given.source)
     by = [c for c in given.by.split(",") if c] if given.by is not None else BY
     frame, metric = as_loss(frame, given.metric)
     try:
         found, notes = curves(frame, metric=metric, axis=given.axis, by=by)
         located = locate(found, method=given.method)
     except ValueError as error:
-        raise UserError(str(error)) from error
-    law = law_from(located, axis=given.axis, notes=notes)
+        raise UserError("; ".join([str(error), *stale])) from error
+    law = law_from(located, axis=given.axis, notes=[*stale, *notes])
     print(law.summary())
     surface = _surface(frame, given, metric) if given.surface else None
     if given.out:

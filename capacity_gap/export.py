@@ -263,9 +263,11 @@ def law_summary(store: Store) -> str:
     from capacity_gap import records
     from capacity_gap.fit.frame import curves
     from capacity_gap.fit.law import law_of
+    from capacity_gap.outdated import without_outdated
 
+    frame, _ = without_outdated(records.load(store.root), store.root)
     try:
-        found, notes = curves(records.load(store.root))
+        found, notes = curves(frame)
     except ValueError as error:
         return f"No law was fitted: {error}"
     return law_of(found, axis="total", notes=notes).summary()

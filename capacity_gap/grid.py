@@ -244,7 +244,7 @@ def _effort(stage: Stage, store: Store) -> float:
 
 def _skipped(outcome: Outcome) -> list[str]:
     return [
-        f"  skipped  {name}: {cause.split('.')[0]}." for name, status, cause in outcome.cells if status == "skipped"
+        f"  skipped  {name}: {cause.split('. ')[0]}." for name, status, cause in outcome.cells if status == "skipped"
     ]
 
 

@@ -9,10 +9,11 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from capacity_gap.data.token_bytes import old_bytes_were_wrong
 from capacity_gap.errors import UserError
+from capacity_gap.files import is_store
 from capacity_gap.fingerprint import plain
 from capacity_gap.models.axes import architecture, config_with, count_params, dims
 from capacity_gap.models.defaults import completed, frozen_rows, training_only
@@ -24,6 +25,9 @@ from capacity_gap.pruning.shape import common_rows
 from capacity_gap.records import RECORD
 from capacity_gap.scales import parse_scale
 from capacity_gap.stage import META, Store, write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CHECKED = "checked.json"  # of a store: the records that were found right
 RULES = 1  # raise it with the checks: what was found right before is looked at again
@@ -227,6 +231,16 @@ def _common(family: str, scale: int) -> tuple[int, tuple[int, bool]]:
     return target, common_rows(ladder.rungs, target)
 
 
+def without_outdated(frame: "pd.DataFrame", source: str | Path) -> "tuple[pd.DataFrame, list[str]]":
+    """The records of `source` without stale cells where that is a store, and a note of how many were left out."""
+    if str(source).startswith("wandb:") or not is_store(folder := Path(source).expanduser()) or frame.empty:
+        return frame, []
+    keys = "record/" + frame["cell"]
+    found = outdated(Store(folder), keys[frame["status"] == "done"])
+    note = f"{len(found)} stale cell{'s' * (len(found) > 1)} left out: `python -m capacity_gap status` says why"
+    return frame[~keys.isin(list(found))], [note] if found else []
+
+
 def said(found: Mapping[str, str]) -> list[str]:
     """Lines for people: how many cells are wrong in each way, and what to do."""
     if not found:
@@ -237,4 +251,4 @@ def said(found: Mapping[str, str]) -> list[str]:
     lines = [f"stale: {len(found)} recorded cells have numbers that an earlier version got wrong:"]
     lines += [f"  {len(cells)} × {why}: {', '.join(cells[:3])}{' …' * (len(cells) > 3)}" for why, cells in ways.items()]
     advice = "Started again, such a cell is computed anew under another digest, or refused with what is wrong."
-    return [*lines, f"  {advice} Leave the old ones out of fits."]
+    return [*lines, f"  {advice} Fits and reports of this store leave the old ones out."]

@@ -13,6 +13,7 @@ from capacity_gap.accounting import peak_memory, signal_bytes_per_token, stored_
 from capacity_gap.errors import ConfigError, Damaged
 from capacity_gap.files import read_all, read_json, stage_files
 from capacity_gap.models.axes import count_params, dims
+from capacity_gap.models.defaults import training_only
 from capacity_gap.runtime import gpus
 from capacity_gap.scales import format_scale
 from capacity_gap.stage import Stage, Store, closure
@@ -195,6 +196,9 @@ def _models(cells: Sequence["Cell"]) -> list[str]:
         sizes = dims(shape)
         said = f"{sizes.layers}x{sizes.hidden}x{sizes.heads}x{sizes.neurons}, vocabulary {sizes.vocab:,}"
         found[f"{kind} {name}: {count_params(shape):,} parameters, {said}"] = None
+    for c in cells:
+        if keys := training_only(c.teacher_shape):
+            found[f"teacher {c.rung}: {', '.join(keys)} of its config.json is ignored in training"] = None
     return list(found)
 
 

@@ -86,7 +86,7 @@ class Record:
     held_out_tokens: int | None = None  # predicted, in domain
     student_loss: float | None = None
     student_loss_stderr: float | None = None
-    student_bits_per_byte: float | None = None
+    student_bits_per_byte: float | None = None  # null too where tokens do not tell the bytes of the text
     student_loss_ood: float | None = None
     teacher_loss: float | None = None
     teacher_loss_ood: float | None = None

@@ -14,6 +14,13 @@ from capacity_gap.fit.law import law_from
 from capacity_gap.fit.optimum import locate
 from tests.test_fit import grid, valley
 
+
+def test_students_that_no_column_names_are_told_apart_by_size_and_that_is_said():
+    rows = [{"student_params": 40_000 * 1.05**k, "teacher_params": 90_000 * 2**k, "loss": 3.0} for k in range(5)]
+    _, notes = curves(pd.DataFrame(rows))
+    assert any("each of the 5 stands under one teacher: if several are one student, name it" in n for n in notes)
+
+
 STEP = math.log(8) / 6
 GAMMA, BOWL, BEST = -0.3, 0.1, 2.5
 

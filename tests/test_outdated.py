@@ -10,7 +10,8 @@ import pytest
 from capacity_gap import cli, pipeline, records
 from capacity_gap.data.packing import Packed
 from capacity_gap.models import loading
-from capacity_gap.outdated import CHECKED, _common, outdated
+from capacity_gap.outdated import CHECKED, _common, outdated, without_outdated
+from capacity_gap.report.content import gather
 from capacity_gap.stage import Store
 from tests.conftest import compose
 
@@ -100,14 +101,21 @@ def bits(row, store, cell):
 def test_a_right_cell_is_looked_at_once(made):
     store, cell = made
     assert reasons(store, cell) is None
+    assert len(without_outdated(records.load(store.root), store.root)[0]) == 1
     assert json.loads((store.root / CHECKED).read_text())["right"] == [cell.record.key]
 
 
-def test_counts_that_differ_from_the_shapes_are_named(made):
+def test_counts_that_differ_from_the_shapes_are_named_and_left_out_of_fits(made, capsys):
     store, cell = made
     row = store.path(cell.record) / "record.json"
     rewrite(row, teacher_params=cell.description["teacher_params"] + 48)
     assert reasons(store, cell) == "parameters of its teacher were counted wrongly"
+    kept, notes = without_outdated(records.load(store.root), store.root)
+    assert kept.empty
+    assert notes == ["1 stale cell left out: `python -m capacity_gap status` says why"]
+    assert cli.main(["fit", str(store.root)]) == 2
+    assert "1 stale cell left out" in capsys.readouterr().err
+    assert gather(str(store.root)).notes == notes
 
 
 def test_a_run_of_no_steps_is_named(folder, text, tiny, tmp_path):

@@ -124,6 +124,11 @@ def curves(
     for key, group in kept.groupby([*given, "_student"], dropna=False, sort=False):
         named = {k: None if v is None or v != v else v for k, v in zip([*given, "student"], key, strict=True)}
         found.append(_curve(named, group, student, teacher, column))
+    if "student" not in frame and all(len(c.x) < 2 for c in found):
+        notes.append(
+            f"students are told apart by size (within {SAME_SIZE:.0%}), and each of the {len(found)} stands under one "
+            "teacher: if several are one student, name it in a column student, such as 40k"
+        )
     return sorted(found, key=lambda c: ([str(c.key[k]) for k in given], c.student_params)), notes
 
 

@@ -22,6 +22,7 @@ from capacity_gap.fit import LawFit
 from capacity_gap.fit.frame import AXES, Curve, curves, default_metric
 from capacity_gap.fit.law import law_from
 from capacity_gap.fit.optimum import Optimum, locate
+from capacity_gap.outdated import without_outdated
 from capacity_gap.report.plots import LOSSES
 from capacity_gap.report.products import products
 from capacity_gap.scales import short_scale
@@ -144,6 +145,7 @@ def gather(source: str, *, sweep: str | None = None, axis: str = "total", metric
     """Reads a store, or any other source of records, and fits it; what cannot be fitted is told, not raised."""
     store = open_store(source) if sweep or is_store(Path(source).expanduser()) else None
     frame = sweep_frame(store, sweep) if store and sweep else records.load(source)
+    frame, stale = without_outdated(frame, source)
     frame, metric = as_loss(_numeric(frame.reset_index(drop=True), axis, metric), metric)
     found: list[Curve] = []
     notes: list[str] = []
@@ -165,7 +167,7 @@ def gather(source: str, *, sweep: str | None = None, axis: str = "total", metric
         axis=axis,
         law=law,
         panels=panels,
-        notes=list(notes),
+        notes=[*stale, *notes],
         problem=problem or (None if found else "No cell is done yet."),
         histories=histories(store.root, frame) if store else {},
         commands=[c for name, cells in known.items() for c in commands(name, cells.values())],
