@@ -13,6 +13,7 @@ from capacity_gap.config import PruneConfig
 from capacity_gap.errors import ImpossibleCell
 from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.stage import META, Store, closure
+from capacity_gap.store_tools import sweeps
 from capacity_gap.training_config import DistillConfig, PretrainConfig, TrainConfig
 from tests.conftest import ROOT, compose, run_py
 
@@ -268,8 +269,8 @@ def test_a_grid_runs_every_possible_cell_and_says_what_it_skipped(grid):
     assert len(records.read(folder / "grid")) == 3
     assert len(list((folder / "grid/teacher").iterdir())) == 2, "a teacher is trained once"
     assert len(list((folder / "grid/corpus").iterdir())) == 1
-    (noted,) = (folder / "grid/sweeps").iterdir()
-    assert len(json.loads(noted.read_text())["cells"]) == 3
+    (noted,) = sweeps(Store(folder / "grid")).values()
+    assert len(noted) == 3
 
 
 def test_a_grid_again_runs_nothing_and_more_seeds_run_only_themselves(grid):

@@ -14,6 +14,7 @@ from capacity_gap.config import TrackingConfig
 from capacity_gap.errors import UserError
 from capacity_gap.runtime import Interrupted
 from capacity_gap.stage import Store
+from capacity_gap.store_tools import sweeps
 from tests.conftest import compose, run_py
 from tests.fake_wandb import KEY, serving
 
@@ -126,7 +127,7 @@ def test_a_sweep_that_grows_keeps_one_run_and_counts_the_reused_cells(sweep):
 @pytest.mark.slow
 def test_the_records_come_back_from_wandb(sweep, server):
     store, _, _ = sweep
-    (name,) = {f.stem for f in (store / "sweeps").iterdir() if len(json.loads(f.read_text())["cells"]) == 4}
+    (name,) = {name for name, cells in sweeps(Store(store)).items() if len(cells) == 4}
     cells = [f for f in offline(store) if f.name.split("-")[-1] in {r["cell"] for r in records.read(store)}]
     subprocess.run([*WANDB, "sync", "--yes", "--project", "gap", *map(str, cells)], check=True, capture_output=True)
     got = records.load("wandb:team/gap")
