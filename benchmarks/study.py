@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -42,6 +43,7 @@ from capacity_gap.report.plots import plot_curves, plot_law, save_figure
 from capacity_gap.scales import parse_scale
 
 ROOT = Path(__file__).resolve().parent.parent
+DIGITS = 8  # significant ones of published numbers: the last of sixteen differ between processors
 RECORDS, PAGES = ROOT / "results" / "pico", (ROOT / "docs" / "study.md", ROOT / "README.md")
 DRAWN = ("main", "random start", "shared start, cut from 120k", "teachers at 2x tokens")
 DROPPED = ("error", "git_commit", "micro_batch", "created", "schema_version", "peak_memory_bytes", "ranks")
@@ -110,6 +112,15 @@ def filled(text: str, tables: dict[str, str]) -> str:
     return text
 
 
+def _rounded(value: Any) -> Any:
+    """Numbers with as many digits as every machine agrees on."""
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_rounded(v) for v in value]
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+
+
 def figures() -> None:
     """Writes everything that is published."""
     frame = load()
@@ -121,10 +132,10 @@ def figures() -> None:
         raise SystemExit(f"no page has a place for {', '.join(missing)}: <!-- NAME --> … <!-- /NAME -->")
     for page in PAGES:
         page.write_text(filled(page.read_text(), tables))
-    main.law.save(RECORDS / "law.json")
-    (RECORDS / "surface.json").write_text(surface.to_json() + "\n")
     fits = {f"{a.name}, {n}": json.loads(a.fit(n).to_json()) | {"draws": []} for a in arms for n in a.budgets}
-    (RECORDS / "arms.json").write_text(json.dumps(fits, indent=1) + "\n")
+    for name, found in (("law", main.law.to_json()), ("surface", surface.to_json()), ("arms", json.dumps(fits))):
+        indent = None if name == "surface" else 1  # its draws would take a line a number
+        (RECORDS / f"{name}.json").write_text(json.dumps(_rounded(json.loads(found)), indent=indent) + "\n")
     for arm in arms:
         if arm.budgets != [0] and arm.name in DRAWN:
             _draw(plot_curves(arm.located), f"study_curves{arm.suffix}")

@@ -98,7 +98,7 @@ class Settings:
         Under global priority it is that of the average layer: the parameters are the same. What it says of single
         layers is right where layers are taken from both ends; where scores choose them, they are known later.
         """
-        last = [self.family.rungs[self.origin], *self._way][-1]
+        last = self._way[-1] if self._way else self.family.rungs[self.origin]
         return config_with(last, sized(dims(last), self.shape))
 
     @cached_property
@@ -153,7 +153,7 @@ class Settings:
     @property
     def _signal_size(self) -> int:
         """Values a token: k, or draws; never more than there are tokens."""
-        return min(self.config.distill.signal_size or SIGNAL_SIZE, self.teacher_shape["vocab_size"])
+        return min(self.config.distill.signal_size or SIGNAL_SIZE, dims(self.teacher_shape).vocab)
 
     @property
     def teacher_flops(self) -> float:

@@ -7,15 +7,16 @@ torch; nothing is computed again.
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from capacity_gap.data.token_bytes import old_bytes_were_wrong
 from capacity_gap.errors import UserError
 from capacity_gap.fingerprint import plain
-from capacity_gap.models.axes import config_with, dims
-from capacity_gap.models.defaults import frozen_rows, training_only
+from capacity_gap.models.axes import architecture, config_with, count_params, dims
+from capacity_gap.models.defaults import completed, frozen_rows, training_only
+from capacity_gap.models.folders import in_text
 from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.models.layers import renumbered
 from capacity_gap.models.weights import check_names
@@ -50,17 +51,32 @@ class Made:
         """The config.json of the model that it made or read."""
         if "shape" in self.config:
             return self.config["shape"]
-        return next(self.inputs[name].shape for name in ("student", "model", "teacher") if name in self.inputs)
+        before = next(self.inputs[name].shape for name in ("student", "model", "teacher") if name in self.inputs)
+        if "rows" in self.config:  # of an expanded vocabulary
+            return {**before, architecture(before).keys["vocab"]: self.config["rows"]}
+        return before
 
     def read(self, file: str) -> dict[str, Any]:
         """One of its JSON files."""
         return json.loads((self.folder / file).read_text(encoding="utf-8"))
 
+    @property
+    def tokenizer(self) -> Path | None:
+        """The folder of the tokenizer that its text was packed with, where that came with the user's own models."""
+        found = self.inputs.get("tokenizer") or self.inputs["tokens"].inputs["tokenizer"]
+        return found.folder if "content" in found.config else None
+
     @cached_property
     def reason(self) -> str | None:
-        """Why its numbers, or those that it was made from, are wrong; None if they are right."""
+        """Why its numbers, or those that it was made from, are wrong; None if nothing is known against them."""
         mine = (check(self) for check in CHECKS.get(self.name, ()))
         return next((why for why in (*(made.reason for made in self.inputs.values()), *mine) if why), None)
+
+    @cached_property
+    def is_known(self) -> bool:
+        """Whether nothing that `reason` asks for has gone: the folders of the user's models are as they were."""
+        mine = self.name != "published" or _as_it_was(self) is not None
+        return mine and all(made.is_known for made in self.inputs.values())
 
 
 class Makings:
@@ -88,11 +104,11 @@ def outdated(store: Store, records: Iterable[str]) -> dict[str, str]:
     for key in (k for k in records if k not in right):
         try:
             why = made(key).reason or _other_student(made(key))
-        except (OSError, ValueError, KeyError, StopIteration, UserError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration, UserError):
             continue
         if why:
             found[key] = why
-        else:
+        elif made(key).is_known:
             right.add(key)
     if len(right) > before:
         with contextlib.suppress(OSError):  # a store that may only be read is looked through again
@@ -110,14 +126,25 @@ def _found_right(root: Path) -> set[str]:
 
 def _acted(made: Made) -> str | None:
     """Dropout and the like, before training ignored them."""
-    keys = training_only(made.shape) if "ignored" not in made.config else []
+    keys = _read(made, training_only(made.shape))
     return f"trained with {', '.join(keys)} of its config.json in effect" if keys else None
 
 
 def _frozen(made: Made) -> str | None:
-    keys = frozen_rows(made.shape) if "ignored" not in made.config else []
-    random = made.config.get("init") == "random" or made.config.get("method") in ("taylor", "movement")
-    return "made with the padding token's embedding at zero or frozen" if keys and random else None
+    if made.config.get("init") == "random":
+        wrong = frozen_rows(made.shape) if "ignored" not in made.config else []
+    else:
+        wrong = _read(made, frozen_rows(made.shape)) if made.config.get("method") in ("taylor", "movement") else []
+    return "made with the padding token's embedding at zero or frozen" if wrong else None
+
+
+def _read(made: Made, keys: list[str]) -> list[str]:
+    """`keys` that once acted and that its identity does not name, without a padding token that no text holds."""
+    if "ignored" in made.config:
+        return []
+    folder, pad = made.tokenizer, completed(made.shape).get("pad_token_id")
+    unread = folder is not None and pad is not None and not in_text(folder, pad)
+    return [key for key in keys if not (key == "pad_token_id" and unread)]
 
 
 def _renumbered(made: Made) -> str | None:
@@ -137,20 +164,31 @@ def _trained_on_nothing(made: Made) -> str | None:
     return "trained on no sequence at all" if made.read(RESULT).get("steps") == 0 else None
 
 
+def _as_it_was(made: Made) -> Path | None:
+    """The user's folder of a published model, if none of its files is younger than the stage that points to it."""
+    if "content" not in made.config:
+        return made.folder  # of the hub: what is there does not change
+    source = Path(made.read(POINTER)["repository"])
+    before = (made.folder / META).stat().st_mtime
+    return source if source.is_dir() and all(f.stat().st_mtime <= before for f in source.iterdir()) else None
+
+
 def _of_other_weights(made: Made) -> str | None:
     """A model folder whose files are not its config.json's."""
-    source = made.read(POINTER)["repository"]
+    source = _as_it_was(made)
+    if source is None or source == made.folder:
+        return None
     try:
-        if Path(source).is_dir():
-            check_names(Path(source), made.shape)
+        check_names(source, made.shape)
     except UserError:
         return f"the weights of {source} are not those of its config.json"
     return None
 
 
 def _of_other_bytes(made: Made) -> str | None:
-    wrong = "bytes" not in made.config and old_bytes_were_wrong(made.inputs["tokenizer"].folder)
-    return "bits per byte counted other bytes than the text's" if wrong else None
+    if "tokenizer" in made.inputs or made.tokenizer is None or not old_bytes_were_wrong(made.tokenizer):
+        return None
+    return "bits per byte counted other bytes than the text's"
 
 
 CHECKS: dict[str, tuple[Callable[[Made], str | None], ...]] = {
@@ -158,27 +196,35 @@ CHECKS: dict[str, tuple[Callable[[Made], str | None], ...]] = {
     "student": (_frozen, _renumbered),
     "scores": (_frozen,),
     "published": (_of_other_weights,),
-    "tokens": (_of_other_bytes,),
+    "evaluate": (_of_other_bytes,),
 }
-CHECKS["distil"] = CHECKS["teacher"] = (_acted, _trained_on_nothing)
+CHECKS |= dict.fromkeys(("teacher", "adapt", "distil"), (_acted, _trained_on_nothing))
 
 
 def _other_student(record: Made) -> str | None:
-    """A student of another size than its name says, or, under a common shape, than under the other teachers."""
-    row = record.read(RECORD)
+    """Counts that were wrong; a student of another size than its name, or of other rows than under other teachers."""
+    row, student = record.read(RECORD), record.inputs["trained"]
+    for whose, made in (("student", student), ("teacher", record.inputs["teacher"])):
+        if row[f"{whose}_params"] != count_params(made.shape):
+            return f"parameters of its {whose} were counted wrongly"
     if row.get("shape") not in ("common", "per_teacher") or row["student_params"] == row["teacher_params"]:
         return None
-    ladder, scale = FAMILIES.get(str(row["family"])), parse_scale(row["student"], key="student")
-    target = ladder.params[ladder.scales[scale]] if ladder and scale in ladder.scales else scale
+    ladder, scale = str(row["family"]), parse_scale(row["student"], key="student")
+    target, rows = _common(ladder, scale) if ladder in FAMILIES else (scale, None)
     if abs(row["student_params"] / target - 1) > SIZED:
         return f"its student has {row['student_params']:,} parameters, not the {target:,} asked for"
-    student = record.inputs["trained"]
-    if not ladder or row["shape"] != "common" or row.get("expanded_vocab"):
-        return None
     mine = dims(student.shape)
-    if (mine.vocab, mine.tied) != common_rows(ladder.rungs, target):
+    if rows and row["shape"] == "common" and not row.get("expanded_vocab") and (mine.vocab, mine.tied) != rows:
         return "its student's embedding is not that of the common shape under the other teachers"
     return None
+
+
+@cache
+def _common(family: str, scale: int) -> tuple[int, tuple[int, bool]]:
+    """What a family means by a student's scale, and the rows and the tie of its common student."""
+    ladder = FAMILIES[family]
+    target = ladder.params[ladder.scales[scale]] if scale in ladder.scales else scale
+    return target, common_rows(ladder.rungs, target)
 
 
 def said(found: Mapping[str, str]) -> list[str]:
@@ -190,4 +236,5 @@ def said(found: Mapping[str, str]) -> list[str]:
         ways.setdefault(why, []).append(key.partition("/")[2])
     lines = [f"stale: {len(found)} recorded cells have numbers that an earlier version got wrong:"]
     lines += [f"  {len(cells)} × {why}: {', '.join(cells[:3])}{' …' * (len(cells) > 3)}" for why, cells in ways.items()]
-    return [*lines, "  The same command computes them again under new digests; leave the old ones out of fits."]
+    advice = "Started again, such a cell is computed anew under another digest, or refused with what is wrong."
+    return [*lines, f"  {advice} Leave the old ones out of fits."]

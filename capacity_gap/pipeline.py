@@ -26,8 +26,8 @@ from capacity_gap.evaluate.tasks import GENERATED, Task, check_tasks, folder_dig
 from capacity_gap.fingerprint import files_digest, identity_fields
 from capacity_gap.instruct import checks, stages
 from capacity_gap.models.axes import dims
-from capacity_gap.models.defaults import frozen_rows, training_only
-from capacity_gap.models.folders import content_digest
+from capacity_gap.models.defaults import completed, frozen_rows, training_only
+from capacity_gap.models.folders import content_digest, in_text
 from capacity_gap.models.layers import renumbered
 from capacity_gap.runtime import Runtime
 from capacity_gap.stage import Stage, StageRun, Store
@@ -59,10 +59,12 @@ class Cell(Settings):
 
     def _check_vocabularies(self, store: Store, tokens: int) -> None:
         """Ids must mean the same to teacher and student, and every id must have its row in both output matrices."""
-        from capacity_gap.models.loading import check_tokenizer
+        from capacity_gap.models.loading import check_roles, check_tokenizer
 
         for rung in {self.rung, self.origin} & set(self.family.published):
             check_tokenizer(self.family.published[rung], store.path(self.base_tokenizer))
+        if self.rung in self.family.published:
+            check_roles(next(iter(self.family.published.values())), store.path(self.base_tokenizer))
         for name, shape in (("teacher", self.teacher_shape), ("student", self.student_shape)):
             if dims(shape).vocab < tokens:
                 raise ConfigError(
@@ -126,10 +128,18 @@ class Cell(Settings):
         return self._packed(self.base_corpus, self.base_tokenizer)
 
     def _packed(self, corpus: Stage, tokenizer: Stage) -> Stage:
-        given = {}
-        if self.family.name == "folders" and old_bytes_were_wrong(Path(next(iter(self.family.published.values())))):
-            given["bytes"] = "decoded"  # an earlier version counted other bytes a token
-        return Stage("tokens", 1, given, {"corpus": corpus, "tokenizer": tokenizer}, steps.tokens)
+        return Stage("tokens", 1, {}, {"corpus": corpus, "tokenizer": tokenizer}, steps.tokens)
+
+    @property
+    def _tokenizer_folder(self) -> Path | None:
+        """The user's own folder with the tokenizer of the ladder; None where it is not a ladder of folders."""
+        return Path(next(iter(self.family.published.values()))) if self.family.name == "folders" else None
+
+    def _read(self, keys: list[str]) -> list[str]:
+        """`keys` of a config.json that acts in training, without a padding token that no text holds."""
+        folder, pad = self._tokenizer_folder, completed(self.teacher_shape).get("pad_token_id")
+        unread = folder is not None and pad is not None and not in_text(folder, pad)
+        return [key for key in keys if not (key == "pad_token_id" and unread)]
 
     @cached_property
     def teacher(self) -> Stage:
@@ -164,7 +174,7 @@ class Cell(Settings):
     ) -> Stage:
         """A stage of the one loop, on `given["tokens"]` tokens; `held`: the type in which its start was held."""
         budget = given["tokens"]
-        given = {**given, **_ignored(training_only(shape))}
+        given = {**given, **_ignored(self._read(training_only(shape)))}
         cost, passes = accounting.train_flops(shape, budget) + teacher_flops, (4 if teacher_flops else 3) * budget
         version = 2 if "bf16" in (given["precision"], held) else 1  # of outputs in fp32, of teachers adapted in bf16
         return Stage(name, version, given, inputs, compute, cost, self._training, passes=passes, collective=True)
@@ -198,7 +208,7 @@ class Cell(Settings):
         if c.method == "random":
             given["seed"] = self.config.seed
         if c.method in ("taylor", "movement"):  # they read the gradients of the embedding
-            given |= _ignored(frozen_rows(shape))
+            given |= _ignored(self._read(frozen_rows(shape)))
         seen = c.batches * c.batch_size * self.config.corpus.sequence_length
         passes = 3 * seen
         if c.layers != "symmetric":
@@ -318,7 +328,7 @@ class Cell(Settings):
         kept = {k: v for k, v in identity_fields(config).items() if k not in ("count", "held_out", "answer_tokens")}
         given = {**kept, "seed": self.config.seed, "precision": self.config.train.precision}
         given["threads"] = self.config.train.threads
-        given |= _ignored(training_only(self.student_shape))
+        given |= _ignored(self._read(training_only(self.student_shape)))
         return Stage(name, 2, given, inputs, getattr(stages, name), options=self._training)
 
     def answered(self, model: Stage, tokenizer: Stage) -> Stage:
@@ -345,6 +355,8 @@ class Cell(Settings):
         seen = c.tokens + c.ood_tokens
         cost = accounting.forward_flops(shape, seen)
         inputs = {"model": model, "tokens": self.tokens}
+        if (folder := self._tokenizer_folder) and old_bytes_were_wrong(folder):
+            inputs["tokenizer"] = self.tokenizer  # counts bytes anew: texts packed by an earlier version hold others
         return Stage("evaluate", 1, given, inputs, scoring.evaluate, cost, {"batch_size": c.batch_size}, passes=seen)
 
     @cached_property

@@ -245,7 +245,7 @@ def _signals(cells: Sequence["Cell"]) -> dict[str, tuple[Stage, float]]:
     for cell in cells:
         if stage := cell.distilled.inputs.get("signal"):
             given = stage.config
-            each = signal_bytes_per_token(given["kind"], given["size"], cell.teacher_shape["vocab_size"])
+            each = signal_bytes_per_token(given["kind"], given["size"], dims(cell.teacher_shape).vocab)
             found[stage.key] = (stage, each)
     return found
 

@@ -106,6 +106,21 @@ def test_a_grid_over_tied_and_untied_rungs_has_students_of_one_size(tmp_path):
     assert len(sizes) == 1, "one student, not one for each kind of teacher"
 
 
+def test_a_depth_holds_for_students_the_size_of_a_rung_too():
+    with pytest.raises(ConfigError, match="no student of 120,200 parameters .* keeping 2 layers"):
+        pipeline.resolve(compose(["student=120k", "teacher=400k", "prune.depth=2"]))
+    assert (
+        pipeline.resolve(compose(["student=120k", "teacher=400k", "prune.depth=4"])).shape
+        == pipeline.resolve(compose(["student=120k", "teacher=400k"])).shape
+    )
+
+
+def test_a_student_above_what_all_rungs_share_is_skipped_in_a_grid():
+    ladder = FAMILIES["qwen2_5"]
+    with pytest.raises(ImpossibleCell, match="no student of 3,085,938,688 parameters"):
+        student_shape(ladder.rungs, ladder.rungs["7b"], ladder.params["3b"], policy="common", multiple=8)
+
+
 NOTHING = [
     (["data=100"], "data=100 with epochs=1 and corpus.sequence_length=128"),
     (["data=200", "epochs=2"], "Give data=256 or more"),

@@ -114,7 +114,7 @@ def test_kinds_of_layers_follow_their_layers():
 
 
 def test_other_lists_that_name_layers_are_refused_where_layers_go():
-    config = {"model_type": "llama", "num_hidden_layers": 6, "mlp_only_layers": [0, 4]}
+    config = {"model_type": "llama", "num_hidden_layers": 6, "mlp_only_layers": [0, 4], "hidden_size": 8}
     assert of_kept_layers(config, "num_hidden_layers", range(6)) == {}
     with pytest.raises(ConfigError, match=r"mlp_only_layers=\[0, 4\].*Keep all layers"):
         of_kept_layers(config, "num_hidden_layers", range(5))

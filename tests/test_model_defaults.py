@@ -87,6 +87,12 @@ def test_names_that_stand_for_others_are_read():
     assert count_params(renamed) == built(renamed) == count_params({**plain, "n_positions": 64})
 
 
+def test_a_head_size_that_a_class_does_not_read_counts_for_nothing():
+    for kind in ("gpt_neox", "opt", "gpt2"):
+        config = {"model_type": kind, "vocab_size": 500, **BARE[kind]}
+        assert count_params({**config, "head_dim": 64}) == count_params(config)
+
+
 def test_cross_attention_is_refused():
     with pytest.raises(ConfigError, match="cross-attention"):
         count_params({"model_type": "gpt2", **BARE["gpt2"], "add_cross_attention": True})

@@ -1,11 +1,13 @@
 """Nothing acts in training mode only, whatever a config says; what once did is named in identities."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from capacity_gap import cli, pipeline, records
+from capacity_gap.errors import StageError
 from capacity_gap.models import loading
 from capacity_gap.models.axes import architecture
 from capacity_gap.models.defaults import ASSUMED, PADDED, training_only
@@ -129,6 +131,43 @@ def test_scores_that_read_the_embedding_name_its_frozen_row(folders, tiny, tmp_p
         for method in ("expressive", "magnitude", "taylor", "movement")
     }
     assert {m for m, c in cells.items() if "ignored" in c.scores.config} == {"taylor", "movement"}
+
+
+def test_a_padding_token_that_no_text_holds_changes_no_identity(folders, tiny, tmp_path, text_file):
+    shutil.copytree(folders / "clean", tmp_path / "apart")
+    config = json.loads((tmp_path / "apart" / "config.json").read_text())
+    (tmp_path / "apart" / "config.json").write_text(json.dumps(config | {"pad_token_id": 7}))
+    tokenizer = json.loads((tmp_path / "apart" / "tokenizer.json").read_text())
+    word = next(t for t, i in tokenizer["model"]["vocab"].items() if i == 7)
+    read = pipeline.resolve(cell_of(tmp_path / "apart", tiny, tmp_path))
+    assert read.distilled.config["ignored"] == ["pad_token_id"], "a word like any other"
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 7, "content": word})
+    (tmp_path / "apart" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    apart = pipeline.resolve(cell_of(tmp_path / "apart", tiny, tmp_path))
+    assert "ignored" not in apart.distilled.config, "a control token"
+    random = pipeline.resolve(cell_of(tmp_path / "apart", tiny, tmp_path, "prune.init=random"))
+    assert random.student.config["ignored"] == ["pad_token_id"], "its row started at zero"
+
+
+def test_keys_that_a_class_does_not_read_change_no_identity():
+    config = {"model_type": "llama", "hidden_dropout": 0.1, "use_dropout": True, "attention_dropout": 0.0}
+    assert training_only(config) == []
+    assert training_only(config | {"attention_dropout": 0.1}) == ["attention_dropout"]
+
+
+def test_a_tokenizer_whose_end_of_text_changed_is_refused(folders, tiny, tmp_path):
+    from capacity_gap.data.tokenizer import load_tokenizer
+
+    shutil.copytree(folders / "clean", tmp_path / "moved")
+    config = cell_of(tmp_path / "moved", tiny, tmp_path / "store", "data=0")
+    pipeline.run(config)
+    tokenizer = load_tokenizer(tmp_path / "moved")
+    tokenizer.eos_token = "!"
+    tokenizer.save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "tokenizer_config.json", tmp_path / "moved")
+    again = cell_of(tmp_path / "moved", tiny, tmp_path / "store", "data=0", "prune.batches=3")
+    with pytest.raises(StageError, match=r"end of a text was '<\|endoftext\|>'.* now '!'"):
+        pipeline.run(again)
 
 
 def test_every_architecture_says_what_would_act():

@@ -181,3 +181,40 @@ def test_a_folder_that_changes_is_looked_at_again(tmp_path):
     shutil.copy(tmp_path / "b" / SINGLE, tmp_path / "a" / SINGLE)
     with pytest.raises(ConfigError, match="not finite"):
         check_weights(tmp_path / "a", config)
+
+
+def test_what_says_which_file_is_meant_is_part_of_the_folder_or_refused(tmp_path):
+    saved(tmp_path)
+    shard(tmp_path)
+    listing = json.loads((tmp_path / INDEX).read_text())
+    first = next(iter(listing["weight_map"]))
+    copy = tmp_path / "other.safetensors"
+    tensors = load_file(tmp_path / listing["weight_map"][first])
+    save_file({k: v + 1 for k, v in tensors.items()}, copy, metadata={"format": "pt"})
+    for read in (lambda: local_family([str(tmp_path)]), lambda: loading.load_model(tmp_path)):
+        with pytest.raises(ConfigError, match=r"in other.safetensors and in model-0000"):
+            read()
+    save_file({"consolidated." + k: v for k, v in tensors.items()}, copy, metadata={"format": "pt"})
+    local_family([str(tmp_path)])
+    listing["weight_map"][first] = "../elsewhere.safetensors"
+    (tmp_path / INDEX).write_text(json.dumps(listing))
+    with pytest.raises(ConfigError, match="lists files of other folders"):
+        local_family([str(tmp_path)])
+
+
+def test_a_shape_that_does_not_match_is_named_when_a_model_is_loaded(tmp_path):
+    saved(tmp_path)
+    rewrite(tmp_path, lambda t: t | {"model.norm.weight": torch.ones(17)})
+    with pytest.raises(StageError, match=r"mismatched: .*model.norm.weight"):
+        loading.load_model(tmp_path)
+
+
+def test_copies_of_the_embedding_grow_with_it(tmp_path):
+    from capacity_gap.models.expand import expand_checkpoint
+
+    saved(tmp_path / "old", "t5")
+    shared = load_file(tmp_path / "old" / SINGLE)["shared.weight"]
+    rewrite(tmp_path / "old", lambda t: t | {"encoder.embed_tokens.weight": shared.clone()})
+    (tmp_path / "new").mkdir()
+    expand_checkpoint(tmp_path / "old", tmp_path / "new", first=40, parts=[[1, 2]], rows=48)
+    assert loading.load_model(tmp_path / "new").shared.weight.shape == (48, 16)

@@ -1,8 +1,8 @@
 """Packed tokens: one flat stream per split, memory-mapped; and which sequences a budget sees, in which order."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,11 @@ class Packed:
 
     stem: Path
     sequence_length: int
+    lengths: Sequence[int | None] | None = None  # bytes of each token id, where those beside the stream are not right
+
+    def counting(self, lengths: Sequence[int | None] | None) -> "Packed":
+        """The same stream with other bytes of its ids; with None as it is."""
+        return self if lengths is None else replace(self, lengths=lengths)
 
     @cached_property
     def stream(self) -> np.ndarray:
@@ -63,7 +68,8 @@ class Packed:
     @cached_property
     def bytes_per_id(self) -> np.ndarray:
         """UTF-8 bytes that each token id stands for [V], NaN where they are not known."""
-        return np.asarray(json.loads((self.stem.parent / "bytes_per_id.json").read_text()), dtype=np.float64)
+        kept = self.lengths or json.loads((self.stem.parent / "bytes_per_id.json").read_text())
+        return np.asarray(kept, dtype=np.float64)
 
     def __len__(self) -> int:
         return max(0, (len(self.stream) - 1) // self.sequence_length)

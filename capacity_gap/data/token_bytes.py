@@ -4,7 +4,7 @@ The sum over a text's ids is the text's own number of bytes, or `None` where tha
 
 - A tokenizer that puts a space before a text (Metaspace, Llama 2) counts it: one byte too many per document.
 - A normaliser that loses something (NFKC, lower case, accents, SentencePiece's charsmap) makes every id `None`. NFC
-  does not: text is in NFC but for rare exceptions.
+  does not: text in other forms (file names of macOS, say) counts as its NFC form.
 - Special tokens stand for no text: 0. The unknown token, where text can become it, stands for unknown text: `None`.
 - An added word that swallows spaces beside it is `None`. So is one after which a tokenizer puts a space into the text;
   there, control tokens (`special` in tokenizer.json) keep their own length, since they stand between texts.

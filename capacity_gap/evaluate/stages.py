@@ -11,15 +11,18 @@ from capacity_gap.steps import RESULT, packed_split
 
 def evaluate(run: StageRun) -> None:
     """Held-out losses, in domain and out of domain."""
+    from capacity_gap.data.tokenizer import bytes_per_id, load_tokenizer
     from capacity_gap.evaluate.heldout import held_out
     from capacity_gap.models.loading import load_model
 
     model = load_model(run.inputs["model"], device=run.runtime.device)
-    found = {}
+    found, lengths = {}, None
+    if "tokenizer" in run.inputs:
+        lengths = bytes_per_id(load_tokenizer(run.inputs["tokenizer"]))
     for split, budget in (("test", run.config["tokens"]), ("ood", run.config["ood_tokens"])):
         found[split] = held_out(
             model,
-            packed_split(run, split),
+            packed_split(run, split).counting(lengths),
             tokens=budget,
             batch_size=run.options["batch_size"],
             runtime=run.runtime,

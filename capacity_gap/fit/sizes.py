@@ -13,8 +13,6 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 
-from capacity_gap.tables import numbers
-
 TIGHT = 0.01  # sizes within 1 % in a curve: adjusted for, or said to differ, without an error of their own
 SPREAD = 0.05  # log units off their teacher's mean that students must differ by to tell what size does
 LEAST_TELLING = 4  # teachers with such students that a slope with a standard error takes
@@ -59,8 +57,7 @@ def adjust_for_size(
     off = logs - logs.groupby(groups, dropna=False).transform("mean")
     if off.abs().max() < 1e-3:
         return frame, []
-    whole = "student_params" if "student_params" in frame else student  # what a student's size is, whatever is fitted
-    sizes = numbers(frame, [whole])[whole].groupby(groups, dropna=False)
+    sizes = frame[student].astype(float).groupby(groups, dropna=False)
     wide = sizes.transform("max") > sizes.transform("min") * (1 + TIGHT) * (1 + 1e-9)
     adjusted, notes = _adjust_tight(frame, teacher, column, keys, logs, off.mask(wide, 0.0))
     if not wide.any():

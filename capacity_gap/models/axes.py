@@ -176,7 +176,7 @@ def dims(config: Config) -> Dims:
         hidden=hidden,
         heads=heads,
         kv_heads=(get(config, keys["kv_heads"]) or heads) if "kv_heads" in keys else heads,
-        head_dim=get(config, keys.get("head_dim", "head_dim")) or hidden // heads,
+        head_dim=(not table.square and get(config, keys.get("head_dim", "head_dim"))) or hidden // heads,
         neurons=get(config, keys["neurons"]) or 4 * hidden,
         layers=get(config, keys["layers"]),
         tied=bool(get(config, "tie_word_embeddings")),

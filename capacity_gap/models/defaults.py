@@ -151,7 +151,8 @@ def training_only(config: Mapping[str, Any]) -> list[str]:
     them (`models/quiet.py`), and stages that they once decided name them in their identity.
     """
     full = completed(config)
-    noise = [key for key, value in full.items() if acts_as_noise(key) and isinstance(value, int | float) and value > 0]
+    read = ASSUMED.get(str(full.get("model_type")), full)  # the keys that its class reads
+    noise = [key for key in read if acts_as_noise(key) and is_rate(full[key]) and full[key] > 0]
     return sorted([*noise, *frozen_rows(full)])
 
 
@@ -160,6 +161,11 @@ def frozen_rows(config: Mapping[str, Any]) -> list[str]:
     full = completed(config)
     frozen = full.get("model_type") in PADDED and full.get("pad_token_id") is not None
     return ["pad_token_id"] if frozen else []
+
+
+def is_rate(value: Any) -> bool:
+    """Whether a value may be a rate: a number, and no flag."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def acts_as_noise(name: str) -> bool:

@@ -52,6 +52,7 @@ def expand_checkpoint(
     if rows < first + len(parts) or rows < old:
         raise StageError(f"{rows} rows cannot hold the {max(old, first + len(parts))} there are.")
     own = [name for name, axes in table.parameters.items() if "vocab" in axes]
+    own += [copy for copy, of in table.copies.items() if of in own]
     names = {*own, *(n.partition(".")[2] for n in own), *(table.in_checkpoints.get(n, n) for n in own)}
     shards = weight_files(folder)
     for done, shard in enumerate(shards, 1):

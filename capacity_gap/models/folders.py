@@ -73,6 +73,23 @@ def vocabulary(path: Path) -> dict[str, int]:
     return found | {t["content"]: t["id"] for t in content.get("added_tokens", ())}
 
 
+def end_of_text(path: Path) -> str | None:
+    """The token that ends texts, as the tokenizer saved in a folder names it."""
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (path / file).is_file():
+            named = json.loads((path / file).read_text(encoding="utf-8")).get("eos_token")
+            if named:
+                return named["content"] if isinstance(named, dict) else str(named)
+    return None
+
+
+def in_text(path: Path, token: int) -> bool:
+    """Whether packed text can hold a token of a folder's tokenizer: it ends texts, or is no control token."""
+    content = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
+    control = {t["id"] for t in content.get("added_tokens", ()) if t.get("special")}
+    return token not in control or vocabulary(path).get(end_of_text(path) or "", token) == token
+
+
 def content_digest(path: Path) -> str:
     """SHA-256 over a model folder's config, tokenizer and weights: its identity, wherever it lies."""
     files = [path / "config.json", path / "tokenizer.json", *sorted(path.glob("*.safetensors"))]

@@ -6,6 +6,8 @@ from typing import Any
 from capacity_gap.errors import ConfigError
 from capacity_gap.models.defaults import completed
 
+EACH = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists with one entry a layer
+
 
 def symmetric_layers(layers: int, keep: int) -> list[int]:
     """Which layers stay when they are removed from both ends, one more from the top if odd (docs/method.md §3)."""
@@ -33,13 +35,13 @@ def of_kept_layers(config: Mapping[str, Any], layers_key: str, stay: Sequence[in
     for key, value in full.items():
         if "layer" not in key or not isinstance(value, list) or not value:
             continue
-        if len(value) != layers:
+        if key not in EACH or len(value) != layers:
             raise ConfigError(
                 f"config.json has {key}={value}, which speaks of single layers, and {layers - len(stay)} of {layers} "
                 "layers would go: what it means afterwards is not known. Keep all layers: leave out prune.depth."
             )
         mine = [value[i] for i in stay]
-        if key in config or mine != assumed[key]:
+        if key in config or mine != assumed.get(key):
             found[key] = mine
     kinds = full.get("layer_types") or []
     if "max_window_layers" in config and len(set(kinds)) > 1 and "layer_types" in found:

@@ -76,15 +76,16 @@ def whole_model(kind: Any, source: str | Path, **options: Any) -> Any:
     """`kind.from_pretrained(source)` from safetensors, with every weight from there and no other.
 
     Raises:
-        ConfigError: the folder holds an adapter or two checkpoints.
-        StageError: weights are missing, left over, or an adapter came along.
+        ConfigError: the folder holds an adapter, two checkpoints, or a tensor twice.
+        StageError: weights are missing, left over or of another shape, or an adapter came along.
     """
-    from capacity_gap.models.weights import no_adapter, weight_files
+    from capacity_gap.models.weights import no_adapter, tensors_of
 
     if Path(source).is_dir():
         no_adapter(Path(source))
-        weight_files(Path(source))
-    options |= {"attn_implementation": "sdpa", "use_safetensors": True, "output_loading_info": True}
+        tensors_of(Path(source))
+    options |= {"attn_implementation": "sdpa", "use_safetensors": True}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what does not match is said below
     model, info = kind.from_pretrained(source, **options)
     wrong = {what: sorted(map(str, info[f"{what}_keys"])) for what in ("missing", "unexpected", "mismatched")}
     if getattr(model, "_hf_peft_config_loaded", False):
@@ -179,6 +180,25 @@ def check_tokenizer(repository: str, folder: Path) -> None:
             f"{repository} has another vocabulary than the tokenizer of this ladder ({len(theirs):,} and {len(ours):,} "
             f"tokens; the first differences: {changed}). Students are distilled on their teachers' logits: take "
             "teachers that share a tokenizer."
+        )
+
+
+def check_roles(repository: str, folder: Path) -> None:
+    """Checks that the tokens which end texts, and the other special ones, are still those of the copy in `folder`.
+
+    Raises:
+        StageError: they differ. Texts were packed with the copy, and its roles are no part of a folder's identity.
+    """
+    from transformers import AutoTokenizer
+
+    theirs = _from_hub(AutoTokenizer.from_pretrained, repository)
+    ours = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    now, before = ((t.eos_token, sorted(t.all_special_tokens)) for t in (theirs, ours))
+    if now != before:
+        raise StageError(
+            f"the special tokens of {repository} have changed since this store packed texts with its tokenizer: the "
+            f"end of a text was {before[0]!r}, all of them {before[1]}; now {now[0]!r}, {now[1]}. Put "
+            "tokenizer_config.json back, or take another store."
         )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from capacity_gap.models.defaults import acts_as_noise
+from capacity_gap.models.defaults import acts_as_noise, is_rate
 
 
 def quiet(model: nn.Module) -> Any:
@@ -28,5 +28,5 @@ def quiet(model: nn.Module) -> Any:
 def _silence(holder: Any) -> None:
     """Sets every rate of noise among the attributes of a module or config to zero."""
     for name, value in list(vars(holder).items()):
-        if acts_as_noise(name) and isinstance(value, int | float) and not isinstance(value, bool) and value:
+        if acts_as_noise(name) and is_rate(value) and value:
             setattr(holder, name, 0.0)

@@ -109,6 +109,8 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(f"{index} is no index of shards: it needs a JSON object with weight_map.") from error
+    if outside := [n for n in names if Path(n).name != n]:
+        raise ConfigError(f"{index} lists files of other folders: {_few(outside)}. Move them beside it.")
     if lost := [n for n in names if not (folder / n).is_file()]:
         raise ConfigError(f"{folder} lacks {len(lost)} of the {len(names)} files that {INDEX} lists: {_few(lost)}.")
     return [folder / name for name in names]
@@ -152,11 +154,22 @@ def stored_tensors(file: Path, size: int, changed: int) -> dict[str, Stored]:
     return found
 
 
-def _tensors(folder: Path) -> dict[str, Stored]:
+def tensors_of(folder: Path) -> dict[str, Stored]:
+    """The tensors of a checkpoint, by the names in its files.
+
+    Raises:
+        ConfigError: the files cannot be read, or two of the folder's hold a tensor of one name: loaders differ in which
+            they take, and the folder's identity, the hash of its files, does not say it.
+    """
     found: dict[str, Stored] = {}
-    for file in weight_files(folder):
-        found |= stored_tensors(file, file.stat().st_size, file.stat().st_mtime_ns)
-    return found
+    listed = weight_files(folder)
+    for file in (*listed, *sorted(set(folder.glob("*.safetensors")) - set(listed))):
+        mine = stored_tensors(file, file.stat().st_size, file.stat().st_mtime_ns)
+        if twice := sorted(found.keys() & mine.keys()):
+            others = sorted({found[name].file.name for name in twice})
+            raise ConfigError(f"{folder}: {_few(twice)} in {file.name} and in {_few(others)}. Move one of them away.")
+        found |= mine
+    return {name: tensor for name, tensor in found.items() if tensor.file in listed}
 
 
 def check_names(folder: Path, config: Mapping[str, Any]) -> None:
@@ -206,7 +219,7 @@ def _opened(
     folder: Path, config: Mapping[str, Any]
 ) -> tuple[dict[str, Stored], dict[str, tuple[int, ...]], "Spelling"]:
     """The tensors of a folder, those that its config describes, and how names are read."""
-    return _tensors(folder), expected(config), Spelling(architecture(config), tied=dims(config).tied)
+    return tensors_of(folder), expected(config), Spelling(architecture(config), tied=dims(config).tied)
 
 
 def expected(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -170,17 +170,18 @@ def common_shape(
 ) -> Shape:
     """The one shape for students of this size, a function of the ladder and the size alone.
 
-    A student the size of a rung has that rung's shape. Any other is shrunk from the elementwise minimum of all rungs
-    that are larger, so each of them can hold it: with the fewest rows of an embedding (rows beyond the tokenizer's are
-    padding), and tied only if all are. Rungs that cannot be cut to one shape with most others, because their heads have
-    another size or their parameters other names, are left out. Where rungs group queries differently, the student takes
-    as few queries to a key-value head as any; under one rung without groups it has none, and grouped teachers repeat
-    their key-value heads.
+    A student the size of a rung has that rung's shape if all larger rungs hold it. Any other is shrunk from the
+    elementwise minimum of all rungs that are larger, so each of them can hold it: with the fewest rows of an embedding
+    (rows beyond the tokenizer's are padding), and tied only if all are. Rungs that cannot be cut to one shape with most
+    others, because their heads have another size or their parameters other names, are left out. Where rungs group
+    queries differently, the student takes as few queries to a key-value head as any; under one rung without groups it
+    has none, and grouped teachers repeat their key-value heads.
     """
     able = _alike(rungs, target_params)
     sizes = [dims(r) for r in able]
     for rung in able:
-        if count(architecture(rung), dims(rung)) <= target_params * (1 + TOLERANCE):
+        fits = count(architecture(rung), dims(rung)) <= target_params * (1 + TOLERANCE)
+        if fits and depth in (None, dims(rung).layers):
             own = _shape(architecture(rung), dims(rung))
             if not any(unfit(own, s) for s in sizes):
                 return own
@@ -227,6 +228,8 @@ def shrink(table: Architecture, full: Dims, target: int, *, multiple: int, depth
     if layers == full.layers and abs(count(table, full) / target - 1) <= TOLERANCE:
         return _shape(table, full)
     found = list(_candidates(table, full, target, layers, multiple))
+    if not found and count(table, full) < target:
+        raise ImpossibleCell(_no_shape(table, full, target, layers, multiple))
     if not found:
         raise ConfigError(_no_shape(table, full, target, layers, multiple))
     return _shape(table, min(found, key=lambda s: (_distortion(s, full), s.hidden)))

@@ -18,6 +18,7 @@ from torch import Tensor
 from capacity_gap.errors import ConfigError
 from capacity_gap.models.axes import Architecture, Config, Dims, architecture, config_with, dims, pattern_of, place
 from capacity_gap.models.layers import symmetric_layers
+from capacity_gap.models.quiet import quiet
 from capacity_gap.models.weights import INDEX, SINGLE, base_prefix, weight_files
 from capacity_gap.pruning.scores import Scores
 from capacity_gap.pruning.shape import Shape, sized, unfit, with_rows
@@ -185,7 +186,7 @@ def prune(model: Any, scores: Scores, shape: Shape, *, layers: str = "symmetric"
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             parameter.copy_(cut(name, lambda n, indices: select(source[n], indices, n)))
-    return student.eval()
+    return quiet(student.eval())
 
 
 def _empty(model: Any, settings: dict[str, Any]) -> Any:
