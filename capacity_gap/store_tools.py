@@ -1,5 +1,8 @@
 """What is in a store, what it is for, and what can go: `python -m capacity_gap store ls | du | gc | forget`."""
 
+import contextlib
+import os
+import re
 import shutil
 import uuid
 from collections.abc import Collection, Iterable, Iterator
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 OUTSIDE = (".work", ".damaged", "sweeps", "failed", "jobs", "logs", "wandb")  # folders of a store that hold no stages
+NOTED = re.compile(r"\.[0-9a-f]{20}$")  # the end of a note's name
 SIGNAL = "signal"  # cached teacher outputs: large, and made again from the teacher when needed
 
 
@@ -92,25 +96,29 @@ def needed(keys: Iterable[str], found: dict[str, Entry]) -> set[str]:
 def note_sweep(store: Store, name: str, cells: dict[str, dict[str, Any]]) -> None:
     """Writes down which cells a grid is made of; a grown grid adds to what is there.
 
-    Each start writes one file of its own, `<store>/sweeps/<name>/<hash of its cells>.json`, so that many processes may
-    note cells of one sweep at once and none reads what another is writing.
+    The first start writes `<store>/sweeps/<name>.json`, every start with other cells one more file,
+    `<name>.<hash of its cells>.json`. No file ever changes its cells, so that many processes may note cells of one
+    sweep at once and none loses another's.
     """
-    folder = _folder(store, name)
-    folder.mkdir(parents=True, exist_ok=True)
-    ids = [part["id"] for part in _parts(store, name) if part.get("id")]
-    own = min(ids, default=uuid.uuid4().hex[:12])
-    write_checked(folder / f"{fingerprint(sorted(cells))}.json", {"name": name, "id": own, "cells": cells})
+    first = store.root / "sweeps" / f"{name.replace('/', '-')}.json"
+    first.parent.mkdir(parents=True, exist_ok=True)
+    parts = _parts(store, name)
+    own = min([part["id"] for part in parts if part.get("id")], default=uuid.uuid4().hex[:12])
+    file = next((part["file"] for part in parts if part["cells"].keys() == cells.keys()), _note_file(first, cells))
+    write_checked(file, {"name": name, "id": own, "cells": cells})
+    if not first.exists():
+        with contextlib.suppress(FileExistsError, FileNotFoundError):  # another process was first
+            os.link(file, first)  # atomic, unlike a rename, which would replace the other's
+            file.unlink()
 
 
-def _folder(store: Store, name: str) -> Path:
-    return store.root / "sweeps" / name.replace("/", "-")
+def _note_file(first: Path, cells: Iterable[str]) -> Path:
+    return first.with_name(f"{first.stem}.{fingerprint(sorted(cells))}.json")
 
 
 def note_files(store: Store) -> list[Path]:
     """The files that say which cells the sweeps are made of, in the order in which they were written."""
-    root = store.root / "sweeps"
-    files = [f for f in (*root.glob("*.json"), *root.glob("*/*.json")) if not f.name.startswith(".")]
-    return sorted(files, key=_written)
+    return sorted((store.root / "sweeps").glob("[!.]*.json"), key=_written)
 
 
 def _written(file: Path) -> float:
@@ -122,16 +130,13 @@ def _written(file: Path) -> float:
 
 def _parts(store: Store, name: str | None = None) -> list[dict[str, Any]]:
     """What was noted of one sweep, or of all, oldest first; older versions kept one file a sweep."""
-    files = note_files(store) if name is None else [f for f in note_files(store) if _sweep_of(store, f) == name]
-    top = store.root / "sweeps"
-    return [
-        {**part, "name": _sweep_of(store, file), "file": file, "one_file": file.parent == top}
-        for file, part in read_all(store.root, files, ["cells"])
-    ]
+    files = [f for f in note_files(store) if name in (None, _sweep_of(f))]
+    return [{**part, "name": _sweep_of(file), "file": file} for file, part in read_all(store.root, files, ["cells"])]
 
 
-def _sweep_of(store: Store, file: Path) -> str:
-    return file.stem if file.parent == store.root / "sweeps" else file.parent.name
+def _sweep_of(file: Path) -> str:
+    """The sweep that a note is of: its file's name, without the hash of the cells."""
+    return NOTED.sub("", file.stem)
 
 
 def sweep_id(store: Store, name: str) -> str:
@@ -187,7 +192,7 @@ def forget_failed(store: Store, name: str | None = None) -> list[str]:
         failed = {key for key in part["cells"] if _has_failed(store, key)}
         if failed and name in (None, part["name"]):
             gone |= {key: part["cells"][key].get("name", key) for key in failed}
-            _rewrite(part, {k: v for k, v in part["cells"].items() if k not in failed})
+            _rewrite(store, part, {k: v for k, v in part["cells"].items() if k not in failed})
     wanted = {key for part in _parts(store) for key in part["cells"]}
     orphans = [] if name else [f"record/{f.stem}" for f in (store.root / "failed").glob("*.json")]
     for key in {*gone, *orphans} - wanted:
@@ -199,14 +204,12 @@ def _has_failed(store: Store, record_key: str) -> bool:
     return failure_file(store, record_key).exists() and not (store.root / record_key / "stage.json").exists()
 
 
-def _rewrite(part: dict[str, Any], cells: dict[str, Any]) -> None:
+def _rewrite(store: Store, part: dict[str, Any], cells: dict[str, Any]) -> None:
     """Takes a note's place with one of fewer cells, or of none."""
-    old = part["file"]
-    new = old if part["one_file"] else old.with_name(f"{fingerprint(sorted(cells))}.json")
     if cells:
-        write_checked(new, {"name": part["name"], "id": part.get("id"), "cells": cells})
-    if not cells or new != old:
-        old.unlink(missing_ok=True)
+        kept = {"name": part["name"], "id": part.get("id"), "cells": cells}
+        write_checked(_note_file(store.root / "sweeps" / f"{part['name']}.json", cells), kept)
+    part["file"].unlink(missing_ok=True)
 
 
 def list_sweeps(store: Store) -> list[tuple[str, int, int, int]]:

@@ -134,7 +134,7 @@ def test_a_stage_of_an_older_version_stays_valid_and_gets_its_list(chain, capsys
 def test_verify_finds_one_flipped_byte_in_any_file_and_repair_sets_it_aside(chain, capsys):
     store, base, end, _ = chain
     note_sweep(store, "mine", {"record/r": {"name": "r", "overrides": ["student=60k"], "stages": {base.key: 1.0}}})
-    (note,) = store.root.glob("sweeps/mine/*.json")
+    (note,) = store.root.glob("sweeps/mine.json")
     everything = [store.marker, note, *(p for s in (base, end) for p in store.path(s).rglob("*") if p.is_file())]
     for file in everything:
         content = file.read_bytes()
@@ -195,7 +195,7 @@ def used(tiny_cell, tmp_path):
 @pytest.mark.parametrize("damage", [zero, halve])
 @pytest.mark.parametrize(
     "pattern",
-    ["store.json", "record/*/record.json", "record/*/stage.json", "sweeps/mine/*.json", "failed/*.json"],
+    ["store.json", "record/*/record.json", "record/*/stage.json", "sweeps/mine.json", "failed/*.json"],
 )
 def test_a_damaged_file_costs_itself_and_every_command_goes_on(used, tmp_path, capsys, damage, pattern, monkeypatch):
     file = min(used.root.glob(pattern))
