@@ -15,18 +15,20 @@ except ModuleNotFoundError as error:
         "`source .venv/bin/activate`, or `.venv/bin/python run.py …`."
     ) from None
 
-from capacity_gap import alone, config, pipeline
-from capacity_gap.explain import ends_single_run, explained
+from capacity_gap.cell import config
+from capacity_gap.commands.explain import ends_single_run, explained
+from capacity_gap.runner import single
+from capacity_gap.runner.run_cell import run_config
 
 config.register()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(composed: object) -> str:
-    """One job of Hydra's: everything it does is in `capacity_gap.pipeline`."""
+    """One job of Hydra's: everything it does is in `capacity_gap.cell.pipeline`."""
     with ends_single_run() as overrides:
         settings = config.from_hydra(composed)
-        return pipeline.run(settings) if overrides is None else alone.run_alone(settings, overrides)
+        return run_config(settings) if overrides is None else single.run_alone(settings, overrides)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,13 @@ import pandas as pd
 from hydra import compose, initialize_config_dir
 
 from benchmarks.chaos import ROOT, tiny_corpus
-from capacity_gap import alone, cli, config, files
-from capacity_gap.config import RunConfig
-from capacity_gap.errors import UserError
-from capacity_gap.stage import Store
+from capacity_gap.cell import config
+from capacity_gap.cell.config import RunConfig
+from capacity_gap.commands import cli
+from capacity_gap.runner import single
+from capacity_gap.settings.errors import UserError
+from capacity_gap.store import files
+from capacity_gap.store.stage import Store
 
 CELL = ["student=40k", "teacher=55k", "data=12k", "family.teacher_data=12k"]
 FAILS = "train.learning_rate=1e9"
@@ -92,9 +95,9 @@ def run(store: Path, corpus: list[str]) -> Seen:
     """The same commands again: the cell, and the one that fails."""
 
     def both() -> None:
-        alone.run_alone(settings(store, corpus), CELL)
+        single.run_alone(settings(store, corpus), CELL)
         with contextlib.suppress(UserError):
-            alone.run_alone(settings(store, corpus, FAILS), [*CELL, FAILS])
+            single.run_alone(settings(store, corpus, FAILS), [*CELL, FAILS])
 
     return watched(both)
 

@@ -20,7 +20,8 @@ import pandas as pd
 from scipy import stats
 
 from capacity_gap.fit.frame import Curve
-from capacity_gap.fit.law import LawFit, law_from
+from capacity_gap.fit.law import law_from
+from capacity_gap.fit.law_fit import LawFit
 from capacity_gap.fit.optimum import locate
 
 SPAN = math.log(8.0)

@@ -20,10 +20,10 @@ import pandas as pd
 import torch
 
 from benchmarks.chaos import tiny_corpus
-from capacity_gap import pipeline
-from capacity_gap.config import from_hydra, register
-from capacity_gap.runtime import Runtime
-from capacity_gap.stage import Store, closure
+from capacity_gap.cell import pipeline
+from capacity_gap.cell.config import from_hydra, register
+from capacity_gap.runtime.process import Runtime
+from capacity_gap.store.stage import Store, closure
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDENTS, TEACHERS, SEEDS = ("30k", "35k", "40k", "45k", "50k"), ("55k", "80k", "120k", "180k", "270k", "400k"), (0, 1)

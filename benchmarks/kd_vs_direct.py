@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 
 from benchmarks.losses import against
 from capacity_gap import records
+from capacity_gap.cell.stages.shared import read_history
 from capacity_gap.report.plots import save_figure
-from capacity_gap.stage import META
-from capacity_gap.steps import read_history
+from capacity_gap.store.files import META
 
 ROOT = Path(__file__).resolve().parent.parent
 ARM = ["init", "kd_weight", "teacher_data", "temperature"]

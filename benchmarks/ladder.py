@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from capacity_gap import records
 from capacity_gap.report.plots import save_figure, short_scale
-from capacity_gap.scales import parse_scale
+from capacity_gap.settings.scales import parse_scale
 
 ROOT = Path(__file__).resolve().parent.parent
 POLICIES = {"1m": "equal tokens (1m)", "2x": "tokens ∝ parameters (2×)"}

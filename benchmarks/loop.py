@@ -18,13 +18,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from capacity_gap.config import DistillConfig
 from capacity_gap.distill import distill_loss
+from capacity_gap.distill.distill_config import DistillConfig
 from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.models.loading import hidden_states, new_model, output_weight
-from capacity_gap.runtime import Runtime
-from capacity_gap.train import Plan, learning_rate, make_optimizer, train
-from capacity_gap.training_config import OptimConfig
+from capacity_gap.runtime.process import Runtime
+from capacity_gap.training.loop import Plan, learning_rate, make_optimizer, train
+from capacity_gap.training.train_config import OptimConfig
 
 STEPS, BATCH, LENGTH = 60, 4, 128
 RUNGS = FAMILIES["pico"].rungs

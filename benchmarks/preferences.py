@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.intervals import interval
-from capacity_gap import store_tools
+from capacity_gap.store import contents
 
 GAINS = ("exact_match", "preference", "log_ratio")
 
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("store")
     parser.add_argument("--out", type=Path, default=Path("results/preferences.csv"))
     given = parser.parse_args()
-    frame = store_tools.sweep_frame(store_tools.open_store(given.store), "preferences_pico")
+    frame = contents.sweep_frame(contents.open_store(given.store), "preferences_pico")
     done = frame[(frame["status"] == "done") & frame["prefer_rows"].notna()]
     found = table(gains(done))
     given.out.parent.mkdir(parents=True, exist_ok=True)

@@ -15,11 +15,11 @@ from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from capacity_gap import config, pipeline
+from capacity_gap.cell import config, pipeline
 from capacity_gap.models.axes import count_params
 from capacity_gap.report.plots import save_figure, short_scale
-from capacity_gap.runtime import Runtime
-from capacity_gap.stage import Store
+from capacity_gap.runtime.process import Runtime
+from capacity_gap.store.stage import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNGS = "55k,80k,120k,180k,270k,400k,600k,900k"

@@ -23,14 +23,14 @@ import torch
 from benchmarks.loop import BATCH, STEPS, Text, cpu_seconds
 from benchmarks.losses import against
 from capacity_gap import records
-from capacity_gap.config import DistillConfig
+from capacity_gap.distill.distill_config import DistillConfig
 from capacity_gap.distill.signals import Signal, write_signal
 from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.models.loading import new_model
 from capacity_gap.pruning.shape import student_config
-from capacity_gap.runtime import Runtime
-from capacity_gap.train import Plan, train
-from capacity_gap.training_config import OptimConfig
+from capacity_gap.runtime.process import Runtime
+from capacity_gap.training.loop import Plan, train
+from capacity_gap.training.train_config import OptimConfig
 
 RUNGS = FAMILIES["pico"].rungs
 STUDENT, TEACHERS = 45_000, ("80k", "180k", "400k")

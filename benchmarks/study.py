@@ -40,7 +40,7 @@ from benchmarks.study_tables import (
 from capacity_gap import records
 from capacity_gap.fit import SurfaceFit
 from capacity_gap.report.plots import plot_curves, plot_law, save_figure
-from capacity_gap.scales import parse_scale
+from capacity_gap.settings.scales import parse_scale
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = 8  # significant ones of published numbers: the last of sixteen differ between processors
@@ -51,10 +51,10 @@ DROPPED = ("error", "git_commit", "micro_batch", "created", "schema_version", "p
 
 def export(store: str, budgets: list[int]) -> None:
     """One CSV for each sweep of the study, sorted, without what only the machine knows; all budgets, or some."""
-    from capacity_gap import store_tools
+    from capacity_gap.store import contents
 
     frame = records.load(store)
-    for name, cells in store_tools.sweeps(store_tools.open_store(store)).items():
+    for name, cells in contents.sweeps(contents.open_store(store)).items():
         mine = frame[("record/" + frame["cell"]).isin(list(cells)) & (frame["status"] == "done")]
         mine = mine[mine["data_tokens"].isin(budgets)] if budgets else mine
         if not name.startswith("study_") or mine.empty:

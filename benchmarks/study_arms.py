@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from capacity_gap.fit.frame import curves
-from capacity_gap.fit.law import LawFit, law_from
+from capacity_gap.fit.law import law_from
+from capacity_gap.fit.law_fit import LawFit
 from capacity_gap.fit.optimum import Located, locate
 
 MAIN = {

@@ -10,7 +10,7 @@ from benchmarks.study_arms import Arm, main_of
 from benchmarks.study_surface import surface_of
 from benchmarks.study_tables import markdown, ratio_of, ratios_table, within
 from capacity_gap.fit import SurfaceFit
-from capacity_gap.scales import format_scale
+from capacity_gap.settings.scales import format_scale
 
 SETTINGS = {"family", "shape", "corpus"}
 FROM = "180k"  # the smallest teacher that every student of these arms has and is smaller than

@@ -5,7 +5,7 @@ import numpy as np
 from benchmarks.study_arms import Arm
 from benchmarks.study_tables import counted, markdown, over, within
 from capacity_gap.fit import SurfaceFit, best_teacher, fit_surface
-from capacity_gap.scales import format_scale
+from capacity_gap.settings.scales import format_scale
 
 FORECAST = 600_000  # tokens: the budget that was run last
 

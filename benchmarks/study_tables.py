@@ -7,9 +7,9 @@ import pandas as pd
 
 from benchmarks.intervals import interval
 from benchmarks.study_arms import Arm, main_of
-from capacity_gap.fit.law import LawFit
+from capacity_gap.fit.law_fit import LawFit
 from capacity_gap.fit.optimum import Optimum
-from capacity_gap.scales import format_scale
+from capacity_gap.settings.scales import format_scale
 
 SMALL, LARGE = 120_200, 899_712  # the ends of what every student of the confound was distilled from
 REFERENCES = ("120k", "900k")

@@ -17,14 +17,14 @@ import torch
 from scipy.stats import spearmanr
 
 from benchmarks.grid import compose
-from capacity_gap import pipeline
+from capacity_gap.cell import pipeline
 from capacity_gap.data import packing
 from capacity_gap.models.axes import architecture, dims
 from capacity_gap.models.loading import lm_loss, load_model
 from capacity_gap.pruning.hooks import layers_of
 from capacity_gap.pruning.scores import SCORES
-from capacity_gap.runtime import Runtime
-from capacity_gap.stage import Store
+from capacity_gap.runtime.process import Runtime
+from capacity_gap.store.stage import Store
 
 FAMILIES, TEACHER, SEEDS = ("pico", "pico_neox"), "270k", (0, 1, 2)
 NEURONS = 40  # a layer

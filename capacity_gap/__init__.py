@@ -1,6 +1,6 @@
 """From which teacher should I distil a student of N parameters? Grids of prune-and-distil runs, and a fit of the law.
 
-The chain of one run reads top to bottom in `capacity_gap.pipeline`; the fit lives in `capacity_gap.fit` and needs
+The chain of one run reads top to bottom in `capacity_gap.cell.pipeline`; the fit lives in `capacity_gap.fit` and needs
 neither torch nor W&B. Importing this package imports nothing heavy.
 """
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from capacity_gap.cli import main
+from capacity_gap.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

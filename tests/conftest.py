@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from capacity_gap.runner.run_cell import run_config
+
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -49,11 +51,10 @@ def tiny(text_file) -> list[str]:
 @pytest.fixture(scope="session")
 def tiny_cell(tiny, tmp_path_factory):
     """Settings of one tiny cell, and a store in which it has been run."""
-    from capacity_gap import pipeline
 
     store = tmp_path_factory.mktemp("store")
     config = compose([*tiny, "student=40k", "teacher=55k", f"store={store}"])
-    pipeline.run(config)
+    run_config(config)
     return config
 
 
@@ -62,7 +63,7 @@ def compose(overrides):
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
-    from capacity_gap import config
+    from capacity_gap.cell import config
 
     config.register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):

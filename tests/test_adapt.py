@@ -7,13 +7,15 @@ import shutil
 import pytest
 import torch
 
-from capacity_gap import pipeline, records
-from capacity_gap.data.expand import PARTS
+from capacity_gap import records
+from capacity_gap.cell import pipeline
+from capacity_gap.data.expand_tokenizer import PARTS
 from capacity_gap.data.tokenizer import load_tokenizer, train_tokenizer
-from capacity_gap.errors import ConfigError
 from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.models.loading import load_model, new_model, save_model
-from capacity_gap.stage import Store, closure
+from capacity_gap.runner.run_cell import run_config
+from capacity_gap.settings.errors import ConfigError
+from capacity_gap.store.stage import Store, closure
 from tests.conftest import compose
 from tests.test_expand import SECOND, _qwen
 
@@ -47,7 +49,7 @@ def adapted(tiny, folders):
 def adapted_cell(adapted, tmp_path_factory):
     """A tiny expanded cell that has been run."""
     config = compose([*adapted, f"store={tmp_path_factory.mktemp('store')}"])
-    pipeline.run(config)
+    run_config(config)
     return pipeline.resolve(config)
 
 
@@ -70,7 +72,7 @@ def test_the_student_has_the_new_vocabulary_and_learns_from_the_adapted_teacher(
 
 
 def test_an_expanded_model_names_its_second_tokenizer_among_its_parents(adapted_cell, tmp_path):
-    from capacity_gap.export import Lineage
+    from capacity_gap.export.student import Lineage
 
     shutil.copytree(adapted_cell.config.store_path, tmp_path / "store")
     store = Store(tmp_path / "store")
@@ -116,7 +118,7 @@ def test_bad_settings_say_what_to_do(tiny, given, said):
 def test_too_little_text_to_adapt_to_stops_before_any_model_is_trained(adapted, tmp_path):
     config = compose([*adapted, "adapt.data=50m", f"store={tmp_path}"])
     with pytest.raises(ConfigError, match="adapt.data=50m with adapt.epochs=1 needs"):
-        pipeline.run(config)
+        run_config(config)
     assert not (tmp_path / "teacher").exists()
 
 
@@ -124,7 +126,7 @@ def test_fewer_tokens_than_there_is_room_for_stop_before_any_model_is_trained(ad
     """Else thousands of rows that no token uses would count as parameters."""
     config = compose([*adapted, "expand.vocab=9000", f"store={tmp_path}"])
     with pytest.raises(ConfigError, match=r"expand.vocab=9000 asks for 7,976 tokens .* only .* Give expand.vocab=\d+"):
-        pipeline.run(config)
+        run_config(config)
     assert not (tmp_path / "teacher").exists()
 
 
@@ -161,7 +163,7 @@ def qwen_like(text_file, tmp_path_factory):
 def test_a_teacher_with_tokens_behind_its_vocabulary_keeps_their_rows(adapted, qwen_like, tmp_path):
     given = [g for g in adapted if not g.startswith(("family.", "teacher=", "student="))]
     config = compose([*given, "family=folders", f"teacher={qwen_like}", "student=45k", f"store={tmp_path}"])
-    pipeline.run(config)
+    run_config(config)
     cell, store = pipeline.resolve(config), Store(tmp_path)
     old, new = (load_tokenizer(f) for f in (qwen_like, store.path(cell.tokenizer)))
     assert {token: new.get_vocab()[token] for token in old.get_vocab()} == old.get_vocab()

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from capacity_gap import pipeline
+from capacity_gap.cell import pipeline
 from capacity_gap.data.packing import Packed, subset
-from capacity_gap.errors import ConfigError, ImpossibleCell
 from capacity_gap.models.axes import count_params, dims
 from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.pruning.scores import random_scores
 from capacity_gap.pruning.shape import common_shape, fixed_shape, student_config, student_shape, unfit
 from capacity_gap.pruning.surgery import prune, prune_checkpoint
+from capacity_gap.settings.errors import ConfigError, ImpossibleCell
 from tests.conftest import compose, run_py
 from tests.small_models import TOKENS, small_model
 

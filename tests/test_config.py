@@ -7,9 +7,9 @@ import pytest
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from capacity_gap import pipeline
-from capacity_gap.errors import ConfigError
+from capacity_gap.cell import pipeline
 from capacity_gap.models.ladders import FAMILIES
+from capacity_gap.settings.errors import ConfigError
 from tests.conftest import ROOT, compose, run_py
 
 GROUPS = [
@@ -165,8 +165,8 @@ def test_a_corpus_shorter_than_the_budget_stops_before_any_model_is_trained(tiny
     ("statement", "forbidden"),
     [
         ("import capacity_gap.fit", "torch wandb transformers hydra matplotlib"),
-        ("import capacity_gap.grid, hydra_plugins.capacity_gap_grid.grid_sweeper", "torch wandb transformers"),
-        ("import capacity_gap.cli", "torch wandb transformers hydra pandas numpy matplotlib"),
+        ("import capacity_gap.runner.grid, hydra_plugins.capacity_gap_grid.grid_sweeper", "torch wandb transformers"),
+        ("import capacity_gap.commands.cli", "torch wandb transformers hydra pandas numpy matplotlib"),
     ],
 )
 def test_light_imports_stay_light(statement, forbidden):

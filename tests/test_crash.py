@@ -8,9 +8,11 @@ import sys
 import pytest
 
 from benchmarks import chaos
-from capacity_gap import pipeline, records
-from capacity_gap.runtime import Interrupted
-from capacity_gap.stage import Store
+from capacity_gap import records
+from capacity_gap.cell import pipeline
+from capacity_gap.runner.run_cell import run_config
+from capacity_gap.runtime.process import Interrupted
+from capacity_gap.store.stage import Store
 from tests.conftest import ROOT, compose
 
 STAGES = ("corpus", "tokenizer", "tokens", "teacher", "scores", "student", "distil", "evaluate")
@@ -83,10 +85,10 @@ def test_a_run_goes_on_from_its_checkpoint_not_from_the_start(tiny, tmp_path, mo
             if len(seen) == stop_at:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("capacity_gap.runtime.Runtime.report", count)
+    monkeypatch.setattr("capacity_gap.runtime.process.Runtime.report", count)
     with pytest.raises(Interrupted):
-        pipeline.run(config)
-    pipeline.run(config)
+        run_config(config)
+    run_config(config)
     cell = pipeline.resolve(config)
     assert Store(tmp_path).has(cell.record)
     teacher_steps = seen[: seen.index(1, 1)]

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from capacity_gap import cli, files, pipeline, records
-from capacity_gap.errors import Damaged
-from capacity_gap.runtime import Runtime
-from capacity_gap.stage import Stage, Store
-from capacity_gap.store_tools import note_sweep, sweeps
-from capacity_gap.verify import verify
+from capacity_gap import records
+from capacity_gap.commands import cli
+from capacity_gap.runner.run_cell import run_config
+from capacity_gap.runtime.process import Runtime
+from capacity_gap.settings.errors import Damaged
+from capacity_gap.store import files
+from capacity_gap.store.contents import note_sweep, sweeps
+from capacity_gap.store.stage import Stage, Store
+from capacity_gap.store.verify import verify
 
 
 def writing(calls, content="x" * 1000):
@@ -152,7 +155,7 @@ def test_verify_finds_one_flipped_byte_in_any_file_and_repair_sets_it_aside(chai
 
 
 def test_verify_leaves_what_somebody_is_at(chain):
-    from capacity_gap.lease import Lease
+    from capacity_gap.store.lease import Lease
 
     store, base, *_ = chain
     flip(store.path(base) / "y.json")
@@ -240,6 +243,6 @@ def test_the_same_command_makes_again_what_verify_set_aside(tiny_cell, tmp_path)
     assert cli.main(["store", "verify", config.store]) == 1
     assert cli.main(["store", "verify", config.store, "--repair"]) == 0
     assert not weights.exists()
-    pipeline.run(config)
+    run_config(config)
     assert weights.read_bytes() == content
     assert cli.main(["store", "verify", config.store]) == 0

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capacity_gap.config import CorpusConfig, SourceConfig
 from capacity_gap.data import corpus, documents, packing, sources, tokenizer
+from capacity_gap.data.corpus_config import CorpusConfig, SourceConfig
 from capacity_gap.data.documents import Document
-from capacity_gap.errors import ConfigError, StageError
+from capacity_gap.settings.errors import ConfigError, StageError
 
 
 def test_html_becomes_plain_text():

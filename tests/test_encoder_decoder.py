@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from capacity_gap import accounting, pipeline, records
-from capacity_gap.config import DistillConfig
+from capacity_gap import records
+from capacity_gap.cell import pipeline
 from capacity_gap.data.packing import Packed
+from capacity_gap.distill.distill_config import DistillConfig
 from capacity_gap.distill.signals import Signal, write_signal
-from capacity_gap.errors import ConfigError
 from capacity_gap.evaluate.heldout import held_out
+from capacity_gap.models import accounting
 from capacity_gap.models.axes import count_params, dims
 from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.models.loading import hidden_states, lm_loss, new_model, output_weight, predicted
@@ -22,10 +23,12 @@ from capacity_gap.pruning import prune
 from capacity_gap.pruning.scores import random_scores
 from capacity_gap.pruning.shape import shape_of, spread
 from capacity_gap.pruning.surgery import choose_units
-from capacity_gap.runtime import Runtime
-from capacity_gap.stage import Store
-from capacity_gap.train import Plan, train
-from capacity_gap.training_config import OptimConfig
+from capacity_gap.runner.run_cell import run_config
+from capacity_gap.runtime.process import Runtime
+from capacity_gap.settings.errors import ConfigError
+from capacity_gap.store.stage import Store
+from capacity_gap.training.loop import Plan, train
+from capacity_gap.training.train_config import OptimConfig
 from tests.conftest import compose
 from tests.small_models import T5, TOKENS, small_model
 from tests.test_surgery import shape_with
@@ -182,7 +185,7 @@ def cells(tiny, tmp_path_factory):
 
 
 def _run(config):
-    return f"{pipeline.run(config)}/record.json"
+    return f"{run_config(config)}/record.json"
 
 
 def test_benchmarks_that_ask_causal_models_are_refused(tiny, tmp_path):
@@ -230,7 +233,7 @@ def test_a_t5_of_ones_own_is_cut_where_it_lies(cells, tiny, tmp_path):
         shutil.copy(file, folder)
     given = [g for g in tiny if not g.startswith("family.")]
     config = compose([*given, "family=folders", f"teacher={folder}", "student=50k", f"store={tmp_path / 'store'}"])
-    pipeline.run(config)
+    run_config(config)
     (row,) = records.read(tmp_path / "store")
     assert (row["status"], row["objective"], row["teacher_tokens"]) == ("done", "prefix_lm", None)
     assert row["teacher_loss"] == found["online"][1]["teacher_loss"]

@@ -6,13 +6,13 @@ from itertools import islice
 import pytest
 import torch
 
-from capacity_gap.data.expand import PARTS, Spelling, expand_tokenizer, text_per_token
+from capacity_gap.data.expand_tokenizer import PARTS, Spelling, expand_tokenizer, text_per_token
 from capacity_gap.data.tokenizer import load_tokenizer, train_tokenizer
-from capacity_gap.errors import ConfigError, StageError
 from capacity_gap.models.axes import padded
-from capacity_gap.models.expand import expand_checkpoint
+from capacity_gap.models.expand_embeddings import expand_checkpoint
 from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.models.loading import load_model, new_model, save_model
+from capacity_gap.settings.errors import ConfigError, StageError
 
 ROOM = 100
 # Hiragana, Cyrillic, Greek and Han, so that the tests need no extra; each paragraph once for learning, once held out.
@@ -256,7 +256,7 @@ def test_too_few_tokens_for_the_room_say_how_many_there_are(english, tmp_path):
 @pytest.mark.parametrize("harm", ["moved", "merged"])
 def test_an_expanded_tokenizer_that_reads_otherwise_is_refused(harm, english, tmp_path, monkeypatch):
     """Whatever a tokenizer's file may hold that is not foreseen: nothing is kept that changes old text."""
-    from capacity_gap.data import expand
+    from capacity_gap.data import expand_tokenizer
 
     def harmful(content, found, *, first):
         made = expand_fully(content, found, first=first)
@@ -265,8 +265,8 @@ def test_an_expanded_tokenizer_that_reads_otherwise_is_refused(harm, english, tm
             return {**made, "model": {**made["model"], "vocab": made["model"]["vocab"] | swapped}}
         return {**made, "model": {**made["model"], "merges": made["model"]["merges"][5:]}}
 
-    expand_fully = expand.with_tokens
-    monkeypatch.setattr(expand, "with_tokens", harmful)
+    expand_fully = expand_tokenizer.with_tokens
+    monkeypatch.setattr(expand_tokenizer, "with_tokens", harmful)
     (tmp_path / "out").mkdir()
     train_tokenizer(english, 400, tmp_path)
     with pytest.raises(StageError, match="keep their ids" if harm == "moved" else "would read '.*' otherwise"):
@@ -340,7 +340,7 @@ def test_new_rows_are_the_means_of_old_ones_and_nothing_else_changes(tied, shard
 
 def test_a_tokenizer_with_more_tokens_than_its_model_has_rows():
     """A padding token that was added and never trained: new rows still stand where the tokenizer numbers them."""
-    from capacity_gap.models.expand import grown as grown_matrix
+    from capacity_gap.models.expand_embeddings import grown as grown_matrix
 
     matrix = torch.arange(12.0).reshape(4, 3)
     found = grown_matrix(matrix, 6, [[0, 2]], 8)

@@ -8,16 +8,18 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 
-from capacity_gap import cli, pipeline
-from capacity_gap.errors import UserError
-from capacity_gap.export import export, public
-from capacity_gap.stage import Store
+from capacity_gap.cell import pipeline
+from capacity_gap.commands import cli
+from capacity_gap.export.student import export, public
+from capacity_gap.runner.run_cell import run_config
+from capacity_gap.settings.errors import UserError
+from capacity_gap.store.stage import Store
 from tests.conftest import compose
 
 
 def _run(*given):
     config = compose(given)
-    pipeline.run(config)
+    run_config(config)
     cell = pipeline.resolve(config)
     return cell, Store(config.store_path)
 
@@ -118,7 +120,7 @@ def test_names_that_may_be_published(name, said):
 
 def test_published_parents_are_named_where_the_hub_looks_for_them(tiny_cell, tmp_path):
     """A store as a published teacher leaves it; nothing but what it points to is another's."""
-    from capacity_gap.export import Lineage
+    from capacity_gap.export.student import Lineage
 
     shutil.copytree(tiny_cell.store_path, tmp_path / "store")
     store, cell = Store(tmp_path / "store"), pipeline.resolve(tiny_cell)
@@ -146,7 +148,7 @@ def test_a_size_that_is_none_says_so_and_leaves_nothing(tiny_cell, tmp_path, cap
 
 
 def test_an_export_that_fails_leaves_nothing(tiny_cell, tmp_path, monkeypatch):
-    from capacity_gap import export as module
+    from capacity_gap.export import student as module
 
     def full(*_):
         raise OSError("no space left on device")

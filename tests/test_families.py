@@ -8,16 +8,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from capacity_gap import cli, pipeline, records
-from capacity_gap.config import FamilyConfig
+from capacity_gap import records
+from capacity_gap.cell import pipeline
+from capacity_gap.cell.teacher_config import FamilyConfig
+from capacity_gap.commands import cli
 from capacity_gap.data.tokenizer import bytes_per_id
-from capacity_gap.errors import ConfigError, StageError
 from capacity_gap.models.axes import count_params
 from capacity_gap.models.folders import local_family
 from capacity_gap.models.ladders import FAMILIES, Family
 from capacity_gap.models.loading import auto_class, load_model
-from capacity_gap.scales import parse_scale
-from capacity_gap.stage import Store
+from capacity_gap.runner.run_cell import run_config
+from capacity_gap.settings.errors import ConfigError, StageError
+from capacity_gap.settings.scales import parse_scale
+from capacity_gap.store.stage import Store
 from tests.conftest import compose, run_py
 
 RUNGS = [(f.name, rung) for f in FAMILIES.values() for rung in f.rungs]
@@ -73,7 +76,7 @@ def test_pico_ladders_are_true_to_their_names_and_grow_along_every_axis(name):
 def test_a_stand_in_is_pre_trained_evaluated_and_trained_directly(name, tiny, tmp_path):
     rung = "80k"
     given = [*tiny, f"family={name}", "family.teacher_data=8k", "student=60k", f"teacher={rung}", f"store={tmp_path}"]
-    pipeline.run(compose([*given, "prune.init=random", "distill=direct"]))
+    run_config(compose([*given, "prune.init=random", "distill=direct"]))
     (row,) = records.read(tmp_path)
     assert (row["status"], row["family"]) == ("done", name)
     assert row["student_loss"] < row["init_loss"]
@@ -83,7 +86,7 @@ def test_a_stand_in_is_pre_trained_evaluated_and_trained_directly(name, tiny, tm
 @pytest.mark.parametrize("name", STAND_INS)
 def test_every_architecture_is_pruned_and_distilled_to_its_record(tiny, tmp_path, name):
     given = [*tiny, f"family={name}", "family.teacher_data=8k", "student=60k", "teacher=180k", f"store={tmp_path}"]
-    pipeline.run(compose(given))
+    run_config(compose(given))
     (row,) = records.read(tmp_path)
     assert (row["status"], row["init"], row["prune_method"]) == ("done", "pruned", "expressive")
     assert abs(row["student_params"] / 60_000 - 1) < 0.005
@@ -101,7 +104,7 @@ PRUNED_OTHERWISE = [
 @pytest.mark.parametrize(("given", "recorded"), PRUNED_OTHERWISE, ids=[g[0] for g, _ in PRUNED_OTHERWISE])
 def test_every_way_to_prune_reaches_its_record(tiny, tmp_path, given, recorded):
     config = compose([*tiny, "student=60k", "teacher=80k", f"store={tmp_path}", *given])
-    pipeline.run(config)
+    run_config(config)
     (row,) = records.read(tmp_path)
     assert {k: row[k] for k in recorded} == recorded
     assert row["student_loss"] < 7
@@ -136,7 +139,7 @@ def folders(tiny, tmp_path_factory):
     store = Store(out / "store")
     for rung, name in (("55k", "small"), ("80k", "large")):
         cell = pipeline.resolve(compose([*tiny, "student=40k", f"teacher={rung}", f"store={store.root}"]))
-        pipeline.run(cell.config)
+        run_config(cell.config)
         shutil.copytree(store.path(cell.teacher), out / name)
         for file in store.path(cell.tokenizer).glob("token*.json"):
             shutil.copy(file, out / name)
@@ -163,7 +166,7 @@ def test_a_teacher_in_bf16_teaches_nearly_the_same(folders, tiny, tmp_path):
     given = [g for g in tiny if not g.startswith("family.")]
     for dtype in ("fp32", "bf16"):
         local = ["family=folders", f"family.folders=[{folders}/small]", "teacher=small", "student=40k"]
-        pipeline.run(compose([*given, *local, f"family.dtype={dtype}", f"store={tmp_path}"]))
+        run_config(compose([*given, *local, f"family.dtype={dtype}", f"store={tmp_path}"]))
     one, two = records.read(tmp_path)
     assert one["teacher_loss"] != two["teacher_loss"]
     assert one["teacher_loss"] == pytest.approx(two["teacher_loss"], abs=0.02)
@@ -180,7 +183,7 @@ def test_a_teacher_held_in_bf16_is_adapted_in_fp32(folders, tiny, tmp_path):
     given = [g for g in tiny if not g.startswith("family.")]
     local = ["family=folders", f"family.folders=[{folders}/small]", "teacher=small", "student=40k", "adapt.data=4k"]
     config = compose([*given, *local, "family.dtype=bf16", f"store={tmp_path}"])
-    pipeline.run(config)
+    run_config(config)
     weights = load_file(Store(tmp_path).path(pipeline.resolve(config).teacher) / "model.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.float32}
     assert any((w != w.bfloat16().float()).any() for w in weights.values()), "and its steps are not rounded away"
@@ -240,7 +243,7 @@ def test_a_ladder_whose_checkpoints_have_other_tokens_stops_before_compute(folde
     (places["large"] / "tokenizer.json").write_text(json.dumps(content))
     config = compose([*tiny, "student=40k", "teacher=large", f"store={tmp_path / 'store'}"])
     with pytest.raises(StageError, match="large has another vocabulary .*1,024 and 1,024 tokens"):
-        pipeline.run(dataclasses.replace(config, family=FamilyConfig("ladder")))
+        run_config(dataclasses.replace(config, family=FamilyConfig("ladder")))
     assert not (tmp_path / "store" / "published").exists()
 
 
@@ -252,7 +255,7 @@ def test_a_vocabulary_lower_than_its_tokenizer_stops_before_compute(folders, tin
     given = [g for g in tiny if not g.startswith("family.")]
     local = ["family=folders", f"family.folders=[{tmp_path}/low]", "teacher=low", "student=40k"]
     with pytest.raises(ConfigError, match="vocabulary has 1,000 rows, its tokenizer 1,024 tokens"):
-        pipeline.run(compose([*given, *local, f"store={tmp_path / 'store'}"]))
+        run_config(compose([*given, *local, f"store={tmp_path / 'store'}"]))
 
 
 def test_bytes_of_sentencepiece_tokens():

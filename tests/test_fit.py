@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from capacity_gap import cli, records
-from capacity_gap.errors import UserError
+from capacity_gap import records
+from capacity_gap.commands import cli
 from capacity_gap.fit import LawFit, fit_law, locate_optima
-from capacity_gap.scales import short_scale
+from capacity_gap.settings.errors import UserError
+from capacity_gap.settings.scales import short_scale
 
 STUDENTS = (50e3, 80e3, 130e3, 200e3)
 RATIOS = np.geomspace(1, 8, 7)

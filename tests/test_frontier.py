@@ -4,9 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from capacity_gap import cli, records
-from capacity_gap.errors import UserError
+from capacity_gap import records
+from capacity_gap.commands import cli
 from capacity_gap.report.frontier import COMPUTE, PAPER, frontier_points, pareto, published_points
+from capacity_gap.settings.errors import UserError
 
 
 def test_pareto_by_hand():

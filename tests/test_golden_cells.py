@@ -5,7 +5,7 @@ import json
 
 from hydra import compose, initialize_config_dir
 
-from capacity_gap import config, pipeline
+from capacity_gap.cell import config, pipeline
 from tests.conftest import ROOT
 
 GOLDEN = json.loads((ROOT / "tests/golden_cells.json").read_text())

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from capacity_gap import grid
-from capacity_gap.errors import Busy, ConfigError
-from capacity_gap.runtime import Runtime
-from capacity_gap.stage import Stage, Store
+from capacity_gap.runner import grid
+from capacity_gap.runtime.process import Runtime
+from capacity_gap.settings.errors import Busy, ConfigError
+from capacity_gap.store.stage import Stage, Store
 from tests.conftest import ROOT, compose, run_py
 
 
@@ -165,7 +165,7 @@ def test_cells_are_composed_as_hydra_does(tiny, tmp_path):
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from capacity_gap import config
+    from capacity_gap.cell import config
     from hydra_plugins.capacity_gap_grid.grid_sweeper import Composer
 
     config.register()

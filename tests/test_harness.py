@@ -12,11 +12,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from capacity_gap import cli, pipeline, records
-from capacity_gap.errors import ConfigError, StageError, UserError
-from capacity_gap.evaluate.other import COLUMNS, chosen
-from capacity_gap.evaluate.scores import Score, as_loss, as_metrics, metric_direction
+from capacity_gap import records
+from capacity_gap.cell import pipeline
+from capacity_gap.commands import cli
+from capacity_gap.evaluate import other_models
+from capacity_gap.evaluate.other_models import COLUMNS, chosen
 from capacity_gap.evaluate.suite import build_suite, cloze, next_sentence, sentences
+from capacity_gap.evaluate.task_scores import Score, as_loss, as_metrics, metric_direction
 from capacity_gap.evaluate.tasks import (
     PAPER,
     PERPLEXITIES,
@@ -29,6 +31,8 @@ from capacity_gap.evaluate.tasks import (
     place,
     unsafe_names,
 )
+from capacity_gap.runner.run_cell import run_config
+from capacity_gap.settings.errors import ConfigError, StageError, UserError
 from tests.conftest import compose
 
 ROLLING = """\
@@ -113,7 +117,7 @@ def checkpoint(tiny_cell) -> Path:
     """A trained model with its tokenizer, as plain transformers saves them."""
     from capacity_gap.data.tokenizer import load_tokenizer
     from capacity_gap.models.loading import load_model
-    from capacity_gap.stage import Store
+    from capacity_gap.store.stage import Store
 
     cell, store = pipeline.resolve(tiny_cell), Store(tiny_cell.store_path)
     out = tiny_cell.store_path.parent / "checkpoint"
@@ -249,7 +253,7 @@ def test_a_local_set_is_known_by_its_content(tiny, folder, tmp_path):
 def test_a_cell_with_the_suite_records_scores_of_student_and_teacher(tiny, tmp_path):
     pytest.importorskip("lm_eval")
     more = ["student=40k", "teacher=55k", "corpus.test=0.3", "evaluate=pico", "evaluate.limit=20", f"store={tmp_path}"]
-    pipeline.run(compose([*tiny, *more]))
+    run_config(compose([*tiny, *more]))
     (row,) = records.read(tmp_path)
     for kind in ("metrics", "teacher_metrics"):
         assert list(row[kind]) == ["pico_cloze", "pico_next"]
@@ -404,9 +408,8 @@ def test_any_model_is_scored_for_tables_of_comparison(checkpoint, folder, tmp_pa
 
 def test_a_foreign_table_is_found_before_anything_is_loaded(folder, tmp_path, monkeypatch, capsys):
     pytest.importorskip("lm_eval")
-    from capacity_gap.evaluate import other
 
-    monkeypatch.setattr(other, "_load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(other_models, "_load", lambda *_, **__: pytest.fail("the model was loaded"))
     (tmp_path / "foreign.csv").write_text("name,score\nx,1\n")
     command = ["evaluate", "x", "--task-folder", str(folder), "--out", str(tmp_path / "foreign.csv")]
     assert cli.main(command) == 2
@@ -452,7 +455,7 @@ def test_training_compute_goes_into_the_table(checkpoint, folder, tmp_path):
     pytest.importorskip("lm_eval")
     from transformers import AutoConfig
 
-    from capacity_gap.accounting import train_flops
+    from capacity_gap.models.accounting import train_flops
 
     out = tmp_path / "scores.csv"
     command = ["evaluate", str(checkpoint), "--task-folder", str(folder), "--tasks", "pico_cloze", "--limit", "2"]

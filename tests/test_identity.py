@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capacity_gap.errors import ConfigError
-from capacity_gap.fingerprint import LATER, RUNTIME, fingerprint
-from capacity_gap.scales import format_scale, parse_scale, parse_tokens
+from capacity_gap.settings.errors import ConfigError
+from capacity_gap.settings.hashing import LATER, RUNTIME, fingerprint
+from capacity_gap.settings.scales import format_scale, parse_scale, parse_tokens
 
 
 @dataclasses.dataclass

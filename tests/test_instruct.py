@@ -10,19 +10,21 @@ import sys
 import pytest
 import torch
 
-from capacity_gap import pipeline, records
-from capacity_gap.config_tune import PreferConfig
+from capacity_gap import records
+from capacity_gap.cell import pipeline
 from capacity_gap.data.tokenizer import train_tokenizer
-from capacity_gap.errors import ConfigError, StageError
 from capacity_gap.instruct import chat
-from capacity_gap.instruct.checks import check_lengths
 from capacity_gap.instruct.rows import PAIR, constant_hits, read_rows, share
 from capacity_gap.instruct.rows import TALK as TALK_FIELDS
 from capacity_gap.instruct.templates import TASKS, Item, instructions
+from capacity_gap.instruct.tune_config import PreferConfig
+from capacity_gap.instruct.tuning_checks import check_lengths
 from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.models.loading import load_model, new_model
-from capacity_gap.runtime import Runtime
-from capacity_gap.stage import Store
+from capacity_gap.runner.run_cell import run_config
+from capacity_gap.runtime.process import Runtime
+from capacity_gap.settings.errors import ConfigError, StageError
+from capacity_gap.store.stage import Store
 from tests.conftest import compose
 from tests.test_export import use_as_the_card_says
 
@@ -274,7 +276,7 @@ def chat_cell(tiny, tmp_path_factory):
     given += ["instruct.learning_rate=0.01", "prefer.count=16", "prefer.learning_rate=0.001"]
     given += ["instruct.batch_size=8", "prefer.batch_size=8"]
     config = compose([*tiny, *given, f"store={tmp_path_factory.mktemp('store')}"])
-    pipeline.run(config)
+    run_config(config)
     return pipeline.resolve(config)
 
 
@@ -457,7 +459,7 @@ def test_what_is_wrong_with_rows_is_said_before_anything_is_trained(given, said,
         given.append("instruct.max_length=64")
     config = compose([*tiny, "student=40k", "teacher=55k", *given, f"store={tmp_path / 'store'}"])
     with pytest.raises(ConfigError, match=said):
-        pipeline.run(config)
+        run_config(config)
     assert not any((tmp_path / "store" / stage).exists() for stage in ("teacher", "distil", "instruct"))
 
 
@@ -465,7 +467,7 @@ def test_a_missing_extra_is_said_before_anything_is_trained(tiny, tmp_path, monk
     monkeypatch.setitem(sys.modules, "trl", None)
     config = compose([*tiny, "student=40k", "teacher=55k", "instruct.count=40", f"store={tmp_path}"])
     with pytest.raises(StageError, match="needs trl, which is not installed"):
-        pipeline.run(config)
+        run_config(config)
     assert not (tmp_path / "teacher").exists()
 
 
@@ -495,7 +497,7 @@ def test_export_writes_a_model_that_plain_transformers_loads(chat_cell, tmp_path
     """Sharded safetensors with the same weights, the chat template, and a card with lineage, scores, law, licences."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from capacity_gap import cli
+    from capacity_gap.commands import cli
 
     store, out = chat_cell.config.store_path, tmp_path / "out"
     assert cli.main(["export", chat_cell.record.digest[:8], str(out), "--store", str(store), "--shard", "60KB"]) == 0
@@ -523,7 +525,7 @@ def test_export_writes_a_model_that_plain_transformers_loads(chat_cell, tmp_path
 
 def _check_scores_are_the_exported_models(card, cell):
     """What a tuned model's card says of it is not what the student was before it was tuned."""
-    from capacity_gap.export import Lineage
+    from capacity_gap.export.student import Lineage
 
     (row,) = records.read(cell.config.store_path)
     own, before = card.split("## Scores of this model")[1].split("## To compare")
@@ -536,7 +538,7 @@ def _check_scores_are_the_exported_models(card, cell):
 
 
 def test_a_users_instruction_files_are_among_the_parents(chat_cell, tmp_path):
-    from capacity_gap.export import Lineage
+    from capacity_gap.export.student import Lineage
 
     shutil.copytree(chat_cell.config.store_path, tmp_path / "store")
     store = Store(tmp_path / "store")
@@ -551,7 +553,7 @@ def test_a_users_instruction_files_are_among_the_parents(chat_cell, tmp_path):
 def test_export_of_a_student_that_was_not_tuned(tiny_cell, tmp_path):
     from transformers import AutoTokenizer
 
-    from capacity_gap.export import export
+    from capacity_gap.export.student import export
 
     cell = pipeline.resolve(tiny_cell)
     out = export(Store(tiny_cell.store_path), cell.record.digest, tmp_path / "out")

@@ -15,21 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from capacity_gap import cli
-from capacity_gap.errors import UserError
-from capacity_gap.evaluate.endpoint import Reply
-from capacity_gap.evaluate.judge import (
-    Cache,
-    Question,
-    cost,
-    grade,
-    judge_all,
-    read_answers,
-    read_questions,
-    requests,
-    summarise,
-    verdict,
-)
+from capacity_gap.commands import cli
+from capacity_gap.judge.endpoint import Reply
+from capacity_gap.judge.questions import Question, read_answers, read_questions
+from capacity_gap.judge.verdicts import Cache, cost, grade, judge_all, requests, summarise, verdict
+from capacity_gap.settings.errors import UserError
 
 QUESTIONS = [Question("a", "x", ("1?", "2?")), Question("b", "x", ("3?",), "three"), Question("c", "y", ("4?",))]
 KEY = "sk-loopback-0123456789"
@@ -416,7 +406,7 @@ def chat_model(folder: Path, kind: str = "llama", positions: int = 8192) -> Path
 
 
 def test_a_models_own_answers_are_made_once_and_each_is_kept_when_made(tmp_path, monkeypatch):
-    from capacity_gap.evaluate import answers
+    from capacity_gap.judge import answers
 
     monkeypatch.setattr(answers, "MAX_NEW_TOKENS", 6)
     model, answered = chat_model(tmp_path / "model"), []
@@ -442,7 +432,7 @@ def test_a_models_own_answers_are_made_once_and_each_is_kept_when_made(tmp_path,
 
 
 def test_a_model_answers_where_it_is_told_and_as_far_as_its_positions_reach(tmp_path, monkeypatch):
-    from capacity_gap.evaluate import answers
+    from capacity_gap.judge import answers
 
     model, loaded = chat_model(tmp_path / "model", "gpt2", positions=48), []
     load = answers._load
@@ -456,7 +446,7 @@ def test_a_model_answers_where_it_is_told_and_as_far_as_its_positions_reach(tmp_
 
 def test_the_cost_is_shown_before_a_model_answers(files, tmp_path, monkeypatch, capsys):
     pytest.importorskip("openai")
-    from capacity_gap.evaluate import answers
+    from capacity_gap.judge import answers
 
     monkeypatch.setattr(answers, "MAX_NEW_TOKENS", 6)
     model, (questions, _) = chat_model(tmp_path / "model"), files

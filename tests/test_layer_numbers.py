@@ -6,15 +6,17 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from capacity_gap import cli, pipeline
-from capacity_gap.errors import ConfigError
+from capacity_gap.cell import pipeline
+from capacity_gap.commands import cli
 from capacity_gap.models import loading
 from capacity_gap.models.axes import config_with, dims
 from capacity_gap.models.layers import of_kept_layers, renumbered, symmetric_layers
 from capacity_gap.pruning.scores import Scores, random_scores
 from capacity_gap.pruning.shape import Shape, fixed_shape
 from capacity_gap.pruning.surgery import prune, prune_checkpoint
-from capacity_gap.stage import Store
+from capacity_gap.runner.run_cell import run_config
+from capacity_gap.settings.errors import ConfigError
+from capacity_gap.store.stage import Store
 from tests.conftest import compose
 from tests.small_models import SMALL, TOKENS
 
@@ -149,11 +151,11 @@ def test_the_predecessor_of_a_cell_that_loses_layers_is_stale(windows, tiny, tmp
     config = compose([*given, *local, "prune.shape=fixed", "prune.fixed=4x32x4x64", f"store={tmp_path}"])
     with monkeypatch.context() as before:
         before.setattr("capacity_gap.models.axes.of_kept_layers", _as_before)
-        pipeline.run(config)
+        run_config(config)
     assert not Store(tmp_path).has(pipeline.resolve(config).record)
     cli.main(["status", str(tmp_path)])
     assert "other layers' numbers" in capsys.readouterr().out
-    pipeline.run(config)
+    run_config(config)
     made = Store(tmp_path).path(pipeline.resolve(config).student)
     assert json.loads((made / "config.json").read_text())["layer_types"] == [FULL, FULL, SLIDING, SLIDING]
     cli.main(["status", str(tmp_path)])
@@ -169,7 +171,7 @@ def test_steps_of_pruning_choose_from_what_the_last_one_left(windows, tiny):
     given = [g for g in tiny if not g.startswith("family.")]
     local = ["family=folders", f"family.folders=[{windows}]", "teacher=windows", "student=60k", "prune.iterative=2"]
     cell = pipeline.resolve(compose([*given, *local, "prune.depth=3"]))
-    (between,) = cell._way
+    (between,) = cell.shapes_between
     assert between["num_hidden_layers"] == 4
     assert between["layer_types"] == [FULL, FULL, SLIDING, SLIDING]
     assert cell.student_shape["layer_types"] == [FULL, FULL, SLIDING]

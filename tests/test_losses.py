@@ -5,10 +5,10 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from capacity_gap import training_config as config
 from capacity_gap.distill import distill_loss, divergences, fused, losses, signals
 from capacity_gap.distill.hidden import HiddenMatch
 from capacity_gap.distill.sparse import SparseTargets
+from capacity_gap.training import train_config as config
 
 B, T, D, E, V = 2, 5, 4, 6, 11
 

@@ -2,13 +2,13 @@
 
 import pytest
 
-from capacity_gap import pipeline
-from capacity_gap.accounting import peak_memory
-from capacity_gap.errors import ConfigError
+from capacity_gap.cell import pipeline
+from capacity_gap.models.accounting import peak_memory
 from capacity_gap.models.ladders import FAMILIES
-from capacity_gap.plan import make_plan
 from capacity_gap.pruning.shape import fixed_shape
-from capacity_gap.stage import Store
+from capacity_gap.runner.plan import make_plan
+from capacity_gap.settings.errors import ConfigError
+from capacity_gap.store.stage import Store
 from tests.conftest import compose
 
 

@@ -6,13 +6,14 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from capacity_gap.cell import _check_positions
-from capacity_gap.config import CorpusConfig, RunConfig
-from capacity_gap.errors import ConfigError
+from capacity_gap.cell.config import RunConfig
+from capacity_gap.cell.resolved import _check_positions
+from capacity_gap.data.corpus_config import CorpusConfig
 from capacity_gap.models.axes import count_params, dims
 from capacity_gap.models.defaults import ALIASES, ASSUMED, completed
 from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.models.loading import auto_class
+from capacity_gap.settings.errors import ConfigError
 from tests.small_models import SMALL
 
 BARE = {  # sizes alone: the rest is left to transformers

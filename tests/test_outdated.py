@@ -7,12 +7,15 @@ import shutil
 
 import pytest
 
-from capacity_gap import cli, pipeline, records
+from capacity_gap import records
+from capacity_gap.cell import pipeline
+from capacity_gap.cell.outdated import CHECKED, _common, outdated, without_outdated
+from capacity_gap.commands import cli
 from capacity_gap.data.packing import Packed
 from capacity_gap.models import loading
-from capacity_gap.outdated import CHECKED, _common, outdated, without_outdated
 from capacity_gap.report.content import gather
-from capacity_gap.stage import Store
+from capacity_gap.runner.run_cell import run_config
+from capacity_gap.store.stage import Store
 from tests.conftest import compose
 
 
@@ -50,7 +53,7 @@ def cell_of(folder, text, tiny, store, *more):
 def made(folder, text, tiny, tmp_path):
     """A store with one right cell, and the cell."""
     config = cell_of(folder, text, tiny, tmp_path / "store", "data=0")
-    pipeline.run(config)
+    run_config(config)
     return Store(tmp_path / "store"), pipeline.resolve(config)
 
 
@@ -71,14 +74,14 @@ def test_bytes_counted_wrongly_are_counted_again_and_nothing_is_trained_again(
         before.setattr(pipeline, "old_bytes_were_wrong", lambda folder: False)
         before.setattr("capacity_gap.data.tokenizer.token_bytes", lambda *given: [3] * 514)
         before.setattr("capacity_gap.data.tokenizer.proved", lambda *given, **more: True)
-        pipeline.run(config)
+        run_config(config)
     (old,) = records.read(tmp_path)
     now, store = pipeline.resolve(config), Store(tmp_path)
     assert store.has(now.distilled), "what was trained is used again"
     assert not store.has(now.record)
     cli.main(["status", str(tmp_path)])
     assert "bits per byte counted other bytes" in capsys.readouterr().out
-    pipeline.run(config)
+    run_config(config)
     new = next(r for r in records.read(tmp_path) if r["cell"] == now.record.digest)
     assert new["student_loss"] == old["student_loss"]
     assert new["student_bits_per_byte"] == pytest.approx(bits(new, store, now))
@@ -120,7 +123,7 @@ def test_counts_that_differ_from_the_shapes_are_named_and_left_out_of_fits(made,
 
 def test_a_run_of_no_steps_is_named(folder, text, tiny, tmp_path):
     config = cell_of(folder, text, tiny, tmp_path)
-    pipeline.run(config)
+    run_config(config)
     store, cell = Store(tmp_path), pipeline.resolve(config)
     assert reasons(store, cell) is None
     rewrite(store.path(cell.distilled) / "result.json", steps=0)

@@ -8,13 +8,18 @@ import time
 
 import pytest
 
-from capacity_gap import cli, pipeline, records
-from capacity_gap.config import PruneConfig
-from capacity_gap.errors import ImpossibleCell
+from capacity_gap import records
+from capacity_gap.cell import pipeline
+from capacity_gap.commands import cli
+from capacity_gap.distill.distill_config import DistillConfig
 from capacity_gap.models.ladders import FAMILIES
-from capacity_gap.stage import META, Store, closure
-from capacity_gap.store_tools import sweeps
-from capacity_gap.training_config import DistillConfig, PretrainConfig, TrainConfig
+from capacity_gap.pruning.prune_config import PruneConfig
+from capacity_gap.runner.run_cell import run_config
+from capacity_gap.settings.errors import ImpossibleCell
+from capacity_gap.store.contents import sweeps
+from capacity_gap.store.files import META
+from capacity_gap.store.stage import Store, closure
+from capacity_gap.training.train_config import PretrainConfig, TrainConfig
 from tests.conftest import ROOT, compose, run_py
 
 
@@ -33,7 +38,7 @@ def test_a_cell_leaves_a_whole_record(tiny_cell):
 
 def test_the_same_cell_in_another_store_gives_the_same_bits(tiny_cell, tmp_path):
     again = dataclasses.replace(tiny_cell, store=str(tmp_path))
-    pipeline.run(again)
+    run_config(again)
     (one,), (two,) = records.read(tiny_cell.store_path), records.read(tmp_path)
     assert {f: one[f] for f in records.RESULT_FIELDS} == {f: two[f] for f in records.RESULT_FIELDS}
     distilled = pipeline.resolve(again).distilled
@@ -43,7 +48,7 @@ def test_the_same_cell_in_another_store_gives_the_same_bits(tiny_cell, tmp_path)
 
 def test_a_recorded_cell_is_not_run_again(tiny_cell):
     made = [f.stat().st_mtime_ns for f in sorted(tiny_cell.store_path.glob(f"*/*/{META}"))]
-    pipeline.run(tiny_cell)
+    run_config(tiny_cell)
     assert [f.stat().st_mtime_ns for f in sorted(tiny_cell.store_path.glob(f"*/*/{META}"))] == made
 
 
@@ -194,7 +199,7 @@ def test_a_student_above_its_teacher_is_impossible(tiny):
 
 def test_student_equal_to_teacher_prunes_nothing(tiny, tmp_path):
     config = compose([*tiny, "student=55k", "teacher=55k", f"store={tmp_path}"])
-    pipeline.run(config)
+    run_config(config)
     (row,) = records.read(tmp_path)
     assert row["student_params"] == row["teacher_params"]
     assert row["init_loss"] == row["teacher_loss"]
@@ -202,7 +207,7 @@ def test_student_equal_to_teacher_prunes_nothing(tiny, tmp_path):
 
 def test_prune_only_records_the_start(tiny, tmp_path):
     config = compose([*tiny, "student=40k", "teacher=55k", "data=0", f"store={tmp_path}"])
-    pipeline.run(config)
+    run_config(config)
     (row,) = records.read(tmp_path)
     assert row["student_loss"] == row["init_loss"]
     assert (row["data_tokens"], row["train_flops"], row["train_ce"], row["tokens_per_s"]) == (0, 0, None, None)
@@ -217,7 +222,7 @@ def test_a_shared_start_is_one_for_all_teachers(tiny, tmp_path):
     own = pipeline.resolve(compose([*tiny, "student=40k", "teacher=55k"]))
     assert own.student.digest == cells[0].student.digest
     for cell in cells:
-        pipeline.run(cell.config)
+        run_config(cell.config)
     rows = records.read(tmp_path)
     assert {(r["init"], r["reference"]) for r in rows} == {("shared", "55k")}
     assert len({r["init_loss"] for r in rows}) == 1
@@ -229,10 +234,10 @@ def test_a_failure_is_recorded_with_its_cause_until_the_cell_is_done(tiny, tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(pipeline.steps, "distil", lambda run: (_ for _ in ()).throw(RuntimeError("boom")))
         with pytest.raises(RuntimeError, match="boom"):
-            pipeline.run(config)
+            run_config(config)
     (row,) = records.read(tmp_path)
     assert (row["status"], row["error"], row["student_loss"]) == ("failed", "boom", None)
-    pipeline.run(config)
+    run_config(config)
     (row,) = records.read(tmp_path)
     assert (row["status"], row["error"]) == ("done", None)
 
@@ -244,7 +249,7 @@ def test_records_refuse_nan():
 
 def test_tracking_mirrors_a_cell_offline(tiny, tmp_path):
     config = compose([*tiny, "student=40k", "teacher=55k", "tracking=offline", f"store={tmp_path}"])
-    pipeline.run(config)
+    run_config(config)
     (run,) = (tmp_path / "wandb" / "wandb").glob("offline-run-*")
     assert run.name.endswith(pipeline.resolve(config).record.digest)
     ended = time.monotonic() + 60  # W&B's own process writes the file, a moment after the run has ended

@@ -5,10 +5,11 @@ import re
 
 import pytest
 
-from capacity_gap import pipeline
-from capacity_gap.errors import ConfigError
-from capacity_gap.plan import check_budget, format_bytes, format_seconds, make_plan, makespan, speed
-from capacity_gap.stage import META, Stage, Store
+from capacity_gap.cell import pipeline
+from capacity_gap.runner.plan import check_budget, format_bytes, format_seconds, make_plan, makespan, speed
+from capacity_gap.settings.errors import ConfigError
+from capacity_gap.store.files import META
+from capacity_gap.store.stage import Stage, Store
 from tests.conftest import compose, run_py
 
 

@@ -5,16 +5,16 @@ import time
 import pytest
 import torch
 
-from capacity_gap.errors import ConfigError, ImpossibleCell
 from capacity_gap.models.axes import architecture, config_with, count_params, dims, pattern_of
 from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.models.loading import auto_class, lm_loss
 from capacity_gap.pruning import choose_shape, common_shape, expressive_scores
 from capacity_gap.pruning.hooks import layers_of
-from capacity_gap.pruning.layers import block_influence, loss_increase
+from capacity_gap.pruning.layer_scores import block_influence, loss_increase
 from capacity_gap.pruning.scores import SCORES, Scores, random_scores
 from capacity_gap.pruning.shape import Shape, sized, student_config, unfit
 from capacity_gap.pruning.surgery import Kept
+from capacity_gap.settings.errors import ConfigError, ImpossibleCell
 from tests.small_models import SMALL, TOKENS, loss_of, masked, small_model
 
 PICO = FAMILIES["pico"]

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from capacity_gap import pipeline
-from capacity_gap.stage import Store
-from capacity_gap.store_tools import note_sweep
+from capacity_gap.cell import pipeline
+from capacity_gap.store.contents import note_sweep
+from capacity_gap.store.stage import Store
 from tests.conftest import ROOT
 
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1

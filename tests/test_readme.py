@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from capacity_gap import cli
+from capacity_gap.commands import cli
 from tests.conftest import ROOT, run_py
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

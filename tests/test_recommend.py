@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from capacity_gap import cli
-from capacity_gap.errors import UserError
+from capacity_gap.commands import cli
 from capacity_gap.fit import fit_law
 from capacity_gap.fit.surface import SurfaceFit, from_parameters
 from capacity_gap.models.ladders import family
-from capacity_gap.recommend import bends, law_draws, read_fit, recommend
+from capacity_gap.report.recommend import bends, law_draws, read_fit, recommend
+from capacity_gap.settings.errors import UserError
 from tests.test_surface import QUICK, fit_surface, grid, valley
 
 
@@ -177,7 +177,7 @@ def test_bad_questions_are_one_clear_paragraph(words, said, tmp_path, capsys, mo
 
 
 def test_the_published_fit_is_asked_for_by_name_until_it_is_there(tmp_path, monkeypatch):
-    from capacity_gap import recommend as module
+    from capacity_gap.report import recommend as module
 
     monkeypatch.setattr(module, "PUBLISHED_FIT", tmp_path / "law.json")
     with pytest.raises(UserError, match="the published fit.*is not here.*capacity_gap fit STORE --surface --out DIR"):
@@ -218,5 +218,7 @@ def test_recommend_needs_no_torch():
     import subprocess
     import sys
 
-    check = "import sys, capacity_gap.recommend; assert not {'torch', 'wandb', 'transformers'} & set(sys.modules)"
+    check = (
+        "import sys, capacity_gap.report.recommend; assert not {'torch', 'wandb', 'transformers'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", check], check=True)

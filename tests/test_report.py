@@ -10,11 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from capacity_gap import cli, pipeline, tracking
-from capacity_gap.config import TrackingConfig
+from capacity_gap.commands import cli
 from capacity_gap.report import content, page
-from capacity_gap.stage import Store
-from capacity_gap.store_tools import note_sweep
+from capacity_gap.runner.run_cell import run_config
+from capacity_gap.store.contents import note_sweep
+from capacity_gap.store.stage import Store
+from capacity_gap.tracking import wandb_runs
+from capacity_gap.tracking.tracking_config import TrackingConfig
 from tests.conftest import compose
 
 charts = pytest.importorskip("capacity_gap.report.charts")  # plotly
@@ -155,7 +157,7 @@ def hostile_grid(tiny, text_file, folder):
     (corpus / "a.txt").write_text(text_file.read_text(encoding="utf-8"), encoding="utf-8")
     given = [*[t for t in tiny if not t.startswith("corpus.path")], f"corpus.path='{corpus}'", "student=40k"]
     config = compose([*given, "teacher=55k", f"store={folder / 'store'}"])
-    key = pipeline.run(config)
+    key = run_config(config)
     note_sweep(Store(config.store_path), "hostile", {key: {"name": "x", "overrides": given, "stages": {}}})
     return config.store_path
 
@@ -349,7 +351,7 @@ def test_the_dashboard_asks_for_the_tag_that_runs_have(tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(wandb, "init", lambda **about: seen.update(about))
     name = "a-grid-of-eighty-letters-" + "x" * 55
-    tracking.open_run(TrackingConfig(mode="offline"), tmp_path, sweeps=[name], id="c0")
+    wandb_runs.open_run(TrackingConfig(mode="offline"), tmp_path, sweeps=[name], id="c0")
     assert cli.main(["dashboard", "team/gap", "--sweep", name, "--out", str(tmp_path / "board.json")]) == 0
-    (runs,) = json.loads((tmp_path / "board.json").read_text())["spec"]["section"]["runSets"]
-    assert runs["filters"]["filters"][0]["value"] == seen["tags"] == [seen["group"]]
+    (shown,) = json.loads((tmp_path / "board.json").read_text())["spec"]["section"]["runSets"]
+    assert shown["filters"]["filters"][0]["value"] == seen["tags"] == [seen["group"]]

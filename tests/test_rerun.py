@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from capacity_gap import cli, rerun
-from capacity_gap.stage import Store
-from capacity_gap.store_tools import sweeps
+from capacity_gap.commands import cli
+from capacity_gap.runner import rerun
+from capacity_gap.store.contents import sweeps
+from capacity_gap.store.stage import Store
 from tests.conftest import run_py
 
 HARD = st.sampled_from("[]{}()'\"\\=,$ /ab:~é界%#@!*&;|<>?-\t")

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from capacity_gap import pipeline, records
+from capacity_gap import records
+from capacity_gap.cell import pipeline
 from capacity_gap.distill import signals
 from capacity_gap.distill.signals import Signal, write_signal
 from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.models.loading import hidden_states, new_model, output_weight
-from capacity_gap.plan import make_plan
-from capacity_gap.stage import Store
+from capacity_gap.runner.plan import make_plan
+from capacity_gap.runner.run_cell import run_config
+from capacity_gap.store.stage import Store
 from tests.conftest import compose
 
 TOKENS = np.random.default_rng(0).integers(0, 1024, (40, 9))
@@ -109,12 +111,12 @@ def test_cells_share_one_signal_and_come_near_the_online_result(tiny, tmp_path, 
     given = [*tiny, "teacher=80k", f"store={tmp_path}", "epochs=2", "data=8k"]
     cached = [f"distill.signal={signal}", "distill.signal_size=128"]
     online = compose([*given, "student=40k"])
-    pipeline.run(online)
+    run_config(online)
     cells = [
         compose([*given, *cached, *more]) for more in (["student=40k"], ["student=50k"], ["student=40k", "seed=1"])
     ]
     for config in cells:
-        pipeline.run(config)
+        run_config(config)
     folders = list(tmp_path.glob("signal/*"))
     assert len(folders) == 1
     assert json.loads((folders[0] / "signal.json").read_text())["bytes_per_token"] < 600

@@ -18,11 +18,11 @@ import tokenizers
 import torch
 from safetensors.torch import save_file
 
-from capacity_gap.errors import StageError, StoreError
-from capacity_gap.files import write_json
-from capacity_gap.lease import Lease
-from capacity_gap.runtime import Runtime
-from capacity_gap.stage import Stage, Store, adopt_checkpoint, closure
+from capacity_gap.runtime.process import Runtime
+from capacity_gap.settings.errors import StageError, StoreError
+from capacity_gap.store.files import write_json
+from capacity_gap.store.lease import Lease
+from capacity_gap.store.stage import Stage, Store, adopt_checkpoint, closure
 
 
 def counting(calls):
@@ -127,7 +127,7 @@ def test_an_empty_or_torn_checkpoint_is_passed_over(tmp_path, name, left):
 
 
 def test_training_starts_from_the_furthest_checkpoint_that_can_be_read(tmp_path):
-    from capacity_gap import checkpoint
+    from capacity_gap.store import checkpoint
 
     def made():
         torch.manual_seed(0)
@@ -157,8 +157,8 @@ def test_the_furthest_checkpoint_of_any_owner_is_taken_over(tmp_path):
 
 
 def test_a_living_owner_elsewhere_keeps_its_lease(tmp_path, monkeypatch):
-    monkeypatch.setattr("capacity_gap.lease.PATIENCE_S", 0.3)
-    monkeypatch.setattr("capacity_gap.lease.POLL_S", 0.01)
+    monkeypatch.setattr("capacity_gap.store.lease.PATIENCE_S", 0.3)
+    monkeypatch.setattr("capacity_gap.store.lease.POLL_S", 0.01)
     beats = 0
 
     def done():
@@ -177,8 +177,8 @@ def test_a_living_owner_elsewhere_keeps_its_lease(tmp_path, monkeypatch):
 WORKER = """
     import sys, time
     from pathlib import Path
-    from capacity_gap.runtime import Runtime
-    from capacity_gap.stage import Stage, Store
+    from capacity_gap.runtime.process import Runtime
+    from capacity_gap.store.stage import Stage, Store
 
     def work(run):
         with open(sys.argv[1] + ".log", "a") as log:
@@ -227,8 +227,8 @@ def test_a_killed_owner_is_taken_over(tmp_path):
 
 
 def test_a_silent_owner_elsewhere_is_waited_for_by_the_observers_own_clock(tmp_path, monkeypatch):
-    monkeypatch.setattr("capacity_gap.lease.PATIENCE_S", 0.2)
-    monkeypatch.setattr("capacity_gap.lease.POLL_S", 0.01)
+    monkeypatch.setattr("capacity_gap.store.lease.PATIENCE_S", 0.2)
+    monkeypatch.setattr("capacity_gap.store.lease.POLL_S", 0.01)
     foreign = {"owner": "other-machine", "counter": 7, "boot": "elsewhere", "pid": os.getpid()}
     (tmp_path / "lease.json").write_text(json.dumps(foreign))
     with Lease(tmp_path, lambda: False) as lease:
@@ -239,11 +239,11 @@ def test_a_silent_owner_elsewhere_is_waited_for_by_the_observers_own_clock(tmp_p
 STOPPED_OWNER = """
     import sys, time
     from pathlib import Path
-    import capacity_gap.lease as lease
+    import capacity_gap.store.lease as lease
     lease.BEAT_S, lease.PATIENCE_S, lease.POLL_S = 0.1, 1.0, 0.05
     lease._dead_here = lambda found: False  # as on two machines: only the beats tell
-    from capacity_gap.runtime import Runtime
-    from capacity_gap.stage import Stage, Store
+    from capacity_gap.runtime.process import Runtime
+    from capacity_gap.store.stage import Stage, Store
 
     def work(run):
         Path(sys.argv[1] + f".{sys.argv[2]}.at").touch()
@@ -295,8 +295,8 @@ def wait_until(true, worker):
 
 
 def test_a_torn_lease_is_taken_over(tmp_path, monkeypatch):
-    monkeypatch.setattr("capacity_gap.lease.PATIENCE_S", 0.2)
-    monkeypatch.setattr("capacity_gap.lease.POLL_S", 0.01)
+    monkeypatch.setattr("capacity_gap.store.lease.PATIENCE_S", 0.2)
+    monkeypatch.setattr("capacity_gap.store.lease.POLL_S", 0.01)
     (tmp_path / "lease.json").write_text('{"owner": "some')
     with Lease(tmp_path, lambda: False) as lease:
         assert lease.owned

@@ -5,12 +5,12 @@ import os
 
 import pytest
 
-from capacity_gap import cli
-from capacity_gap.lease import Lease
-from capacity_gap.logs import log_file, logging_to, tail
-from capacity_gap.runtime import Runtime
-from capacity_gap.stage import Stage, Store
-from capacity_gap.watch import View, failure_file
+from capacity_gap.commands import cli
+from capacity_gap.runner.progress import View, failure_file
+from capacity_gap.runtime.process import Runtime
+from capacity_gap.store.lease import Lease
+from capacity_gap.store.logs import log_file, logging_to, tail
+from capacity_gap.store.stage import Stage, Store
 from tests.conftest import run_py
 
 

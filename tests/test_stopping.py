@@ -11,10 +11,10 @@ import time
 import psutil
 import pytest
 
-from capacity_gap import stopping
-from capacity_gap.runtime import PARENT, STOP_FILE, Interrupted, Runtime
-from capacity_gap.stopping import UntilAsked, ending_workers
-from capacity_gap.worker import Jobs, run_children
+from capacity_gap.runner import stopping
+from capacity_gap.runner.stopping import UntilAsked, ending_workers
+from capacity_gap.runner.worker import Jobs, run_children
+from capacity_gap.runtime.process import PARENT, STOP_FILE, Interrupted, Runtime
 from tests.conftest import ROOT
 
 ENDED_S = 30

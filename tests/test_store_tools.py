@@ -8,11 +8,10 @@ import textwrap
 
 import pytest
 
-from capacity_gap import cli
-from capacity_gap.lease import Lease
-from capacity_gap.runtime import Runtime
-from capacity_gap.stage import Stage, Store
-from capacity_gap.store_tools import (
+from capacity_gap.commands import cli
+from capacity_gap.runner.progress import failure_file
+from capacity_gap.runtime.process import Runtime
+from capacity_gap.store.contents import (
     Waste,
     delete,
     disk_use,
@@ -24,7 +23,8 @@ from capacity_gap.store_tools import (
     sweeps_of,
     waste,
 )
-from capacity_gap.watch import failure_file
+from capacity_gap.store.lease import Lease
+from capacity_gap.store.stage import Stage, Store
 
 
 def write(run):
@@ -90,7 +90,7 @@ def test_disk_use_counts_every_byte(store):
 
 
 def test_needed_follows_inputs_only(store):
-    from capacity_gap.store_tools import entries
+    from capacity_gap.store.contents import entries
 
     found = entries(store)
     (record,) = (k for k in found if k.startswith("record/"))
@@ -168,8 +168,8 @@ def test_stray_files_and_links_do_not_stop_collecting(store, tmp_path, capsys):
 
 NOTING = """
     import sys
-    from capacity_gap.stage import Store
-    from capacity_gap.store_tools import note_sweep
+    from capacity_gap.store.stage import Store
+    from capacity_gap.store.contents import note_sweep
     store, n = Store(sys.argv[1]), sys.argv[2]
     print("ready", flush=True)
     sys.stdin.readline()

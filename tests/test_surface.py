@@ -4,7 +4,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from capacity_gap.errors import ConfigError
 from capacity_gap.fit import (
     SurfaceFit,
     Teachers,
@@ -20,6 +19,7 @@ from capacity_gap.fit.batched import Problem, minimise
 from capacity_gap.fit.forms import FORMS, linex
 from capacity_gap.fit.runs import mixed
 from capacity_gap.fit.surface import PUBLISHED, from_parameters
+from capacity_gap.settings.errors import ConfigError
 
 LAW = published("distillation")
 TEACHERS = Teachers(law=LAW.base)  # each trained on 20 tokens a parameter

@@ -8,14 +8,16 @@ import sys
 import pytest
 import torch
 
-from capacity_gap.errors import ConfigError
-from capacity_gap.models.axes import architecture, count, count_params, dims, pattern_of, place
+from capacity_gap.models.architecture import place
+from capacity_gap.models.axes import architecture, count, count_params, dims, pattern_of
 from capacity_gap.models.layers import symmetric_layers
 from capacity_gap.models.loading import lm_loss, save_model
 from capacity_gap.pruning import choose_shape, expressive_scores, prune
+from capacity_gap.pruning.kept_layers import kept_layers
 from capacity_gap.pruning.scores import random_scores
 from capacity_gap.pruning.shape import Shape, between, shape_of
-from capacity_gap.pruning.surgery import choose_units, kept_layers, prune_checkpoint
+from capacity_gap.pruning.surgery import choose_units, prune_checkpoint
+from capacity_gap.settings.errors import ConfigError
 from tests.small_models import SMALL, TOKENS, exact_norms, logits_of, masked, small_model
 
 GROUPED = ("llama", "llama with biases", "mistral", "qwen2", "qwen3")

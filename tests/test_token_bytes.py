@@ -367,7 +367,7 @@ def test_bits_per_byte_are_none_where_a_labels_bytes_are_not_known(tmp_path, mon
     import torch
 
     from capacity_gap.evaluate import heldout
-    from capacity_gap.runtime import Runtime
+    from capacity_gap.runtime.process import Runtime
 
     (tmp_path / "bytes_per_id.json").write_text(json.dumps(table))
     (tmp_path / "test.json").write_text(json.dumps({"dtype": "<u2", "tokens": 5}))

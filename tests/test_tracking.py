@@ -9,12 +9,18 @@ import time
 import pandas as pd
 import pytest
 
-from capacity_gap import cli, pipeline, records, steps, tracking
-from capacity_gap.config import TrackingConfig
-from capacity_gap.errors import UserError
-from capacity_gap.runtime import Interrupted
-from capacity_gap.stage import Store
-from capacity_gap.store_tools import sweeps
+from capacity_gap import records
+from capacity_gap.cell import pipeline
+from capacity_gap.cell.stages import distil_student
+from capacity_gap.cell.stages.shared import read_history
+from capacity_gap.commands import cli
+from capacity_gap.runner.run_cell import run_config
+from capacity_gap.runtime.process import Interrupted
+from capacity_gap.settings.errors import UserError
+from capacity_gap.store.contents import sweeps
+from capacity_gap.store.stage import Store
+from capacity_gap.tracking import wandb_runs
+from capacity_gap.tracking.tracking_config import TrackingConfig
 from tests.conftest import compose, run_py
 from tests.fake_wandb import KEY, serving
 
@@ -41,7 +47,7 @@ def history(folder):
 
 
 def offline(store):
-    return tracking.run_folders(store / "wandb")
+    return wandb_runs.run_folders(store / "wandb")
 
 
 @pytest.fixture
@@ -85,7 +91,7 @@ def test_an_offline_sweep_read_back_by_wandb_is_the_records(sweep):
     for cell in done_cells:
         trained = json.loads((store / "record" / cell / "stage.json").read_text())["inputs"]["trained"]
         logged = [{k: v for k, v in point.items() if k != "tokens_per_s"} for point in history(runs[cell][1])]
-        assert logged == steps.read_history(store / trained)
+        assert logged == read_history(store / trained)
 
 
 @pytest.mark.slow
@@ -149,7 +155,7 @@ def test_sync_uploads_each_run_once(tmp_path, server, capfd):
     row = records.Record(1, "c0", "done", student_loss=0.25, metrics={"m": {"value": 0.5, "shots": 0}}).to_dict()
     Store(tmp_path).create()
     folder = tmp_path / "wandb"
-    tracker = tracking.start(
+    tracker = wandb_runs.start(
         TrackingConfig(), cell="c0", name="a cell", config={"seed": 0}, folder=folder, sweeps=["g"]
     )
     tracker.finish(row, [{"step": 1, "ce": 2.5}, {"step": 11, "ce": 1.5}])
@@ -168,7 +174,7 @@ def test_sync_leaves_a_run_that_is_written_to(tmp_path, server):
     Store(tmp_path).create()
     points = [{"step": i, "ce": 3.0 - i / 1e4, "kl": 1.0, "grad_norm": 1.0} for i in range(1, 3001)]
     row = records.Record(1, "c0", "done", student_loss=0.25).to_dict()
-    tracker = tracking.start(TrackingConfig(), cell="c0", name="c", config={}, folder=tmp_path / "wandb")
+    tracker = wandb_runs.start(TrackingConfig(), cell="c0", name="c", config={}, folder=tmp_path / "wandb")
     for point in points:
         tracker.log(point)
     (log,) = (tmp_path / "wandb").glob("wandb/offline-run-*-c0/*.wandb")
@@ -187,17 +193,17 @@ def test_sync_leaves_a_run_that_is_written_to(tmp_path, server):
 
 def test_online_a_cell_that_goes_on_is_one_run_with_each_step_once(tmp_path, server, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    tracking._reach.cache_clear()
+    wandb_runs._reach.cache_clear()
     points = [{"step": step, "ce": 1.0 + step} for step in range(1, 62, 10)]
     row = records.Record(1, "c0", "done", student_loss=0.25).to_dict()
     online = TrackingConfig(mode="online", project="gap")
     given = {"cell": "c0", "name": "c", "config": {"seed": 0}, "folder": tmp_path / "wandb", "sweeps": ["g"]}
-    first = tracking.start(online, **given)
+    first = wandb_runs.start(online, **given)
     for point in points[:3]:
         first.log(point)
     first.leave()
     assert server.runs["c0"]["summary"]["status"] == "interrupted"
-    second = tracking.start(online, **given)
+    second = wandb_runs.start(online, **given)
     second.log(points[3])
     second.finish(row, points)
     assert not first.broken and not second.broken and "WANDB_MODE" not in os.environ
@@ -233,10 +239,10 @@ def test_runs_of_others_in_a_project_are_left_out(server, capfd):
 
 
 def test_sync_gives_up_in_time(tmp_path):
-    from capacity_gap.wandb_api import sync
+    from capacity_gap.tracking.wandb_api import sync
 
-    run = tracking.open_run(TrackingConfig(), tmp_path, id="x", name="x", config={}, job_type="cell")
-    tracking.end(run, failed=False)
+    run = wandb_runs.open_run(TrackingConfig(), tmp_path, id="x", name="x", config={}, job_type="cell")
+    wandb_runs.end(run, failed=False)
     with serving(answers=False) as (_, url), pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_BASE_URL", url)
         patch.setenv("WANDB_API_KEY", KEY)
@@ -250,7 +256,7 @@ def test_a_resumed_cell_is_one_run_with_each_step_once(tiny, tmp_path, monkeypat
     given = ["student=40k", "teacher=55k", "data=20k", "tracking=offline", f"store={tmp_path}"]
     config = compose([*tiny, *given, "train.batch_size=4"])
     cell = pipeline.resolve(config)
-    real = steps.distil
+    real = distil_student.distil
 
     def asked_to_stop(run):
         seen = run.runtime.on_log
@@ -264,23 +270,23 @@ def test_a_resumed_cell_is_one_run_with_each_step_once(tiny, tmp_path, monkeypat
         real(run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "distil", asked_to_stop)
+        patch.setattr(distil_student, "distil", asked_to_stop)
         with pytest.raises(Interrupted):
-            pipeline.run(config)
+            run_config(config)
     (left,) = offline(tmp_path)
     assert len(history(left)) > 0 and json.loads(inspect(left, "--summary"))["summary"]["status"] == "interrupted"
-    pipeline.run(config)
+    run_config(config)
     (whole,) = offline(tmp_path)
     trained = Store(tmp_path).path(cell.distilled)
     assert json.loads((trained / "stage.json").read_text())["resumed"]
-    assert [p["step"] for p in history(whole)] == [p["step"] for p in steps.read_history(trained)]
+    assert [p["step"] for p in history(whole)] == [p["step"] for p in read_history(trained)]
     assert json.loads(inspect(whole, "--summary"))["summary"]["status"] == "done"
 
 
 @pytest.mark.slow
 def test_artifacts_go_along_when_asked_for(tiny, tmp_path):
     given = ["student=40k", "teacher=55k", "tracking=offline", "tracking.artifacts=model", f"store={tmp_path}"]
-    pipeline.run(compose([*tiny, *given]))
+    run_config(compose([*tiny, *given]))
     (run,) = offline(tmp_path)
     (found,) = [a for line in inspect(run).splitlines() if (a := json.loads(line))["type"] == "artifact"]
     names = {entry["path"] for entry in found["artifact"]["manifest"]["contents"]}
@@ -310,7 +316,7 @@ def test_a_silent_server_costs_little_time(tmp_path):
     code = (
         "import sys, time, wandb; from capacity_gap import tracking; from capacity_gap.config import TrackingConfig\n"
         "from pathlib import Path; t = time.monotonic()\n"
-        "run = tracking.open_run(TrackingConfig(mode='online'), Path(sys.argv[1]), id='x', name='x', config={})\n"
+        "run = wandb_runs.open_run(TrackingConfig(mode='online'), Path(sys.argv[1]), id='x', name='x', config={})\n"
         "print(time.monotonic() - t, run.settings.mode)"
     )
     with serving(answers=False) as (_, url):

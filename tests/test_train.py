@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from capacity_gap import accounting, runtime
-from capacity_gap.config import DistillConfig
-from capacity_gap.errors import ConfigError, StageError
+from capacity_gap.distill.distill_config import DistillConfig
+from capacity_gap.models import accounting
 from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.models.loading import new_model
-from capacity_gap.runtime import Interrupted, Runtime
-from capacity_gap.train import Plan, learning_rate, make_accelerator, make_optimizer, train
-from capacity_gap.training_config import OptimConfig
+from capacity_gap.runtime import process
+from capacity_gap.runtime.process import Interrupted, Runtime
+from capacity_gap.settings.errors import ConfigError, StageError
+from capacity_gap.training.loop import Plan, learning_rate, make_accelerator, make_optimizer, train
+from capacity_gap.training.train_config import OptimConfig
 from tests.conftest import ROOT
 
 RUNGS = FAMILIES["pico"].rungs
@@ -151,7 +152,7 @@ def test_the_rate_falls_in_proportion_to_the_width():
 
 
 def test_out_of_memory_halves_the_micro_batch_and_nothing_else(tmp_path, monkeypatch, caplog):
-    from capacity_gap import train as module
+    from capacity_gap.training import loop as module
 
     whole, _ = run(tmp_path / "a", plan(micro_batch=2))
     forward = module.Objective.forward
@@ -169,7 +170,7 @@ def test_out_of_memory_halves_the_micro_batch_and_nothing_else(tmp_path, monkeyp
 
 
 def test_other_errors_are_not_taken_for_memory(tmp_path, monkeypatch):
-    from capacity_gap import train as module
+    from capacity_gap.training import loop as module
 
     monkeypatch.setattr(module.Objective, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
@@ -298,19 +299,19 @@ def test_devices_are_named_checked_and_taken(monkeypatch):
     cards = Cards(2)
     monkeypatch.setattr(torch, "cuda", cards)
     monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
-    monkeypatch.setattr(runtime, "_own_gpu", lambda count: count - 1)
-    assert [runtime.resolve_device(d) for d in ("auto", "cuda", "cuda:0", "cpu")] == [
+    monkeypatch.setattr(process, "_own_gpu", lambda count: count - 1)
+    assert [process.resolve_device(d) for d in ("auto", "cuda", "cuda:0", "cpu")] == [
         "cuda:1",
         "cuda:1",
         "cuda:0",
         "cpu",
     ]
     with pytest.raises(ConfigError, match="torch finds 2 cuda devices here .numbers begin at 0.. There is: cuda, cpu"):
-        runtime.resolve_device("cuda:2")
+        process.resolve_device("cuda:2")
     with pytest.raises(ConfigError, match="torch finds no xpu device here"):
-        runtime.resolve_device("xpu:0")
+        process.resolve_device("xpu:0")
     for device in ("cuda:1", "cpu"):
-        runtime.take(device)
+        process.take(device)
     assert cards.taken == ["cuda:1"], "libraries that name no device get this one"
 
 
@@ -318,12 +319,12 @@ def test_each_rank_takes_the_device_of_its_number(monkeypatch):
     monkeypatch.setattr(torch, "cuda", Cards(4))
     for name, value in (("RANK", "2"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "2")):
         monkeypatch.setenv(name, value)
-    assert runtime.resolve_device("auto") == runtime.resolve_device("cuda") == "cuda:2"
+    assert process.resolve_device("auto") == process.resolve_device("cuda") == "cuda:2"
     monkeypatch.setenv("LOCAL_RANK", "4")
     with pytest.raises(ConfigError, match="rank 4 of this machine has no device: torch finds 4 of cuda here"):
-        runtime.resolve_device("auto")
+        process.resolve_device("auto")
     with pytest.raises(ConfigError, match="train.device=cuda:1 with 4 ranks: each needs a device of its own"):
-        runtime.resolve_device("cuda:1")
+        process.resolve_device("cuda:1")
 
 
 def test_of_several_ranks_a_repeated_signal_is_the_first_one_again(monkeypatch):
@@ -338,7 +339,7 @@ def test_of_several_ranks_a_repeated_signal_is_the_first_one_again(monkeypatch):
                 signal.raise_signal(signal.SIGTERM)
             assert ranks.stop.is_set()
             assert not killed
-            monkeypatch.setattr(runtime, "ECHO_S", -1.0)
+            monkeypatch.setattr(process, "ECHO_S", -1.0)
             signal.raise_signal(signal.SIGTERM)
             assert killed == ["killed"], "after a while a second one is meant"
         alone = Runtime()
@@ -367,7 +368,7 @@ def test_sharding_leaves_precision_to_autocast(monkeypatch):
 
 NESTED = """
 import signal, sys
-from capacity_gap.runtime import Runtime
+from capacity_gap.runtime.process import Runtime
 
 seen = []
 

@@ -6,14 +6,17 @@ import shutil
 import pytest
 import torch
 
-from capacity_gap import cli, pipeline, records
-from capacity_gap.errors import StageError
+from capacity_gap import records
+from capacity_gap.cell import pipeline
+from capacity_gap.cell.outdated import CHECKED
+from capacity_gap.commands import cli
 from capacity_gap.models import loading
 from capacity_gap.models.axes import architecture
 from capacity_gap.models.defaults import ASSUMED, PADDED, training_only
 from capacity_gap.models.quiet import quiet
-from capacity_gap.outdated import CHECKED
-from capacity_gap.stage import Store
+from capacity_gap.runner.run_cell import run_config
+from capacity_gap.settings.errors import StageError
+from capacity_gap.store.stage import Store
 from tests.conftest import compose
 from tests.small_models import SMALL, TOKENS, logits_of, small_model
 
@@ -97,12 +100,12 @@ def cell_of(folder, tiny, store, *more):
 def test_a_cell_repeats_and_its_wrong_predecessor_is_not_reused(folders, tiny, tmp_path, monkeypatch, capsys, name):
     first, again, old = (tmp_path / n for n in ("first", "again", "old"))
     for store in (first, again):
-        pipeline.run(cell_of(folders / name, tiny, store))
+        run_config(cell_of(folders / name, tiny, store))
     rows = [records.read(store)[0] for store in (first, again)]
     assert rows[0]["student_loss"] == rows[1]["student_loss"]
     with monkeypatch.context() as before:
         before.setattr(pipeline, "_ignored", lambda keys: {})
-        pipeline.run(cell_of(folders / name, tiny, old))
+        run_config(cell_of(folders / name, tiny, old))
     now = pipeline.resolve(cell_of(folders / name, tiny, old))
     assert not Store(old).has(now.record)
     assert now.record.digest == rows[0]["cell"]
@@ -160,14 +163,14 @@ def test_a_tokenizer_whose_end_of_text_changed_is_refused(folders, tiny, tmp_pat
 
     shutil.copytree(folders / "clean", tmp_path / "moved")
     config = cell_of(tmp_path / "moved", tiny, tmp_path / "store", "data=0")
-    pipeline.run(config)
+    run_config(config)
     tokenizer = load_tokenizer(tmp_path / "moved")
     tokenizer.eos_token = "!"
     tokenizer.save_pretrained(tmp_path / "other")
     shutil.copy(tmp_path / "other" / "tokenizer_config.json", tmp_path / "moved")
     again = cell_of(tmp_path / "moved", tiny, tmp_path / "store", "data=0", "prune.batches=3")
     with pytest.raises(StageError, match=r"end of a text was '<\|endoftext\|>'.* now '!'"):
-        pipeline.run(again)
+        run_config(again)
 
 
 def test_every_architecture_says_what_would_act():

@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from capacity_gap.errors import ConfigError, StageError, UserError
-from capacity_gap.evaluate.answers import _load as load_answerer
+from capacity_gap.judge.answers import _load as load_answerer
 from capacity_gap.models import loading
 from capacity_gap.models.folders import local_family
 from capacity_gap.models.weights import INDEX, SINGLE, check_names, check_weights
+from capacity_gap.settings.errors import ConfigError, StageError, UserError
 from tests.small_models import SMALL, small_model
 
 
@@ -210,7 +210,7 @@ def test_a_shape_that_does_not_match_is_named_when_a_model_is_loaded(tmp_path):
 
 
 def test_copies_of_the_embedding_grow_with_it(tmp_path):
-    from capacity_gap.models.expand import expand_checkpoint
+    from capacity_gap.models.expand_embeddings import expand_checkpoint
 
     saved(tmp_path / "old", "t5")
     shared = load_file(tmp_path / "old" / SINGLE)["shared.weight"]

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from capacity_gap.errors import Busy, ConfigError, UserError
-from capacity_gap.lease import Lease
-from capacity_gap.pipeline import resolve
-from capacity_gap.stage import Store
-from capacity_gap.worker import Jobs, run_children, run_job
+from capacity_gap.cell.pipeline import resolve
+from capacity_gap.runner.worker import Jobs, run_children, run_job
+from capacity_gap.settings.errors import Busy, ConfigError, UserError
+from capacity_gap.store.lease import Lease
+from capacity_gap.store.stage import Store
 from hydra_plugins.capacity_gap_launchers.ray_launcher import RayLauncher
 from hydra_plugins.capacity_gap_launchers.slurm_launcher import SlurmLauncher
 from tests.conftest import compose
@@ -54,7 +54,7 @@ def test_a_job_that_kills_its_process_costs_only_itself(tiny, store, tmp_path):
         "import os, runpy, sys\n"
         "sys.argv = sys.argv[2:]\n"  # without this file and -m: the module, the folder, the jobs
         "if sys.argv[2] == '0': os.kill(os.getpid(), 9)\n"
-        "runpy.run_module('capacity_gap.worker', run_name='__main__')\n"
+        "runpy.run_module('capacity_gap.runner.worker', run_name='__main__')\n"
     )
     run_children(jobs, [0, 1], launcher=[sys.executable, str(fatal)])
     assert jobs.outcome(0) == {"kind": "died", "message": "its process died (exit status -9)"}

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from capacity_gap.data.documents import Document
-from capacity_gap.errors import ConfigError
-from capacity_gap.stage import write_json
+from capacity_gap.settings.errors import ConfigError
+from capacity_gap.store.files import write_json
 
 SPLITS = ("train", "validation", "test")
 SHINGLE = 8  # words

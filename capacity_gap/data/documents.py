@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.errors import ConfigError
+from capacity_gap.settings.errors import ConfigError
 
 # The pinned wheels whose text is embedded: prose, code, and speech in another script; and the extras that bring them.
 PINNED = {"botocore": "1.43.11", "sympy": "1.14.0", "pycantonese": "5.0.0"}

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from capacity_gap.errors import ConfigError
-from capacity_gap.scales import format_scale
+from capacity_gap.settings.errors import ConfigError
+from capacity_gap.settings.scales import format_scale
 
 BATCH = 1000  # documents encoded at once
 PERMUTATION_SEED = 20231107  # of the one permutation that all budgets are prefixes of

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.config import CorpusConfig, SourceConfig
+from capacity_gap.data.corpus_config import CorpusConfig, SourceConfig
 from capacity_gap.data.documents import (
     PINNED,
     Document,
@@ -14,8 +14,8 @@ from capacity_gap.data.documents import (
     text_documents,
     text_files,
 )
-from capacity_gap.errors import ConfigError, StageError
-from capacity_gap.fingerprint import files_digest
+from capacity_gap.settings.errors import ConfigError, StageError
+from capacity_gap.settings.hashing import files_digest
 
 GROUP = 100  # documents of a hub dataset that are kept together when the corpus is split
 

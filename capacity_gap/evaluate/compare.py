@@ -4,11 +4,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capacity_gap.errors import UserError
-from capacity_gap.evaluate.other import SETTINGS, score_rows
-from capacity_gap.evaluate.scores import Score, as_metrics
-from capacity_gap.records import BESIDE_SCORES
-from capacity_gap.tables import PLAIN, boolean
+from capacity_gap.evaluate.other_models import SETTINGS, score_rows
+from capacity_gap.evaluate.task_scores import Score, as_metrics
+from capacity_gap.records.load import BESIDE_SCORES
+from capacity_gap.records.tables import PLAIN, boolean
+from capacity_gap.settings.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd

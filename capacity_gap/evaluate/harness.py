@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.errors import StageError
-from capacity_gap.evaluate.scores import Score
+from capacity_gap.evaluate.task_scores import Score
 from capacity_gap.evaluate.tasks import Task, place
+from capacity_gap.settings.errors import StageError
 
 SEED = 1234  # of the harness: numpy, torch and the choice of few-shot examples; Python's own generator gets 0
 

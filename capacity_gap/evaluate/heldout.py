@@ -9,7 +9,7 @@ import torch
 
 from capacity_gap.distill.losses import token_losses
 from capacity_gap.models.loading import hidden_states, output_weight, predicted
-from capacity_gap.runtime import Runtime
+from capacity_gap.runtime.process import Runtime
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.errors import StageError
+from capacity_gap.settings.errors import StageError
 
 ITEMS = 500  # questions a task: a standard error of about 2 points
 LEAST_ITEMS = 50

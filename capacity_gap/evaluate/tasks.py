@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.errors import ConfigError, nearest
-from capacity_gap.fingerprint import files_digest
+from capacity_gap.settings.errors import ConfigError, nearest
+from capacity_gap.settings.hashing import files_digest
 
 GENERATED = ("pico_cloze", "pico_next")  # evaluate/suite.py
 # Tasks whose names begin so, and groups that hold such tasks, execute what the model wrote.

@@ -2,7 +2,8 @@
 
 from capacity_gap.fit.curse import Curse, Growth, student_growth
 from capacity_gap.fit.fitting import fit_surface
-from capacity_gap.fit.law import LawFit, fit_law
+from capacity_gap.fit.law import fit_law
+from capacity_gap.fit.law_fit import LawFit
 from capacity_gap.fit.optimum import Optimum, locate_optima
 from capacity_gap.fit.runs import teachers_of
 from capacity_gap.fit.surface import SurfaceFit, published

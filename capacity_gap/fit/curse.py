@@ -18,7 +18,7 @@ from scipy import stats
 from capacity_gap.fit.frame import BY, Curve, default_metric, require
 from capacity_gap.fit.optimum import Located
 from capacity_gap.fit.sizes import size_draws
-from capacity_gap.tables import numbers
+from capacity_gap.records.tables import numbers
 
 DRAWS = 4000
 

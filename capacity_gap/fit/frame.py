@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from capacity_gap.errors import ConfigError
 from capacity_gap.fit.sizes import SIZE_TERMS, SizeSlope, adjust_for_size
 from capacity_gap.records import Record, is_number, scores_of
-from capacity_gap.scales import short_scale
-from capacity_gap.tables import numbers
+from capacity_gap.records.tables import numbers
+from capacity_gap.settings.errors import ConfigError
+from capacity_gap.settings.scales import short_scale
 
 AXES = {"total": "", "non_embedding": "_non_embedding"}
 USUAL = "as usual"

@@ -6,24 +6,20 @@ beats a permutation of teachers within students, *and* neither a single teacher 
 claim.
 """
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from capacity_gap.fit.curse import Curse, curses
+from capacity_gap.fit.curse import curses
 from capacity_gap.fit.frame import BY, Curve, curves
+from capacity_gap.fit.law_fit import LEAST_STUDENTS, LawFit
 from capacity_gap.fit.null import has_inner_minimum, null_p_value, rests_on, without_outer
-from capacity_gap.fit.optimum import BOOTSTRAPS, Located, Optimum, locate
+from capacity_gap.fit.optimum import BOOTSTRAPS, Located, locate
 from capacity_gap.fit.regression import (
     NAMED,
-    Agreement,
     Estimate,
-    Form,
     Responses,
     agreements,
     covariates,
@@ -34,99 +30,10 @@ from capacity_gap.fit.regression import (
 )
 from capacity_gap.fit.valley import LEAST_TEACHERS
 
-LEAST_STUDENTS = 3
 LEVEL = 0.05
 KEPT_DRAWS = 200
 
 Pair = tuple[float, float] | None
-
-
-@dataclass(frozen=True)
-class LawFit:
-    """The fit of a whole table. Estimates are None unless `status` is `law`.
-
-    `status`: `law`; `no_optimum` (curves without a minimum that beats noise); `censored` (optima lie at or beyond the
-    grid's ends); `too_few` (under three students). `ratio` is r of `N_T* = r·N_S`; `slope` is b of `N_T* = a·N_S^b`
-    (1 if the ratio is one constant); intervals are 95 %, from the bootstrap of the whole chain.
-    """
-
-    status: str
-    ratio: float | None
-    ratio_interval: Pair
-    slope: float | None
-    slope_interval: Pair
-    axis: str
-    optima: tuple[Optimum, ...]
-    null_p: float | None  # share of permutations with as much curvature
-    without_outer_rungs: float | None  # the ratio when each curve's largest and smallest teacher are dropped
-    without_outer_interval: Pair = None
-    rests_on: tuple[float, ...] = ()  # teachers without which the claim falls
-    rests_on_outer: bool = False  # whether it falls without each curve's largest and smallest teacher
-    method: str = "asymmetric"
-    kappa: float = 0.0  # asymmetry of the curves (`valley.py`)
-    forms: dict[str, Form] = field(default_factory=dict)
-    effects: dict[str, Estimate] = field(default_factory=dict)  # of covariates on log N_T*
-    agreements: tuple[Agreement, ...] = ()
-    tests: dict[str, float] = field(default_factory=dict)  # hypothesis → p
-    curses: tuple[Curse, ...] = ()
-    draws: tuple[tuple[float, float], ...] = ()  # (log a, b) of the power law, or (log r, 1) where it has none
-    notes: tuple[str, ...] = ()
-
-    def predict(self, student_params: float) -> float:
-        """The best teacher's parameters for a student of `student_params`.
-
-        Raises:
-            ValueError: there is no law to predict from.
-        """
-        if self.ratio is None:
-            raise ValueError(f"there is no law to predict from: status {self.status}. {self.verdict()}")
-        return self.ratio * student_params
-
-    def verdict(self) -> str:
-        """What was found, in a sentence or two of plain English."""
-        from capacity_gap.fit.summary import verdict
-
-        return verdict(self)
-
-    def summary(self) -> str:
-        """A table of the optima and the estimates, with the verdict."""
-        from capacity_gap.fit.summary import summary
-
-        return summary(self)
-
-    def to_json(self) -> str:
-        """The whole fit as JSON; `from_json` reads it back."""
-        return json.dumps(asdict(self), indent=1, allow_nan=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> "LawFit":
-        """Reads what `to_json` wrote."""
-        given = json.loads(text)
-        given["optima"] = tuple(Optimum(**_tuples(o)) for o in given["optima"])
-        given["curses"] = tuple(Curse(**_tuples(c)) for c in given.get("curses", ()))
-        given["forms"] = {k: _form(f) for k, f in given.get("forms", {}).items()}
-        given["effects"] = _estimates(given.get("effects", {}))
-        given["agreements"] = tuple(
-            Agreement(**{**a, "ratios": _estimates(a["ratios"])}) for a in given.get("agreements", ())
-        )
-        given["draws"] = tuple(tuple(d) for d in given.get("draws", ()))
-        return cls(**_tuples(given))
-
-    def save(self, file: Path) -> None:
-        """Writes the JSON."""
-        file.write_text(self.to_json() + "\n")
-
-
-def _tuples(given: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-
-
-def _estimates(given: dict[str, Any]) -> dict[str, Estimate]:
-    return {k: Estimate(**_tuples(e)) for k, e in given.items()}
-
-
-def _form(given: dict[str, Any]) -> Form:
-    return Form(**{**given, "parameters": _estimates(given["parameters"])})
 
 
 def fit_law(

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from capacity_gap.errors import ConfigError
 from capacity_gap.fit.batched import Array
 from capacity_gap.fit.frame import AXES, BY, default_metric, require
 from capacity_gap.records import is_number
-from capacity_gap.tables import numbers as numeric
+from capacity_gap.records.tables import numbers as numeric
+from capacity_gap.settings.errors import ConfigError
 
 SAME = 0.03  # a column whose values all lie within 3 % takes one value
 SHOWN = 10  # rows that a message names

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from capacity_gap.errors import ConfigError, choose
 from capacity_gap.fit.batched import Array
 from capacity_gap.fit.surface import SurfaceFit
+from capacity_gap.settings.errors import ConfigError, choose
 
 FLAT_NATS = 0.005  # differences below this matter to nobody
 LEVEL = 0.05  # of the permutation null

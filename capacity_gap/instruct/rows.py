@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.errors import ConfigError
+from capacity_gap.settings.errors import ConfigError
 
 TALK = ("messages",)
 PAIR = ("messages", "chosen", "rejected")
+TRAIN, TEST, PAIRS = "instruct.jsonl", "test.jsonl", "pairs.jsonl"  # what the stage `instructions` writes
 
 
 def read_rows(file: Path, key: str, fields: Iterable[str]) -> list[dict[str, Any]]:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.errors import StageError
-from capacity_gap.runtime import Interrupted, Runtime, take
+from capacity_gap.runtime.process import Interrupted, Runtime, take
+from capacity_gap.settings.errors import StageError
 
 LOG_EVERY = 5  # steps between points of the history
 

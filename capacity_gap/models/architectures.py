@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from capacity_gap.errors import ConfigError
-from capacity_gap.models.axes import Architecture, Config, Stack, Sublayer, get
+from capacity_gap.models.architecture import Architecture, Config, Stack, Sublayer, get
+from capacity_gap.settings.errors import ConfigError
 
 OPT_OFFSET = 2  # OPT's positions begin at row 2 of their table
 

@@ -6,11 +6,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.errors import ConfigError
-from capacity_gap.fingerprint import files_digest
 from capacity_gap.models.axes import count_params
 from capacity_gap.models.ladders import Family
 from capacity_gap.models.weights import check_weights
+from capacity_gap.settings.errors import ConfigError
+from capacity_gap.settings.hashing import files_digest
 
 
 def is_folder(teacher: str) -> bool:

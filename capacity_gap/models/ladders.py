@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from capacity_gap.errors import ConfigError, nearest
 from capacity_gap.models.axes import count_params
-from capacity_gap.scales import format_scale, parse_scale
+from capacity_gap.settings.errors import ConfigError, nearest
+from capacity_gap.settings.scales import format_scale, parse_scale
 
 Shape = Mapping[str, Any]
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from capacity_gap.errors import ConfigError
 from capacity_gap.models.defaults import completed
+from capacity_gap.settings.errors import ConfigError
 
 EACH = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists with one entry a layer
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from capacity_gap.checkpoint import whole
-from capacity_gap.errors import StageError
 from capacity_gap.models.axes import count_params
 from capacity_gap.models.defaults import frozen_rows
 from capacity_gap.models.quiet import quiet
-from capacity_gap.stage import write_json
+from capacity_gap.settings.errors import StageError
+from capacity_gap.store.checkpoint import whole
+from capacity_gap.store.files import write_json
 
 POINTER = "published.json"  # a stage folder that holds this instead of weights points to a checkpoint elsewhere
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -279,11 +279,3 @@ def output_weight(model: Any) -> Tensor:
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Trainable parameters by name, tied ones once."""
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-
-
-def lm_loss(model: Any, tokens: Tensor) -> Tensor:
-    """Mean cross-entropy of tokens [B, T + 1], each that is predicted from those before it; nats per token."""
-    from capacity_gap.distill.losses import distill_loss
-
-    hidden = hidden_states(model, tokens[:, :-1])
-    return distill_loss(hidden, output_weight(model), tokens[:, -hidden.shape[1] :], kd_weight=0.0)[0]

@@ -12,8 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.errors import ConfigError
-from capacity_gap.models.axes import Architecture, architecture, dims
+from capacity_gap.models.architecture import Architecture
+from capacity_gap.models.axes import architecture, dims
+from capacity_gap.settings.errors import ConfigError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capacity_gap.models.axes import Architecture, Dims, Stack, pattern_of, place
-from capacity_gap.models.loading import lm_loss
+from capacity_gap.models.architecture import Architecture, Dims, Stack, place
+from capacity_gap.models.axes import pattern_of
+from capacity_gap.pruning.lm_loss import lm_loss
 
 
 def mask_gradients(model: Any, table: Architecture, sizes: Dims, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from capacity_gap.errors import ConfigError, StageError
-from capacity_gap.models.axes import Architecture, Dims, architecture, dims
-from capacity_gap.models.loading import lm_loss
+from capacity_gap.models.architecture import Architecture, Dims
+from capacity_gap.models.axes import architecture, dims
 from capacity_gap.pruning.hooks import mask_gradients, norm_outputs, unit_inputs
+from capacity_gap.pruning.lm_loss import lm_loss
 from capacity_gap.pruning.units import UnitSums, named_weights, zeros
+from capacity_gap.settings.errors import ConfigError, StageError
 
 SCORES_FILE = "scores.safetensors"
 OnBatch = Callable[[int], None]

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from capacity_gap.errors import ConfigError, ImpossibleCell, choose
-from capacity_gap.models.axes import Architecture, Config, Dims, architecture, config_with, count, dims
+from capacity_gap.models.architecture import Architecture, Config, Dims
+from capacity_gap.models.axes import architecture, config_with, count, dims
+from capacity_gap.settings.errors import ConfigError, ImpossibleCell, choose
 
 if TYPE_CHECKING:
     from capacity_gap.pruning.scores import Scores
@@ -131,7 +132,7 @@ def spread(shape: Shape, config: Config, scores: "Scores | None", *, layers: str
     """
     if scores is None:
         raise ConfigError("policy=global ranks units across layers: it needs scores.")
-    from capacity_gap.pruning.surgery import kept_layers, kept_rows
+    from capacity_gap.pruning.kept_layers import kept_layers, kept_rows
 
     table, full = architecture(config), dims(config).layers
     stay = kept_layers(scores, config, shape.layers, layers)

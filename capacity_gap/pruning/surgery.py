@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capacity_gap.errors import ConfigError
-from capacity_gap.models.axes import Architecture, Config, Dims, architecture, config_with, dims, pattern_of, place
-from capacity_gap.models.layers import symmetric_layers
+from capacity_gap.models.architecture import Architecture, Config, Dims, place
+from capacity_gap.models.axes import architecture, config_with, dims, pattern_of
 from capacity_gap.models.quiet import quiet
 from capacity_gap.models.weights import INDEX, SINGLE, base_prefix, weight_files
+from capacity_gap.pruning.kept_layers import kept_layers, top
 from capacity_gap.pruning.scores import Scores
 from capacity_gap.pruning.shape import Shape, sized, unfit, with_rows
+from capacity_gap.settings.errors import ConfigError
 
 SHARDS = 48  # the student is written in shards of this part of the teacher's checkpoint (saving copies a shard once)
 LEAST_SHARD = 2**25
@@ -75,24 +76,6 @@ def _spread(units: Tensor, width: int) -> Tensor:
     return (units[:, None] * width + torch.arange(width)).flatten()
 
 
-def kept_layers(scores: Scores, config: Config, keep: int, by: str) -> list[list[int]]:
-    """Which layers of each stack stay: the middle ones (`symmetric`), or those with the highest scores.
-
-    An encoder and its decoder keep equally many.
-    """
-    layers, stacks = dims(config).layers, len(architecture(config).stacks)
-    if by == "symmetric" or keep == layers:
-        return [symmetric_layers(layers, keep)] * stacks
-    if scores.layers is None:
-        raise ConfigError(f"layers={by} needs scores of layers: score with prune.layers={by}.")
-    return _top(scores.layers.unflatten(0, (stacks, layers)), keep).tolist()
-
-
-def kept_rows(table: Architecture, axis: str, layers: int, stay: list[list[int]]) -> list[int]:
-    """The rows of the scores of `heads` or `neurons` that lie in layers which stay."""
-    return [n * layers + i for n, stack in enumerate(table.stacks_of(axis)) for i in stay[stack]]
-
-
 def choose_units(scores: Scores, shape: Shape, config: Config, *, layers: str = "symmetric") -> Kept:
     """The units with the highest scores, as many in each layer as the shape says."""
     table, sizes = architecture(config), dims(config)
@@ -104,10 +87,10 @@ def choose_units(scores: Scores, shape: Shape, config: Config, *, layers: str = 
     return Kept(
         sizes.layers,
         stay,
-        _top(scores.hidden, shape.hidden),
+        top(scores.hidden, shape.hidden),
         list(heads),
         list(kv_heads),
-        [_top(scores.neurons[row], n) for row, n in enumerate(counts)],
+        [top(scores.neurons[row], n) for row, n in enumerate(counts)],
         sized(sizes, shape).vocab,
     )
 
@@ -130,23 +113,18 @@ def _choose_heads(scores: Scores, shape: Shape, sizes: Dims, row: int) -> tuple[
     keep = shape.layer_heads[row] if shape.layer_heads else shape.kv_heads
     queries = scores.heads if sizes.group == 1 else scores.queries
     if shape.group == sizes.group:
-        units = _top(scores.heads[row], keep)
+        units = top(scores.heads[row], keep)
         return _spread(units, sizes.group), units
     if queries is None:
         raise ConfigError(
             "the student groups queries differently from its teacher, and these scores have none of them."
         )
     if shape.group == 1:
-        chosen = _top(queries[row], keep)
+        chosen = top(queries[row], keep)
         return chosen, chosen // sizes.group
-    units = _top(scores.heads[row], keep)
-    best = _top(queries[row].view(sizes.kv_heads, sizes.group)[units], shape.group)
+    units = top(scores.heads[row], keep)
+    best = top(queries[row].view(sizes.kv_heads, sizes.group)[units], shape.group)
     return (units[:, None] * sizes.group + best).flatten(), units
-
-
-def _top(scores: Tensor, keep: int) -> Tensor:
-    """Indices of the `keep` largest along the last dimension, ascending; ties go to the earlier unit."""
-    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :keep].sort(dim=-1).values
 
 
 def stored_sizes(sizes: Dims, shape: Shape, table: Architecture) -> Dims:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capacity_gap.models.axes import Architecture, Dims, pattern_of, place
+from capacity_gap.models.architecture import Architecture, Dims, place
+from capacity_gap.models.axes import pattern_of
 
 
 def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:

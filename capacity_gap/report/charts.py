@@ -25,7 +25,7 @@ from capacity_gap.report.panels import (
     scale_axis,
 )
 from capacity_gap.report.plots import WORDS
-from capacity_gap.scales import short_scale
+from capacity_gap.settings.scales import short_scale
 
 MOST_HEATMAPS = 8
 MOST_NAMED = 14  # a longer legend of teachers would push the panels off the page; pointing at a line still names it

@@ -15,19 +15,20 @@ import numpy as np
 import pandas as pd
 
 from capacity_gap import records
-from capacity_gap.errors import Damaged
-from capacity_gap.evaluate.scores import as_loss
-from capacity_gap.files import is_store, name_left_out, read_all
+from capacity_gap.cell.outdated import without_outdated
+from capacity_gap.evaluate.task_scores import as_loss
 from capacity_gap.fit import LawFit
 from capacity_gap.fit.frame import AXES, Curve, curves, default_metric
 from capacity_gap.fit.law import law_from
 from capacity_gap.fit.optimum import Optimum, locate
-from capacity_gap.outdated import without_outdated
+from capacity_gap.records.load import BESIDE_SCORES, sweep_frame
+from capacity_gap.records.tables import numbers
 from capacity_gap.report.plots import LOSSES
 from capacity_gap.report.products import products
-from capacity_gap.scales import short_scale
-from capacity_gap.store_tools import open_store, sweep_frame, sweeps
-from capacity_gap.tables import numbers
+from capacity_gap.settings.errors import Damaged
+from capacity_gap.settings.scales import short_scale
+from capacity_gap.store.contents import open_store, sweeps
+from capacity_gap.store.files import is_store, name_left_out, read_all
 
 HISTORY_POINTS = 40  # a training curve is averaged in so many bins: single batches are noise
 LONGEST_RUNG = 8  # letters; model folders have longer names
@@ -345,5 +346,5 @@ def _total(frame: pd.DataFrame, column: str) -> float | None:
 def tasks(frame: pd.DataFrame) -> list[str]:
     """The benchmarks that some cell was scored on."""
     names = [str(c) for c in frame.columns if str(c).startswith("metrics/")]
-    beside = tuple(f"/{of}" for of in records.BESIDE_SCORES)
+    beside = tuple(f"/{of}" for of in BESIDE_SCORES)
     return [n for n in names if not n.endswith(beside) and frame[n].notna().any()]

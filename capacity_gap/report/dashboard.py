@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.errors import UserError
-from capacity_gap.tracking import tag_of
+from capacity_gap.settings.errors import UserError
+from capacity_gap.tracking.wandb_runs import tag_of
 
 NAME = "Capacity gap"
 MOST_RUNS = 100  # lines in one panel
@@ -119,7 +119,7 @@ def save(workspace: Any, out: Path | None) -> str:
     if out:
         out.write_text(to_json(workspace) + "\n", encoding="utf-8")
         return str(out)
-    from capacity_gap.wandb_api import connect
+    from capacity_gap.records.wandb_rows import connect
 
     connect()
     return workspace.save().url

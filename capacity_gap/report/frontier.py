@@ -14,13 +14,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from capacity_gap import accounting
-from capacity_gap.errors import UserError, choose
-from capacity_gap.evaluate.scores import metric_direction
+from capacity_gap.evaluate.task_scores import metric_direction
 from capacity_gap.evaluate.tasks import PAPER
+from capacity_gap.models import accounting
 from capacity_gap.records import scores_of
-from capacity_gap.scales import short_scale
-from capacity_gap.tables import numbers
+from capacity_gap.records.tables import numbers
+from capacity_gap.settings.errors import UserError, choose
+from capacity_gap.settings.scales import short_scale
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 AVERAGE = "average"  # of the six

@@ -8,9 +8,9 @@ from typing import Any
 import pandas as pd
 
 from capacity_gap import __version__
-from capacity_gap.errors import UserError
 from capacity_gap.report.content import Content, causes, cell_name, constants, costs, gather, tasks
 from capacity_gap.report.plots import LOSSES, VERDICTS
+from capacity_gap.settings.errors import UserError
 
 TEMPLATE = "page.html.j2"
 HELD_OUT = {

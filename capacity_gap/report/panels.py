@@ -11,7 +11,7 @@ from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
 from capacity_gap.report.content import Panel
-from capacity_gap.scales import short_scale
+from capacity_gap.settings.scales import short_scale
 
 # Each colour can be told from white and from near-black.
 COLOURS = ("#4c8dd6", "#e07b39", "#3fa66b", "#c75d9a", "#9a7fd1", "#b8973b", "#45a8b8", "#d65f5f")

@@ -14,10 +14,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from capacity_gap.fit.frame import Curve
-from capacity_gap.fit.law import LawFit
+from capacity_gap.fit.law_fit import LawFit
 from capacity_gap.fit.optimum import FLAT_NATS, Located, Optimum
 from capacity_gap.fit.valley import LEAST_TEACHERS, Valley
-from capacity_gap.scales import short_scale
+from capacity_gap.settings.scales import short_scale
 
 POINT, LINE, BEST, BAND = "#4c6a92", "#222222", "#c1432e", "#e9a23b"
 BUDGETS = (POINT, "#2a9d8f", "#e9a23b", "#8d5a97", "#555555")

@@ -3,8 +3,8 @@
 import itertools
 from collections.abc import Sequence
 
-from capacity_gap.errors import ConfigError
-from capacity_gap.scales import parse_scale
+from capacity_gap.settings.errors import ConfigError
+from capacity_gap.settings.scales import parse_scale
 
 Cell = tuple[str, ...]  # a value for each key
 Product = tuple[Cell, ...]  # the values of each key

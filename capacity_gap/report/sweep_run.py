@@ -6,10 +6,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capacity_gap.config import TrackingConfig
-from capacity_gap.stage import Store
-from capacity_gap.store_tools import sweep_frame, sweep_id
-from capacity_gap.tracking import end, open_run
+from capacity_gap.records.load import sweep_frame
+from capacity_gap.store.contents import sweep_id
+from capacity_gap.store.stage import Store
+from capacity_gap.tracking.tracking_config import TrackingConfig
+from capacity_gap.tracking.wandb_runs import end, open_run
 
 if TYPE_CHECKING:
     import pandas as pd

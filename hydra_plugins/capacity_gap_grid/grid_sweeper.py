@@ -1,4 +1,4 @@
-"""The grid sweeper: composes every cell, then lets `capacity_gap.grid` run them in waves. Imports no torch."""
+"""The grid sweeper: composes every cell, then lets `capacity_gap.runner.grid` run them in waves. Imports no torch."""
 
 import copy
 import functools
@@ -78,7 +78,7 @@ class GridSweeper(BasicSweeper):
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
         """Gives joblib one worker a GPU, else a core, where its own default is ten; `n_jobs=` still wins."""
-        from capacity_gap.runtime import gpus
+        from capacity_gap.runtime.process import gpus
 
         launcher = config.hydra.launcher
         asked = any(o.startswith("hydra.launcher.n_jobs=") for o in config.hydra.overrides.hydra)
@@ -88,7 +88,7 @@ class GridSweeper(BasicSweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Runs the grid; the exit status is 1 if a cell failed."""
-        from capacity_gap.grid import Job, check_grid, run_grid
+        from capacity_gap.runner.grid import Job, check_grid, run_grid
 
         assert self.config is not None and self.launcher is not None and self.hydra_context is not None
         parsed = OverridesParser.create(config_loader=self.hydra_context.config_loader).parse_overrides(

@@ -35,11 +35,11 @@ class RayLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
         """Runs one wave; returns an outcome a job."""
-        from capacity_gap.config import from_hydra
-        from capacity_gap.errors import ConfigError
-        from capacity_gap.stage import Store
-        from capacity_gap.stopping import noting_signals
-        from capacity_gap.worker import Jobs, run_task
+        from capacity_gap.cell.config import from_hydra
+        from capacity_gap.runner.stopping import noting_signals
+        from capacity_gap.runner.worker import Jobs, run_task
+        from capacity_gap.settings.errors import ConfigError
+        from capacity_gap.store.stage import Store
 
         if self.settings.gpus > 1:
             raise ConfigError(
@@ -84,7 +84,7 @@ def _note_outcomes(ray: Any, running: dict[Any, int], jobs: Any, check: Callable
 
 def _end(ray: Any, tasks: Sequence[Any]) -> None:
     """Interrupts every task, which then leaves a checkpoint, and waits for them as long as any grid does."""
-    from capacity_gap.stopping import GRACE_S
+    from capacity_gap.runner.stopping import GRACE_S
 
     for task in tasks:
         ray.cancel(task)

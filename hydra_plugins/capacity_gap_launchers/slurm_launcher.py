@@ -65,7 +65,7 @@ class Pack:
         """Runs what has no outcome yet; on every node of the job."""
         import submitit
 
-        from capacity_gap.worker import Jobs, run_children
+        from capacity_gap.runner.worker import Jobs, run_children
 
         here = submitit.JobEnvironment()
         launcher = [part.replace("{head}", here.hostnames[0]) for part in self.launcher]
@@ -123,9 +123,9 @@ class SlurmLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
         """Runs one wave; returns an outcome a job."""
-        from capacity_gap.config import from_hydra
-        from capacity_gap.stage import Store
-        from capacity_gap.worker import Jobs
+        from capacity_gap.cell.config import from_hydra
+        from capacity_gap.runner.worker import Jobs
+        from capacity_gap.store.stage import Store
 
         self._check()
         configs = [from_hydra(self.loader.load_sweep_config(self.config, list(o))) for o in job_overrides]
@@ -141,7 +141,7 @@ class SlurmLauncher(Launcher):
         return jobs.returns()
 
     def _check(self) -> None:
-        from capacity_gap.errors import ConfigError
+        from capacity_gap.settings.errors import ConfigError
 
         s = self.settings
         if s.nodes > 1 and not s.gpus:
@@ -269,7 +269,7 @@ def _squeue(ids: Sequence[str]) -> set[str] | None:
 
 
 def _need_slurm() -> None:
-    from capacity_gap.errors import ConfigError
+    from capacity_gap.settings.errors import ConfigError
 
     try:
         import submitit  # noqa: F401

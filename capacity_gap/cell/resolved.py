@@ -1,0 +1,354 @@
+"""What one cell is: its settings with every scale read, the shapes they come to, what its record says before it runs.
+
+Nothing here computes anything or imports torch; the stages that make the cell are `pipeline.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from capacity_gap.cell.config import RunConfig
+from capacity_gap.cell.nondefault import unsaid, unsaid_of_tuning
+from capacity_gap.data.sources import corpus_name
+from capacity_gap.instruct.rows import rows_in
+from capacity_gap.models import accounting
+from capacity_gap.models.axes import architecture, config_with, count_params, dims, padded
+from capacity_gap.models.folders import content_digest, is_folder, local_family
+from capacity_gap.models.ladders import Family, family
+from capacity_gap.pruning.shape import Shape, between, sized, student_shape
+from capacity_gap.settings.errors import ConfigError, ImpossibleCell
+from capacity_gap.settings.scales import format_scale, parse_scale, parse_tokens
+
+SIGNAL_SIZE = 64  # values a token of a cached signal, unless said
+
+
+@dataclass(frozen=True)
+class ResolvedCell:
+    """What was asked for, read: the part of a cell that its stages and its record are made of."""
+
+    config: RunConfig
+    family: Family  # its shapes with the expanded vocabulary, if there is one
+    base: Family  # as published, or as pre-trained on the spot
+    rung: str
+    student_scale: int  # as asked for
+    student_target: int  # what it means: the exact size of a rung where it names one
+    data_tokens: int
+    teacher_tokens: int | None  # None for published teachers
+
+    @classmethod
+    def read(cls, config: RunConfig) -> Self:
+        """Reads the scales of `config` and checks that they go together.
+
+        Raises:
+            ImpossibleCell: the student is larger than its teacher, or its shape does not fit into it.
+            ConfigError: anything else that cannot be.
+        """
+        base = _ladder(config)
+        ladder = _expanded(base, config)
+        student = parse_scale(config.student, key="student")
+        rung = ladder.rung(config.teacher)
+        params = ladder.params[rung]
+        target = ladder.params[ladder.scales[student]] if student in ladder.scales else student
+        if target > params * 1.005:
+            raise ImpossibleCell(
+                f"student={config.student} is larger than teacher={config.teacher} ({params:,} parameters). "
+                "A student is pruned from its teacher: give a smaller student or a larger teacher; equal sizes are "
+                f"fine. Rungs of {ladder.name}: {' '.join(ladder.rungs)}."
+            )
+        data = parse_scale(config.data, key="data", allow_zero=True)
+        budget = None if rung in ladder.published else teacher_tokens(config, base.params[rung])
+        _check_positions(config, ladder, ladder.rungs[rung])
+        _check_lengths(config, data, budget, target)
+        if budget is not None and (config.family.dtype, config.family.quantization) != ("fp32", "none"):
+            raise ConfigError(
+                f"family.dtype={config.family.dtype} family.quantization={config.family.quantization}: these say how "
+                f"published teachers are held, and those of {ladder.name} are trained here, in fp32. Leave both as "
+                "they are; train.precision=bf16 is how models are trained."
+            )
+        if config.family.quantization != "none" and config.prune.init != "random":
+            raise ConfigError(
+                f"family.quantization={config.family.quantization} with prune.init={config.prune.init}: a quantised "
+                "teacher cannot be pruned. Use family.quantization=none, or prune.init=random."
+            )
+        cell = cls(config, ladder, base, rung, student, target, data, budget)
+        if cell.adapted and config.family.quantization != "none":
+            raise ConfigError("a quantised teacher cannot be expanded or adapted. Use family.quantization=none.")
+        return cell
+
+    @property
+    def adapted(self) -> bool:
+        """Whether teachers are expanded, adapted or both, before anything is pruned."""
+        return self.family is not self.base or self.adapt_tokens > 0
+
+    @property
+    def adapt_tokens(self) -> int:
+        """Tokens of the teacher's continued pre-training."""
+        return parse_scale(self.config.adapt.data, key="adapt.data", allow_zero=True)
+
+    @property
+    def teacher_shape(self) -> Mapping[str, Any]:
+        """The teacher's config.json."""
+        return self.family.rungs[self.rung]
+
+    @cached_property
+    def student_shape(self) -> Mapping[str, Any]:
+        """The student's config.json: a function of family, scale and policy (DESIGN, *Student*).
+
+        Under global priority it is that of the average layer: the parameters are the same. What it says of single
+        layers is right where layers are taken from both ends; where scores choose them, they are known later.
+        """
+        last = self.shapes_between[-1] if self.shapes_between else self.family.rungs[self.origin]
+        return config_with(last, sized(dims(last), self.shape))
+
+    @cached_property
+    def shape(self) -> Shape:
+        """The student's sizes."""
+        c = self.config.prune
+        return student_shape(
+            self.family.rungs,
+            self.family.rungs[self.origin],
+            self.student_target,
+            policy=c.shape,
+            multiple=self.family.multiple,
+            depth=c.depth,
+            fixed=c.fixed,
+        )
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """The user's own folder with the tokenizer of the ladder; None where it is not a ladder of folders."""
+        return Path(next(iter(self.family.published.values()))) if self.family.name == "folders" else None
+
+    def source(self, rung: str) -> dict[str, Any]:
+        """What identifies a published checkpoint: its repository's name, or a local folder's content."""
+        repository = self.family.published[rung]
+        if self.family.name == "folders":
+            return {"content": content_digest(Path(repository))}
+        return {"repository": repository}
+
+    @property
+    def learning_rate(self) -> float:
+        """The student's peak learning rate."""
+        return self.config.train.peak(dims(self.student_shape).hidden)
+
+    @property
+    def name(self) -> str:
+        """What people call the cell."""
+        student, tokens = format_scale(self.student_scale), format_scale(self.data_tokens)
+        return f"{student} from {self.rung}, {tokens} tokens, seed {self.config.seed}"
+
+    @property
+    def origin(self) -> str:
+        """The rung that the student is cut from: its own teacher, or the reference that all share."""
+        return self.rung if self.config.prune.reference is None else self.family.rung(self.config.prune.reference)
+
+    @property
+    def shapes_between(self) -> list[Mapping[str, Any]]:
+        """The shapes between teacher and student when pruning goes in steps."""
+        origin = self.family.rungs[self.origin]
+        table, full, steps_ = architecture(origin), dims(origin), self.config.prune.iterative
+        found: list[Mapping[str, Any]] = []
+        last: Mapping[str, Any] = origin
+        for k in range(1, steps_):
+            last = config_with(last, sized(full, between(full, self.shape, k / steps_, table)))
+            found.append(last)
+        return found
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of distillation between two steps of pruning."""
+        if self.config.prune.step_data == "0":
+            return 0
+        return parse_tokens(self.config.prune.step_data, params=self.student_target, key="prune.step_data")
+
+    @property
+    def signal_size(self) -> int:
+        """Values a token: k, or draws; never more than there are tokens."""
+        return min(self.config.distill.signal_size or SIGNAL_SIZE, dims(self.teacher_shape).vocab)
+
+    @property
+    def teacher_flops(self) -> float:
+        """What the teacher's forward passes cost in this cell."""
+        if self.config.distill.kd_weight == 0:
+            return 0.0
+        return accounting.forward_flops(self.teacher_shape, self.data_tokens)
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """The part of the record that is known before anything has run."""
+        c, shape = self.config, self.student_shape
+        return {
+            "family": self.family.name,
+            "corpus": corpus_name(c.text),
+            "student": format_scale(self.student_scale),
+            "teacher": self.rung,
+            "data_tokens": self.data_tokens,
+            "epochs": c.epochs,
+            "teacher_tokens": self.teacher_tokens,
+            "teacher_data": c.family.teacher_data.lower() if self.teacher_tokens else None,
+            "seed": c.seed,
+            "teacher_seed": c.teacher_seed,
+            "student_params": count_params(shape),
+            "student_params_non_embedding": accounting.non_embedding(shape),
+            "teacher_params": count_params(self.teacher_shape),
+            "teacher_params_non_embedding": accounting.non_embedding(self.teacher_shape),
+            "init": c.prune.init,
+            "prune_method": None if c.prune.init == "random" else c.prune.method,
+            **self._pruned_otherwise,
+            **self._distilled_otherwise,
+            **self._adapted_by,
+            **self._tuned_by,
+            **self._unsaid,
+            "shape": c.prune.shape if c.prune.fixed is None else c.prune.fixed,
+            "batch": c.train.batch_size,
+            "learning_rate": self.learning_rate,
+            "precision": c.train.precision,
+            **self.objective,
+            "loss": c.distill.loss,
+            "kd_weight": c.distill.kd_weight,
+            "temperature": c.distill.temperature,
+            "signal": c.distill.signal if c.distill.signal == "online" else f"{c.distill.signal}-{self.signal_size}",
+            "train_flops": accounting.train_flops(shape, self.data_tokens),
+            "teacher_flops": self.teacher_flops,
+            "teacher_train_flops": self.teacher_tokens
+            and accounting.train_flops(self.teacher_shape, self.teacher_tokens),
+        }
+
+    @property
+    def _adapted_by(self) -> dict[str, Any]:
+        """How the teacher was expanded and adapted, if it was."""
+        expanded = {} if self.family is self.base else {"expanded_vocab": dims(self.teacher_shape).vocab}
+        return expanded | ({"adapt_tokens": self.adapt_tokens} if self.adapt_tokens else {})
+
+    @property
+    def _tuned_by(self) -> dict[str, Any]:
+        """How the student was tuned after distillation, if it was."""
+        tune, pairs = self.config.instruct, self.config.prefer
+        found: dict[str, Any] = {}
+        if tune.wanted:
+            read = max(0, rows_in(tune.path) - tune.held_out)
+            found |= {"instruct_rows": tune.count or read, "instruct_replay": tune.replay or None}
+        if pairs.wanted:
+            found |= {"prefer_rows": pairs.count or rows_in(pairs.path), "prefer_beta": pairs.beta}
+        for name, c in (("instruct", tune), ("prefer", pairs)):
+            if c.wanted:
+                how = {"epochs": c.epochs, "learning_rate": c.learning_rate, "batch": c.batch_size}
+                found |= {f"{name}_{k}": v for k, v in how.items()} | {f"{name}_lora_rank": c.lora_rank or None}
+        return found
+
+    @property
+    def _pruned_otherwise(self) -> dict[str, Any]:
+        """How the student was cut, where that differs from the default: then, and only then, it is recorded."""
+        c = self.config.prune
+        given = {"prune_priority": c.priority, "prune_layers": c.layers, "prune_steps": c.iterative}
+        usual = {"prune_priority": "local", "prune_layers": "symmetric", "prune_steps": 1}
+        shared = {} if c.reference is None else {"reference": c.reference}
+        return shared | ({} if c.init == "random" else {k: v for k, v in given.items() if v != usual[k]})
+
+    @property
+    def objective(self) -> dict[str, Any]:
+        """What the losses are over, where that is not every token: then, and only then, it is recorded."""
+        return {"objective": "prefix_lm"} if len(architecture(self.teacher_shape).stacks) == 2 else {}
+
+    @property
+    def _distilled_otherwise(self) -> dict[str, Any]:
+        """The same for the objective."""
+        c = self.config.distill
+        return {k: v for k, v in (("skew", c.skew), ("hidden_weight", c.hidden_weight)) if v}
+
+    @property
+    def _unsaid(self) -> dict[str, Any]:
+        """The settings that have no column of their own, where they are not as usual."""
+        pretrained = self.teacher_tokens is not None
+        found = {"settings": unsaid(self.config, ladder=self.family.name, pretrained=pretrained)}
+        found["instruct_settings"] = unsaid_of_tuning(self.config)
+        return {name: said for name, said in found.items() if said}
+
+    @property
+    def how_trained(self) -> dict[str, Any]:
+        """How a training stage is run, which changes nothing in its identity."""
+        names = ("micro_batch_size", "activation_checkpointing", "peak_flops")
+        return {name: getattr(self.config.train, name) for name in names}
+
+    @property
+    def compiled(self) -> dict[str, Any]:
+        """Compiled kernels round otherwise."""
+        return {"compile": True} if self.config.train.compile else {}
+
+    @property
+    def dynamics(self) -> dict[str, Any]:
+        """Tokens between the held-out losses that a student's history holds."""
+        every = parse_scale(self.config.train.evaluate_every, key="train.evaluate_every", allow_zero=True)
+        return {"evaluate_every": every} if every else {}
+
+    @property
+    def arithmetic(self) -> dict[str, Any]:
+        """What decides the last bits of every computed number."""
+        c = self.config
+        return {
+            "precision": c.train.precision,
+            "threads": c.train.threads,
+            "sequence_length": c.corpus.sequence_length,
+        }
+
+
+def teacher_tokens(config: RunConfig, params: int) -> int:
+    """Tokens of a teacher's pre-training: one number for all, or so many times its parameters."""
+    return parse_tokens(config.family.teacher_data, params=params, key="family.teacher_data")
+
+
+def _ladder(config: RunConfig) -> Family:
+    """The family's ladder, or one made of the user's folders."""
+    if config.family.name == "folders" or is_folder(config.teacher):
+        given = config.family.folders or ([config.teacher] if is_folder(config.teacher) else [])
+        if not given:
+            raise ConfigError(
+                "family=folders needs the model folders: family.folders=[FOLDER,FOLDER,...], and teacher= one of them."
+            )
+        ladder = local_family(given)
+        return ladder
+    return family(config.family.name)
+
+
+def _expanded(ladder: Family, config: RunConfig) -> Family:
+    """The ladder with the vocabulary that is asked for, in every shape: the same rungs, each a little larger."""
+    wanted = config.expand
+    if not wanted.vocab:
+        return ladder
+    own = max(dims(shape).vocab for shape in ladder.rungs.values())
+    rows = padded(wanted.vocab, wanted.multiple)
+    if wanted.vocab <= own:
+        raise ConfigError(f"expand.vocab={wanted.vocab}, but {ladder.name} already has {own} tokens. Give more.")
+    shapes = {n: {**shape, architecture(shape).keys["vocab"]: rows} for n, shape in ladder.rungs.items()}
+    return replace(ladder, rungs=shapes)
+
+
+def _check_lengths(config: RunConfig, data: int, teacher: int | None, target: int) -> None:
+    """Training sees whole sequences: a budget below one sequence a pass would train on nothing."""
+    c, length = config, config.corpus.sequence_length
+    adapt = parse_scale(c.adapt.data, key="adapt.data", allow_zero=True)
+    step = 0 if c.prune.step_data == "0" else parse_tokens(c.prune.step_data, params=target, key="prune.step_data")
+    budgets = [
+        ("data", c.data, data, "epochs", c.epochs),
+        ("adapt.data", c.adapt.data, adapt, "adapt.epochs", c.adapt.epochs),
+        ("family.teacher_data", c.family.teacher_data, teacher or 0, "family.teacher_epochs", c.family.teacher_epochs),
+        ("prune.step_data", c.prune.step_data, step, "epochs", c.epochs),
+    ]
+    for key, given, tokens, passes, epochs in budgets:
+        if 0 < tokens < length * epochs:
+            raise ConfigError(
+                f"{key}={given} with {passes}={epochs} and corpus.sequence_length={length} is less than one sequence a "
+                f"pass: nothing would be trained. Give {key}={length * epochs} or more."
+            )
+
+
+def _check_positions(config: RunConfig, ladder: Family, shape: Mapping[str, Any]) -> None:
+    """Learned positions end; a longer sequence would fail deep inside a forward pass."""
+    limit = dims(shape).longest
+    if limit and config.corpus.sequence_length > limit:
+        raise ConfigError(
+            f"corpus.sequence_length={config.corpus.sequence_length}, but models of {ladder.name} have learned "
+            f"positions for {limit} tokens. Give a shorter sequence_length."
+        )

@@ -1,0 +1,55 @@
+"""The stage `signal`: the teacher's outputs, cached for all students, seeds and losses that they can serve."""
+
+from capacity_gap.cell.resolved import ResolvedCell
+from capacity_gap.cell.stages.shared import packed_split
+from capacity_gap.data import packing
+from capacity_gap.models import accounting
+from capacity_gap.store.stage import Stage, StageRun
+
+
+def signal_stage(cell: ResolvedCell, teacher: Stage, tokens: Stage, *, budget: int) -> Stage:
+    """The teacher's outputs on the first tokens of the training permutation; `budget` counts all epochs."""
+    c = cell.config
+    seen = budget // c.epochs
+    given = {
+        "kind": c.distill.signal,
+        "size": cell.signal_size,
+        "temperature": c.distill.temperature,
+        "tokens": seen,
+        "seed": c.teacher_seed,
+        **cell.arithmetic,
+    }
+    cost = accounting.forward_flops(cell.teacher_shape, seen)
+    options = {"batch_size": c.evaluate.batch_size}
+    return Stage("signal", 1, given, {"teacher": teacher, "tokens": tokens}, cache_signal, cost, options, passes=seen)
+
+
+def cache_signal(run: StageRun) -> None:
+    """Writes a few values a token, block by block; whole blocks are what the next owner takes over."""
+    from capacity_gap.distill.signals import write_signal
+    from capacity_gap.models.loading import load_model
+    from capacity_gap.training.loop import autocast
+
+    given, packed = run.config, packed_split(run, "train")
+    blocks = run.checkpoint / "step-0"
+
+    def on_block(done: int, total: int) -> None:
+        run.runtime.report(done, total, "blocks")
+        run.runtime.check()
+
+    write_signal(
+        load_model(run.inputs["teacher"], device=run.runtime.device),
+        packed,
+        packing.subset(packed, given["tokens"]),
+        blocks,
+        kind=given["kind"],
+        size=given["size"],
+        temperature=given["temperature"],
+        seed=given["seed"],
+        batch_size=run.options["batch_size"],
+        vocabulary=len(packed.bytes_per_id),
+        autocast=lambda: autocast(run.runtime.device, given["precision"]),
+        on_block=on_block,
+    )
+    for file in blocks.iterdir():
+        file.rename(run.out / file.name)

@@ -1,0 +1,89 @@
+"""The stages `teacher` (pre-trained here), `published`, `expand` (rows for new tokens) and `adapt` (trained on)."""
+
+import json
+
+from capacity_gap.cell.resolved import ResolvedCell, teacher_tokens
+from capacity_gap.cell.stages.run_training import optimizer_identity, run_training, training_stage
+from capacity_gap.distill.distill_config import DistillConfig
+from capacity_gap.models.axes import dims
+from capacity_gap.store.stage import Stage, StageRun
+
+ALONE = DistillConfig(kd_weight=0.0)  # a teacher has no teacher
+
+
+def pretrained_stage(cell: ResolvedCell, rung: str, tokens: Stage) -> Stage:
+    """A teacher as the ladder has it: published, or pre-trained on `tokens`."""
+    c, shape = cell.config, cell.base.rungs[rung]
+    if rung in cell.family.published:
+        given = {"shape": shape, **cell.source(rung), "dtype": c.family.dtype}
+        given["quantization"] = c.family.quantization
+        options = {"repository": cell.family.published[rung]}
+        return Stage("published", 1, given, {}, point_to_published, options=options)
+    given = {
+        "shape": shape,
+        "seed": c.teacher_seed,
+        "tokens": teacher_tokens(c, cell.base.params[rung]),
+        "epochs": c.family.teacher_epochs,
+        **optimizer_identity(c.family.pretrain, dims(shape).hidden),
+    }
+    return training_stage(cell, "teacher", given, {"tokens": tokens}, pretrain, shape)
+
+
+def expanded_stage(cell: ResolvedCell, rung: str, model: Stage, vocabulary: Stage) -> Stage:
+    """A teacher with rows for the tokens of a second script."""
+    rows = dims(cell.family.rungs[rung]).vocab
+    return Stage("expand", 1, {"rows": rows}, {"model": model, "vocabulary": vocabulary}, expand)
+
+
+def adapted_stage(cell: ResolvedCell, rung: str, model: Stage, tokens: Stage) -> Stage:
+    """A teacher trained on."""
+    c, shape = cell.config, cell.family.rungs[rung]
+    given = {"tokens": cell.adapt_tokens, "epochs": c.adapt.epochs, "seed": c.teacher_seed}
+    given |= optimizer_identity(c.adapt.optim, dims(shape).hidden)
+    inputs = {"model": model, "tokens": tokens}
+    return training_stage(cell, "adapt", given, inputs, adapt, shape, held=c.family.dtype)
+
+
+def point_to_published(run: StageRun) -> None:
+    """Checks a teacher that is there already, on the hub or in a folder, against its rung, then points to it."""
+    from capacity_gap.models.loading import point_to
+
+    point_to(
+        run.options["repository"],
+        run.out,
+        shape=run.config["shape"],
+        dtype=run.config["dtype"],
+        quantization=run.config["quantization"],
+    )
+
+
+def pretrain(run: StageRun) -> None:
+    """Trains a teacher from random weights on the training split."""
+    from capacity_gap.models.loading import new_model
+
+    run_training(run, new_model(run.config["shape"], run.config["seed"]), distill=ALONE)
+
+
+def expand(run: StageRun) -> None:
+    """Adds rows for the new tokens to the embedding and the output matrix."""
+    from capacity_gap.data.expand_tokenizer import PARTS
+    from capacity_gap.models.expand_embeddings import expand_checkpoint
+    from capacity_gap.models.loading import checkpoint_folder
+
+    new = json.loads((run.inputs["vocabulary"] / PARTS).read_text())
+    expand_checkpoint(
+        checkpoint_folder(run.inputs["model"]),
+        run.out,
+        first=new["first"],
+        parts=new["parts"],
+        rows=run.config["rows"],
+        on_shard=lambda done, total: run.runtime.report(done, total, "shards"),
+    )
+
+
+def adapt(run: StageRun) -> None:
+    """Continues a teacher's pre-training on the text that its students will learn."""
+    from capacity_gap.models.loading import load_model
+
+    # Published weights are held in bf16, but never trained so: the optimiser's small steps would round to nothing.
+    run_training(run, load_model(run.inputs["model"]).float(), distill=ALONE)

@@ -1,0 +1,125 @@
+"""`python -m capacity_gap store ACTION`: what is printed of a store, and what is done to it."""
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from capacity_gap.cell.config import default_store
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from capacity_gap.store.stage import Store
+    from capacity_gap.store.verify import Verified
+
+SHOWN = 3  # commands that are shown to make damaged stages again
+
+
+def add(commands: Any) -> None:
+    """Adds the command and its actions to the command line's parser."""
+    store = commands.add_parser("store", help="what is in a store, what it is for, what can go, what is damaged")
+    actions = store.add_subparsers(dest="action", required=True, metavar="ACTION")
+    _action(actions, "ls", _ls, "cells and size of each sweep")
+    _action(actions, "du", _du, "size by kind of stage")
+    told = "delete dead work, cached signals and what no record needs; says what, and asks for --yes"
+    _action(actions, "gc", _gc, told).add_argument("--yes", action="store_true", help="really delete")
+    verify = _action(actions, "verify", _verify, "compare every file with its hash; 1 if something is left damaged")
+    verify.add_argument("--repair", action="store_true", help="move what is damaged to .damaged/, to be made again")
+    forget = _action(actions, "forget", _forget, "forget cells that failed and will not be run again")
+    forget.add_argument(
+        "--failed", nargs="?", const="", required=True, metavar="SWEEP", help="those of one sweep, or of all"
+    )
+
+
+def _action(actions: Any, name: str, run: Any, does: str) -> argparse.ArgumentParser:
+    action = actions.add_parser(name, help=does)
+    action.add_argument("store", nargs="?", default=default_store(), help="default: %(default)s")
+    action.set_defaults(run=lambda given: run(_open(given.store), given))
+    return action
+
+
+def _open(folder: str) -> "Store":
+    from capacity_gap.store.contents import open_store
+
+    return open_store(folder)
+
+
+def _ls(store: "Store", given: argparse.Namespace) -> int:
+    from capacity_gap.store.contents import list_sweeps
+
+    for name, done, cells, size in list_sweeps(store):
+        print(f"{name:<24} {done:>5} of {cells:>5} cells {size / 1e6:>10.1f} MB")
+    return 0
+
+
+def _du(store: "Store", given: argparse.Namespace) -> int:
+    from capacity_gap.store.contents import disk_use
+
+    for kind, count, size in disk_use(store):
+        print(f"{kind:<12} {count:>6} {size / 1e6:>10.1f} MB")
+    return 0
+
+
+def _gc(store: "Store", given: argparse.Namespace) -> int:
+    from capacity_gap.store.contents import delete, waste
+
+    items, total = 0, 0
+    for item in list(waste(store)):
+        left = given.yes and not delete(item)
+        why = "not deleted: somebody is at it, or it is gone" if left else item.reason
+        print(f"{item.bytes / 1e6:>9.1f} MB  {item.path}  ({why})")
+        items, total = items + (not left), total + item.bytes * (not left)
+    ending = "deleted" if given.yes else "could go; `--yes` deletes it. Nothing was changed"
+    print(f"{items} items, {total / 1e6:.1f} MB {ending}.")
+    return 0
+
+
+def _verify(store: "Store", given: argparse.Namespace) -> int:
+    from capacity_gap.store.verify import ProgressLine, verify
+
+    line = ProgressLine()
+    found = verify(store, repair=given.repair, say=line)
+    line.end()
+    for fault in found.damaged:
+        print(f"damaged: {fault.file.relative_to(store.root)} {fault.why}")
+    print(
+        f"{found.stages} stages and {found.notes} notes, {found.bytes / 1e6:,.1f} MB in {found.seconds:.1f} s: "
+        f"{len(found.damaged)} damaged"
+        + (f", {found.listed} of an older version got their list of files" if found.listed else "")
+    )
+    if found.damaged:
+        print("\n".join(_advice(store, found, given.repair)))
+    return 0 if found.is_sound else 1
+
+
+def _advice(store: "Store", found: "Verified", repair: bool) -> Sequence[str]:
+    """What to do next."""
+    if not repair:
+        return ["`--repair` moves what is damaged to .damaged/; the run.py commands that made it then make it again."]
+    if not found.is_sound:
+        return ["Some of it is being worked on: verify again when that has ended."]
+    again = _commands(store, [fault.file for fault in found.damaged])
+    shown = [f"  {line}" for line in again[:SHOWN]]
+    more = [f"  and {len(again) - SHOWN} more cells"] if len(again) > SHOWN else []
+    told = "Moved to .damaged/. Made again when needed, or now by:" if again else "Moved to .damaged/."
+    return [told, *shown, *more]
+
+
+def _commands(store: "Store", files: "Sequence[Path]") -> list[str]:
+    """The commands of the cells behind which damaged stages are."""
+    from capacity_gap.runner import rerun
+    from capacity_gap.store.contents import sweeps
+
+    keys = {"/".join(file.relative_to(store.root).parts[:2]) for file in files}
+    cells = [cell for known in sweeps(store).values() for cell in known.values() if keys & set(cell.get("stages", ()))]
+    return list(dict.fromkeys(rerun.command(cell["overrides"], store.root) for cell in cells))
+
+
+def _forget(store: "Store", given: argparse.Namespace) -> int:
+    from capacity_gap.store.contents import forget_failed
+
+    names = forget_failed(store, given.failed or None)
+    for name in names:
+        print(f"forgotten: {name}")
+    print(f"{len(names)} failed cells forgotten.")
+    return 0

@@ -1,0 +1,227 @@
+"""The fitted law as a frozen result, and what it says in words and columns."""
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from capacity_gap.fit.curse import Curse
+from capacity_gap.fit.optimum import Optimum
+from capacity_gap.fit.regression import Agreement, Estimate, Form
+from capacity_gap.fit.valley import LEAST_TEACHERS
+
+LEAST_STUDENTS = 3
+Pair = tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class LawFit:
+    """The fit of a whole table. Estimates are None unless `status` is `law`.
+
+    `status`: `law`; `no_optimum` (curves without a minimum that beats noise); `censored` (optima lie at or beyond the
+    grid's ends); `too_few` (under three students). `ratio` is r of `N_T* = r·N_S`; `slope` is b of `N_T* = a·N_S^b`
+    (1 if the ratio is one constant); intervals are 95 %, from the bootstrap of the whole chain.
+    """
+
+    status: str
+    ratio: float | None
+    ratio_interval: Pair
+    slope: float | None
+    slope_interval: Pair
+    axis: str
+    optima: tuple[Optimum, ...]
+    null_p: float | None  # share of permutations with as much curvature
+    without_outer_rungs: float | None  # the ratio when each curve's largest and smallest teacher are dropped
+    without_outer_interval: Pair = None
+    rests_on: tuple[float, ...] = ()  # teachers without which the claim falls
+    rests_on_outer: bool = False  # whether it falls without each curve's largest and smallest teacher
+    method: str = "asymmetric"
+    kappa: float = 0.0  # asymmetry of the curves (`valley.py`)
+    forms: dict[str, Form] = field(default_factory=dict)
+    effects: dict[str, Estimate] = field(default_factory=dict)  # of covariates on log N_T*
+    agreements: tuple[Agreement, ...] = ()
+    tests: dict[str, float] = field(default_factory=dict)  # hypothesis → p
+    curses: tuple[Curse, ...] = ()
+    draws: tuple[tuple[float, float], ...] = ()  # (log a, b) of the power law, or (log r, 1) where it has none
+    notes: tuple[str, ...] = ()
+
+    def predict(self, student_params: float) -> float:
+        """The best teacher's parameters for a student of `student_params`.
+
+        Raises:
+            ValueError: there is no law to predict from.
+        """
+        if self.ratio is None:
+            raise ValueError(f"there is no law to predict from: status {self.status}. {self.verdict()}")
+        return self.ratio * student_params
+
+    def verdict(self) -> str:
+        """What was found, in a sentence or two of plain English."""
+        return verdict(self)
+
+    def summary(self) -> str:
+        """A table of the optima and the estimates, with the verdict."""
+        return summary(self)
+
+    def to_json(self) -> str:
+        """The whole fit as JSON; `from_json` reads it back."""
+        return json.dumps(asdict(self), indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "LawFit":
+        """Reads what `to_json` wrote."""
+        given = json.loads(text)
+        given["optima"] = tuple(Optimum(**_tuples(o)) for o in given["optima"])
+        given["curses"] = tuple(Curse(**_tuples(c)) for c in given.get("curses", ()))
+        given["forms"] = {k: _form(f) for k, f in given.get("forms", {}).items()}
+        given["effects"] = _estimates(given.get("effects", {}))
+        given["agreements"] = tuple(
+            Agreement(**{**a, "ratios": _estimates(a["ratios"])}) for a in given.get("agreements", ())
+        )
+        given["draws"] = tuple(tuple(d) for d in given.get("draws", ()))
+        return cls(**_tuples(given))
+
+    def save(self, file: Path) -> None:
+        """Writes the JSON."""
+        file.write_text(self.to_json() + "\n")
+
+
+def _tuples(given: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+
+
+def _estimates(given: dict[str, Any]) -> dict[str, Estimate]:
+    return {k: Estimate(**_tuples(e)) for k, e in given.items()}
+
+
+def _form(given: dict[str, Any]) -> Form:
+    return Form(**{**given, "parameters": _estimates(given["parameters"])})
+
+
+def verdict(law: LawFit) -> str:
+    """One or two sentences of plain English."""
+
+    counts = Counter(o.status for o in law.optima)
+    seen = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
+    curves = f"{len(law.optima)} curve{'s' if len(law.optima) != 1 else ''} ({seen})"
+    if law.status == "law":
+        return f"{_claim(law)}, from {curves}; permuted data do as well in {law.null_p:.1%} of cases.{_doubts(law)}"
+    if law.rests_on:
+        names = ", ".join(f"{t:,.0f}" for t in law.rests_on)
+        return (
+            f"No ratio is claimed: without the teacher of {names} parameters fewer than {LEAST_STUDENTS} students keep "
+            f"a minimum inside the grid, so the claim would rest on one teacher. Here: {curves}."
+        )
+    if law.rests_on_outer:
+        return (
+            f"No ratio is claimed: without each curve's largest and smallest teacher fewer than {LEAST_STUDENTS} "
+            f"students keep a minimum inside the grid, so the claim would rest on the outer rungs. Here: {curves}."
+        )
+    reasons = {
+        "too_few": f"No law can be fitted: it takes at least {LEAST_STUDENTS} students, each under at least "
+        f"{LEAST_TEACHERS} teachers. Here: {curves}.",
+        "censored": f"No ratio is claimed: the optima lie at or beyond the ends of the grid. Here: {curves}. "
+        "Extend the ladder on that side.",
+        "no_optimum": f"No ratio is claimed: fewer than {LEAST_STUDENTS} curves have a minimum that stands out "
+        f"from noise, or permuted data do as well. Here: {curves}.",
+    }
+    return reasons[law.status]
+
+
+def _claim(law: LawFit) -> str:
+    assert law.ratio is not None and law.ratio_interval is not None
+    low, high = law.ratio_interval
+    return f"The best teacher has {law.ratio:.2f}× the student's parameters (95 % interval {low:.2f} to {high:.2f})"
+
+
+def _doubts(law: LawFit) -> str:
+    """What speaks against one constant ratio."""
+    said = []
+    if law.tests.get("b = 1", 1.0) < 0.05 and law.slope is not None:
+        said.append(f"the ratio is no constant over students (exponent {law.slope:.2f})")
+    said += [f"it depends on {a.by} (p = {a.p:.2g})" for a in law.agreements if a.p < 0.05]
+    return f" But {' and '.join(said)}." if said else ""
+
+
+def summary(law: LawFit) -> str:
+    """Optima, estimates, tests, what was left out, and the verdict."""
+    blocks = [
+        [_title(law)],
+        _optima(law),
+        _forms(law),
+        _effects(law),
+        _checks(law),
+        _curses(law),
+        [f"note: {n}" for n in law.notes],
+        ["", verdict(law)],
+    ]
+    return "\n".join(line for block in blocks for line in block)
+
+
+def _title(law: LawFit) -> str:
+    return f"Capacity-gap law, parameters: {law.axis}, status: {law.status}, form: {law.method} (κ = {law.kappa:.2g})"
+
+
+def _optima(law: LawFit) -> list[str]:
+    lines = [
+        f"{'student':>10} {'data':>10} {'init':>7} {'teachers':>8} {'status':>14} {'best teacher':>13} "
+        f"{'95 % interval':>21} {'ratio':>6}"
+    ]
+    for o in law.optima:
+        best = "–" if o.teacher_params is None else f"{o.teacher_params:,.0f}"
+        low, high = ("…" if v is None else f"{v:,.0f}" for v in o.interval)
+        ratio = "–" if o.ratio is None else f"{o.ratio:.2f}"
+        tokens = "–" if o.data_tokens is None else f"{o.data_tokens:,}"
+        lines.append(
+            f"{o.student:>10} {tokens:>10} {o.init or '–':>7} {o.teachers:>8} {o.status:>14} {best:>13} "
+            f"{low + ' to ' + high:>21} {ratio:>6}"
+        )
+    return lines
+
+
+def _number(estimate: Estimate) -> str:
+    low, high = estimate.interval
+    return f"{estimate.value:.4g} ({low:.4g} to {high:.4g})"
+
+
+def _forms(law: LawFit) -> list[str]:
+    if not law.forms:
+        return []
+    lines = ["", f"{'law':<22} {'left-out error, log N_T*':>25}   estimates (95 %)"]
+    for form in law.forms.values():
+        off = "–" if form.left_out_error is None else f"{form.left_out_error:.3f}"
+        values = ", ".join(f"{k} = {_number(e)}" for k, e in form.parameters.items())
+        lines.append(f"{form.formula:<22} {off:>25}   {values}")
+    return lines
+
+
+def _effects(law: LawFit) -> list[str]:
+    lines = [f"effect of {name} on log N_T*: {_number(e)}" for name, e in law.effects.items()]
+    for a in law.agreements:
+        ratios = ", ".join(f"{level}: {_number(e)}" for level, e in a.ratios.items())
+        lines.append(f"ratio by {a.by}: {ratios}; the same? p = {a.p:.2g}, I² = {a.i2:.0%}")
+    return lines
+
+
+def _checks(law: LawFit) -> list[str]:
+    lines = [f"{name}: p = {p:.2g}" for name, p in law.tests.items()]
+    if law.without_outer_rungs is not None and law.without_outer_interval is not None:
+        low, high = law.without_outer_interval
+        lines.append(f"ratio without each curve's outer rungs: {law.without_outer_rungs:.2f} ({low:.2f} to {high:.2f})")
+    if law.null_p is not None:
+        lines.append(f"permutation null: p = {law.null_p:.3f}")
+    return lines
+
+
+def _curses(law: LawFit) -> list[str]:
+    """In how many curves the largest teacher is worse than the best, beyond doubt."""
+    if not law.curses:
+        return []
+    shown = [c for c in law.curses if c.p < 0.05]
+    line = f"the largest teacher is worse than the best in {len(shown)} of {len(law.curses)} curves (p < 0.05 each)"
+    worst = max(shown, key=lambda c: c.excess, default=None)
+    if worst is None:
+        return [line]
+    low, high = worst.interval
+    return [f"{line}; most for student {worst.student}: {worst.excess:.3f} nats ({low:.3f} to {high:.3f})"]

@@ -1,0 +1,134 @@
+"""The sizes of a model and the table of its architecture: which named axis each dimension of each parameter is.
+
+The tables themselves are in `architectures.py`; what is counted and cut from them is in `axes.py`. Imports no torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+Config = Mapping[str, Any] | Any  # the content of a config.json, or a transformers config object
+
+
+@dataclass(frozen=True)
+class Dims:
+    """The sizes of one model. `heads` and `kv_heads` count heads; a unit is one key-value head."""
+
+    vocab: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    neurons: int
+    layers: int
+    tied: bool  # output matrix = embedding
+    positions: int = 0  # rows of the table of learned positions
+    embed: int = 0
+    buckets: int = 0
+    first_position: int = 0  # the row of the first position: those before it stand for none
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that learned positions allow; 0 where nothing limits it."""
+        return self.positions - self.first_position
+
+    @property
+    def group(self) -> int:
+        """Query heads per key-value head."""
+        return self.heads // self.kv_heads
+
+    def axis(self, name: str) -> int:
+        """Length of a named axis, wherever it is."""
+        name = place(name)[0]
+        if name in ("heads", "kv_heads"):
+            return getattr(self, name) * self.head_dim
+        if name == "per_head":
+            return self.heads
+        return 3 * self.heads * self.head_dim if name in ("qkv", "qkv_by_head") else getattr(self, name)
+
+    def with_units(self, *, hidden: int, kv_heads: int, neurons: int, layers: int, group: int | None = None) -> "Dims":
+        """The same model with other numbers of units."""
+        return replace(
+            self,
+            hidden=hidden,
+            kv_heads=kv_heads,
+            heads=kv_heads * (group or self.group),
+            neurons=neurons,
+            layers=layers,
+            embed=hidden if self.embed == self.hidden else self.embed,
+        )
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """A module whose output joins the residual stream, and the linear map in it whose inputs a unit mask acts on."""
+
+    module: str
+    out: str
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One stack of layers, and the places in a layer where the masks of docs/method.md §2 act, as its submodules."""
+
+    layer: str
+    attentions: tuple[Sublayer, ...]
+    mlp: Sublayer
+    stream: tuple[str, ...] = ()  # read the stream after an addition inside the layer
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The table of one architecture: `parameters` maps a name, with `{i}` for the layer, to its axes."""
+
+    parameters: Mapping[str, tuple[str, ...]]
+    keys: Mapping[str, str]  # axis → config key
+    output: str  # the output matrix, absent where it is the embedding
+    stacks: tuple[Stack, ...]  # one; of an encoder–decoder both
+    square: bool = False  # hidden = heads × head_dim: the two axes are tied
+    in_checkpoints: Mapping[str, str] = field(default_factory=dict)  # names that differ in files
+    one_set: tuple[int, ...] = ()  # attentions whose heads all layers share: one set stays, the same in every layer
+    scaled: str = ""  # the weight that takes up the output's factor hidden^−½, which changes with the width
+    position_offset: int = 0  # rows of the table of positions before the first position
+    queries_by_layer: tuple[str, ...] = ()  # fused maps whose queries the model divides by the layer's number
+    copies: Mapping[str, str] = field(default_factory=dict)  # names in files that repeat another parameter
+    leftovers: tuple[str, ...] = ()  # endings of names in files that are no parameters: buffers of older releases
+
+    @property
+    def embedding(self) -> str:
+        """The input embedding: the output matrix where the two are tied."""
+        return next(n for n, axes in self.parameters.items() if axes[0] == "vocab" and n != self.output)
+
+    def stacks_of(self, axis: str) -> list[int]:
+        """The stack of each place that has units of `heads` or `neurons`."""
+        if axis == "neurons":
+            return list(range(len(self.stacks)))
+        return [number for number, stack in enumerate(self.stacks) for _ in stack.attentions]
+
+    def unit_maps(self, axis: str, layers: int) -> list[str]:
+        """The linear maps whose inputs the units of `heads` or `neurons` are, one for each row of the scores."""
+        places = [
+            f"{stack.layer}.{sublayer.out}"
+            for stack in self.stacks
+            for sublayer in (stack.attentions if axis == "heads" else (stack.mlp,))
+        ]
+        return [name.replace("{i}", str(i)) for name in places for i in range(layers)]
+
+    def rows(self, axis: str, layers: int) -> int:
+        """Rows of the scores of `heads` or `neurons`: a place and a layer each."""
+        return len(self.stacks_of(axis)) * layers
+
+    def stack_of(self, pattern: str) -> int:
+        """The stack that a row of the table belongs to; the first for what is outside the layers."""
+        return next((n for n, stack in enumerate(self.stacks) if pattern.startswith(stack.layer)), 0)
+
+
+def place(axis: str) -> tuple[str, int]:
+    """An axis and which of its places: `heads.2` is the heads of the third attention."""
+    name, _, number = axis.partition(".")
+    return name, int(number or 0)
+
+
+def get(config: Config, key: str, default: Any = None) -> Any:
+    """One entry of a config, be it a mapping or an object."""
+    return config.get(key, default) if isinstance(config, Mapping) else getattr(config, key, default)

@@ -1,0 +1,32 @@
+"""Which layers of a teacher stay, and the rows of its scores that belong to them."""
+
+from torch import Tensor
+
+from capacity_gap.models.architecture import Architecture, Config
+from capacity_gap.models.axes import architecture, dims
+from capacity_gap.models.layers import symmetric_layers
+from capacity_gap.pruning.scores import Scores
+from capacity_gap.settings.errors import ConfigError
+
+
+def kept_layers(scores: Scores, config: Config, keep: int, by: str) -> list[list[int]]:
+    """Which layers of each stack stay: the middle ones (`symmetric`), or those with the highest scores.
+
+    An encoder and its decoder keep equally many.
+    """
+    layers, stacks = dims(config).layers, len(architecture(config).stacks)
+    if by == "symmetric" or keep == layers:
+        return [symmetric_layers(layers, keep)] * stacks
+    if scores.layers is None:
+        raise ConfigError(f"layers={by} needs scores of layers: score with prune.layers={by}.")
+    return top(scores.layers.unflatten(0, (stacks, layers)), keep).tolist()
+
+
+def kept_rows(table: Architecture, axis: str, layers: int, stay: list[list[int]]) -> list[int]:
+    """The rows of the scores of `heads` or `neurons` that lie in layers which stay."""
+    return [n * layers + i for n, stack in enumerate(table.stacks_of(axis)) for i in stay[stack]]
+
+
+def top(scores: Tensor, keep: int) -> Tensor:
+    """Indices of the `keep` largest along the last dimension, ascending; ties go to the earlier unit."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :keep].sort(dim=-1).values

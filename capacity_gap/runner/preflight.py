@@ -1,0 +1,48 @@
+"""What is checked before any model is trained: text for every budget, tasks, vocabularies, rows to tune on."""
+
+from capacity_gap.cell.pipeline import Cell
+from capacity_gap.evaluate.tasks import check_tasks
+from capacity_gap.instruct.tuning_checks import check_extras, check_rows
+from capacity_gap.models.axes import dims
+from capacity_gap.runtime.process import Runtime
+from capacity_gap.settings.errors import ConfigError
+from capacity_gap.store.stage import Store
+
+
+def check_budgets(cell: Cell, store: Store, runtime: Runtime) -> None:
+    """Raises, before any model is trained, if there are too few tokens for teacher or student, or no such task."""
+    from capacity_gap.data.packing import Packed, subset
+
+    check_tasks(cell.config.evaluate.benchmarks, cell.config.evaluate.folder)
+    for stage, budget, epochs, key in cell.budgets:
+        packed = Packed(store.compute(stage, runtime) / "train", cell.config.corpus.sequence_length)
+        subset(packed, budget, epochs=epochs, key=key)
+    _check_vocabularies(cell, store, len(Packed(store.path(cell.tokens) / "train", 1).bytes_per_id))
+    _check_tuning(cell, store, runtime)
+
+
+def _check_vocabularies(cell: Cell, store: Store, tokens: int) -> None:
+    """Ids must mean the same to teacher and student, and every id must have its row in both output matrices."""
+    from capacity_gap.models.loading import check_roles, check_tokenizer
+
+    published = cell.family.published
+    for rung in {cell.rung, cell.origin} & set(published):
+        check_tokenizer(published[rung], store.path(cell.base_tokenizer))
+    if cell.rung in published:
+        check_roles(next(iter(published.values())), store.path(cell.base_tokenizer))
+    for name, shape in (("teacher", cell.teacher_shape), ("student", cell.student_shape)):
+        if dims(shape).vocab < tokens:
+            raise ConfigError(
+                f"the {name}'s vocabulary has {dims(shape).vocab:,} rows, its tokenizer {tokens:,} tokens. Rows "
+                "may be padded, never too few: take the tokenizer that the model was trained with."
+            )
+
+
+def _check_tuning(cell: Cell, store: Store, runtime: Runtime) -> None:
+    """Raises if an extra is missing or the rows of a cell that tunes cannot be used."""
+    if all(store.has(stage) for stage in cell.tuned.values()):
+        return
+    c = cell.config
+    check_extras(adapters=bool(c.instruct.lora_rank or c.prefer.lora_rank))
+    made = store.compute(cell.instructions, runtime)
+    check_rows(c.instruct, c.prefer, made, store.path(cell.tokenizer), dims(cell.student_shape).longest)

@@ -1,0 +1,59 @@
+"""One cell at a terminal: how far it is, then what came out. A grid has its own table (`grid.py`)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from capacity_gap.cell.config import RunConfig
+from capacity_gap.cell.pipeline import resolve
+from capacity_gap.records import RECORD
+from capacity_gap.runner import run_cell
+from capacity_gap.runner.plan import check_budget, make_plan, noted_cell
+from capacity_gap.runner.progress import View, Watch
+from capacity_gap.runtime.process import resolve_device
+from capacity_gap.runtime.ranks import Ranks
+from capacity_gap.settings.errors import choose
+from capacity_gap.store.contents import note_sweep, sweeps
+from capacity_gap.store.files import explaining_full_disk, read_json
+from capacity_gap.store.stage import Store
+
+SINGLE = "single"  # what the cells that were run one by one are called in the store, beside the grids
+
+
+def run_alone(config: RunConfig, overrides: Sequence[str]) -> str:
+    """Computes one cell in this process, shows its stages on the way, and prints its result; returns its key.
+
+    Args:
+        config: its settings.
+        overrides: as they were given, for `status --failed` to say how to run it again.
+    """
+    cell = resolve(config)
+    store = Store(config.store_path)
+    store.check_schema()
+    plan = make_plan([cell], store)
+    if config.plan:
+        print("\n".join(plan.lines))
+    check_budget(plan, config.budget_hours)
+    if config.plan or config.only or not Ranks().leads:
+        return cell.record.key if config.plan else run_cell.run(cell)
+    if config.sweep:
+        choose("sweep", config.sweep, sweeps(store))
+    resolve_device(config.train.device)  # one that is not here is refused before anything is written
+    with explaining_full_disk(store.root, "the note of what is to run"):
+        store.create()
+        noted = {cell.record.key: noted_cell(cell, overrides, plan.speed)}
+        note_sweep(store, config.sweep or SINGLE, noted)
+    reused = store.is_sound(cell.record)
+    with Watch(View(store, noted), label=cell.name):
+        run_cell.run(cell)
+    folder = store.path(cell.record)
+    print(f"{'reused' if reused else 'done'}: {told(cell.name, read_json(folder / RECORD))}")
+    print(f"record: {folder / RECORD}")
+    return cell.record.key
+
+
+def told(name: str, row: Mapping[str, Any]) -> str:
+    """A record in a sentence."""
+    error = row["student_loss_stderr"]
+    loss = f"held-out loss {row['student_loss']:.4f}{'' if error is None else f' ± {error:.4f}'} nats per token"
+    before = f"{row['init_loss']:.4f} before training, " if row["data_tokens"] else ""
+    return f"{name}: {loss} ({before}teacher {row['teacher_loss']:.4f})"

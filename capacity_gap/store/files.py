@@ -1,0 +1,253 @@
+"""Files that are written whole or not at all, listed with size and hash, and read with their damage named.
+
+A finished stage lists its files in its `stage.json`: `files: {name: {bytes, sha256}}`. Sizes are compared whenever the
+stage is read, hashes by `store verify`. JSON files of the store that no list names carry a `checksum` of themselves.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from capacity_gap.settings.errors import Damaged, StageError
+
+META = "stage.json"  # of a finished stage
+RECORD = "record.json"  # the row of a finished cell, in the stage `record`
+CHECKSUM = "checksum"
+# How libraries that know no errno say that the disk is full: safetensors and tokenizers (Rust), numpy, torch.
+FULL = re.compile(
+    r"os error (28|122)\b|No space left on device|Disk quota exceeded|Not enough free space"
+    r"|requested and \d+ written|unexpected pos \d+ vs|iostream error"
+)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON whole or not at all (a file beside, renamed); refuses NaN, which JSON cannot carry."""
+    _replace(path, value, durable=lambda file: None)
+
+
+def write_checked(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON object with its checksum, and returns once it is on the disk."""
+    _replace(path, with_checksum(value), durable=lambda file: os.fsync(file.fileno()))
+
+
+def _replace(path: Path, value: Any, *, durable: Callable[[TextIO], None]) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1, allow_nan=False, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            durable(file)
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def checksum(value: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON object without its own `checksum`."""
+    rest = {k: v for k, v in value.items() if k != CHECKSUM}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def with_checksum(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The object with the checksum of the rest of it."""
+    return {**value, CHECKSUM: checksum(value)}
+
+
+def read_json(path: Path, needs: Iterable[str] = ()) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        Damaged: there is none, it is no JSON object, or it lacks a key of `needs`.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise Damaged(path, "is missing") from error
+    except ValueError as error:  # JSON and UTF-8 errors are its kinds
+        raise Damaged(path, "is no JSON" if path.stat().st_size else "is empty") from error
+    if not isinstance(value, dict):
+        raise Damaged(path, f"holds a {type(value).__name__} and no JSON object")
+    if lacking := [key for key in needs if key not in value]:
+        raise Damaged(path, f"lacks {', '.join(lacking)}")
+    return value
+
+
+def is_store(folder: Path) -> bool:
+    """Whether a folder is a store, or was one before its marker was lost."""
+    return (folder / "store.json").exists() or any(folder.glob(f"record/*/{META}"))
+
+
+def stage_files(root: Path) -> list[Path]:
+    """The `stage.json` of every finished stage of a store; what is being deleted or was set aside has hidden names."""
+    found = root.glob(f"[!.]*/[!.]*/{META}")
+    return sorted(found)
+
+
+_named: set[Path] = set()  # what this process has told of already
+
+
+def read_all(root: Path, files: Iterable[Path], needs: Iterable[str] = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The JSON objects in many files of the store at `root`; the damaged ones are left out, and named in one line."""
+    left_out = []
+    for file in files:
+        try:
+            yield file, read_json(file, needs)
+        except Damaged as error:
+            if file.exists():  # else another process has just deleted it
+                left_out.append(error)
+        except OSError as error:
+            left_out.append(Damaged(file, f"cannot be read ({error.strerror})"))
+    name_left_out(root, left_out)
+
+
+def name_left_out(root: Path, found: Iterable[Damaged]) -> None:
+    """Says in one line which damaged files are left out; each file once a process."""
+    fresh = [d for d in found if d.file not in _named]
+    if fresh:
+        _named.update(d.file for d in fresh)
+        said = ", ".join(f"{_below(root, d.file)} {d.why}" for d in fresh[:5])
+        more = f" and {len(fresh) - 5} more" if len(fresh) > 5 else ""
+        tell(
+            f"left out as damaged: {said}{more}. `python -m capacity_gap store verify {root} --repair` mends the store."
+        )
+
+
+def tell(line: str) -> None:
+    """Writes a line for people, beside the output."""
+    print(f"note: {line}", file=sys.stderr, flush=True)
+
+
+def _below(root: Path, file: Path) -> str:
+    return str(file.relative_to(root)) if file.is_relative_to(root) else str(file)
+
+
+def listed(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of each file below a folder, by its path there; `stage.json` is left out."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f != folder / META)
+    return {f.relative_to(folder).as_posix(): {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
+
+
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file's content."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_sizes(folder: Path) -> None:
+    """Compares a finished stage with the list in its `stage.json`; stages of older versions have none.
+
+    Raises:
+        Damaged: a file is missing, has another size, or the list itself cannot be read.
+    """
+    files = read_json(folder / META).get("files")
+    if files is None:
+        _check_for_empty_files(folder)
+        return
+    for name, known in files.items():
+        file = folder / name
+        try:
+            there = file.stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            raise Damaged(file, "is missing") from None
+        if there != known["bytes"]:
+            raise Damaged(file, f"has {there:,} of {known['bytes']:,} bytes")
+
+
+def _check_for_empty_files(folder: Path) -> None:
+    for file in folder.iterdir():
+        if file.suffix in (".json", ".safetensors") and file.stat().st_size == 0:
+            raise Damaged(file, "is empty")
+
+
+def sync(path: Path) -> None:
+    """Returns once a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_all(folder: Path) -> None:
+    """Syncs every file below a folder, and the folders."""
+    for path in [*sorted(folder.rglob("*")), folder]:
+        if path.is_file() or path.is_dir():
+            sync(path)
+
+
+def let_others_read(folder: Path) -> None:
+    """Who may read the folder may read its files: safetensors are written for their owner alone, stores are shared."""
+    allowed = folder.stat().st_mode & 0o444
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(file.stat().st_mode | allowed)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether every file of a checkpoint can be read to its end, as far as its format tells; there must be one."""
+    files = [f for f in checkpoint.rglob("*") if f.is_file() and not f.name.startswith(".")]
+    return bool(files) and all(is_whole_file(f) for f in files)
+
+
+def is_whole_file(file: Path) -> bool:
+    """Whether a file can be read to its end, as far as its format tells."""
+    try:
+        if file.suffix == ".json":
+            read_json(file)
+        elif file.suffix == ".safetensors":
+            return file.stat().st_size == _tensors_end(file)
+        return file.stat().st_size > 0
+    except (Damaged, OSError, ValueError, struct.error):
+        return False
+
+
+def _tensors_end(file: Path) -> int:
+    """The size that a safetensors file says of itself."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(min(length, file.stat().st_size)))
+    return 8 + length + max((t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"), default=0)
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that there is no room left, in whichever library's words."""
+    while error is not None:
+        if (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or FULL.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextlib.contextmanager
+def explaining_full_disk(root: Path, what: str) -> Iterator[None]:
+    """Turns a full disk into one paragraph that names what could not be written, the place and the room left."""
+    try:
+        yield
+    except StageError:
+        raise
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise disk_full(root, what) from error
+
+
+def disk_full(root: Path, what: str) -> StageError:
+    """The paragraph."""
+    there = next(p for p in (root, *root.parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    return StageError(
+        f"the disk is full: {what} could not be written below {root} ({free / 1e6:.1f} MB are free). "
+        "Nothing in the store is damaged. Free some space (`python -m capacity_gap store du` says what takes it) "
+        "and start the same command again: it goes on from its checkpoints."
+    )
