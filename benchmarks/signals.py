@@ -27,7 +27,7 @@ from capacity_gap.distill.distill_config import DistillConfig
 from capacity_gap.distill.signals import Signal, write_signal
 from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.models.loading import new_model
-from capacity_gap.pruning.shape import student_config
+from capacity_gap.pruning.common_shape import student_config
 from capacity_gap.runtime.process import Runtime
 from capacity_gap.training.loop import Plan, train
 from capacity_gap.training.train_config import OptimConfig

@@ -22,7 +22,7 @@ from capacity_gap.data import packing
 from capacity_gap.models.axes import architecture, dims
 from capacity_gap.models.loading import lm_loss, load_model
 from capacity_gap.pruning.hooks import layers_of
-from capacity_gap.pruning.scores import SCORES
+from capacity_gap.pruning.methods import SCORES
 from capacity_gap.runtime.process import Runtime
 from capacity_gap.store.stage import Store
 

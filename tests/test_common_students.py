@@ -10,8 +10,9 @@ from capacity_gap.cell import pipeline
 from capacity_gap.data.packing import Packed, subset
 from capacity_gap.models.axes import count_params, dims
 from capacity_gap.models.ladders import FAMILIES
-from capacity_gap.pruning.scores import random_scores
-from capacity_gap.pruning.shape import common_shape, fixed_shape, student_config, student_shape, unfit
+from capacity_gap.pruning.common_shape import common_shape, student_config, student_shape
+from capacity_gap.pruning.methods import random_scores
+from capacity_gap.pruning.shape import fixed_shape, unfit
 from capacity_gap.pruning.surgery import prune, prune_checkpoint
 from capacity_gap.settings.errors import ConfigError, ImpossibleCell
 from tests.conftest import compose, run_py

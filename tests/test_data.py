@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capacity_gap.data import corpus, documents, packing, sources, tokenizer
+from capacity_gap.data import corpora, corpus, documents, packing, sources, tokenizer
 from capacity_gap.data.corpus_config import CorpusConfig, SourceConfig
 from capacity_gap.data.documents import Document
 from capacity_gap.settings.errors import ConfigError, StageError
@@ -64,7 +64,7 @@ def test_too_small_a_corpus_says_so(tmp_path):
 
 
 def test_embedded_prose_is_prose_without_exact_copies():
-    found = [d for d, _ in zip(documents.embedded_documents(), range(2000), strict=False)]
+    found = [d for d, _ in zip(corpora.ServiceDocumentation().documents(None), range(2000), strict=False)]
     lines = [line for d in found for line in d.text.split("\n")]
     assert len({d.text for d in found}) == len(found)
     assert not any("<p>" in line or "</" in line for line in lines)
@@ -72,15 +72,15 @@ def test_embedded_prose_is_prose_without_exact_copies():
 
 
 def test_embedded_code_is_code():
-    found = [d for d, _ in zip(documents.code_documents(), range(50), strict=False)]
+    found = [d for d, _ in zip(corpora.SymbolicCode().documents(None), range(50), strict=False)]
     assert all(d.group.endswith(".py") for d in found)
     assert sum("def " in d.text for d in found) > 25
 
 
 def test_a_wrong_version_of_a_pinned_wheel_is_refused(monkeypatch):
-    monkeypatch.setitem(documents.PINNED, "botocore", "0.0.1")
+    monkeypatch.setattr(corpora.ServiceDocumentation, "version", "0.0.1")
     with pytest.raises(ConfigError, match=r"inside botocore 0\.0\.1, but botocore .* is installed.*\[embedded\]"):
-        next(documents.embedded_documents())
+        next(corpora.ServiceDocumentation().documents(None))
 
 
 def test_a_mixture_takes_bytes_by_weight_as_far_as_the_scarcest_part_goes():

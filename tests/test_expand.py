@@ -351,9 +351,9 @@ def test_a_tokenizer_with_more_tokens_than_its_model_has_rows():
 
 def test_the_cantonese_corpus_is_speech_as_chinese_is_written():
     pytest.importorskip("pycantonese")
-    from capacity_gap.data.documents import cantonese_documents
+    from capacity_gap.data.corpora import CantoneseSpeech
 
-    documents = list(cantonese_documents())
+    documents = list(CantoneseSpeech().documents(None))
     text = "\n".join(d.text for d in documents)
     assert len({d.group for d in documents}) == 58, "a conversation is never divided between splits"
     assert 0.7 < sum(len(c.encode()) for c in text if not c.isascii()) / len(text.encode()) < 1

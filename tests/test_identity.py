@@ -7,16 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from capacity_gap.settings.declare import setting
 from capacity_gap.settings.errors import ConfigError
-from capacity_gap.settings.hashing import LATER, RUNTIME, fingerprint
+from capacity_gap.settings.hashing import fingerprint
 from capacity_gap.settings.scales import format_scale, parse_scale, parse_tokens
 
 
 @dataclasses.dataclass
 class Settings:
     rate: float = 0.1
-    device: str = dataclasses.field(default="cpu", metadata=RUNTIME)
-    added: int = dataclasses.field(default=3, metadata=LATER)
+    device: str = setting("cpu", "Where.", decides=False)
+    added: int = setting(3, "Added later.", later=True)
 
 
 def test_golden_digests_stay():

@@ -11,7 +11,8 @@ from capacity_gap.commands import cli
 from capacity_gap.models import loading
 from capacity_gap.models.axes import config_with, dims
 from capacity_gap.models.layers import of_kept_layers, renumbered, symmetric_layers
-from capacity_gap.pruning.scores import Scores, random_scores
+from capacity_gap.pruning.methods import random_scores
+from capacity_gap.pruning.scores import Scores
 from capacity_gap.pruning.shape import Shape, fixed_shape
 from capacity_gap.pruning.surgery import prune, prune_checkpoint
 from capacity_gap.runner.run_cell import run_config

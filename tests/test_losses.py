@@ -5,10 +5,10 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from capacity_gap.distill import distill_loss, divergences, fused, losses, signals
+from capacity_gap.distill import distill_loss, divergences, fused, losses
 from capacity_gap.distill.hidden import HiddenMatch
+from capacity_gap.distill.signal_kinds import SIGNALS
 from capacity_gap.distill.sparse import SparseTargets
-from capacity_gap.training import train_config as config
 
 B, T, D, E, V = 2, 5, 4, 6, 11
 
@@ -24,6 +24,10 @@ def parts(request, monkeypatch):
     labels = torch.randint(0, V, (B, T), generator=g)
     labels[0, 1] = labels[1, 4] = losses.IGNORE
     return hidden.requires_grad_(), weight.requires_grad_(), labels, {"teacher_hidden": th, "teacher_weight": tw}
+
+
+def skew_of(loss):
+    return divergences.LOSSES.entry(loss).traits["skew"]
 
 
 @pytest.mark.parametrize("tau", [1.0, 2.5])
@@ -62,9 +66,7 @@ DENSE = {
 
 
 def test_every_registered_loss_is_tested_and_can_be_configured():
-    assert set(DENSE) == set(divergences.LOSSES) == set(config.LOSSES)
-    assert set(divergences.SKEWS) == set(config.SKEWED)
-    assert divergences.SAMPLED == config.SAMPLED
+    assert set(DENSE) == set(divergences.LOSSES)
 
 
 @pytest.mark.parametrize("loss", DENSE)
@@ -76,7 +78,7 @@ def test_every_loss_and_its_gradient_equal_the_dense_form(parts, loss, tau, skew
     keep = labels != losses.IGNORE
     z, zt = (hidden @ weight.T)[keep], (teacher["teacher_hidden"] @ teacher["teacher_weight"].T)[keep]
     p, q = (zt / tau).softmax(-1), (z / tau).softmax(-1)
-    a = divergences.SKEWS.get(loss) if skew is None else skew
+    a = skew_of(loss) if skew is None else skew
     kd = DENSE[loss](p, q, a).mean()
     dense = 0.3 * F.cross_entropy(z, labels[keep]) + 0.7 * tau**2 * kd
     torch.testing.assert_close(found, dense)
@@ -122,7 +124,7 @@ def targets_of(teacher, kind, size, *, tau=1.0, seed=0):
     """What a signal would hold of the parts' teacher, in double precision."""
     logits = (teacher["teacher_hidden"] @ teacher["teacher_weight"].T).flatten(0, 1) / tau
     softmax = divergences.Softmax.of(logits)
-    ids, values = signals.KINDS[kind](softmax, size, torch.Generator().manual_seed(seed))
+    ids, values = SIGNALS[kind].targets(softmax, size, torch.Generator().manual_seed(seed))
     if kind == "topk":  # as stored, in half precision: here exactly
         values = logits.log_softmax(-1).gather(1, ids)
     return SparseTargets(kind, ids, values.double() / (size if kind == "sampled" else 1), softmax.entropy())
@@ -161,7 +163,7 @@ def test_topk_with_one_bucket_never_exceeds_the_true_divergence(parts):
     assert found[-1] <= exact
 
 
-@pytest.mark.parametrize("loss", divergences.SAMPLED)
+@pytest.mark.parametrize("loss", divergences.LOSSES.that(samples=True))
 def test_samples_are_unbiased_in_value_and_gradient(parts, loss):
     hidden, weight, labels, teacher = parts
     exact, _ = distill_loss(hidden, weight, labels, **teacher, loss=loss, kd_weight=1.0)
@@ -282,7 +284,7 @@ def test_rows_that_only_one_side_has_take_no_part_in_kd(parts, loss, w):
     keep = labels != losses.IGNORE
     z, zt = (hidden @ weight.T)[keep], (teacher["teacher_hidden"] @ lower["teacher_weight"].T)[keep]
     p, q = zt.softmax(-1), z[:, : V - 2].softmax(-1)
-    dense = (1 - w) * F.cross_entropy(z, labels[keep]) + w * DENSE[loss](p, q, divergences.SKEWS.get(loss)).mean()
+    dense = (1 - w) * F.cross_entropy(z, labels[keep]) + w * DENSE[loss](p, q, skew_of(loss)).mean()
     torch.testing.assert_close(found, dense)
     for one, two in zip(
         torch.autograd.grad(found, (hidden, weight)), torch.autograd.grad(dense, (hidden, weight)), strict=True
@@ -329,7 +331,7 @@ def test_single_precision_agrees_with_the_dense_form_to_1e_5(loss):
     z, zt = hidden.double() @ weight.double().T, taught.double() @ teacher.double().T
     p, q = zt.softmax(-1), z.softmax(-1)
     exact = 0.5 * F.cross_entropy(z.flatten(0, 1), labels.flatten())
-    exact = exact + 0.5 * DENSE[loss](p, q, divergences.SKEWS.get(loss)).mean()
+    exact = exact + 0.5 * DENSE[loss](p, q, skew_of(loss)).mean()
     assert abs(float((found - exact).detach())) < 1e-5 * float(exact.detach())
     for one, two in zip(
         torch.autograd.grad(found, (hidden, weight)), torch.autograd.grad(exact, (hidden, weight)), strict=True

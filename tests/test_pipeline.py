@@ -14,6 +14,7 @@ from capacity_gap.commands import cli
 from capacity_gap.distill.distill_config import DistillConfig
 from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.pruning.prune_config import PruneConfig
+from capacity_gap.records.record import columns
 from capacity_gap.runner.run_cell import run_config
 from capacity_gap.settings.errors import ImpossibleCell
 from capacity_gap.store.contents import sweeps
@@ -33,7 +34,7 @@ def test_a_cell_leaves_a_whole_record(tiny_cell):
         assert 0 < row[name] < 1.2 * math.log(1024), name
     missing = [f for f in records.RESULT_FIELDS if row[f] is None]
     assert missing == []
-    assert set(row) == {f.name for f in dataclasses.fields(records.Record)}
+    assert set(row) == set(columns())
 
 
 def test_the_same_cell_in_another_store_gives_the_same_bits(tiny_cell, tmp_path):
@@ -81,7 +82,7 @@ def test_golden_digests_of_the_default_cell():
     found = {s.name: s.digest for s in closure(cell.record).values() if s.name != "evaluate"}
     assert found == json.loads((ROOT / "tests/golden_digests.json").read_text()), (
         "a default cell has a new identity: every store would compute it again. If results really change, raise the "
-        "stage's version and write the new digests; if a field was added, give it the metadata LATER"
+        "stage's version and write the new digests; if a field was added, declare it with later=True"
     )
 
 

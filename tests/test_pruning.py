@@ -9,10 +9,11 @@ from capacity_gap.models.axes import architecture, config_with, count_params, di
 from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.models.loading import auto_class, lm_loss
 from capacity_gap.pruning import choose_shape, common_shape, expressive_scores
+from capacity_gap.pruning.common_shape import student_config
 from capacity_gap.pruning.hooks import layers_of
-from capacity_gap.pruning.layer_scores import block_influence, loss_increase
-from capacity_gap.pruning.scores import SCORES, Scores, random_scores
-from capacity_gap.pruning.shape import Shape, sized, student_config, unfit
+from capacity_gap.pruning.methods import SCORES, block_influence, loss_increase, random_scores
+from capacity_gap.pruning.scores import Scores
+from capacity_gap.pruning.shape import Shape, sized, unfit
 from capacity_gap.pruning.surgery import Kept
 from capacity_gap.settings.errors import ConfigError, ImpossibleCell
 from tests.small_models import SMALL, TOKENS, loss_of, masked, small_model

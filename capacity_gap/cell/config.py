@@ -1,26 +1,31 @@
-"""Every setting, as dataclasses that Hydra types and this file validates; nothing below `run.py` sees OmegaConf.
+"""Every setting of a cell in one tree, which Hydra types and which is validated when it is made, before any compute.
 
-Validated when made, before any compute, and never changed afterwards. A field marked `RUNTIME` says how a result is
-made, not which one, and takes no part in its identity (`fingerprint.py`).
+Each section's settings are declared beside what they decide, in a `*_config.py` of its room; nothing below the commands
+sees OmegaConf. A config is never changed afterwards.
 """
 
 import functools
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from capacity_gap.cell.teacher_config import AdaptConfig, FamilyConfig
-from capacity_gap.data.corpus_config import CorpusConfig
+from capacity_gap.data.corpora import CORPORA
+from capacity_gap.data.corpus_config import MIXTURE, CorpusConfig
 from capacity_gap.distill.distill_config import DistillConfig
 from capacity_gap.evaluate.evaluate_config import EvaluateConfig
+from capacity_gap.evaluate.evaluation_sets import EVALUATION_SETS
 from capacity_gap.instruct.tune_config import InstructConfig, PreferConfig
 from capacity_gap.models.expand_config import ExpandConfig
+from capacity_gap.models.ladders import FAMILIES
+from capacity_gap.pruning.methods import SCORES
 from capacity_gap.pruning.prune_config import PruneConfig
-from capacity_gap.settings.checks import need
+from capacity_gap.settings import extension
+from capacity_gap.settings.declare import setting, validate
 from capacity_gap.settings.errors import ConfigError
-from capacity_gap.tracking.tracking_config import TrackingConfig
+from capacity_gap.tracking.tracking_config import MODES, TrackingConfig
 from capacity_gap.training.train_config import TrainConfig
 
 
@@ -28,39 +33,46 @@ from capacity_gap.training.train_config import TrainConfig
 class RunConfig:
     """One cell of a grid."""
 
-    student: str = "60k"
-    teacher: str = "120k"
-    data: str = "1m"
-    epochs: int = 1
-    seed: int = 0
-    teacher_seed: int = 0
-    store: str = ""
-    plan: bool = False  # say what would run and what it costs; start nothing
-    fail_fast: bool = False  # of a grid: launch no further wave once something has failed
-    retries: int = 0  # of a grid: how often work whose process died or crashed is started again
-    budget_hours: float | None = None  # of a grid: refuse it if it costs more hours of one worker than this
-    throughput: float | None = None  # FLOP/s of one worker, for plans; null: as measured in this store
-    devices: int = 1  # of one worker, for plans: memory of each, device-hours
-    sweep: str | None = None  # of one cell: the sweep of this store that it joins; of a grid: what it is called there
-    only: str = ""  # compute one stage of the chain (`name/digest`), not the cell: set by the grid sweeper
-    family: FamilyConfig = field(default_factory=FamilyConfig)
-    corpus: CorpusConfig = field(default_factory=CorpusConfig)
-    expand: ExpandConfig = field(default_factory=ExpandConfig)
-    adapt: AdaptConfig = field(default_factory=AdaptConfig)
-    prune: PruneConfig = field(default_factory=PruneConfig)
-    distill: DistillConfig = field(default_factory=DistillConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    instruct: InstructConfig = field(default_factory=InstructConfig)
-    prefer: PreferConfig = field(default_factory=PreferConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    student: str = setting("60k", "The student's number of parameters, such as 0.5b.", column="student", computed=True)
+    teacher: str = setting(
+        "120k", "The teacher: a rung of the family, or a model folder.", column="teacher", computed=True
+    )
+    data: str = setting("1m", "Tokens that the student learns from; 0: none.", column="data_tokens", computed=True)
+    epochs: int = setting(1, "Passes over the student's tokens.", least=1, column="epochs", parts=210)
+    seed: int = setting(0, "Decides random initialisation and the order of the text.", least=0, column="seed")
+    teacher_seed: int = setting(0, "The same for teachers that are trained here.", least=0, column="teacher_seed")
+    store: str = setting("", "The store's folder; empty: $CAPACITY_GAP_STORE, else `store`.", decides=False)
+    plan: bool = setting(False, "Say what would run and what it costs; start nothing.", decides=False)
+    fail_fast: bool = setting(False, "Of a grid: launch no further wave once something has failed.", decides=False)
+    retries: int = setting(0, "Of a grid: how often crashed work is started again.", least=0, decides=False)
+    budget_hours: float | None = setting(
+        None, "Of a grid: refuse it if it costs more hours of one worker than this.", above=0, decides=False
+    )
+    throughput: float | None = setting(
+        None, "FLOP/s of one worker, for plans; null: as measured in this store.", above=0, decides=False
+    )
+    devices: int = setting(1, "GPUs of one worker, for plans.", least=1, decides=False)
+    sweep: str | None = setting(
+        None, "Of one cell: the sweep of this store that it joins; of a grid: its name there.", decides=False
+    )
+    only: str = setting("", "One stage of the chain to compute, `name/digest`; grids set it.", decides=False)
+    extend: list[str] = setting(
+        [], "Modules of your own that register losses, scores, corpora, families.", decides=False
+    )
+    family: FamilyConfig = setting(FamilyConfig, "Teachers.")
+    corpus: CorpusConfig = setting(CorpusConfig, "Text.")
+    expand: ExpandConfig = setting(ExpandConfig, "A second script's tokens.")
+    adapt: AdaptConfig = setting(AdaptConfig, "Continued pre-training of teachers.")
+    prune: PruneConfig = setting(PruneConfig, "The student before training.")
+    distill: DistillConfig = setting(DistillConfig, "The objective.")
+    train: TrainConfig = setting(TrainConfig, "Training of the student, and where everything runs.")
+    instruct: InstructConfig = setting(InstructConfig, "Instruction tuning of the student.")
+    prefer: PreferConfig = setting(PreferConfig, "Preference optimisation of the tuned student.")
+    evaluate: EvaluateConfig = setting(EvaluateConfig, "Evaluation.")
+    tracking: TrackingConfig = setting(TrackingConfig, "Weights & Biases.")
 
     def __post_init__(self) -> None:
-        for name in ("seed", "teacher_seed", "retries"):
-            need(getattr(self, name) >= 0, name, getattr(self, name), "zero or more")
-        for name in ("epochs", "budget_hours", "throughput", "devices"):
-            value = getattr(self, name)
-            need(value is None or value > 0, name, value, "more than zero")
+        validate("", self)
         if self.prefer.wanted and not self.instruct.wanted:
             raise ConfigError(
                 "prefer.count and prefer.path are for a student that was fine-tuned on conversations: say "
@@ -74,7 +86,7 @@ class RunConfig:
             return self.corpus
         c = self.corpus
         return CorpusConfig(
-            name="mixture",
+            name=MIXTURE,
             parts=self.adapt.parts,
             validation=c.validation,
             test=c.test,
@@ -93,10 +105,28 @@ def default_store() -> str:
 
 
 def register() -> None:
-    """Tells Hydra the types of all settings, so that an unknown key or a wrong type stops at once."""
+    """Tells Hydra the types of all settings, and the choices that have no file in `conf/`."""
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=RunConfig)
+    for group, name, values in choices():
+        store.store(group=group, name=name, node=values)
+
+
+def choices() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Group, name and settings of every choice `group=name` that a registry knows: `family=pythia`, `corpus=code`."""
+    for name in FAMILIES:
+        yield "family", name, {"name": name, "dtype": FAMILIES.entry(name).traits["dtype"]}
+    yield "family", "folders", {"name": "folders"}
+    for name in (*CORPORA, MIXTURE):
+        yield "corpus", name, {"name": name}
+    for name in SCORES:
+        yield "prune", name, {"method": name}
+    for name, values in EVALUATION_SETS.items():
+        yield "evaluate", name, dict(values)
+    for name in MODES:
+        yield "tracking", name, {"mode": name}
 
 
 def from_hydra(composed: Any) -> RunConfig:
@@ -122,9 +152,14 @@ def _schema() -> Any:
 
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
-    """Returns the validated settings of nested plain values, such as `dataclasses.asdict` gives."""
+    """Returns the validated settings of nested plain values, such as `dataclasses.asdict` gives.
+
+    Modules that the environment names are imported first, since workers start without them.
+    """
     from omegaconf import OmegaConf
 
+    extension.load()
+    extension.check(values.get("extend") or [])
     known = {f.name for f in fields(RunConfig)}
     typed = OmegaConf.merge(_schema(), {k: v for k, v in values.items() if k in known})
     config = OmegaConf.to_object(typed)

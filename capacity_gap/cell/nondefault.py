@@ -1,55 +1,63 @@
-"""What decided a cell and no column of its record says: one text, of what is not as usual.
+"""What a record says of the settings behind it: columns where they have some, else one text of non-default settings.
 
-Rows of a table are averaged where their settings agree (`fit/frame.py`), so whatever may differ must be recorded. What
-is left out on purpose: the content of a ladder of folders (its rungs are told apart by name), `train.threads` and
-`evaluate.ood_tokens` (the same quantities, rounded or sampled otherwise), what only adds to a student's history.
+Rows of a table are averaged where their settings agree (`fit/frame.py`), so whatever may differ must be recorded: a
+setting that decides the result and declares no column is in the text, unless its declaration says why it need not be.
+The content of a ladder of folders is left out: its rungs are told apart by name.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from capacity_gap.cell.config import RunConfig
 from capacity_gap.data.corpus_config import SourceConfig
 from capacity_gap.data.sources import identity, tokenizer_identity
-from capacity_gap.settings.hashing import default_of, files_digest, identity_fields
+from capacity_gap.models.ladders import FAMILIES
+from capacity_gap.settings.declare import NOTHING, declared, default_of
+from capacity_gap.settings.hashing import files_digest, identity_fields
 
-SOURCE = ("name", "dataset", "weight")  # what the record's name of the corpus says
-SAID = {
-    "family": ("name", "teacher_data"),
-    "corpus": SOURCE,
-    "expand": ("tokenizer", "revision"),  # said below, by what they stand for
-    "adapt": ("data",),
-    "prune": ("method", "init", "reference", "shape", "fixed", "priority", "layers", "iterative"),
-    "distill": ("loss", "kd_weight", "temperature", "signal", "signal_size", "skew", "hidden_weight"),
-    "train": ("batch_size", "precision", "threads", "evaluate_every"),
-    "evaluate": ("tokens", "ood_tokens", "tasks", "code_tasks"),
-    "instruct": ("count", "epochs", "batch_size", "learning_rate", "lora_rank", "replay"),
-    "prefer": ("count", "epochs", "batch_size", "learning_rate", "lora_rank", "beta"),
-}
-# Where `conf/` sets another default than the dataclass.
-USUAL = {"train.warmup": 0.1, "family.pretrain.batch_size": 4, "family.pretrain.warmup": 0.1}
-PUBLISHED = {"family.dtype": "bf16"}
+TUNING = ("instruct", "prefer")
 
 
-def unsaid(config: RunConfig, *, ladder: str, pretrained: bool) -> str:
-    """The settings that decide a distilled student, have no column and are not as usual: `name=value`, sorted.
+def setting_columns(config: RunConfig) -> dict[str, Any]:
+    """The columns that tell a setting's own value; those that are computed are `ResolvedCell.description`'s."""
+    found = _columns(config) | _columns(config.train) | _columns(config.distill)
+    pruned = _columns(config.prune)
+    if config.prune.init == "random":  # nothing was cut
+        pruned = {"init": pruned["init"], "prune_method": None}
+    for name in TUNING:
+        if getattr(config, name).wanted:
+            found |= _columns(getattr(config, name))
+    return found | pruned
+
+
+def _columns(section: Any) -> dict[str, Any]:
+    found = {}
+    for f, known in declared(section):
+        value = getattr(section, f.name)
+        if known.column is None or known.computed or (known.if_set and value == default_of(f)):
+            continue
+        found[known.column] = None if known.null_at is not NOTHING and value == known.null_at else value
+    return found
+
+
+def settings_text(config: RunConfig, *, ladder: str, pretrained: bool) -> str:
+    """The settings that decide a distilled student, have no column and are not the default: `name=value`, sorted.
 
     Args:
         config: of the cell.
         ladder: the name of its family.
         pretrained: its teacher is trained here, and not a published one.
     """
-    usual = USUAL if pretrained or ladder == "folders" else USUAL | PUBLISHED
-    said: dict[str, Sequence[str]] = dict(SAID)
-    if not pretrained:
-        said["family"] = (*SAID["family"], "teacher_epochs", "pretrain")
-    if config.adapt.parts:  # the record's corpus is then the mixture that the teachers were adapted to
-        said["corpus"] = ()
+    usual = {} if pretrained or ladder not in FAMILIES else {"family.dtype": FAMILIES.entry(ladder).traits["dtype"]}
     found: dict[str, Any] = dict(_texts("corpus", config.corpus))
     for section in _sections(config):
-        found |= dict(_unusual(section, getattr(config, section), said[section], usual))
+        # The record's corpus is the mixture that teachers were adapted to, if they were.
+        told = section != "corpus" or not config.adapt.parts
+        found |= dict(_nondefault(section, getattr(config, section), usual, told=told))
+    if not pretrained:
+        found = {k: v for k, v in found.items() if not k.startswith(("family.pretrain", "family.teacher_epochs"))}
     if config.prune.init == "random" and config.prune.depth is not None:
         found["prune.depth"] = config.prune.depth
     if config.expand.tokenizer:
@@ -58,13 +66,13 @@ def unsaid(config: RunConfig, *, ladder: str, pretrained: bool) -> str:
     return _text(found)
 
 
-def unsaid_of_tuning(config: RunConfig) -> str:
+def tuning_text(config: RunConfig) -> str:
     """The same of what became of the distilled student afterwards."""
     found: dict[str, Any] = {}
-    for section in ("instruct", "prefer"):
+    for section in TUNING:
         given = getattr(config, section)
         if given.wanted:
-            found |= dict(_unusual(section, given, SAID[section], {}))
+            found |= dict(_nondefault(section, given, {}))
             if given.path:
                 found[f"{section}.content"] = files_digest([Path(given.path).expanduser()])[:12]
     return _text(found)
@@ -87,20 +95,24 @@ def _sections(config: RunConfig) -> Iterator[str]:
         yield "distill"
 
 
-def _unusual(path: str, config: Any, said: Sequence[str], usual: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The settings of a section, and of those inside it, that are not as usual."""
-    fields = {f.name: f for f in dataclasses.fields(config)}
+def _nondefault(path: str, config: Any, usual: dict[str, Any], *, told: bool = True) -> Iterator[tuple[str, Any]]:
+    """The settings of a section, and of those inside it, that are not the default.
+
+    `told`: those with a column are left out, because the column tells them.
+    """
+    known = {f.name: (f, setting) for f, setting in declared(config)}
     for name, value in identity_fields(config).items():
+        f, setting = known[name]
         key = f"{path}.{name}"
-        if name in said:
+        if setting.untold or (told and setting.column):
             continue
         if isinstance(value, list):
             for i, part in enumerate(value):
                 yield from _texts(f"{key}.{i}", part)
-                yield from _unusual(f"{key}.{i}", part, SOURCE if path == "adapt" or said else (), usual)
+                yield from _nondefault(f"{key}.{i}", part, usual, told=told)
         elif dataclasses.is_dataclass(value):
-            yield from _unusual(key, value, (), usual)
-        elif value != usual.get(key, default_of(fields[name])):
+            yield from _nondefault(key, value, usual, told=False)
+        elif value != usual.get(key, default_of(f)):
             yield key, value
 
 

@@ -18,7 +18,7 @@ from capacity_gap.models.folders import in_text
 from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.models.layers import renumbered
 from capacity_gap.models.weights import check_names
-from capacity_gap.pruning.shape import common_rows
+from capacity_gap.pruning.common_shape import common_rows
 from capacity_gap.records import RECORD
 from capacity_gap.settings.errors import UserError
 from capacity_gap.settings.hashing import plain

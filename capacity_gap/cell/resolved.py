@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any, Self
 
 from capacity_gap.cell.config import RunConfig
-from capacity_gap.cell.nondefault import unsaid, unsaid_of_tuning
+from capacity_gap.cell.nondefault import setting_columns, settings_text, tuning_text
 from capacity_gap.data.sources import corpus_name
+from capacity_gap.distill.distill_config import SIGNAL_SIZE
 from capacity_gap.instruct.rows import rows_in
 from capacity_gap.models import accounting
 from capacity_gap.models.axes import architecture, config_with, count_params, dims, padded
 from capacity_gap.models.folders import content_digest, is_folder, local_family
 from capacity_gap.models.ladders import Family, family
-from capacity_gap.pruning.shape import Shape, between, sized, student_shape
+from capacity_gap.pruning.common_shape import student_shape
+from capacity_gap.pruning.shape import Shape, between, sized
 from capacity_gap.settings.errors import ConfigError, ImpossibleCell
 from capacity_gap.settings.scales import format_scale, parse_scale, parse_tokens
-
-SIGNAL_SIZE = 64  # values a token of a cached signal, unless said
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class ResolvedCell:
 
     @cached_property
     def student_shape(self) -> Mapping[str, Any]:
-        """The student's config.json: a function of family, scale and policy (DESIGN, *Student*).
+        """The student's config.json: a function of family, scale and policy (docs/method.md §3).
 
         Under global priority it is that of the average layer: the parameters are the same. What it says of single
         layers is right where layers are taken from both ends; where scores choose them, they are known later.
@@ -177,75 +177,41 @@ class ResolvedCell:
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """The part of the record that is known before anything has run."""
-        c, shape = self.config, self.student_shape
+        """The part of the record that is known before anything has run: what was asked for, and what it comes to."""
+        return setting_columns(self.config) | self._asked | self._adapted | self._tuned | self._texts | self._sizes
+
+    @property
+    def _asked(self) -> dict[str, Any]:
+        """Columns that are computed from settings."""
+        c = self.config
         return {
             "family": self.family.name,
             "corpus": corpus_name(c.text),
             "student": format_scale(self.student_scale),
             "teacher": self.rung,
             "data_tokens": self.data_tokens,
-            "epochs": c.epochs,
             "teacher_tokens": self.teacher_tokens,
             "teacher_data": c.family.teacher_data.lower() if self.teacher_tokens else None,
-            "seed": c.seed,
-            "teacher_seed": c.teacher_seed,
-            "student_params": count_params(shape),
-            "student_params_non_embedding": accounting.non_embedding(shape),
-            "teacher_params": count_params(self.teacher_shape),
-            "teacher_params_non_embedding": accounting.non_embedding(self.teacher_shape),
-            "init": c.prune.init,
-            "prune_method": None if c.prune.init == "random" else c.prune.method,
-            **self._pruned_otherwise,
-            **self._distilled_otherwise,
-            **self._adapted_by,
-            **self._tuned_by,
-            **self._unsaid,
             "shape": c.prune.shape if c.prune.fixed is None else c.prune.fixed,
-            "batch": c.train.batch_size,
             "learning_rate": self.learning_rate,
-            "precision": c.train.precision,
             **self.objective,
-            "loss": c.distill.loss,
-            "kd_weight": c.distill.kd_weight,
-            "temperature": c.distill.temperature,
             "signal": c.distill.signal if c.distill.signal == "online" else f"{c.distill.signal}-{self.signal_size}",
-            "train_flops": accounting.train_flops(shape, self.data_tokens),
-            "teacher_flops": self.teacher_flops,
-            "teacher_train_flops": self.teacher_tokens
-            and accounting.train_flops(self.teacher_shape, self.teacher_tokens),
         }
 
     @property
-    def _adapted_by(self) -> dict[str, Any]:
-        """How the teacher was expanded and adapted, if it was."""
-        expanded = {} if self.family is self.base else {"expanded_vocab": dims(self.teacher_shape).vocab}
-        return expanded | ({"adapt_tokens": self.adapt_tokens} if self.adapt_tokens else {})
-
-    @property
-    def _tuned_by(self) -> dict[str, Any]:
-        """How the student was tuned after distillation, if it was."""
-        tune, pairs = self.config.instruct, self.config.prefer
-        found: dict[str, Any] = {}
-        if tune.wanted:
-            read = max(0, rows_in(tune.path) - tune.held_out)
-            found |= {"instruct_rows": tune.count or read, "instruct_replay": tune.replay or None}
-        if pairs.wanted:
-            found |= {"prefer_rows": pairs.count or rows_in(pairs.path), "prefer_beta": pairs.beta}
-        for name, c in (("instruct", tune), ("prefer", pairs)):
-            if c.wanted:
-                how = {"epochs": c.epochs, "learning_rate": c.learning_rate, "batch": c.batch_size}
-                found |= {f"{name}_{k}": v for k, v in how.items()} | {f"{name}_lora_rank": c.lora_rank or None}
-        return found
-
-    @property
-    def _pruned_otherwise(self) -> dict[str, Any]:
-        """How the student was cut, where that differs from the default: then, and only then, it is recorded."""
-        c = self.config.prune
-        given = {"prune_priority": c.priority, "prune_layers": c.layers, "prune_steps": c.iterative}
-        usual = {"prune_priority": "local", "prune_layers": "symmetric", "prune_steps": 1}
-        shared = {} if c.reference is None else {"reference": c.reference}
-        return shared | ({} if c.init == "random" else {k: v for k, v in given.items() if v != usual[k]})
+    def _sizes(self) -> dict[str, Any]:
+        """Parameters and FLOPs of student and teacher."""
+        student, teacher = self.student_shape, self.teacher_shape
+        pretraining = self.teacher_tokens and accounting.train_flops(teacher, self.teacher_tokens)
+        return {
+            "student_params": count_params(student),
+            "student_params_non_embedding": accounting.non_embedding(student),
+            "teacher_params": count_params(teacher),
+            "teacher_params_non_embedding": accounting.non_embedding(teacher),
+            "train_flops": accounting.train_flops(student, self.data_tokens),
+            "teacher_flops": self.teacher_flops,
+            "teacher_train_flops": pretraining,
+        }
 
     @property
     def objective(self) -> dict[str, Any]:
@@ -253,18 +219,29 @@ class ResolvedCell:
         return {"objective": "prefix_lm"} if len(architecture(self.teacher_shape).stacks) == 2 else {}
 
     @property
-    def _distilled_otherwise(self) -> dict[str, Any]:
-        """The same for the objective."""
-        c = self.config.distill
-        return {k: v for k, v in (("skew", c.skew), ("hidden_weight", c.hidden_weight)) if v}
+    def _adapted(self) -> dict[str, Any]:
+        """How the teacher was expanded and adapted, if it was."""
+        expanded = {} if self.family is self.base else {"expanded_vocab": dims(self.teacher_shape).vocab}
+        return expanded | ({"adapt_tokens": self.adapt_tokens} if self.adapt_tokens else {})
 
     @property
-    def _unsaid(self) -> dict[str, Any]:
-        """The settings that have no column of their own, where they are not as usual."""
+    def _tuned(self) -> dict[str, Any]:
+        """How many rows the student was tuned on after distillation, if it was."""
+        tune, pairs = self.config.instruct, self.config.prefer
+        found: dict[str, Any] = {}
+        if tune.wanted:
+            found["instruct_rows"] = tune.count or max(0, rows_in(tune.path) - tune.held_out)
+        if pairs.wanted:
+            found["prefer_rows"] = pairs.count or rows_in(pairs.path)
+        return found
+
+    @property
+    def _texts(self) -> dict[str, Any]:
+        """Non-default settings that have no column."""
         pretrained = self.teacher_tokens is not None
-        found = {"settings": unsaid(self.config, ladder=self.family.name, pretrained=pretrained)}
-        found["instruct_settings"] = unsaid_of_tuning(self.config)
-        return {name: said for name, said in found.items() if said}
+        found = {"settings": settings_text(self.config, ladder=self.family.name, pretrained=pretrained)}
+        found["instruct_settings"] = tuning_text(self.config)
+        return {name: text for name, text in found.items() if text}
 
     @property
     def how_trained(self) -> dict[str, Any]:

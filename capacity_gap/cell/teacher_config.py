@@ -1,36 +1,48 @@
 """Settings of teachers: their ladder, how they are pre-trained, what they are adapted to."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from capacity_gap.data.corpus_config import SourceConfig
-from capacity_gap.settings.checks import positive
-from capacity_gap.settings.errors import ConfigError, choose
-from capacity_gap.settings.hashing import RUNTIME
+from capacity_gap.models.ladders import FAMILIES
+from capacity_gap.settings.declare import setting, validate
+from capacity_gap.settings.errors import ConfigError
 from capacity_gap.training.train_config import PRECISIONS, AdaptOptimConfig, PretrainConfig
+
+FOLDERS = "folders"  # the family that is made of the user's own model folders
 
 
 @dataclass
 class FamilyConfig:
-    """A ladder of teachers, and how those that no one has published are pre-trained.
+    """A ladder of teachers, and how those that no one has published are pre-trained."""
 
-    `name` is a family of `models/ladders.py`, or `folders`: a ladder of local model folders.
-    """
-
-    name: str = "pico"
-    folders: list[str] = field(
-        default_factory=list, metadata=RUNTIME
-    )  # family=folders: their content is what is hashed
-    dtype: str = "fp32"  # of published or local teachers while they teach and are scored
-    quantization: str = "none"
-    teacher_data: str = "1m"  # tokens of a teacher's pre-training: a scale, or `20x` parameters
-    teacher_epochs: int = 1
-    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    name: str = setting(
+        "pico",
+        "The ladder: a registered family, or `folders`, which are model folders of your own.",
+        allowed=lambda: (*FAMILIES, FOLDERS),
+        column="family",
+        computed=True,
+    )
+    folders: list[str] = setting(
+        [], "The model folders of family=folders; their content is what counts.", decides=False
+    )
+    dtype: str = setting(
+        "fp32", "Type in which published and local teachers are held while they teach.", allowed=PRECISIONS
+    )
+    quantization: str = setting(
+        "none", "Quantise published teachers while they teach (needs bitsandbytes).", allowed=("none", "8bit")
+    )
+    teacher_data: str = setting(
+        "1m",
+        "Tokens of a teacher's pre-training: a scale, or `20x` its parameters.",
+        column="teacher_data",
+        computed=True,
+    )
+    teacher_epochs: int = setting(1, "Passes over them.", least=1)
+    pretrain: PretrainConfig = setting(PretrainConfig, "How teachers are pre-trained.")
 
     def __post_init__(self) -> None:
-        positive("family", self, "teacher_epochs")
-        choose("family.dtype", self.dtype, PRECISIONS)
-        choose("family.quantization", self.quantization, ("none", "8bit"))
-        if self.folders and self.name != "folders":
+        validate("family", self)
+        if self.folders and self.name != FOLDERS:
             raise ConfigError(f"family.folders is for family=folders; family={self.name} has its own ladder.")
 
 
@@ -41,10 +53,12 @@ class AdaptConfig:
     With parts, everything after the teacher's own pre-training sees their text: scores, distillation, evaluation.
     """
 
-    data: str = "0"
-    epochs: int = 1
-    parts: list[SourceConfig] = field(default_factory=list)
-    optim: AdaptOptimConfig = field(default_factory=AdaptOptimConfig)
+    data: str = setting("0", "Tokens of continued pre-training; 0: none.", column="adapt_tokens", computed=True)
+    epochs: int = setting(1, "Passes over them.", least=1)
+    parts: list[SourceConfig] = setting(
+        [], "Sources by weight, such as [{name:embedded,weight:3},{name:code,weight:1}]."
+    )
+    optim: AdaptOptimConfig = setting(AdaptOptimConfig, "How they are trained on.")
 
     def __post_init__(self) -> None:
-        positive("adapt", self, "epochs")
+        validate("adapt", self)

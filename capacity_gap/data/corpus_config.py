@@ -1,34 +1,46 @@
 """Settings of the corpus: which text, how it is split, how long its packed sequences are."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-from capacity_gap.settings.checks import need, positive, runtime
-from capacity_gap.settings.errors import ConfigError, choose
+from capacity_gap.data.corpora import CORPORA
+from capacity_gap.settings.checks import need
+from capacity_gap.settings.declare import declared, default_of, setting, validate
+from capacity_gap.settings.errors import ConfigError
 
-SOURCES = ("embedded", "code", "cantonese", "text", "hub", "mixture")
-
-
-OF_HUB = ("subset", "dataset_split", "column", "revision", "documents")  # settings of a source that is a dataset there
+MIXTURE = "mixture"
 
 
 @dataclass
 class SourceConfig:
     """One source of text: embedded prose, code or Cantonese speech, the user's files, or a dataset of the hub."""
 
-    name: str = "embedded"
-    path: str | None = runtime(None)  # text: a file or folder; its content is what is hashed
-    dataset: str | None = None  # hub: a dataset's name there, or a local dataset folder
-    subset: str | None = None
-    dataset_split: str = "train"
-    column: str = "text"
-    revision: str | None = None
-    documents: int | None = None  # hub: take this many, streaming
-    weight: float = 1.0  # in a mixture: share of the bytes, relative to the other parts
+    name: str = setting(
+        "embedded",
+        "The source, or `mixture` of several.",
+        allowed=lambda: (*CORPORA, MIXTURE),
+        column="corpus",
+        computed=True,
+    )
+    path: str | None = setting(
+        None,
+        "corpus=text: a .txt or .jsonl file (also .gz), or a folder of them; its content is what counts.",
+        decides=False,
+    )
+    dataset: str | None = setting(
+        None, "corpus=hub: a dataset's name, or a local dataset folder.", column="corpus", computed=True
+    )
+    subset: str | None = setting(None, "corpus=hub: the dataset's configuration.")
+    dataset_split: str = setting("train", "corpus=hub: the dataset's split.")
+    column: str = setting("text", "corpus=hub: the column that holds the text.")
+    revision: str | None = setting(None, "corpus=hub: the commit of the dataset.")
+    documents: int | None = setting(None, "corpus=hub: take this many documents, streaming.", least=1)
+    weight: float = setting(
+        1.0, "In a mixture: share of the bytes, relative to the other parts.", above=0, column="corpus", computed=True
+    )
 
     def __post_init__(self) -> None:
-        choose("corpus.name", self.name, SOURCES)
-        positive("corpus", self, "weight")
+        validate("corpus", self)
         if self.name != "text" and self.path is not None:
             raise ConfigError(
                 f"corpus.path={self.path} is given, but corpus={self.name} reads no file. Add corpus=text to train "
@@ -44,8 +56,8 @@ class SourceConfig:
         self._check_hub()
 
     def _check_hub(self) -> None:
-        asked = (f for f in fields(SourceConfig) if f.name in OF_HUB and getattr(self, f.name) != f.default)
-        given = [f"{f.name}={getattr(self, f.name)}" for f in asked]
+        asked = (f for f, known in declared(SourceConfig) if known.meaning.startswith("corpus=hub"))
+        given = [f"{f.name}={getattr(self, f.name)}" for f in asked if getattr(self, f.name) != default_of(f)]
         if given and self.name != "hub":
             raise ConfigError(
                 f"a source with name={self.name} has {', '.join(given)}: that is for a dataset of the hub, so for "
@@ -70,22 +82,24 @@ class CorpusConfig(SourceConfig):
     corpus=mixture takes its documents from `parts`, as many bytes of each as their weights say.
     """
 
-    parts: list[SourceConfig] = field(default_factory=list)
-    validation: float = 0.05
-    test: float = 0.05
-    sequence_length: int = 128
+    parts: list[SourceConfig] = setting(
+        [], "corpus=mixture: sources by weight, such as [{name:embedded,weight:3},{name:code,weight:1}]."
+    )
+    validation: float = setting(0.05, "Share of the documents that are held out for validation.", above=0)
+    test: float = setting(0.05, "Share of the documents that held-out losses are taken on.", above=0)
+    sequence_length: int = setting(128, "Tokens of one packed sequence.", least=1)
 
     def __post_init__(self) -> None:
-        if (self.name == "mixture") != bool(self.parts):
+        if (self.name == MIXTURE) != bool(self.parts):
             raise ConfigError(
                 f"corpus={self.name} with {len(self.parts)} corpus.parts: parts are for corpus=mixture, and only for "
                 "it, such as corpus=mixture 'corpus.parts=[{name:embedded,weight:3},{name:code,weight:1}]'."
             )
-        if self.name != "mixture":
+        if self.name != MIXTURE:
             super().__post_init__()
         elif self.path is not None or self.dataset is not None:
             raise ConfigError("corpus=mixture reads its parts: give path or dataset inside corpus.parts.")
         else:
             self._check_hub()
-        positive("corpus", self, "sequence_length", "validation", "test")
+        validate("corpus", self)
         need(self.validation + self.test < 0.9, "corpus.validation + corpus.test", self.validation + self.test, "< 0.9")

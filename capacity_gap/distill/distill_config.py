@@ -1,58 +1,79 @@
-"""Settings of the distillation objective and of what the teacher says."""
+"""Settings of the distillation objective, and of how the teacher's outputs come to the student."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from capacity_gap.settings.checks import need, positive, share
-from capacity_gap.settings.errors import ConfigError, choose
-from capacity_gap.settings.hashing import LATER
+from capacity_gap.distill.divergences import LOSSES
+from capacity_gap.distill.signal_kinds import SIGNALS
+from capacity_gap.settings.declare import setting, validate
+from capacity_gap.settings.errors import ConfigError
 
-LOSSES = ("forward_kl", "soft_ce", "reverse_kl", "js", "skewed_forward_kl", "skewed_reverse_kl", "tvd")
-
-
-SKEWED = ("js", "skewed_forward_kl", "skewed_reverse_kl")
-
-
-SAMPLED = ("forward_kl", "soft_ce")  # what sampled signals estimate without bias
-
-
-SIGNALS = ("online", "topk", "sampled")
+SIGNAL_SIZE = 64  # values a token of a cached signal, unless said
 
 
 @dataclass
 class DistillConfig:
     """The objective (1 − kd_weight)·CE + kd_weight·KD (docs/method.md §4); kd_weight = 0 is direct training."""
 
-    loss: str = "forward_kl"
-    kd_weight: float = 0.5
-    temperature: float = 1.0
-    tau_squared: bool = True
-    signal: str = "online"
-    skew: float | None = field(default=None, metadata=LATER)  # β of js (null: 0.5), α of the skewed KLs (null: 0.1)
-    signal_size: int | None = field(default=None, metadata=LATER)  # topk: k; sampled: draws; null: 64
-    hidden_weight: float = field(default=0.0, metadata=LATER)  # of 1 − cos(last hidden states), added to the objective
+    loss: str = setting("forward_kl", "Distance between teacher and student.", allowed=LOSSES, column="loss")
+    kd_weight: float = setting(
+        0.5, "Weight of distillation; 0 trains on the text alone.", least=0, most=1, column="kd_weight", parts=110
+    )
+    temperature: float = setting(
+        1.0, "Divides the logits of both models in KD.", above=0, column="temperature", parts=120
+    )
+    tau_squared: bool = setting(True, "Multiply KD by the temperature squared, which keeps its gradients' scale.")
+    signal: str = setting(
+        "online",
+        "Where the teacher's outputs come from: a model beside the student, or a cache of a few values a token.",
+        allowed=SIGNALS,
+        column="signal",
+        computed=True,
+    )
+    skew: float | None = setting(
+        None,
+        "β of js (null: 0.5), α of the skewed KLs (null: 0.1).",
+        above=0,
+        below=1,
+        later=True,
+        column="skew",
+        if_set=True,
+        parts=140,
+    )
+    signal_size: int | None = setting(
+        None,
+        f"Values a token of a cached signal: k of topk, draws of sampled; null: {SIGNAL_SIZE}.",
+        least=1,
+        most=255,
+        later=True,
+        column="signal",
+        computed=True,
+    )
+    hidden_weight: float = setting(
+        0.0,
+        "Weight of 1 − cos(last hidden states), added to the objective.",
+        least=0,
+        later=True,
+        column="hidden_weight",
+        if_set=True,
+        parts=150,
+    )
 
     def __post_init__(self) -> None:
-        choose("distill.loss", self.loss, LOSSES)
-        choose("distill.signal", self.signal, SIGNALS)
-        if self.signal == "sampled" and self.loss not in SAMPLED:
+        validate("distill", self)
+        loss, kind = LOSSES.entry(self.loss), SIGNALS.entry(self.signal)
+        if kind.traits["draws"] and not loss.traits["samples"]:
             raise ConfigError(
-                f"distill.signal=sampled with distill.loss={self.loss}: samples estimate only {' and '.join(SAMPLED)} "
-                "without bias. Use distill.signal=topk or online."
+                f"distill.signal={self.signal} with distill.loss={self.loss}: samples estimate only "
+                f"{' and '.join(LOSSES.that(samples=True))} without bias. Use distill.signal=topk or online."
             )
-        if self.skew is not None and self.loss not in SKEWED:
-            raise ConfigError(f"distill.skew={self.skew} is for the losses {', '.join(SKEWED)}; {self.loss} has none.")
-        need(self.skew is None or 0 < self.skew < 1, "distill.skew", self.skew, "between 0 and 1, or null")
+        if self.skew is not None and loss.traits["skew"] is None:
+            skewed = ", ".join(name for name in LOSSES if LOSSES.entry(name).traits["skew"] is not None)
+            raise ConfigError(f"distill.skew={self.skew} is for the losses {skewed}; {self.loss} has none.")
         if self.signal_size is not None and self.signal == "online":
             raise ConfigError(f"distill.signal_size={self.signal_size} is for distill.signal=topk or sampled.")
-        need(
-            self.signal_size is None or 0 < self.signal_size < 256, "distill.signal_size", self.signal_size, "1 to 255"
-        )
-        need(self.hidden_weight >= 0, "distill.hidden_weight", self.hidden_weight, "zero or more")
         if self.hidden_weight and (self.signal != "online" or self.kd_weight == 0):
             raise ConfigError(
                 f"distill.hidden_weight={self.hidden_weight} with distill.signal={self.signal} and "
                 f"distill.kd_weight={self.kd_weight}: hidden states are compared with those of a teacher that runs "
                 "beside the student. Use distill.signal=online and distill.kd_weight above zero."
             )
-        share("distill", self, "kd_weight")
-        positive("distill", self, "temperature")

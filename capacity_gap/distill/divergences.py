@@ -1,15 +1,26 @@
-"""Distances between two distributions over the vocabulary, each with its gradient: one function each, one registry.
+"""Distances between two distributions over the vocabulary, each with its gradient: one function each, in one registry.
 
 p is the teacher's distribution, q the student's. Every function takes both and a `skew`, and returns the value of each
 token [n] and the gradient by the student's logits [n, V]: for a distance with derivative g_i by q_i that is
-`q_i · (g_i − Σ_j q_j g_j)`. Shape suffixes: n tokens of one chunk, V vocabulary.
+`q_i · (g_i − Σ_j q_j g_j)`. Shape suffixes: n tokens of one chunk, V vocabulary. Importing
+this file imports no torch: names of losses are needed where nothing is computed.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from capacity_gap.settings.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Divergence = Callable[["Softmax", "Softmax", float], tuple[Tensor, Tensor]]
+
+# `samples`: whether a sampled signal estimates it without bias. `skew`: the usual one, of a loss that has one.
+LOSSES: Registry[Divergence] = Registry("loss", setting="distill.loss", traits={"samples": False, "skew": None})
 
 
 @dataclass(frozen=True)
@@ -24,7 +35,7 @@ class Softmax:
     log_norm: Tensor  # [n, 1]
 
     @classmethod
-    def of(cls, logits: Tensor) -> "Softmax":
+    def of(cls, logits: Tensor) -> Softmax:
         """From logits [n, V], which it overwrites."""
         shifted = logits.sub_(logits.amax(-1, keepdim=True))
         exponentials = shifted.exp()
@@ -32,9 +43,9 @@ class Softmax:
         return cls(shifted, exponentials.div_(norm), norm.log())
 
     @classmethod
-    def from_probs(cls, probs: Tensor) -> "Softmax":
+    def from_probs(cls, probs: Tensor) -> Softmax:
         """From probabilities [n, V]; those that are zero count as the smallest number."""
-        return cls(probs.clamp_min(torch.finfo(probs.dtype).tiny).log(), probs, probs.new_zeros(len(probs), 1))
+        return cls(probs.clamp_min(_tiny(probs)).log(), probs, probs.new_zeros(len(probs), 1))
 
     @property
     def log_probs(self) -> Tensor:
@@ -50,20 +61,25 @@ class Softmax:
         return self.log_norm[:, 0] - self.logits.gather(1, labels[:, None])[:, 0]
 
 
+@LOSSES.register("forward_kl", samples=True)
 def forward_kl(student: Softmax, teacher: Softmax, skew: float = 0.0) -> tuple[Tensor, Tensor]:
     """`KL(p ‖ q) = Σ p·(log p − log q)`; its gradient is `q − p`."""
     del skew
+    import torch
+
     difference = torch.sub(teacher.logits, student.logits).mul_(teacher.probs)
     value = difference.sum(-1) - teacher.log_norm[:, 0] + student.log_norm[:, 0]
     return value, torch.sub(student.probs, teacher.probs, out=difference)
 
 
+@LOSSES.register("soft_ce", samples=True)
 def soft_cross_entropy(student: Softmax, teacher: Softmax, skew: float = 0.0) -> tuple[Tensor, Tensor]:
     """`−Σ p·log q = KL(p ‖ q) + H(p)`: the paper's; the same gradient as forward KL's."""
     value, gradient = forward_kl(student, teacher, skew)
     return value + teacher.entropy(), gradient
 
 
+@LOSSES.register("reverse_kl")
 def reverse_kl(student: Softmax, teacher: Softmax, skew: float = 0.0) -> tuple[Tensor, Tensor]:
     """`KL(q ‖ p) = Σ q·(log q − log p)` (MiniLLM, arXiv 2306.08543)."""
     del skew
@@ -71,6 +87,7 @@ def reverse_kl(student: Softmax, teacher: Softmax, skew: float = 0.0) -> tuple[T
     return (student.probs * ratio).sum(-1), _by_logits(student, ratio)
 
 
+@LOSSES.register("js", skew=0.5)
 def jensen_shannon(student: Softmax, teacher: Softmax, skew: float = 0.5) -> tuple[Tensor, Tensor]:
     """`β·KL(p ‖ m) + (1 − β)·KL(q ‖ m)`, m = β·p + (1 − β)·q, β = skew (GKD, arXiv 2306.13649, eq. 1)."""
     mixed = Softmax.from_probs(skew * teacher.probs + (1 - skew) * student.probs).log_probs
@@ -79,24 +96,25 @@ def jensen_shannon(student: Softmax, teacher: Softmax, skew: float = 0.5) -> tup
     return value, _by_logits(student, (1 - skew) * ours)
 
 
+@LOSSES.register("skewed_forward_kl", skew=0.1)
 def skewed_forward_kl(student: Softmax, teacher: Softmax, skew: float = 0.1) -> tuple[Tensor, Tensor]:
     """`KL(p ‖ α·p + (1 − α)·q)`, α = skew (DistiLLM, arXiv 2402.03898, eq. 3)."""
     mixed = skew * teacher.probs + (1 - skew) * student.probs
     log_mixed = Softmax.from_probs(mixed).log_probs
     value = (teacher.probs * (teacher.log_probs - log_mixed)).sum(-1)
-    tiny = torch.finfo(mixed.dtype).tiny
-    return value, _by_logits(student, -(1 - skew) * teacher.probs / mixed.clamp_min(tiny))
+    return value, _by_logits(student, -(1 - skew) * teacher.probs / mixed.clamp_min(_tiny(mixed)))
 
 
+@LOSSES.register("skewed_reverse_kl", skew=0.1)
 def skewed_reverse_kl(student: Softmax, teacher: Softmax, skew: float = 0.1) -> tuple[Tensor, Tensor]:
     """`KL(q ‖ (1 − α)·p + α·q)`, α = skew (DistiLLM, arXiv 2402.03898, eq. 4)."""
     mixed = (1 - skew) * teacher.probs + skew * student.probs
     ratio = student.log_probs - Softmax.from_probs(mixed).log_probs
-    tiny = torch.finfo(mixed.dtype).tiny
-    slope = ratio - skew * student.probs / mixed.clamp_min(tiny)
+    slope = ratio - skew * student.probs / mixed.clamp_min(_tiny(mixed))
     return (student.probs * ratio).sum(-1), _by_logits(student, slope)
 
 
+@LOSSES.register("tvd")
 def total_variation(student: Softmax, teacher: Softmax, skew: float = 0.0) -> tuple[Tensor, Tensor]:
     """`½ Σ |p − q|` (f-distill, arXiv 2307.15190, §3.1)."""
     del skew
@@ -110,15 +128,8 @@ def _by_logits(student: Softmax, slope: Tensor) -> Tensor:
     return weighted - student.probs * weighted.sum(-1, keepdim=True)
 
 
-Divergence = Callable[[Softmax, Softmax, float], tuple[Tensor, Tensor]]
-LOSSES: dict[str, Divergence] = {
-    "forward_kl": forward_kl,
-    "soft_ce": soft_cross_entropy,
-    "reverse_kl": reverse_kl,
-    "js": jensen_shannon,
-    "skewed_forward_kl": skewed_forward_kl,
-    "skewed_reverse_kl": skewed_reverse_kl,
-    "tvd": total_variation,
-}
-SKEWS = {"js": 0.5, "skewed_forward_kl": 0.1, "skewed_reverse_kl": 0.1}  # the usual ones
-SAMPLED = ("forward_kl", "soft_ce")  # what sampled signals estimate without bias
+def _tiny(values: Tensor) -> float:
+    """The smallest positive number of the type."""
+    import torch
+
+    return torch.finfo(values.dtype).tiny

@@ -5,7 +5,7 @@ width. All reductions are fp32 (or wider, if the inputs are).
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,14 +13,15 @@ from torch import Tensor
 from capacity_gap.distill import fused
 from capacity_gap.distill.divergences import (
     LOSSES,
-    SAMPLED,
-    SKEWS,
-    Divergence,
     Softmax,
     forward_kl,
     soft_cross_entropy,
 )
-from capacity_gap.distill.sparse import AGAINST, SparseTargets
+from capacity_gap.distill.signal_kinds import SIGNALS
+from capacity_gap.distill.sparse import SparseTargets
+
+if TYPE_CHECKING:
+    from capacity_gap.distill.divergences import Divergence
 
 IGNORE = -100
 CHUNK_ELEMENTS = 2**17  # logits of one chunk (0.5 MB in fp32): they stay in a CPU's cache, measured fastest
@@ -69,14 +70,15 @@ def distill_loss(
         count: `ce`, and with a teacher `kd` (the distance), `kl` (forward KL, whatever the distance) and
         `teacher_entropy`, all at τ; soft CE = kl + teacher_entropy.
     """
-    if signal is not None and signal.kind == "sampled" and loss not in SAMPLED:
-        raise ValueError(f"a sampled signal serves {' and '.join(SAMPLED)} only, not {loss}")
+    entry = LOSSES.entry(loss)
+    if signal is not None and SIGNALS.entry(signal.kind).traits["draws"] and not entry.traits["samples"]:
+        raise ValueError(f"a sampled signal serves {' and '.join(LOSSES.that(samples=True))} only, not {loss}")
     keep = (labels != IGNORE).flatten()
     count = float(keep.sum()) if label_count is None else float(label_count)
     scale = 0.0 if count == 0 else 1.0 / count
     teacher = _teacher(teacher_hidden, teacher_weight, signal, kd_weight, len(student_weight))
     student_hidden, student_weight = _autocast(student_hidden), _autocast(student_weight)
-    skew = SKEWS.get(loss, 0.0) if skew is None else skew
+    skew = (entry.traits["skew"] or 0.0) if skew is None else skew
     tau_factor = temperature**2 if tau_squared else 1.0
     if fused.serves(student_hidden, loss=loss, kd_weight=kd_weight, teacher=teacher, weight=student_weight):
         return fused.fused_loss(
@@ -89,7 +91,7 @@ def distill_loss(
             tau_factor=tau_factor,
             scale=scale,
         )
-    terms = _Terms(LOSSES[loss], skew, kd_weight, temperature, tau_factor, scale)
+    terms = _Terms(entry.value, skew, kd_weight, temperature, tau_factor, scale)
     total, sums = _ChunkedLoss.apply(student_hidden.flatten(0, -2), student_weight, labels.flatten(), teacher, terms)
     names = ("ce", "kd", "kl", "teacher_entropy") if teacher else ("ce",)
     return total, {name: sums[i] * scale for i, name in enumerate(names)}
@@ -120,7 +122,7 @@ def _autocast(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Terms:
-    divergence: Divergence
+    divergence: "Divergence"
     skew: float
     kd_weight: float
     temperature: float
@@ -240,12 +242,12 @@ def _distance(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """KD, KL and teacher entropy of each token [n], and KD's gradient by the student's logits over τ [n, V]."""
     if isinstance(targets, SparseTargets):
-        value, kl, gradient = AGAINST[targets.kind](student, targets, terms.divergence, terms.skew)
+        value, kl, gradient = SIGNALS[targets.kind].against(student, targets, terms.divergence, terms.skew)
         return value, kl, targets.entropy.to(value.dtype), gradient
     teacher = Softmax.of(targets if terms.temperature == 1 else targets / terms.temperature)
     value, gradient = terms.divergence(student, teacher, terms.skew)
     entropy = teacher.entropy()
     if terms.divergence is forward_kl:
         return value, value, entropy, gradient
-    kl = value - entropy if terms.divergence is soft_cross_entropy else forward_kl(student, teacher)[0]
+    kl = value - entropy if terms.divergence is soft_cross_entropy else forward_kl(student, teacher, 0.0)[0]
     return value, kl, entropy, gradient

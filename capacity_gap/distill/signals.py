@@ -20,39 +20,13 @@ from torch import Tensor
 
 from capacity_gap.distill.divergences import Softmax
 from capacity_gap.distill.losses import chunks
+from capacity_gap.distill.signal_kinds import SIGNALS
 from capacity_gap.distill.sparse import SparseTargets
 from capacity_gap.models.loading import hidden_states, output_weight
 
 BLOCK = 256  # sequences
 HEADER = "signal.json"
 ARRAYS = ("ids", "values", "entropy")
-
-
-def topk_targets(softmax: Softmax, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The `size` likeliest tokens and their log-probabilities; the tail is what they leave of one."""
-    del generator
-    found = softmax.logits.topk(size, dim=-1)
-    return found.indices, (found.values - softmax.log_norm).to(torch.float16)
-
-
-def sampled_targets(softmax: Softmax, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`size` draws with replacement from the teacher, as distinct tokens and how often each was drawn (uint8).
-
-    counts / size is an unbiased estimate of the distribution (arXiv 2503.16870, with the teacher as its own proposal).
-    """
-    drawn = torch.multinomial(softmax.probs, size, replacement=True, generator=generator).sort(dim=-1).values
-    new = torch.ones_like(drawn, dtype=torch.bool)
-    new[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
-    slot = new.cumsum(-1) - 1
-    counts = torch.zeros_like(drawn).scatter_add_(1, slot, torch.ones_like(drawn))
-    ids = torch.zeros_like(drawn).scatter_(1, slot, drawn)
-    return ids, counts.to(torch.uint8)
-
-
-KINDS: dict[str, Callable[[Softmax, int, torch.Generator], tuple[Tensor, Tensor]]] = {
-    "topk": topk_targets,
-    "sampled": sampled_targets,
-}
 
 
 @torch.no_grad()
@@ -78,7 +52,7 @@ def write_signal(
         sequences: packed text, `batch(indices)` gives tokens [n, T + 1].
         order: the sequences of the budget, in their permutation.
         out: folder; blocks that are there already are kept.
-        kind: a name of `KINDS`.
+        kind: a name of `SIGNALS`.
         size: values a token: k, or draws.
         temperature: of the teacher's softmax.
         seed: of the draws; each block has its own generator, so that a resumed signal is the same.
@@ -115,7 +89,7 @@ def _targets(
     flat, found = hidden.flatten(0, -2), []
     for part in chunks(len(flat), weight.shape[0], flat.device):
         softmax = Softmax.of((flat[part] @ weight.to(flat.dtype).T).float() / temperature)
-        found.append((*KINDS[kind](softmax, size, generator), softmax.entropy()))
+        found.append((*SIGNALS[kind].targets(softmax, size, generator), softmax.entropy()))
     return tuple(torch.cat(p).unflatten(0, hidden.shape[:2]).cpu() for p in zip(*found, strict=True))
 
 

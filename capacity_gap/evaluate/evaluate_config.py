@@ -1,30 +1,40 @@
 """Settings of evaluation: how much held-out text, which benchmarks."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from capacity_gap.evaluate.tasks import Task, folder_tasks, forbid_code, parse_tasks
-from capacity_gap.settings.checks import need, positive, runtime
+from capacity_gap.settings.declare import setting, validate
 from capacity_gap.settings.errors import ConfigError
-from capacity_gap.settings.hashing import LATER
 
 
 @dataclass
 class EvaluateConfig:
     """How much held-out text every model is scored on, and on which benchmarks (`evaluate/tasks.py`)."""
 
-    tokens: int = 200_000
-    ood_tokens: int = 100_000
-    batch_size: int = runtime(32)
-    tasks: list[str] = field(default_factory=list, metadata=LATER)  # benchmarks, `name` or `name:shots`
-    code_tasks: list[str] = field(default_factory=list, metadata=LATER)  # run only with allow_code_execution
-    task_folder: str | None = runtime(None)  # task files of one's own: their content is what is hashed
-    limit: int | None = field(default=None, metadata=LATER)  # only so many questions of each benchmark
-    allow_code_execution: bool = runtime(False)
+    tokens: int = setting(200_000, "Tokens of the test split.", least=1, column="held_out_tokens", computed=True)
+    ood_tokens: int = setting(
+        100_000, "Tokens of out-of-domain text.", least=1, untold="the same quantity, sampled otherwise"
+    )
+    batch_size: int = setting(32, "Sequences at once.", least=1, decides=False)
+    tasks: list[str] = setting([], "Benchmarks, `name` or `name:shots`.", later=True, column="metrics", computed=True)
+    code_tasks: list[str] = setting(
+        [],
+        "Benchmarks that run what the model writes, with allow_code_execution only.",
+        later=True,
+        column="metrics",
+        computed=True,
+    )
+    task_folder: str | None = setting(
+        None, "A folder of task files of your own; their content is what counts.", decides=False
+    )
+    limit: int | None = setting(None, "Only so many questions of each benchmark.", least=1, later=True)
+    allow_code_execution: bool = setting(
+        False, "Let benchmarks run code that the model wrote, without a sandbox.", decides=False
+    )
 
     def __post_init__(self) -> None:
-        positive("evaluate", self, "tokens", "ood_tokens", "batch_size")
-        need(self.limit is None or self.limit > 0, "evaluate.limit", self.limit, "more than zero, or null")
+        validate("evaluate", self)
         if self.task_folder == "":
             raise ConfigError("evaluate=local needs evaluate.task_folder=FOLDER with task files (.yaml).")
         self._forbid_code(parse_tasks(self.tasks))

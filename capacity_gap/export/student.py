@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from capacity_gap.cell.stages.shared import RESULT
+from capacity_gap.data.corpora import CORPORA
+from capacity_gap.models.ladders import licence_of
 from capacity_gap.records import RECORD
 from capacity_gap.settings.errors import UserError
 from capacity_gap.store.files import META, check_sizes, let_others_read, read_json, write_json
@@ -17,21 +19,6 @@ from capacity_gap.store.stage import Store
 
 SHARD = "2GB"
 POINTER = "published.json"
-# Licences of the published checkpoints of our ladders, by the beginning of their names, as their cards say; the first
-# that fits counts. And of the text that wheels bring.
-LICENCES = {
-    "EleutherAI/pythia": "Apache-2.0",
-    "openai-community/gpt2": "MIT",
-    "facebook/opt": "OPT-175B licence (non-commercial)",
-    "meta-llama/Llama-2": "Llama 2 Community License",
-    "mistralai/Mistral-7B": "Apache-2.0",
-    "Qwen/Qwen2.5-3B": "Qwen Research License",
-    "Qwen/Qwen2.5-72B": "Qwen License",
-    "Qwen/Qwen2.5": "Apache-2.0",
-    "botocore": "Apache-2.0",
-    "sympy": "BSD-3-Clause",
-    "pycantonese": "MIT; its Hong Kong Cantonese Corpus (Luke and Wong 2015): CC BY",
-}
 # The settings of a stage that a card tells.
 SHOWN = (
     "tokens",
@@ -175,8 +162,8 @@ def public(name: str, of_folder: str = "") -> str:
 
 
 def _licence(name: str) -> str:
-    known = [licence for start, licence in LICENCES.items() if name.startswith(start)]
-    return known[0] if known else "see its own page or owner"
+    wheels = {e.value.package: e.traits["licence"] for e in map(CORPORA.entry, CORPORA) if hasattr(e.value, "package")}
+    return licence_of(name) or wheels.get(name.partition(" ")[0]) or "see its own page or owner"
 
 
 def _texts(_: Path, config: Mapping[str, Any]) -> Iterator[str]:
@@ -187,7 +174,8 @@ def _texts(_: Path, config: Mapping[str, Any]) -> Iterator[str]:
         elif part["name"] == "text":
             yield "the user's text files"
         else:
-            yield from (f"{name} {part[name]}" for name in LICENCES if name in part)
+            packages = [CORPORA[n].package for n in CORPORA if hasattr(CORPORA[n], "package")]
+            yield from (f"{name} {part[name]}" for name in packages if name in part)
 
 
 def _base_tokenizer(_: Path, config: Mapping[str, Any]) -> Iterator[str]:

@@ -1,6 +1,5 @@
 """From a tidy table to curves: loss against log teacher scale, one curve a student (and data scale, family, start)."""
 
-import dataclasses
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +8,8 @@ import numpy as np
 import pandas as pd
 
 from capacity_gap.fit.sizes import SIZE_TERMS, SizeSlope, adjust_for_size
-from capacity_gap.records import Record, is_number, scores_of
+from capacity_gap.records import is_number, scores_of
+from capacity_gap.records.record import columns, parting_columns
 from capacity_gap.records.tables import numbers
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.settings.scales import short_scale
@@ -17,42 +17,10 @@ from capacity_gap.settings.scales import short_scale
 AXES = {"total": "", "non_embedding": "_non_embedding"}
 USUAL = "as usual"
 SAME_SIZE = 0.03  # students within 3 % are one student where no nominal scale says so
-# What parts curves, where the table has it: cells that differ in any of these answer different questions.
-BY = (
-    "family",
-    "corpus",
-    "init",
-    "reference",
-    "shape",
-    "prune_method",
-    "prune_priority",
-    "prune_layers",
-    "prune_steps",
-    "teacher_data",
-    "kd_weight",
-    "temperature",
-    "signal",
-    "skew",
-    "hidden_weight",
-    "objective",
-    "expanded_vocab",
-    "adapt_tokens",
-    "settings",
-    "precision",
-    "epochs",
-    "batch",
-    "data_tokens",
-)
-
+BY = parting_columns()  # where a table has them: cells that differ in one of them answer different questions
 # What usually follows from a student's size, or comes after what is fitted: it parts curves only where cells that agree
 # in everything else, seeds too, differ in it.
-SETTINGS = (
-    "learning_rate",
-    "threads",
-    "teacher_tokens",
-    "held_out_tokens",
-    *(f.name for f in dataclasses.fields(Record) if f.name.startswith(("instruct_", "prefer_"))),
-)
+SETTINGS = tuple(c.name for c in columns().values() if c.parts_repeats)
 
 
 @dataclass(frozen=True)

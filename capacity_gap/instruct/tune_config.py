@@ -1,32 +1,34 @@
-"""The settings of vocabulary expansion, instruction tuning and preference optimisation, validated when made."""
+"""Settings of instruction tuning and preference optimisation."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from capacity_gap.settings.checks import need, positive, runtime, share
+from capacity_gap.settings.declare import setting, validate
 from capacity_gap.settings.errors import ConfigError
-from capacity_gap.settings.hashing import LATER
+
+ROWS = "Rows made from templates over the corpus; 0 and no path: nothing is done."
+OWN = "Rows of your own, a .jsonl file; their content is what counts."
+RATE = "Peak learning rate."
+BATCH = "Rows in one optimiser step, packed sequences where they are packed."
+ADAPTERS = "Rank of LoRA adapters, which are merged; 0: all weights are trained."
 
 
 @dataclass
 class TuneConfig:
     """What supervised fine-tuning and preference optimisation share: TRL's trainer, AdamW, cosine."""
 
-    count: int = 0  # rows made from templates over the corpus; 0 and no path: nothing is done
-    path: str | None = runtime(None)  # rows of your own, .jsonl; their content is what is hashed
-    epochs: int = 3
-    batch_size: int = 16
-    learning_rate: float = 2e-5
-    warmup: float = 0.1  # share of all steps
-    max_length: int = 256  # tokens of one sequence
-    lora_rank: int = 0  # 0: all weights are trained
+    count: int = setting(0, ROWS, least=0)
+    path: str | None = setting(None, OWN, decides=False)
+    epochs: int = setting(3, "Passes over the rows.", least=1)
+    batch_size: int = setting(16, BATCH, least=1)
+    learning_rate: float = setting(2e-5, RATE, above=0)
+    warmup: float = setting(0.1, "Share of all steps in which the learning rate rises.", least=0, most=1)
+    max_length: int = setting(256, "Tokens of one sequence.", least=1)
+    lora_rank: int = setting(0, ADAPTERS, least=0)
 
     def __post_init__(self) -> None:
         name = self._section
-        positive(name, self, "epochs", "batch_size", "learning_rate", "max_length")
-        share(name, self, "warmup")
-        for least in ("count", "lora_rank"):
-            need(getattr(self, least) >= 0, f"{name}.{least}", getattr(self, least), "zero or more")
+        validate(name, self)
         if self.path is not None and not Path(self.path).expanduser().is_file():
             raise ConfigError(f"{name}.path={self.path} does not exist (seen from {Path.cwd()}). Give a .jsonl file.")
         if self.path is not None and self.count:
@@ -48,17 +50,24 @@ class TuneConfig:
 class InstructConfig(TuneConfig):
     """Supervised fine-tuning on conversations `{"messages": [...]}`; only answers count in the loss."""
 
-    held_out: int = 300  # conversations that answers are scored on; with a path its last ones
-    answer_tokens: int = 32  # at most, when answering
-    packing: bool = True  # several conversations in one sequence, none of which sees another
-    neftune: float = 0.0  # noise on the embeddings
-    replay: float = field(default=0.0, metadata=LATER)  # tokens of the corpus mixed in, for each of the conversations'
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("instruct", self, "held_out", "answer_tokens")
-        for least in ("neftune", "replay"):
-            need(getattr(self, least) >= 0, f"instruct.{least}", getattr(self, least), "zero or more")
+    count: int = setting(0, ROWS, least=0, column="instruct_rows", computed=True)
+    epochs: int = setting(3, "Passes over the rows.", least=1, column="instruct_epochs", parts_repeats=True)
+    learning_rate: float = setting(2e-5, RATE, above=0, column="instruct_learning_rate", parts_repeats=True)
+    batch_size: int = setting(16, BATCH, least=1, column="instruct_batch", parts_repeats=True)
+    lora_rank: int = setting(0, ADAPTERS, least=0, column="instruct_lora_rank", null_at=0, parts_repeats=True)
+    held_out: int = setting(300, "Conversations that answers are scored on; with a path its last ones.", least=1)
+    answer_tokens: int = setting(32, "Most tokens of one answer.", least=1)
+    packing: bool = setting(True, "Several conversations in one sequence, none of which sees another.")
+    neftune: float = setting(0.0, "Noise on the embeddings (NEFTune's α).", least=0)
+    replay: float = setting(
+        0.0,
+        "Tokens of the corpus mixed in, for each token of the conversations.",
+        least=0,
+        later=True,
+        column="instruct_replay",
+        null_at=0,
+        parts_repeats=True,
+    )
 
     @property
     def _section(self) -> str:
@@ -69,13 +78,12 @@ class InstructConfig(TuneConfig):
 class PreferConfig(TuneConfig):
     """DPO on rows `{"messages": [...], "chosen": "...", "rejected": "..."}`, after fine-tuning."""
 
-    epochs: int = 1
-    learning_rate: float = 5e-7
-    beta: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("prefer", self, "beta")
+    count: int = setting(0, ROWS, least=0, column="prefer_rows", computed=True)
+    epochs: int = setting(1, "Passes over the pairs.", least=1, column="prefer_epochs", parts_repeats=True)
+    learning_rate: float = setting(5e-7, RATE, above=0, column="prefer_learning_rate", parts_repeats=True)
+    batch_size: int = setting(16, "Pairs in one optimiser step.", least=1, column="prefer_batch", parts_repeats=True)
+    lora_rank: int = setting(0, ADAPTERS, least=0, column="prefer_lora_rank", null_at=0, parts_repeats=True)
+    beta: float = setting(0.1, "DPO's β.", above=0, column="prefer_beta", parts_repeats=True)
 
     @property
     def _section(self) -> str:

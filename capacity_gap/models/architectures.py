@@ -5,6 +5,10 @@ from dataclasses import replace
 
 from capacity_gap.models.architecture import Architecture, Config, Stack, Sublayer, get
 from capacity_gap.settings.errors import ConfigError
+from capacity_gap.settings.registry import Registry
+
+# `model_type` of a config.json → the function that gives its axis table.
+ARCHITECTURES: Registry[Callable[[Config], Architecture]] = Registry("architecture", setting="model_type")
 
 OPT_OFFSET = 2  # OPT's positions begin at row 2 of their table
 
@@ -13,6 +17,7 @@ def _one_stack(layer: str, attention: Sublayer, mlp: Sublayer, stream: tuple[str
     return (Stack(layer, (attention,), mlp, stream),)
 
 
+@ARCHITECTURES.register("llama")
 def _llama(config: Config) -> Architecture:
     every = bool(get(config, "attention_bias"))
     return _gated(qkv_bias=every, output_bias=every, mlp_bias=bool(get(config, "mlp_bias")))
@@ -65,18 +70,21 @@ def _gated(*, qkv_bias: bool = False, output_bias: bool = False, mlp_bias: bool 
     )
 
 
+@ARCHITECTURES.register("mistral")
 def _mistral(config: Config) -> Architecture:
     """Llama without any bias, whatever its config says of biases."""
     del config
     return _gated()
 
 
+@ARCHITECTURES.register("qwen2")
 def _qwen2(config: Config) -> Architecture:
     """Llama with biases of queries, keys and values, always."""
     del config
     return _gated(qkv_bias=True)
 
 
+@ARCHITECTURES.register("qwen3")
 def _qwen3(config: Config) -> Architecture:
     """Llama with a norm over each query and key head, shared by all heads of a layer."""
     every = bool(get(config, "attention_bias"))
@@ -90,6 +98,7 @@ def _with_biases(parameters: dict[str, tuple[str, ...]], outputs: Mapping[str, s
     return parameters | {f"{name}.bias": (axis,) for name, axis in outputs.items()}
 
 
+@ARCHITECTURES.register("gpt2")
 def _gpt2(config: Config) -> Architecture:
     if get(config, "add_cross_attention"):
         raise ConfigError(
@@ -128,6 +137,7 @@ def _gpt2(config: Config) -> Architecture:
     )
 
 
+@ARCHITECTURES.register("gpt_neox")
 def _gpt_neox(config: Config) -> Architecture:
     layer = "gpt_neox.layers.{i}."
     norms = (layer + "input_layernorm", layer + "post_attention_layernorm", "gpt_neox.final_layer_norm")
@@ -162,6 +172,7 @@ def _gpt_neox(config: Config) -> Architecture:
     )
 
 
+@ARCHITECTURES.register("opt")
 def _opt(config: Config) -> Architecture:
     decoder = "model.decoder."
     layer = decoder + "layers.{i}."
@@ -211,6 +222,7 @@ T5_KEYS = {
 }
 
 
+@ARCHITECTURES.register("t5")
 def _t5(config: Config) -> Architecture:
     """Encoder and decoder on one embedding, so on one hidden axis; a head's relative bias belongs to all layers.
 
@@ -282,15 +294,3 @@ def _check_t5(config: Config) -> None:
             "this T5 has an output matrix of its own (tie_word_embeddings: false, as in T5 v1.1), and the T5Config of "
             "transformers 5 cannot say so: it ties every T5. Give one whose embeddings are shared, as in the first T5."
         )
-
-
-ARCHITECTURES: dict[str, Callable[[Config], Architecture]] = {
-    "llama": _llama,
-    "mistral": _mistral,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
-    "gpt2": _gpt2,
-    "gpt_neox": _gpt_neox,
-    "opt": _opt,
-    "t5": _t5,
-}

@@ -31,9 +31,15 @@ def architecture(config: Config) -> Architecture:
     if model_type not in ARCHITECTURES:
         raise ConfigError(
             f"no axis table for the architecture {model_type!r}. There are tables for: {', '.join(ARCHITECTURES)}. "
-            "A new one is added in capacity_gap/models/architectures.py."
+            "Register one with capacity_gap.models.architectures.ARCHITECTURES, in a module named by extend=[MODULE]."
         )
     return ARCHITECTURES[model_type](config)
+
+
+def architecture_identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stage that scores or cuts a model hashes of its table: nothing for the package's own."""
+    found = ARCHITECTURES.entry(str(completed(config)["model_type"])).identity
+    return {f"architecture_{key}": value for key, value in found.items()}
 
 
 def dims(config: Config) -> Dims:

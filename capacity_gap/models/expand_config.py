@@ -1,11 +1,13 @@
 """Settings of vocabulary expansion."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from capacity_gap.settings.checks import need, positive
+from capacity_gap.settings.checks import need
+from capacity_gap.settings.declare import setting, validate
 from capacity_gap.settings.errors import ConfigError
-from capacity_gap.settings.hashing import LATER
+
+CONTENT = "the text of settings says the tokenizer's content"
 
 
 @dataclass
@@ -15,14 +17,13 @@ class ExpandConfig:
     They are learnt from the text that teachers are adapted to, or taken from a second tokenizer.
     """
 
-    vocab: int = 0  # tokens in all; 0: the family's own
-    multiple: int = 64  # rows of the matrices are a multiple of this
-    tokenizer: str | None = None  # a saved tokenizer's folder, or its name on the hub
-    revision: str | None = field(default=None, metadata=LATER)  # the commit that such a name means
+    vocab: int = setting(0, "Tokens in all; 0: the family's own.", least=0)
+    multiple: int = setting(64, "Rows of the matrices are a multiple of this.", least=1)
+    tokenizer: str | None = setting(None, "A saved tokenizer's folder, or its name on the hub.", untold=CONTENT)
+    revision: str | None = setting(None, "The commit that such a name means.", later=True, untold=CONTENT)
 
     def __post_init__(self) -> None:
-        need(self.vocab >= 0, "expand.vocab", self.vocab, "zero (no expansion) or more")
-        positive("expand", self, "multiple")
+        validate("expand", self)
         if self.tokenizer is not None and not self.vocab:
             raise ConfigError(f"expand.tokenizer={self.tokenizer} needs expand.vocab=: how many tokens there will be.")
         if self.revision is not None:

@@ -2,20 +2,26 @@
 
 from typing import TYPE_CHECKING, Any
 
-from capacity_gap.pruning.shape import Shape, choose_shape, common_shape
+from capacity_gap.pruning.common_shape import common_shape
+from capacity_gap.pruning.shape import Shape, choose_shape
 
 if TYPE_CHECKING:
-    from capacity_gap.pruning.scores import Scores, expressive_scores
+    from capacity_gap.pruning.methods import expressive_scores
+    from capacity_gap.pruning.scores import Scores
     from capacity_gap.pruning.surgery import prune
 
 __all__ = ["Scores", "Shape", "choose_shape", "common_shape", "expressive_scores", "prune"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Scores", "expressive_scores"):
-        from capacity_gap.pruning import scores
+    if name == "Scores":
+        from capacity_gap.pruning.scores import Scores
 
-        return getattr(scores, name)
+        return Scores
+    if name == "expressive_scores":
+        from capacity_gap.pruning.methods import expressive_scores
+
+        return expressive_scores
     if name == "prune":
         from capacity_gap.pruning.surgery import prune
 

@@ -2,22 +2,14 @@
 
 from dataclasses import dataclass
 
-from capacity_gap.settings.checks import need, positive
-from capacity_gap.settings.errors import ConfigError, choose
-
-METHODS = ("expressive", "random", "magnitude", "movement", "taylor", "activation", "wanda")
-
+from capacity_gap.pruning.methods import LAYER_SCORES, SCORES
+from capacity_gap.settings.declare import setting, validate
+from capacity_gap.settings.errors import ConfigError
 
 PRIORITIES = ("local", "global")
-
-
-LAYERS = ("symmetric", "block_influence", "loss_increase")
-
-
 INITS = ("pruned", "random", "shared")
-
-
 SHAPES = ("common", "per_teacher", "fixed")
+SYMMETRIC = "symmetric"
 
 
 @dataclass
@@ -29,27 +21,61 @@ class PruneConfig:
     nothing is cut: of what follows only the shape counts.
     """
 
-    method: str = "expressive"
-    init: str = "pruned"
-    reference: str | None = None  # init=shared: the rung that the one start is pruned from
-    shape: str = "common"
-    batches: int = 32
-    batch_size: int = 8  # the score depends on it: its absolute value comes after the batch's sum
-    fixed: str | None = None  # shape=fixed: layers x hidden x heads x neurons, such as 24x3072x24x8192
-    priority: str = "local"  # local: as many units in every layer; global: ranked across layers
-    layers: str = "symmetric"  # which layers go: from both ends, or those with the lowest score
-    depth: int | None = None  # layers of the student; null: the shape policy's
-    iterative: int = 1  # prune in so many steps, scoring again before each
-    step_data: str = "0"  # tokens of distillation between two steps
+    method: str = setting("expressive", "Importance score of units.", allowed=SCORES, column="prune_method", parts=60)
+    init: str = setting(
+        "pruned",
+        "Initial weights: cut from the teacher, random, or one start shared by all teachers.",
+        allowed=INITS,
+        column="init",
+        parts=30,
+    )
+    reference: str | None = setting(
+        None,
+        "The teacher that the one start of init=shared is cut from.",
+        column="reference",
+        if_set=True,
+        parts=40,
+    )
+    shape: str = setting(
+        "common",
+        "The student's shape: one that all teachers can hold, each teacher's in proportion, or a fixed one.",
+        allowed=SHAPES,
+        column="shape",
+        computed=True,
+    )
+    batches: int = setting(32, "Batches that scores are taken over.", least=1)
+    # The expressive score depends on the batch: its absolute value comes after the batch's sum.
+    batch_size: int = setting(8, "Sequences of one such batch.", least=1)
+    fixed: str | None = setting(
+        None,
+        "shape=fixed: layers x hidden x heads x neurons, such as 24x3072x24x8192.",
+        column="shape",
+        computed=True,
+    )
+    priority: str = setting(
+        "local",
+        "local: as many units in every layer; global: ranked across layers.",
+        allowed=PRIORITIES,
+        column="prune_priority",
+        if_set=True,
+        parts=70,
+    )
+    layers: str = setting(
+        SYMMETRIC,
+        "Which layers go: from both ends, or those with the lowest score.",
+        allowed=lambda: (SYMMETRIC, *LAYER_SCORES),
+        column="prune_layers",
+        if_set=True,
+        parts=80,
+    )
+    depth: int | None = setting(None, "Layers of the student; null: the shape policy's.", least=1)
+    iterative: int = setting(
+        1, "Steps of pruning, with new scores before each.", least=1, column="prune_steps", if_set=True, parts=90
+    )
+    step_data: str = setting("0", "Tokens of distillation between two steps.")
 
     def __post_init__(self) -> None:
-        choose("prune.method", self.method, METHODS)
-        choose("prune.init", self.init, INITS)
-        choose("prune.shape", self.shape, SHAPES)
-        choose("prune.priority", self.priority, PRIORITIES)
-        choose("prune.layers", self.layers, LAYERS)
-        positive("prune", self, "batches", "batch_size", "iterative")
-        need(self.depth is None or self.depth > 0, "prune.depth", self.depth, "more than zero, or null")
+        validate("prune", self)
         if (self.shape == "fixed") != (self.fixed is not None):
             raise ConfigError(
                 f"prune.shape={self.shape} with prune.fixed={self.fixed}: a shape is named for shape=fixed, and only "

@@ -1,12 +1,11 @@
 """Records as rows and as tables: read from a store, from files, or from W&B."""
 
-import dataclasses
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from capacity_gap.records.record import NESTED, Record
+from capacity_gap.records.record import NESTED, columns
 from capacity_gap.records.tables import read_csv, read_parquet
 from capacity_gap.settings.errors import UserError, choose
 from capacity_gap.store.contents import sweeps
@@ -46,15 +45,14 @@ def to_frame(records: Iterable[dict[str, Any]]) -> "pd.DataFrame":
                 row[f"{kind}/{task}"] = score["value"]
                 row |= {f"{kind}/{task}/{of}": score.get(of) for of in BESIDE_SCORES}
         rows.append(row | {f"version/{k}": v for k, v in (record.get("versions") or {}).items()})
-    columns = [f.name for f in dataclasses.fields(Record) if f.name not in NESTED]
+    known = [name for name in columns() if name not in NESTED]
     frame = pd.DataFrame(rows)
-    return frame.reindex(columns=[*columns, *[c for c in frame.columns if c not in columns]])
+    return frame.reindex(columns=[*known, *[c for c in frame.columns if c not in known]])
 
 
+NUMERIC = re.compile(r"^(<class ')?(int|float)\b")
 LABELS = ("seed", "teacher_seed")  # nothing computes with them: `seed0` does as well
-NUMBERS = frozenset(
-    f.name for f in dataclasses.fields(Record) if {int, float} & {f.type, *get_args(f.type)} and f.name not in LABELS
-)
+NUMBERS = frozenset(c.name for c in columns().values() if NUMERIC.search(c.kind) and c.name not in LABELS)
 SCORED = re.compile(r"(teacher_)?metrics/")
 
 

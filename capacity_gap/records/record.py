@@ -1,11 +1,42 @@
-"""One row per cell: the schema. Records are the truth; W&B is a mirror of them."""
+"""One row per cell: its columns. Records are the truth; W&B is a mirror of them.
+
+Columns that tell a setting's own value are declared with the setting; all others are the fields of `Record`.
+"""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
+
+from capacity_gap.cell.config import RunConfig
+from capacity_gap.settings.declare import walk
 
 SCHEMA_VERSION = 1
+
+
+def column(
+    default: Any,
+    meaning: str,
+    *,
+    result: bool = False,
+    parts: int | None = None,
+    parts_repeats: bool = False,
+) -> Any:
+    """A field of `Record`.
+
+    Args:
+        default: None, or the type of an empty one.
+        meaning: one sentence.
+        result: it must repeat bit for bit at equal device, threads, ranks and versions.
+        parts: it parts curves, which are listed in the order of these numbers (settings have such numbers too).
+        parts_repeats: it parts only cells that agree in everything else, their seeds too.
+    """
+    known = {"meaning": meaning, "result": result, "parts": parts, "parts_repeats": parts_repeats}
+    if default is dict:
+        return field(default_factory=dict, metadata=known)
+    return field(default=default, metadata=known)
 
 
 @dataclass(frozen=True)
@@ -13,130 +44,158 @@ class Record:
     """The result of one cell, flat. `None` means "not measured": never 0, never NaN.
 
     Losses are nats per token on held-out text; `student_loss` is label cross-entropy, never the training objective.
-    `*_params` are total parameters, `*_non_embedding` without embeddings; FLOPs as in `accounting.py`.
+    `*_params` are total parameters, `*_non_embedding` without embeddings; FLOPs as in `models/accounting.py`.
     """
 
     schema_version: int
     cell: str
-    status: str  # done | failed
-    error: str | None = None
-    family: str | None = None
-    corpus: str | None = None
-    student: str | None = None  # nominal scale
-    teacher: str | None = None
-    data_tokens: int | None = None
-    epochs: int | None = None
-    teacher_tokens: int | None = None
-    teacher_data: str | None = None  # the policy behind teacher_tokens: one scale for all rungs, or `20x` parameters
-    seed: int | None = None
-    teacher_seed: int | None = None
-    student_params: int | None = None
-    student_params_non_embedding: int | None = None
-    stored_params: int | None = None
-    teacher_params: int | None = None
-    teacher_params_non_embedding: int | None = None
-    init: str | None = None  # pruned | random | shared
-    reference: str | None = None  # init=shared: the rung that the one start was cut from
-    prune_method: str | None = None
-    prune_priority: str | None = None
-    prune_layers: str | None = None
-    prune_steps: int | None = None
-    expanded_vocab: int | None = None  # rows of the matrices after expansion, padding included
-    expanded_tokens: int | None = None  # that the expanded tokenizer has; the rows beyond them are padding
-    adapt_tokens: int | None = None  # of the teacher's continued pre-training
-    second_bytes_per_token_before: float | None = None  # of held-out text mostly outside ASCII
-    second_bytes_per_token: float | None = None
-    instruct_rows: int | None = None  # conversations to train on, made or read; what was too long is in metrics
-    instruct_epochs: int | None = None
-    instruct_learning_rate: float | None = None  # peak
-    instruct_batch: int | None = None  # rows in one optimiser step, packed sequences where they are packed
-    instruct_lora_rank: int | None = None
-    instruct_replay: float | None = None  # where it was set
-    instruct_settings: str | None = None  # `settings` of both kinds of tuning
-    prefer_rows: int | None = None  # pairs
-    prefer_epochs: int | None = None
-    prefer_learning_rate: float | None = None
-    prefer_batch: int | None = None
-    prefer_lora_rank: int | None = None
-    prefer_beta: float | None = None
-    shape: str | None = None
-    settings: str | None = None  # what no other column says and is not as usual: `prune.batches=8 train.schedule=wsd`
-    batch: int | None = None  # sequences in one optimiser step
-    learning_rate: float | None = None  # peak
-    precision: str | None = None
-    objective: str | None = None  # prefix_lm: losses over the second half of each sequence; null: over every token
-    loss: str | None = None  # name of the distillation loss
-    kd_weight: float | None = None
-    temperature: float | None = None
-    skew: float | None = None  # where it was set
-    hidden_weight: float | None = None  # where it was set
-    signal: str | None = None
-    signal_bytes_per_token: float | None = None  # of a cached signal, on disk
-    trained: str | None = None  # digest of the trained student: cells that were only scored otherwise share it
-    held_out_tokens: int | None = None  # predicted, in domain
-    student_loss: float | None = None
-    student_loss_stderr: float | None = None
-    student_bits_per_byte: float | None = None  # null too where tokens do not tell the bytes of the text
-    student_loss_ood: float | None = None
-    teacher_loss: float | None = None
-    teacher_loss_ood: float | None = None
-    teacher_entropy: float | None = None
-    init_loss: float | None = None
-    tuned_loss: float | None = None  # held-out loss after instruction tuning and preferences
-    train_ce: float | None = None  # the last logged points, averaged
-    train_kl: float | None = None
-    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)  # the student's {task: {value, stderr, shots, …}}
-    teacher_metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
-    train_flops: float | None = None
-    teacher_flops: float | None = None  # the teacher's forward passes in this cell
-    teacher_train_flops: float | None = None
-    tokens_per_s: float | None = None
-    mfu: float | None = None  # model FLOPs over the devices' peak, where that is known
-    wall_s: float | None = None
-    peak_memory_bytes: int | None = None
-    micro_batch: int | None = None
-    device: str | None = None
-    threads: int | None = None
-    ranks: int | None = None
-    git_commit: str | None = None
-    versions: dict[str, str] = field(default_factory=dict)
-    created: str | None = None
+    status: str
+    error: str | None = column(None, "Why the cell failed.")
+    family: str | None = column(None, "The ladder of teachers.", parts=10)
+    corpus: str | None = column(None, "The text that students learn; a mixture by its parts.", parts=20)
+    student: str | None = column(None, "The student's nominal scale.")
+    teacher: str | None = column(None, "The teacher's rung.")
+    data_tokens: int | None = column(None, "Tokens that the student was trained on.", parts=230)
+    teacher_tokens: int | None = column(
+        None, "Tokens of the teacher's pre-training; null for published ones.", parts_repeats=True
+    )
+    teacher_data: str | None = column(
+        None, "The policy behind teacher_tokens: one scale for all rungs, or `20x` parameters.", parts=100
+    )
+    asked: Mapping[str, Any] = field(default_factory=dict)  # the columns that settings declare
+    student_params: int | None = column(None, "The student's parameters.", result=True)
+    student_params_non_embedding: int | None = column(None, "The same without embeddings.", result=True)
+    stored_params: int | None = column(None, "Parameters that the student's files hold.", result=True)
+    teacher_params: int | None = column(None, "The teacher's parameters.", result=True)
+    teacher_params_non_embedding: int | None = column(None, "The same without embeddings.", result=True)
+    shape: str | None = column(None, "How the student's shape was chosen, or the fixed shape.", parts=50)
+    expanded_vocab: int | None = column(None, "Rows of the matrices after expansion, padding included.", parts=170)
+    expanded_tokens: int | None = column(None, "Tokens of the expanded tokenizer; rows beyond them are padding.")
+    adapt_tokens: int | None = column(None, "Tokens of the teacher's continued pre-training.", parts=180)
+    second_bytes_per_token_before: float | None = column(
+        None, "Bytes per token of held-out text mostly outside ASCII, before expansion."
+    )
+    second_bytes_per_token: float | None = column(None, "The same after expansion.")
+    instruct_rows: int | None = column(
+        None, "Conversations to train on, made or read; what was too long is in metrics.", parts_repeats=True
+    )
+    instruct_settings: str | None = column(
+        None, "Non-default settings of both kinds of tuning that have no column.", parts_repeats=True
+    )
+    prefer_rows: int | None = column(None, "Pairs to prefer the better answer of.", parts_repeats=True)
+    settings: str | None = column(
+        None, "Non-default settings that have no column: `prune.batches=8 train.schedule=wsd`.", parts=190
+    )
+    learning_rate: float | None = column(None, "The student's peak learning rate.", result=True, parts_repeats=True)
+    objective: str | None = column(
+        None, "prefix_lm: losses over the second half of each sequence; null: over every token.", parts=160
+    )
+    signal: str | None = column(None, "Where the teacher's outputs came from, and values a token.", parts=130)
+    signal_bytes_per_token: float | None = column(None, "Of a cached signal, on disk.")
+    trained: str | None = column(
+        None, "Digest of the trained student: cells that differ in their scores only share it."
+    )
+    held_out_tokens: int | None = column(None, "Tokens predicted in domain.", parts_repeats=True)
+    student_loss: float | None = column(None, "Held-out label cross-entropy.", result=True)
+    student_loss_stderr: float | None = column(None, "Its standard error.", result=True)
+    student_bits_per_byte: float | None = column(
+        None, "The same per byte; null too where tokens do not tell the bytes of the text.", result=True
+    )
+    student_loss_ood: float | None = column(None, "Loss on out-of-domain text.", result=True)
+    teacher_loss: float | None = column(None, "The teacher's held-out loss.", result=True)
+    teacher_loss_ood: float | None = column(None, "The teacher's loss on out-of-domain text.", result=True)
+    teacher_entropy: float | None = column(None, "Mean entropy of the teacher's predictions.", result=True)
+    init_loss: float | None = column(None, "The student's held-out loss before training.", result=True)
+    tuned_loss: float | None = column(None, "Held-out loss after instruction tuning and preferences.")
+    train_ce: float | None = column(None, "Cross-entropy in training, the last logged points averaged.", result=True)
+    train_kl: float | None = column(None, "Forward KL in training, the last logged points averaged.", result=True)
+    metrics: dict[str, dict[str, Any]] = column(
+        dict, "The student's benchmark scores, {task: {value, stderr, shots, …}}.", result=True
+    )
+    teacher_metrics: dict[str, dict[str, Any]] = column(dict, "The teacher's benchmark scores.", result=True)
+    train_flops: float | None = column(None, "FLOPs of the student's training.", result=True)
+    teacher_flops: float | None = column(None, "FLOPs of the teacher's forward passes in this cell.", result=True)
+    teacher_train_flops: float | None = column(None, "FLOPs of the teacher's pre-training.", result=True)
+    tokens_per_s: float | None = column(None, "Speed of the student's training.")
+    mfu: float | None = column(None, "Model FLOPs over the devices' peak, where that is known.")
+    wall_s: float | None = column(None, "Seconds of the student's training.")
+    peak_memory_bytes: int | None = column(None, "Most memory that training held.")
+    micro_batch: int | None = column(None, "Sequences on one device at once.")
+    device: str | None = column(None, "What trained the student.")
+    threads: int | None = column(None, "CPU threads of one process.", parts_repeats=True)
+    ranks: int | None = column(None, "Processes that trained it together.")
+    git_commit: str | None = column(None, "The commit of this project.")
+    versions: dict[str, str] = column(dict, "Versions of Python and packages.")
+    created: str | None = column(None, "When the record was made, UTC.")
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
+        for name, value in self.to_dict().items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"a record cannot hold {f.name}={value}: what was not measured is None")
+                raise ValueError(f"a record cannot hold {name}={value}: what was not measured is None")
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> "Record":
+        """A record of flat columns.
+
+        Raises:
+            TypeError: a name is no column.
+        """
+        own = {f.name for f in dataclasses.fields(cls)} - {"asked"}
+        asked = {name: value for name, value in row.items() if name in setting_columns()}
+        return cls(**{k: v for k, v in row.items() if k in own or k not in asked}, asked=asked)
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as plain JSON types."""
-        return dataclasses.asdict(self)
+        """The record as plain JSON types, every column by its name."""
+        flat: dict[str, Any] = {}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            flat |= dict.fromkeys(setting_columns()) | dict(value) if f.name == "asked" else {f.name: value}
+        return flat
 
 
-RESULT_FIELDS = (
-    "status",
-    "student_params",
-    "student_params_non_embedding",
-    "stored_params",
-    "teacher_params",
-    "teacher_params_non_embedding",
-    "learning_rate",
-    "student_loss",
-    "student_loss_stderr",
-    "student_bits_per_byte",
-    "student_loss_ood",
-    "teacher_loss",
-    "teacher_loss_ood",
-    "teacher_entropy",
-    "init_loss",
-    "train_ce",
-    "train_kl",
-    "metrics",
-    "teacher_metrics",
-    "train_flops",
-    "teacher_flops",
-    "teacher_train_flops",
-)
+@dataclass(frozen=True)
+class Column:
+    """What is known of a column."""
+
+    name: str
+    kind: str  # its type, as declared
+    meaning: str
+    result: bool = False
+    parts: int | None = None
+    parts_repeats: bool = False
 
 
+@functools.cache
+def setting_columns() -> dict[str, Column]:
+    """The columns that tell a setting's own value, as settings declare them."""
+    found = {}
+    for known in walk(RunConfig):
+        s = known.setting
+        if s.column and not s.computed:
+            kind = get_type_hints(known.owner)[known.field.name]
+            name = getattr(kind, "__name__", str(kind)) if isinstance(kind, type) else str(kind)
+            found[s.column] = Column(s.column, name, s.meaning, parts=s.parts, parts_repeats=s.parts_repeats)
+    return found
+
+
+@functools.cache
+def columns() -> dict[str, Column]:
+    """Every column of a record, in order."""
+    found: dict[str, Column] = {}
+    for f in dataclasses.fields(Record):
+        if f.name == "asked":
+            found |= setting_columns()
+        else:
+            about = {k: f.metadata[k] for k in ("result", "parts", "parts_repeats") if k in f.metadata}
+            found[f.name] = Column(f.name, str(f.type), f.metadata.get("meaning", ""), **about)
+    return found
+
+
+def parting_columns() -> tuple[str, ...]:
+    """The columns that part curves: cells that differ in one of them answer different questions."""
+    parting = [c for c in columns().values() if c.parts is not None]
+    return tuple(c.name for c in sorted(parting, key=lambda c: c.parts or 0))
+
+
+RESULT_FIELDS = ("status", *(c.name for c in columns().values() if c.result))  # repeat bit for bit (see `column`)
 NESTED = ("metrics", "teacher_metrics", "versions")  # spread over columns in tables

@@ -1,12 +1,11 @@
 """The records behind a W&B project's runs, by W&B's public API."""
 
-import dataclasses
 import json
 import os
 import sys
 from typing import Any
 
-from capacity_gap.records.record import Record
+from capacity_gap.records.record import Record, columns
 from capacity_gap.settings.errors import UserError
 
 PREFIX = "wandb:"
@@ -69,10 +68,10 @@ def _row(run: Any) -> dict[str, Any] | str | None:
     found = dict(run.summary)
     if found.get("status") not in ("done", "failed"):
         return None
-    kinds = {f.name: str(f.type) for f in dataclasses.fields(Record)}
+    kinds = {c.name: c.kind for c in columns().values()}
     try:
         kept = {k: _typed(json.loads(json.dumps(v, default=dict)), kinds[k]) for k, v in found.items() if k in kinds}
-        return Record(**kept).to_dict()
+        return Record.of(kept).to_dict()
     except (TypeError, ValueError) as error:
         return str(error).removeprefix("Record.__init__() ")
 

@@ -18,7 +18,8 @@ from capacity_gap.fit.teacher import FLAT_NATS, best_teacher
 from capacity_gap.models.accounting import forward_flops, non_embedding, train_flops
 from capacity_gap.models.axes import config_with, dims
 from capacity_gap.models.ladders import Family, Shape
-from capacity_gap.pruning.shape import TOLERANCE, choose_shape, common_shape, sized, unfit
+from capacity_gap.pruning.common_shape import common_shape
+from capacity_gap.pruning.shape import TOLERANCE, choose_shape, sized, unfit
 from capacity_gap.settings.errors import ConfigError, UserError
 from capacity_gap.settings.scales import format_scale
 

@@ -91,7 +91,7 @@ def _run_cell(cell: Cell, store: Store, runtime: Runtime) -> str:
             tracker.leave()
         raise
     failure_file(store, record.key).unlink(missing_ok=True)
-    tracker.finish(row, _history(cell, store), _keepsakes(cell, store))
+    tracker.finish(row, _history(cell, store), _artifact_files(cell, store))
     return record.key
 
 
@@ -114,7 +114,7 @@ def _tracker(cell: Cell, store: Store) -> wandb_runs.Tracker:
     )
 
 
-def _keepsakes(cell: Cell, store: Store) -> list[Path]:
+def _artifact_files(cell: Cell, store: Store) -> list[Path]:
     """The files of a cell that go to W&B as an artifact, if any."""
     kind, trained = cell.config.tracking.artifacts, store.path(cell.distilled)
     if kind == "none":
@@ -126,7 +126,8 @@ def _keepsakes(cell: Cell, store: Store) -> list[Path]:
 def fail(cell: Cell, store: Store, cause: str) -> dict[str, Any]:
     """Leaves a failed record with its cause, and returns it; it stays until the cell is done."""
     file = failure_file(store, cell.record.key)
-    row = Record(SCHEMA_VERSION, cell.record.digest, "failed", cause, **cell.description).to_dict()
+    told = {"schema_version": SCHEMA_VERSION, "cell": cell.record.digest, "status": "failed", "error": cause}
+    row = Record.of(told | cell.description).to_dict()
     with contextlib.suppress(OSError):  # on a full disk the cause that is shown matters more
         file.parent.mkdir(parents=True, exist_ok=True)
         write_checked(file, row)

@@ -46,12 +46,12 @@ def run_alone(config: RunConfig, overrides: Sequence[str]) -> str:
     with Watch(View(store, noted), label=cell.name):
         run_cell.run(cell)
     folder = store.path(cell.record)
-    print(f"{'reused' if reused else 'done'}: {told(cell.name, read_json(folder / RECORD))}")
+    print(f"{'reused' if reused else 'done'}: {result_line(cell.name, read_json(folder / RECORD))}")
     print(f"record: {folder / RECORD}")
     return cell.record.key
 
 
-def told(name: str, row: Mapping[str, Any]) -> str:
+def result_line(name: str, row: Mapping[str, Any]) -> str:
     """A record in a sentence."""
     error = row["student_loss_stderr"]
     loss = f"held-out loss {row['student_loss']:.4f}{'' if error is None else f' ± {error:.4f}'} nats per token"

@@ -1,11 +1,11 @@
 """The identity of a computation: a hash of its name, version, settings and inputs, equal on every machine.
 
 Only types with one canonical spelling are hashed; anything else raises, because an identity that depends on `repr` or
-on memory addresses would silently recompute, or worse, silently reuse. A dataclass field takes part unless its
-metadata says otherwise:
+on memory addresses would silently recompute, or worse, silently reuse. A field of a dataclass takes part unless its
+declaration (`declare.py`) says otherwise:
 
-* `RUNTIME` fields (device, paths, tracking) say how a result is made, not which result it is: never hashed;
-* `LATER` fields were added after the first release: left out at their default, so that old results stay found.
+* `decides=False` (device, paths, tracking): how a result is made, not which result it is; never hashed;
+* `later=True`: added after the first release; left out at its default, so that old results stay found.
 """
 
 import dataclasses
@@ -17,8 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-RUNTIME = {"identity": False}
-LATER = {"later": True}
+from capacity_gap.settings.declare import KEY, Setting, default_of
 
 
 def canonical(value: Any) -> Any:
@@ -53,16 +52,8 @@ def identity_fields(value: Any) -> dict[str, Any]:
 
 
 def _counts(field: dataclasses.Field, value: Any) -> bool:
-    if not field.metadata.get("identity", True):
-        return False
-    return not (field.metadata.get("later") and value == default_of(field))
-
-
-def default_of(field: dataclasses.Field) -> Any:
-    """What a field of a dataclass is unless it is given."""
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
+    known: Setting | None = field.metadata.get(KEY)
+    return known is None or (known.decides and not (known.later and value == default_of(field)))
 
 
 def _canonical_mapping(mapping: Mapping) -> dict[str, Any]:

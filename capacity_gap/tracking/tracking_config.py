@@ -2,11 +2,9 @@
 
 from dataclasses import dataclass
 
-from capacity_gap.settings.errors import choose
+from capacity_gap.settings.declare import setting, validate
 
-TRACKING_MODES = ("offline", "online", "disabled")
-
-
+MODES = ("offline", "online", "disabled")
 ARTIFACTS = ("none", "record", "model")
 
 
@@ -14,11 +12,15 @@ ARTIFACTS = ("none", "record", "model")
 class TrackingConfig:
     """Weights & Biases: a mirror of the records, which are the truth."""
 
-    mode: str = "offline"
-    project: str = "capacity_gap"
-    entity: str | None = None
-    artifacts: str = "none"  # what goes along: nothing, record and history, or the student's weights too
+    mode: str = setting("offline", "Mirror cells to W&B: into the store, online, or not.", allowed=MODES, decides=False)
+    project: str = setting("capacity_gap", "W&B project.", decides=False)
+    entity: str | None = setting(None, "W&B team or user; null: the account's own.", decides=False)
+    artifacts: str = setting(
+        "none",
+        "What goes along: nothing, record and history, or the student's weights too.",
+        allowed=ARTIFACTS,
+        decides=False,
+    )
 
     def __post_init__(self) -> None:
-        choose("tracking.mode", self.mode, TRACKING_MODES)
-        choose("tracking.artifacts", self.artifacts, ARTIFACTS)
+        validate("tracking", self)

@@ -225,7 +225,7 @@ def train(
     # Nothing may act in training mode only. transformers checkpoints activations in that mode alone, so then, and only
     # then, the student is in it; what else would act was switched off when it was made (`models/quiet.py`).
     student.to(accelerator.device).train(plan.activation_checkpointing)
-    _lean(student, plan, on=True)
+    _trade_memory(student, plan, on=True)
     if isinstance(teacher, nn.Module):
         teacher.to(accelerator.device).eval()
         _compile(teacher, plan.compile)
@@ -263,7 +263,7 @@ def train(
             saved = time.monotonic()
             if runtime.ranks.any(runtime.stop.is_set()):
                 raise Interrupted
-    _lean(student.eval(), plan, on=False)
+    _trade_memory(student.eval(), plan, on=False)
     now, peak = pace.now, peak_memory(runtime.device)
     return TrainResult(plan.steps, pace.tokens, pace.seconds, now["tokens_per_s"], now.get("mfu"), peak, micro, history)
 
@@ -279,7 +279,7 @@ def _note_widths(student: Any, teacher: Any) -> None:
             )
 
 
-def _lean(student: Any, plan: Plan, *, on: bool) -> None:
+def _trade_memory(student: Any, plan: Plan, *, on: bool) -> None:
     """Switches on (and after the run off) what changes how a student computes."""
     if plan.activation_checkpointing:
         old = not hasattr(student, "activation_checkpointing_enable")  # older transformers

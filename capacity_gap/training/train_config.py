@@ -1,16 +1,17 @@
-"""Settings of training: optimiser, objective and how both are run; part of `config.py`, where they are described."""
+"""Settings of training: optimiser, schedule, precision, and where and how everything is run."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from capacity_gap.settings.checks import need, positive, runtime, share
-from capacity_gap.settings.errors import choose
-from capacity_gap.settings.hashing import LATER
+from capacity_gap.settings.checks import need
+from capacity_gap.settings.declare import setting, validate
 from capacity_gap.settings.scales import parse_scale
 
 SCHEDULES = ("cosine", "wsd", "constant")
 PRECISIONS = ("fp32", "bf16")
 SHARDINGS = ("none", "fsdp")
+DEVICES = r"auto|cpu|mps|(cuda|xpu)(:\d+)?"
+WARM_UP = "Share of all steps in which the learning rate rises from zero."
 
 
 @dataclass
@@ -21,31 +22,23 @@ class OptimConfig:
     best rate falls in proportion to the width, so one number serves a whole ladder.
     """
 
-    batch_size: int = 16  # sequences in one optimiser step, over all devices
-    learning_rate: float | None = None
-    learning_rate_times_width: float = 0.4
-    schedule: str = "cosine"
-    warmup: float = 0.01  # share of all steps
-    decay: float = 0.2  # share of all steps in which `wsd` falls to its end
-    final: float = 0.1  # learning rate at the end, as a share of the peak (cosine, wsd)
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.1
-    clip: float = 1.0  # gradient norm
+    batch_size: int = setting(16, "Sequences in one optimiser step, over all devices.", least=1)
+    learning_rate: float | None = setting(
+        None, "Peak learning rate; null: learning_rate_times_width / hidden size.", above=0
+    )
+    learning_rate_times_width: float = setting(0.4, "Peak learning rate times hidden size.", above=0)
+    schedule: str = setting("cosine", "How the learning rate falls after the warm-up.", allowed=SCHEDULES)
+    warmup: float = setting(0.01, WARM_UP, least=0, most=1)
+    decay: float = setting(0.2, "Share of all steps in which `wsd` falls to its end.", least=0, most=1)
+    final: float = setting(0.1, "Learning rate at the end, as a share of the peak (cosine, wsd).", least=0, most=1)
+    beta1: float = setting(0.9, "AdamW's decay of the mean of gradients.", least=0, below=1)
+    beta2: float = setting(0.95, "AdamW's decay of the mean of squared gradients.", least=0, below=1)
+    epsilon: float = setting(1e-8, "AdamW's ε.", above=0)
+    weight_decay: float = setting(0.1, "Weight decay, on matrices only.", least=0)
+    clip: float = setting(1.0, "Largest norm of the gradient; larger ones are scaled down.", above=0)
 
     def __post_init__(self) -> None:
-        name = self._section
-        positive(name, self, "batch_size", "learning_rate_times_width", "epsilon", "clip")
-        share(name, self, "warmup", "decay", "final", "beta1", "beta2")
-        need(self.weight_decay >= 0, f"{name}.weight_decay", self.weight_decay, "zero or more")
-        need(
-            self.learning_rate is None or self.learning_rate > 0,
-            f"{name}.learning_rate",
-            self.learning_rate,
-            "more than zero, or null for learning_rate_times_width / hidden size",
-        )
-        choose(f"{name}.schedule", self.schedule, SCHEDULES)
+        validate(self._section, self)
 
     @property
     def _section(self) -> str:
@@ -60,6 +53,11 @@ class OptimConfig:
 class PretrainConfig(OptimConfig):
     """How teachers that no one has published are pre-trained."""
 
+    # At pico budgets more steps are worth more than larger ones, and without the warm-up the wider rungs do not bear
+    # the rate that suits the narrow ones (docs/decisions.md).
+    batch_size: int = setting(4, "Sequences in one optimiser step, over all devices.", least=1)
+    warmup: float = setting(0.1, WARM_UP, least=0, most=1)
+
     @property
     def _section(self) -> str:
         return "family.pretrain"
@@ -67,7 +65,7 @@ class PretrainConfig(OptimConfig):
 
 @dataclass
 class AdaptOptimConfig(OptimConfig):
-    """How teachers are trained on."""
+    """The optimiser with which teachers are trained on."""
 
     @property
     def _section(self) -> str:
@@ -76,31 +74,46 @@ class AdaptOptimConfig(OptimConfig):
 
 @dataclass
 class TrainConfig(OptimConfig):
-    """How students are trained, and where everything is run."""
+    """How students are trained, and where everything is run.
 
-    precision: str = "fp32"
-    threads: int = 1  # CPU threads of one process: hashed, because sums depend on it
-    device: str = runtime("auto")
-    sharding: str = runtime("none")  # of student and optimiser over several ranks: none (DDP), or fsdp
-    micro_batch_size: int | None = runtime(None)  # sequences on one device at once; null: the whole batch
-    checkpoint_minutes: float = runtime(1.0)
-    activation_checkpointing: bool = runtime(False)  # keep each layer's input only: less memory, a third more time
-    compile: bool = field(default=False, metadata=LATER)  # torch.compile: other kernels, so other last bits
-    evaluate_every: str = field(default="0", metadata=LATER)  # tokens between held-out losses on the way; 0: none
-    peak_flops: float | None = runtime(None)  # of one device, for the MFU; null: by the device's name
+    The defaults suit pico students. For published families set batch, rate, warm-up and precision, as
+    `sweeps/study_*.yaml` do.
+    """
+
+    batch_size: int = setting(
+        4, "Sequences in one optimiser step, over all devices.", least=1, column="batch", parts=220
+    )
+    warmup: float = setting(0.1, WARM_UP, least=0, most=1)
+    precision: str = setting(
+        "fp32", "Type of the arithmetic; bf16 keeps weights in fp32.", allowed=PRECISIONS, column="precision", parts=200
+    )
+    threads: int = setting(
+        1,
+        "CPU threads of one process; part of a result's identity, because sums depend on it.",
+        least=1,
+        untold="the same quantities, rounded otherwise; the column `threads` says what was used",
+    )
+    device: str = setting("auto", "Where models run: auto, cpu, cuda, cuda:N, mps, xpu or xpu:N.", decides=False)
+    sharding: str = setting(
+        "none", "Of student and optimiser over several ranks: none (DDP) or fsdp.", allowed=SHARDINGS, decides=False
+    )
+    micro_batch_size: int | None = setting(
+        None, "Sequences on one device at once; null: the whole batch.", least=1, decides=False
+    )
+    checkpoint_minutes: float = setting(1.0, "Minutes between checkpoints.", above=0, decides=False)
+    activation_checkpointing: bool = setting(
+        False, "Keep each layer's input only: less memory, a third more time.", decides=False
+    )
+    compile: bool = setting(False, "Use torch.compile: other kernels, so other last bits.", later=True)
+    evaluate_every: str = setting(
+        "0", "Tokens between held-out losses on the way; 0: none.", later=True, untold="only adds to the history"
+    )
+    peak_flops: float | None = setting(
+        None, "Peak FLOP/s of one device, for the MFU; null: by the device's name.", above=0, decides=False
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("train", self, "threads", "checkpoint_minutes")
-        choose("train.precision", self.precision, PRECISIONS)
-        choose("train.sharding", self.sharding, SHARDINGS)
-        known = re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", self.device)
+        known = re.fullmatch(DEVICES, self.device)
         need(known is not None, "train.device", self.device, "auto, cpu, cuda, cuda:N, mps, xpu or xpu:N")
         parse_scale(self.evaluate_every, key="train.evaluate_every", allow_zero=True)
-        need(self.peak_flops is None or self.peak_flops > 0, "train.peak_flops", self.peak_flops, "more than zero")
-        need(
-            self.micro_batch_size is None or self.micro_batch_size > 0,
-            "train.micro_batch_size",
-            self.micro_batch_size,
-            "more than zero, or null for the whole batch",
-        )

@@ -3,6 +3,7 @@
 from capacity_gap.cell.resolved import ResolvedCell
 from capacity_gap.cell.stages.shared import packed_split
 from capacity_gap.data import packing
+from capacity_gap.distill.signal_kinds import SIGNALS
 from capacity_gap.models import accounting
 from capacity_gap.store.stage import Stage, StageRun
 
@@ -18,6 +19,7 @@ def signal_stage(cell: ResolvedCell, teacher: Stage, tokens: Stage, *, budget: i
         "tokens": seen,
         "seed": c.teacher_seed,
         **cell.arithmetic,
+        **{f"kind_{k}": v for k, v in SIGNALS.entry(c.distill.signal).identity.items()},
     }
     cost = accounting.forward_flops(cell.teacher_shape, seen)
     options = {"batch_size": c.evaluate.batch_size}

@@ -7,6 +7,7 @@ from capacity_gap.cell.resolved import ResolvedCell
 from capacity_gap.cell.stages.cache_signal import signal_stage
 from capacity_gap.cell.stages.run_training import optimizer_identity, run_training, training_stage
 from capacity_gap.distill.distill_config import DistillConfig
+from capacity_gap.distill.divergences import LOSSES
 from capacity_gap.models import accounting
 from capacity_gap.models.axes import dims
 from capacity_gap.settings.hashing import identity_fields
@@ -25,6 +26,7 @@ def distil_stage(
         "distill": identity_fields(c.distill),
         **optimizer_identity(c.train, dims(shape).hidden),
         **cell.dynamics,
+        **{f"loss_{k}": v for k, v in LOSSES.entry(c.distill.loss).identity.items()},
     }
     inputs = {"student": student, "tokens": tokens}
     teacher_flops = 0.0

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from capacity_gap.cell.resolved import ResolvedCell
-from capacity_gap.models.axes import dims
+from capacity_gap.models.axes import architecture_identity, dims
 from capacity_gap.models.defaults import frozen_rows
 from capacity_gap.models.layers import renumbered
+from capacity_gap.pruning.prune_config import SYMMETRIC
 from capacity_gap.store.stage import Stage, StageRun
 
 
@@ -31,12 +32,13 @@ def cut_student_stage(
     """A model of shape `before` cut to `after`; `last`: it is the student, and no step on the way to it."""
     c = cell.config.prune
     given: dict[str, Any] = {"init": "pruned", "shape": after}
-    if c.layers != "symmetric":
+    if c.layers != SYMMETRIC:
         given["layers"] = c.layers
-    if renumbered(before, dims(before).layers, dims(after).layers, symmetric=c.layers == "symmetric"):
+    if renumbered(before, dims(before).layers, dims(after).layers, symmetric=c.layers == SYMMETRIC):
         given["by_layer"] = "kept"  # what belongs to a layer's number goes with the layer
     if last and c.priority == "global":
         given |= {"priority": c.priority, "multiple": cell.family.multiple}
+    given |= architecture_identity(before)
     return Stage("student", 1, given, {"teacher": model, "scores": scores}, cut_student)
 
 
@@ -48,7 +50,7 @@ def cut_student(run: StageRun) -> None:
     from capacity_gap.pruning.surgery import prune, prune_checkpoint
 
     given, teacher, scores = run.config, run.inputs["teacher"], Scores.load(run.inputs["scores"])
-    shape, layers = shape_of(given["shape"]), given.get("layers", "symmetric")
+    shape, layers = shape_of(given["shape"]), given.get("layers", SYMMETRIC)
     if given.get("priority") == "global":
         config = json.loads((checkpoint_folder(teacher) / "config.json").read_text())
         shape = spread(shape, config, scores, layers=layers, multiple=given["multiple"])

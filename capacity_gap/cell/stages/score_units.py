@@ -8,7 +8,9 @@ from capacity_gap.cell.resolved import ResolvedCell
 from capacity_gap.cell.stages.shared import ignored_in_gradients, packed_split
 from capacity_gap.data import packing
 from capacity_gap.models import accounting
-from capacity_gap.models.axes import dims
+from capacity_gap.models.axes import architecture_identity, dims
+from capacity_gap.pruning.methods import LAYER_SCORES, SCORES
+from capacity_gap.pruning.prune_config import SYMMETRIC
 from capacity_gap.store.stage import Stage, StageRun
 
 
@@ -16,15 +18,19 @@ def scores_stage(cell: ResolvedCell, teacher: Stage, shape: Mapping[str, Any], t
     """Scores of a model of this shape on the first sequences of the training permutation."""
     c = cell.config.prune
     given = {"method": c.method, "batches": c.batches, "batch_size": c.batch_size, **cell.arithmetic}
-    if c.method == "random":
+    method = SCORES.entry(c.method)
+    given |= method.identity
+    if method.traits["seeded"]:
         given["seed"] = cell.config.seed
-    if c.method in ("taylor", "movement"):  # they read the gradients of the embedding
+    if method.traits["embedding_gradients"]:
         given |= ignored_in_gradients(cell, shape)
     seen = c.batches * c.batch_size * cell.config.corpus.sequence_length
     passes = 3 * seen
-    if c.layers != "symmetric":
-        given["layers"] = c.layers
-        passes += seen * (1 if c.layers == "block_influence" else dims(shape).layers)
+    if c.layers != SYMMETRIC:
+        layers = LAYER_SCORES.entry(c.layers)
+        given |= {"layers": c.layers} | {f"layers_{k}": v for k, v in layers.identity.items()}
+        passes += seen * (layers.traits["passes"] or dims(shape).layers)
+    given |= architecture_identity(shape)
     inputs = {"teacher": teacher, "tokens": tokens}
     cost = accounting.train_flops(shape, seen)
     return Stage("scores", 1, given, inputs, score_units, cost, passes=passes)
@@ -35,7 +41,6 @@ def score_units(run: StageRun) -> None:
     import torch
 
     from capacity_gap.models.loading import load_model
-    from capacity_gap.pruning.scores import SCORES
 
     given = run.config
     model = load_model(run.inputs["teacher"], device=run.runtime.device)
@@ -53,7 +58,5 @@ def score_units(run: StageRun) -> None:
         on_batch=lambda done: run.runtime.report(done, given["batches"], "batches"),
     )
     if by := given.get("layers"):
-        from capacity_gap.pruning.layer_scores import LAYER_SCORES
-
         found = dataclasses.replace(found, layers=LAYER_SCORES[by](model, batches()))
     found.save(run.out)

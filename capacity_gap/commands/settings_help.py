@@ -1,0 +1,106 @@
+"""What every setting is for, from the declarations: the help of `run.py`, and the page docs/settings.md."""
+
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from capacity_gap.cell.config import RunConfig, choices
+from capacity_gap.records.record import columns
+from capacity_gap.settings.declare import Declared, allowed_text, section_of, walk
+
+WIDTH = 46  # of the column of keys
+EXAMPLES = """Runs one cell (teacher, scores, student, distillation, record), or with -m a grid of cells.
+
+  {run} student=60k teacher=120k data=1m
+  {run} -m student=60k,90k teacher=120k,180k,270k data=1m,4m seed=0,1,2
+  {run} -m +sweeps=quick               a named grid of sweeps/
+  {run} -m ... plan=true               what it would run and cost; starts nothing
+
+Scales are written 60k, 0.5b or 60000. `--cfg job` shows the values that a command line comes to; `--hydra-help` is
+about Hydra's own flags. A choice `group=name` sets several settings at once:
+"""
+LAUNCHERS = "basic (one after another), joblib (processes), slurm, ray"
+
+
+def settings_help(run: str) -> str:
+    """The help of the command that runs cells: examples, choices, then every setting by section."""
+    lines = [EXAMPLES.format(run=run)]
+    lines += [f"  {group + '=':<12}{', '.join(names)}" for group, names in _choices().items()]
+    lines += [f"  hydra/launcher={LAUNCHERS}", ""]
+    for known in walk(RunConfig):
+        lines += _heading(known) if _is_section(known) else [_line(known)]
+    return "\n".join(lines)
+
+
+def _choices() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for group, name, _ in choices():
+        found.setdefault(group, []).append(name)
+    return found
+
+
+def _is_section(known: Declared) -> bool:
+    return section_of(known.field, known.owner) is not None
+
+
+def _heading(known: Declared) -> list[str]:
+    return ["", f"{known.key}: {known.setting.meaning}"]
+
+
+def _line(known: Declared) -> str:
+    allowed = allowed_text(known.setting)
+    text = f"{known.setting.meaning}{f' [{allowed}]' if allowed else ''}"
+    key = f"  {f'{known.key}={shown(known.default)}':<{WIDTH}} "
+    return textwrap.fill(text, 118, initial_indent=key, subsequent_indent=" " * (WIDTH + 3))
+
+
+def shown(value: Any) -> str:
+    """A default as the command line spells it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) or "''"
+
+
+def settings_page() -> str:
+    """docs/settings.md: every setting, whether it decides the result, and where a record tells it."""
+    text = [
+        "# Settings",
+        "",
+        "Made from the declarations by `make docs`. A setting that decides the result is part of the identity of the "
+        "stages that it decides; the record tells it in the column named, or in the text `settings` where it is not "
+        "the default. The others say how, where or whether something runs.",
+        "",
+        *_tables(),
+        "# Columns of a record",
+        "",
+        "| column | type | meaning |",
+        "|---|---|---|",
+        *(f"| `{c.name}` | {_kind(c.kind)} | {c.meaning} |" for c in columns().values()),
+    ]
+    return "\n".join(text) + "\n"
+
+
+def _tables() -> Iterator[str]:
+    head = ["", "| setting | default | meaning | allowed | decides | record |", "|---|---|---|---|---|---|"]
+    yield from ["## The cell", *head]
+    for known in walk(RunConfig):
+        if _is_section(known):
+            yield from ["", f"## `{known.key}`: {known.setting.meaning}", *head]
+        else:
+            yield _row(known)
+    yield ""
+
+
+def _row(known: Declared) -> str:
+    s = known.setting
+    told = f"`{s.column}`" if s.column else (s.untold or ("`settings`" if s.decides else ""))
+    return (
+        f"| `{known.key}` | `{shown(known.default)}` | {s.meaning} | {allowed_text(s)} | "
+        f"{'yes' if s.decides else 'no'} | {told} |".replace("||", "| |")
+    )
+
+
+def _kind(kind: str) -> str:
+    return kind.removeprefix("<class '").removesuffix("'>").replace("typing.", "").replace("|", "or")
