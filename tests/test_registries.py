@@ -1,0 +1,228 @@
+"""Every entry of every registry is found, documented and run; entries from outside are cells of their own."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from capacity_gap import records
+from capacity_gap.cell import config
+from capacity_gap.data.corpora import CORPORA
+from capacity_gap.data.corpus_config import CorpusConfig
+from capacity_gap.data.sources import documents, identity
+from capacity_gap.distill import distill_loss
+from capacity_gap.distill.divergences import LOSSES, Softmax
+from capacity_gap.distill.signal_kinds import SIGNALS
+from capacity_gap.distill.sparse import SparseTargets
+from capacity_gap.evaluate.evaluate_config import EvaluateConfig
+from capacity_gap.evaluate.evaluation_sets import EVALUATION_SETS
+from capacity_gap.models.architectures import ARCHITECTURES
+from capacity_gap.models.axes import count_params
+from capacity_gap.models.ladders import FAMILIES
+from capacity_gap.pruning.methods import LAYER_SCORES, SCORES
+from capacity_gap.settings import extension
+from capacity_gap.settings.errors import ConfigError
+from capacity_gap.settings.registry import Registry
+from tests.conftest import ROOT, compose
+from tests.small_models import SMALL, small_model
+
+TOKENS = [torch.arange(24).reshape(2, 12) % 40]
+
+
+def run_loss(name):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1, 3, 4, requires_grad=True), torch.randn(7, 4)
+    teacher = {"teacher_hidden": torch.randn(1, 3, 5), "teacher_weight": torch.randn(7, 5)}
+    loss, _ = distill_loss(hidden, weight, torch.tensor([[1, 2, 3]]), loss=name, **teacher)
+    loss.backward()
+    assert hidden.grad.isfinite().all() and hidden.grad.abs().sum() > 0
+
+
+def run_signal(name):
+    if name == "online":
+        return
+    kind, teacher = SIGNALS[name], Softmax.of(torch.randn(3, 7))
+    ids, values = kind.targets(teacher, 4, torch.Generator().manual_seed(0))
+    values = values / 4 if SIGNALS.entry(name).traits["draws"] else values
+    targets = SparseTargets(name, ids, values, teacher.entropy())
+    value, kl, gradient = kind.against(Softmax.of(torch.randn(3, 7)), targets, LOSSES["forward_kl"], 0.0)
+    assert value.shape == kl.shape == (3,) and gradient.shape == (3, 7)
+
+
+def run_corpus(name):
+    given = {"text": {"path": __file__.replace(".py", ".txt")}, "hub": {"dataset": "no/such"}}.get(name, {})
+    if name in ("text", "hub"):
+        assert {"identity", "documents"} <= set(dir(CORPORA[name])), "both need something of the user's"
+        return
+    source = CorpusConfig(name=name, **given)
+    assert identity(source)
+    if name == "cantonese":
+        pytest.importorskip("pycantonese")
+    assert next(documents(source)).text
+
+
+def run_score(name):
+    found = SCORES[name](small_model("llama"), TOKENS, seed=0)
+    assert found.method == name and found.hidden.isfinite().all()
+
+
+def run_layer_score(name):
+    assert LAYER_SCORES[name](small_model("llama"), TOKENS).shape == (3,)
+
+
+def run_architecture(name):
+    model = next(small_model(n) for n in SMALL if small_model(n).config.model_type == name)
+    assert count_params(model.config) == sum(p.numel() for p in model.parameters())
+
+
+RUN = {
+    "loss": (LOSSES, run_loss),
+    "signal": (SIGNALS, run_signal),
+    "corpus": (CORPORA, run_corpus),
+    "score": (SCORES, run_score),
+    "score of layers": (LAYER_SCORES, run_layer_score),
+    "architecture": (ARCHITECTURES, run_architecture),
+    "family": (FAMILIES, lambda name: [count_params(shape) for shape in FAMILIES[name].rungs.values()]),
+    "evaluation set": (EVALUATION_SETS, lambda name: EvaluateConfig(**_filled(EVALUATION_SETS[name]))),
+}
+
+
+def _filled(values):
+    return {k: v or None for k, v in values.items()} if "task_folder" in values else values
+
+
+@pytest.mark.parametrize(("kind", "name"), [(k, n) for k, (registry, _) in RUN.items() for n in registry])
+def test_every_entry_runs(kind, name):
+    registry, run = RUN[kind]
+    assert registry.kind == kind and registry.entry(name).identity == {}
+    run(name)
+
+
+@pytest.mark.parametrize("kind", ["loss", "signal", "corpus", "score", "score of layers"])
+def test_every_entry_says_what_it_is(kind):
+    registry, _ = RUN[kind]
+    assert [n for n in registry if len(registry.entry(n).meaning) < 20] == []
+
+
+def test_every_choice_can_be_composed():
+    for group, name, _ in config.choices():
+        needed = {"text": ["corpus.path=" + str(ROOT / "README.md").replace("README.md", "tests/conftest.py")]}
+        if name in ("hub", "mixture", "local", "text"):
+            continue  # they need more, and say so: test_config.py
+        more = [f"family.folders=[{ROOT}]"] if name == "folders" else needed.get(name, [])
+        assert compose([f"{group}={name}", *more])
+
+
+def test_a_registry_refuses_what_it_does_not_know():
+    some = Registry("thing", setting="some.thing", traits={"odd": False})
+    some.register("one", odd=True)(run_loss)
+    with pytest.raises(ConfigError, match=r"some.thing='onee' is not known \(did you mean 'one'\?\). Allowed: one"):
+        some["onee"]
+    with pytest.raises(ConfigError, match=r"registered with even\. Allowed: odd"):
+        some.register("two", even=True)
+    with pytest.raises(ConfigError, match=r"a thing 'one' already, of tests\.test_registries"):
+        some.register("one")(json.dumps)
+
+
+MINE = '''
+from capacity_gap.data.corpora import CORPORA
+from capacity_gap.data.documents import Document
+from capacity_gap.distill.divergences import LOSSES, forward_kl, reverse_kl
+from capacity_gap.models.ladders import FAMILIES, Family, add_family
+from capacity_gap.pruning.methods import SCORES, magnitude_scores
+
+
+@LOSSES.register("jeffreys")
+def jeffreys(student, teacher, skew=0.0):
+    """KL(p, q) + KL(q, p)."""
+    (one, by_one), (two, by_two) = forward_kl(student, teacher, skew), reverse_kl(student, teacher, skew)
+    return one + two, by_one + by_two
+
+
+@SCORES.register("mine")
+def mine(model, batches, *, seed=0, on_batch=lambda done: None):
+    """Magnitude, under another name."""
+    return magnitude_scores(model, batches)
+
+
+@CORPORA.register("numbers")
+class Numbers:
+    """Numbers in words."""
+
+    def identity(self, source):
+        return {"numbers": 4000}
+
+    def documents(self, source):
+        return (Document(f"the number {i} comes after {i - 1} and before {i + 1}", str(i // 10)) for i in range(4000))
+
+
+pico = FAMILIES["pico"]
+add_family(Family("short", {rung: pico.rungs[rung] for rung in ("55k", "80k")}, multiple=1))
+'''
+GRID = [
+    "-m", "corpus=numbers", "family=short", "prune.method=mine", "distill.loss=jeffreys,forward_kl", "student=40k",
+    "teacher=55k", "corpus.sequence_length=32", "family.teacher_data=8k", "data=6k", "prune.batches=2",
+    "evaluate.tokens=2000", "evaluate.ood_tokens=1000", "tracking=disabled",
+]  # fmt: skip
+
+
+def run_py(folder, *arguments, **environment):
+    command = [sys.executable, str(ROOT / "run.py"), *arguments]
+    return subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True, text=True)
+
+
+def test_a_module_of_the_users_adds_a_loss_a_score_a_corpus_and_a_family(tmp_path):
+    (tmp_path / "my_entries.py").write_text(MINE)
+    workers = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    done = run_py(tmp_path, *GRID, "extend=[my_entries]", f"store={tmp_path / 'store'}", *workers)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = records.read(tmp_path / "store")
+    assert {(r["loss"], r["prune_method"], r["corpus"], r["family"]) for r in rows} == {
+        (loss, "mine", "numbers", "short") for loss in ("jeffreys", "forward_kl")
+    }
+    again = run_py(tmp_path, *GRID, f"store={tmp_path / 'store'}", *workers, CAPACITY_GAP_EXTEND="my_entries")
+    assert "2 reused" in again.stdout, again.stderr
+    (tmp_path / "my_entries.py").write_text(MINE.replace("one + two", "one + 2 * two"))
+    edited = run_py(tmp_path, *GRID, "extend=[my_entries]", "plan=true", f"store={tmp_path / 'store'}")
+    assert "0 of 2 cells are there" in edited.stdout or "2 cells" in edited.stdout, edited.stdout
+
+
+@pytest.mark.parametrize(
+    ("extend", "error"),
+    [
+        ("absent_module", "there is no such module"),
+        ("broken", "fails when it is imported: ZeroDivisionError"),
+        ("needy", "needs no_such_package, which is not installed"),
+    ],
+)
+def test_a_module_that_cannot_be_imported(tmp_path, extend, error):
+    (tmp_path / "broken.py").write_text("1 / 0")
+    (tmp_path / "needy.py").write_text("import no_such_package")
+    done = run_py(tmp_path, f"extend=[{extend}]", f"store={tmp_path / 'store'}")
+    assert done.returncode == 2 and error in done.stderr, done.stderr
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_config_file_cannot_name_code(tmp_path):
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps/foreign.yaml").write_text("# @package _global_\nextend: [my_entries]\n")
+    (tmp_path / "my_entries.py").write_text("raise SystemExit('it ran')")
+    done = run_py(tmp_path, "-m", f"--config-dir={tmp_path}", "+sweeps=foreign", f"store={tmp_path / 'store'}")
+    assert done.returncode == 2 and "it ran" not in done.stderr + done.stdout
+    assert "extend=my_entries is named in a config file" in done.stderr, done.stderr
+
+
+def test_the_environment_names_modules_and_overrides_add_to_them(tmp_path, monkeypatch):
+    for name in ("first_extension", "second_extension"):
+        (tmp_path / f"{name}.py").write_text(textwrap.dedent("seen = True"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(extension.VARIABLE, "first_extension")
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    extension.load_named_on(["-m", "extend=[second_extension]", "seed=0"])
+    assert os.environ[extension.VARIABLE] == "first_extension,second_extension"
+    assert sys.modules["first_extension"].seen and sys.modules["second_extension"].seen

@@ -1,0 +1,96 @@
+"""Every setting is declared once, and everything that is known of it comes from there."""
+
+import dataclasses
+
+import pytest
+
+from capacity_gap.cell.config import RunConfig
+from capacity_gap.commands.settings_help import settings_help, settings_page
+from capacity_gap.distill.distill_config import DistillConfig
+from capacity_gap.records.record import columns, parting_columns, setting_columns
+from capacity_gap.settings.declare import declared, section_of, setting, validate, walk
+from capacity_gap.settings.errors import ConfigError
+from capacity_gap.training.train_config import TrainConfig
+from tests.conftest import ROOT
+
+ALL = list(walk(RunConfig))
+
+
+def test_every_field_of_every_section_is_declared_and_says_what_it_is_for():
+    owners = [RunConfig, *(s for d in ALL if (s := section_of(d.field, d.owner)))]
+    for owner in owners:
+        undeclared = {f.name for f in dataclasses.fields(owner)} - {f.name for f, _ in declared(owner)}
+        assert undeclared == set(), owner
+    unclear = [d.key for d in ALL if not d.setting.meaning.endswith(".") or len(d.setting.meaning) < 5]
+    assert unclear == []
+
+
+def test_defaults_are_allowed():
+    for known in ALL:
+        names = known.setting.names
+        assert names is None or known.default in names, known.key
+
+
+def test_what_a_column_tells_is_a_column():
+    assert {d.setting.column for d in ALL if d.setting.column} <= columns().keys()
+    assert len({d.setting.column for d in ALL if d.setting.column and not d.setting.computed}) == len(setting_columns())
+
+
+def test_numbers_that_order_the_columns_that_part_curves_differ():
+    given = [c.parts for c in columns().values() if c.parts is not None]
+    assert len(given) == len(set(given)) == len(parting_columns())
+
+
+@pytest.mark.parametrize("known", [d for d in ALL if isinstance(d.default, float)], ids=lambda d: d.key)
+def test_no_number_may_be_infinite(known):
+    some = known.owner()
+    setattr(some, known.field.name, float("inf"))
+    with pytest.raises(ConfigError, match="is out of range"):
+        validate("section", some)
+
+
+@pytest.mark.parametrize(
+    ("known", "value", "allowed"),
+    [
+        ({"above": 0}, 0, "more than zero"),
+        ({"least": 0}, -1, "zero or more"),
+        ({"least": 1}, 0, "1 or more"),
+        ({"least": 0, "most": 1}, 2, "0 to 1"),
+        ({"least": 0, "below": 1}, 1, "0 to less than 1"),
+        ({"above": 0, "below": 1}, 1, "between 0 and 1"),
+        ({}, float("nan"), "a finite number"),
+    ],
+)
+def test_ranges_in_words(known, value, allowed):
+    made = dataclasses.make_dataclass("Some", [("x", float, setting(0.5, "Something.", **known))])
+    with pytest.raises(ConfigError, match=rf"part\.x={value} is out of range\. Allowed: {allowed}\."):
+        validate("part", made(x=value))
+
+
+def test_a_new_setting_with_a_column_needs_its_declaration_alone(monkeypatch):
+    """It is hashed, recorded and parts curves, without another file that names it."""
+    from capacity_gap.cell.nondefault import setting_columns as told
+    from capacity_gap.settings.hashing import identity_fields
+
+    made = dataclasses.make_dataclass(
+        "Distill", [("margin", float, setting(0.0, "Of something new.", column="margin", if_set=True, parts=155))],
+        bases=(DistillConfig,),
+    )  # fmt: skip
+    hints = {f.name: f for f in dataclasses.fields(RunConfig)}
+    assert "distill" in hints
+    given = RunConfig(distill=made(margin=0.25))
+    assert told(given)["margin"] == 0.25 and "margin" not in told(RunConfig(distill=made()))
+    assert identity_fields(made(margin=0.25))["margin"] == 0.25
+
+
+def test_help_and_page_name_every_setting():
+    text, page = settings_help("python run.py"), settings_page()
+    for known in ALL:
+        if not section_of(known.field, known.owner):
+            assert f"  {known.key}=" in text and f"| `{known.key}` |" in page, known.key
+    assert max(map(len, text.splitlines())) <= 120
+    assert page == (ROOT / "docs/settings.md").read_text(), "make docs writes it again"
+
+
+def test_the_same_optimiser_has_other_defaults_for_students():
+    assert (TrainConfig().batch_size, TrainConfig().warmup) == (4, 0.1)
