@@ -5,7 +5,6 @@ made, not which one, and takes no part in its identity (`fingerprint.py`).
 """
 
 import functools
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -20,6 +19,7 @@ from capacity_gap.models.expand_config import ExpandConfig
 from capacity_gap.pruning.prune_config import PruneConfig
 from capacity_gap.settings.checks import need
 from capacity_gap.settings.errors import ConfigError
+from capacity_gap.settings.places import default_store
 from capacity_gap.tracking.tracking_config import TrackingConfig
 from capacity_gap.training.train_config import TrainConfig
 
@@ -85,11 +85,6 @@ class RunConfig:
     def store_path(self) -> Path:
         """The store's folder, absolute."""
         return Path(self.store or default_store()).expanduser().absolute()
-
-
-def default_store() -> str:
-    """`$CAPACITY_GAP_STORE`, or `store` beside the project's `run.py`, wherever the command is started."""
-    return os.environ.get("CAPACITY_GAP_STORE") or str(Path(__file__).resolve().parents[2] / "store")
 
 
 def register() -> None:
