@@ -166,6 +166,7 @@ def test_a_corpus_shorter_than_the_budget_stops_before_any_model_is_trained(tiny
     [
         ("import capacity_gap.fit", "torch wandb transformers hydra matplotlib"),
         ("import capacity_gap.runner.grid, hydra_plugins.capacity_gap_grid.grid_sweeper", "torch wandb transformers"),
+        ("import capacity_gap.commands.run", "torch wandb transformers pandas scipy matplotlib"),
         ("import capacity_gap.commands.cli", "torch wandb transformers hydra pandas numpy matplotlib"),
     ],
 )

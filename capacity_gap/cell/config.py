@@ -5,7 +5,6 @@ sees OmegaConf. A config is never changed afterwards.
 """
 
 import functools
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,6 +24,7 @@ from capacity_gap.pruning.prune_config import PruneConfig
 from capacity_gap.settings import extension
 from capacity_gap.settings.declare import setting, validate
 from capacity_gap.settings.errors import ConfigError
+from capacity_gap.settings.places import default_store
 from capacity_gap.tracking.tracking_config import MODES, TrackingConfig
 from capacity_gap.training.train_config import TrainConfig
 
@@ -97,11 +97,6 @@ class RunConfig:
     def store_path(self) -> Path:
         """The store's folder, absolute."""
         return Path(self.store or default_store()).expanduser().absolute()
-
-
-def default_store() -> str:
-    """`$CAPACITY_GAP_STORE`, or `store` beside the project's `run.py`, wherever the command is started."""
-    return os.environ.get("CAPACITY_GAP_STORE") or str(Path(__file__).resolve().parents[2] / "store")
 
 
 def register() -> None:

@@ -11,6 +11,9 @@ from typing import get_type_hints
 from capacity_gap.cell.config import RunConfig
 from capacity_gap.runtime.process import Interrupted, in_pool
 from capacity_gap.settings.errors import Stopped, UserError, nearest
+from capacity_gap.settings.places import RUN_WORDS
+
+RUN = " ".join(RUN_WORDS)
 
 
 @contextlib.contextmanager
@@ -71,7 +74,7 @@ def _plain(error: BaseException) -> str:
         options = found[3].split("Config search path")[0].split()
         return f"{found[1]}={found[2]} is not known{nearest(found[2], options)}. Allowed: {', '.join(options)}."
     if found := re.search(r"Ambiguous value for argument '(.+?)'", text):
-        return f"{found[1]} gives several values: a grid wants -m, `python run.py -m {found[1]} …`."
+        return f"{found[1]} gives several values: a grid wants -m, `{RUN} -m {found[1]} …`."
     if found := re.search(r"Value '(.*?)' .*?(?:could not be converted to|is not a valid) (\w+)", text, re.S):
         key = re.search(r"full_key: (\S+)", text)
         where = f"{key[1]}={found[1]}" if key else f"the value {found[1]!r}"
@@ -86,7 +89,7 @@ def _unknown_key(key: str) -> str:
     siblings = [k for k in keys if k.rpartition(".")[0] == section] or [k for k in keys if "." not in k]
     return (
         f"{key} is no setting{nearest(key, siblings)}. Settings {'of ' + section if section else 'at the top'}: "
-        f"{', '.join(siblings)}. `python run.py --help` lists all."
+        f"{', '.join(siblings)}. `{RUN} --help` lists all."
     )
 
 

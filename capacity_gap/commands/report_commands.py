@@ -1,35 +1,44 @@
-"""The commands `report`, `dashboard` and `sync`: what leaves a store for people to look at."""
+"""The commands `report`, `frontier` and `dashboard`: what people look at."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
-
-from capacity_gap.cell.config import default_store
-
-SYNC_S = 600
 
 
 def add(commands: Any) -> None:
     """Adds the three commands to the command line's parser."""
-    report = commands.add_parser("report", help="one HTML file with curves, law, dynamics, costs; needs no network")
+    _add_report(commands)
+    _add_frontier(commands)
+    _add_dashboard(commands)
+
+
+def _add_report(commands: Any) -> None:
+    told = "Write one HTML file with curves, law, dynamics and costs; it needs no network."
+    report = commands.add_parser("report", description=told)
     report.add_argument("source", help="a store, or anything else that `fit` reads")
     report.add_argument("--out", type=Path, default=Path("report.html"), help="default: %(default)s")
     report.add_argument("--sweep", metavar="NAME", help="of a store: only this sweep (`store ls` names them)")
     report.add_argument("--axis", choices=("total", "non_embedding"), default="total", help="which parameters count")
     report.add_argument("--metric", help="column to minimise (default: student_loss, or loss in foreign tables)")
     report.set_defaults(run=run_report)
-    board = commands.add_parser("dashboard", help="a W&B workspace for the runs of a project")
+
+
+def _add_frontier(commands: Any) -> None:
+    told = "Draw score against training compute, with the published models."
+    frontier = commands.add_parser("frontier", description=told)
+    frontier.add_argument("source", nargs="?", help="as for fit; without it, the published models alone")
+    frontier.add_argument("--metric", default="average", help="a benchmark or recorded column (default: %(default)s)")
+    frontier.add_argument("--compute", default="distillation", help="student, distillation (default) or total")
+    frontier.add_argument("--out", type=Path, help="stem of the .png, .svg and .csv; without it, only text")
+    frontier.set_defaults(run=run_frontier)
+
+
+def _add_dashboard(commands: Any) -> None:
+    board = commands.add_parser("dashboard", description="Make a W&B workspace for the runs of a project.")
     board.add_argument("project", metavar="ENTITY/PROJECT")
     board.add_argument("--sweep", metavar="NAME", help="only the runs of this sweep")
     board.add_argument("--out", type=Path, help="write the workspace as JSON; W&B is not asked")
     board.set_defaults(run=run_dashboard)
-    sync = commands.add_parser("sync", help="upload to W&B what was tracked offline")
-    sync.add_argument("store", nargs="?", default=default_store(), help="default: %(default)s")
-    sync.add_argument("--limit", type=float, default=SYNC_S, metavar="SECONDS", help="give up then (%(default)s)")
-    sync.add_argument("--entity", help="another than the runs were made for")
-    sync.add_argument("--project", help="another than the runs were made for")
-    sync.set_defaults(run=run_sync)
 
 
 def run_report(given: argparse.Namespace) -> int:
@@ -42,29 +51,31 @@ def run_report(given: argparse.Namespace) -> int:
     return 0
 
 
+def run_frontier(given: argparse.Namespace) -> int:
+    """Prints the points of the figure, cheapest first, and writes it if asked."""
+    from capacity_gap import records
+    from capacity_gap.cell.outdated import without_outdated
+    from capacity_gap.report.frontier import better_up, frontier_points, plot_frontier
+    from capacity_gap.report.plots import save_figure
+
+    frame, stale = without_outdated(records.load(given.source), given.source) if given.source else (None, [])
+    points, notes = frontier_points(frame, given.metric, given.compute)
+    points = points.sort_values("flops")
+    print(points.to_string(index=False, float_format="{:.4g}".format))
+    for note in (*stale, *notes):
+        print(f"note: {note}.")
+    if given.out:
+        up = better_up(frame, given.metric)
+        drawn = plot_frontier(points, given.metric, given.compute, higher_is_better=up)
+        files = save_figure(drawn, given.out)
+        points.to_csv(given.out.with_suffix(".csv"), index=False)
+        print("\nwritten: " + ", ".join(map(str, [*files, given.out.with_suffix(".csv")])))
+    return 0
+
+
 def run_dashboard(given: argparse.Namespace) -> int:
     """Saves the workspace to W&B, or to a file."""
     from capacity_gap.report.dashboard import dashboard, save
 
     print(f"written: {save(dashboard(given.project, sweep=given.sweep), given.out)}")
     return 0
-
-
-def run_sync(given: argparse.Namespace) -> int:
-    """Uploads the offline runs that have ended; 1 if some of them are left."""
-    from capacity_gap.records.wandb_rows import connect
-    from capacity_gap.store.contents import open_store
-    from capacity_gap.tracking.wandb_api import sync
-    from capacity_gap.tracking.wandb_runs import ended, run_folders
-
-    folder = open_store(given.store).root / "wandb"
-    connect()
-    sent, left = sync(folder, limit_s=given.limit, entity=given.entity, project=given.project)
-    print(f"{sent} runs uploaded, {left} left in {folder}.", file=sys.stderr if left else sys.stdout)
-    waiting = run_folders(folder)
-    if still := len(waiting) - len(ended(waiting)):
-        print(
-            f"{still} runs have not ended: sync again when they have. One whose process died gives way to a new one "
-            "when its cell is run again."
-        )
-    return 1 if left else 0

@@ -1,10 +1,11 @@
-"""`python -m capacity_gap store ACTION`: what is printed of a store, and what is done to it."""
+"""The commands `store ACTION` and `sync`: what is printed of a store, done to it, and uploaded from it."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from capacity_gap.cell.config import default_store
+from capacity_gap.settings.places import default_store
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -12,12 +13,19 @@ if TYPE_CHECKING:
     from capacity_gap.store.stage import Store
     from capacity_gap.store.verify import Verified
 
+SYNC_S = 600
 SHOWN = 3  # commands that are shown to make damaged stages again
 
 
 def add(commands: Any) -> None:
-    """Adds the command and its actions to the command line's parser."""
-    store = commands.add_parser("store", help="what is in a store, what it is for, what can go, what is damaged")
+    """Adds the two commands to the command line's parser."""
+    _add_store(commands)
+    _add_sync(commands)
+
+
+def _add_store(commands: Any) -> None:
+    told = "Say what is in a store, what can go and what is damaged, and mend it."
+    store = commands.add_parser("store", description=told)
     actions = store.add_subparsers(dest="action", required=True, metavar="ACTION")
     _action(actions, "ls", _ls, "cells and size of each sweep")
     _action(actions, "du", _du, "size by kind of stage")
@@ -29,6 +37,15 @@ def add(commands: Any) -> None:
     forget.add_argument(
         "--failed", nargs="?", const="", required=True, metavar="SWEEP", help="those of one sweep, or of all"
     )
+
+
+def _add_sync(commands: Any) -> None:
+    sync = commands.add_parser("sync", description="Upload to W&B what was tracked offline.")
+    sync.add_argument("store", nargs="?", default=default_store(), help="default: %(default)s")
+    sync.add_argument("--limit", type=float, default=SYNC_S, metavar="SECONDS", help="give up then (%(default)s)")
+    sync.add_argument("--entity", help="another than the runs were made for")
+    sync.add_argument("--project", help="another than the runs were made for")
+    sync.set_defaults(run=run_sync)
 
 
 def _action(actions: Any, name: str, run: Any, does: str) -> argparse.ArgumentParser:
@@ -123,3 +140,23 @@ def _forget(store: "Store", given: argparse.Namespace) -> int:
         print(f"forgotten: {name}")
     print(f"{len(names)} failed cells forgotten.")
     return 0
+
+
+def run_sync(given: argparse.Namespace) -> int:
+    """Uploads the offline runs that have ended; 1 if some of them are left."""
+    from capacity_gap.records.wandb_rows import connect
+    from capacity_gap.store.contents import open_store
+    from capacity_gap.tracking.wandb_api import sync
+    from capacity_gap.tracking.wandb_runs import ended, run_folders
+
+    folder = open_store(given.store).root / "wandb"
+    connect()
+    sent, left = sync(folder, limit_s=given.limit, entity=given.entity, project=given.project)
+    print(f"{sent} runs uploaded, {left} left in {folder}.", file=sys.stderr if left else sys.stdout)
+    waiting = run_folders(folder)
+    if still := len(waiting) - len(ended(waiting)):
+        print(
+            f"{still} runs have not ended: sync again when they have. One whose process died gives way to a new one "
+            "when its cell is run again."
+        )
+    return 1 if left else 0

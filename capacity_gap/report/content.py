@@ -26,6 +26,7 @@ from capacity_gap.records.tables import numbers
 from capacity_gap.report.plots import LOSSES
 from capacity_gap.report.products import products
 from capacity_gap.settings.errors import Damaged
+from capacity_gap.settings.places import RUN_WORDS, TOOL_WORDS
 from capacity_gap.settings.scales import short_scale
 from capacity_gap.store.contents import open_store, sweeps
 from capacity_gap.store.files import is_store, name_left_out, read_all
@@ -264,8 +265,8 @@ def commands(name: str, cells: Iterable[Mapping[str, Any]]) -> list[str]:
         for product in products(keys, list(values)):
             words = [f"{k}={','.join(v)}" for k, v in zip(keys, product, strict=True)]
             words.sort(key=lambda word: not word.startswith("+sweeps="))
-            found.append(shlex.join(["python", "run.py", "-m", *words]))
-    return [*found, shlex.join(["python", "-m", "capacity_gap", "report", "store", "--sweep", name])]
+            found.append(shlex.join([*RUN_WORDS, "-m", *words]))
+    return [*found, shlex.join([*TOOL_WORDS, "report", "store", "--sweep", name])]
 
 
 def causes(failed: pd.DataFrame) -> list[tuple[str, int, str]]:

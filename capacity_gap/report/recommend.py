@@ -21,10 +21,11 @@ from capacity_gap.models.ladders import Family, Shape
 from capacity_gap.pruning.common_shape import common_shape
 from capacity_gap.pruning.shape import TOLERANCE, choose_shape, sized, unfit
 from capacity_gap.settings.errors import ConfigError, UserError
+from capacity_gap.settings.places import RESULTS
 from capacity_gap.settings.scales import format_scale
 
 ADVICE = {"bounds": "No rung is recommended: nothing was established. Who must choose takes"}
-PUBLISHED_FIT = Path(__file__).resolve().parents[2] / "results" / "pico" / "law.json"
+PUBLISHED_FIT = RESULTS / "pico" / "law.json"
 DRAWS = 4000  # where a law brings none of its own
 Z = 1.96
 

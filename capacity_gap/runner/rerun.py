@@ -5,18 +5,20 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
+from capacity_gap.settings.places import RUN_WORDS
+
 PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_/.-]*")  # what Hydra's grammar reads as it stands
 DROPPED = ("hydra", "store=", "only=", "plan=", "sweep=")  # how it was run, and what it joins only if asked
 WORDS = ("null", "true", "false", "inf", "nan")  # what it would read as something else
 
 
 def command(overrides: Iterable[str], store: Path, *more: str) -> str:
-    """`python run.py …` for the cell that these overrides made, in the same store.
+    """`python run.py …` (`capacity-gap run …` from a wheel) for the cell that these overrides made, in the same store.
 
     The overrides were read by Hydra once and so are spelt for it; only the store's path is a plain text.
     """
     kept = [o for o in overrides if not o.startswith(DROPPED)]
-    return shlex.join(["python", "run.py", *kept, f"store={quoted(str(store))}", *more])
+    return shlex.join([*RUN_WORDS, *kept, f"store={quoted(str(store))}", *more])
 
 
 def quoted(text: str) -> str:

@@ -12,14 +12,17 @@ import sys
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from capacity_gap.settings.errors import Busy, Damaged, Stopped, UserError
 from capacity_gap.store.files import read_json, write_json
 from capacity_gap.store.stage import Store
+
+if TYPE_CHECKING:
+    from capacity_gap.cell.config import RunConfig
 
 POLL_S = 0.2
 STOPPED = (129, 130, 143)  # exit statuses of a worker that was asked to end
@@ -72,6 +75,11 @@ class Jobs:
         if found is None:
             return None  # the grid asks the store, and takes it for dead if it holds nothing
         return KINDS[found["kind"]](found["message"]) if found["kind"] in KINDS else found["message"]
+
+
+def handed_out(config: "RunConfig") -> dict[str, Any]:
+    """The settings of a job, with its store's own path: a worker may have another working directory."""
+    return {**asdict(config), "store": str(config.store_path)}
 
 
 def run_job(settings: Mapping[str, Any]) -> tuple[str, str]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from capacity_gap.runtime.ranks import Ranks
 from capacity_gap.settings.errors import ConfigError, Lost
+from capacity_gap.settings.places import IN_CHECKOUT, ROOT
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 STOPPING = (*ENDING, signal.SIGUSR2)
@@ -297,10 +298,11 @@ def versions() -> dict[str, str]:
 @functools.cache
 def git_commit() -> str | None:
     """The commit of the source tree, with `+` if it was changed since; None outside a git checkout."""
-    here = Path(__file__).parent
+    if not IN_CHECKOUT:
+        return None  # whatever repository holds the environment, it is not ours
     try:
-        commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=here, stderr=subprocess.DEVNULL, text=True)
-        changed = subprocess.check_output(["git", "status", "--porcelain", "-uno"], cwd=here, text=True)
+        commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, stderr=subprocess.DEVNULL, text=True)
+        changed = subprocess.check_output(["git", "status", "--porcelain", "-uno"], cwd=ROOT, text=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit.strip() + ("+" if changed.strip() else "")

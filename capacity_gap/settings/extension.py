@@ -63,6 +63,11 @@ def _tell_children(folder: str) -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join([*path, folder])
 
 
+def environment() -> dict[str, str]:
+    """The variables that a worker needs to load the same modules; none where none is named."""
+    return {name: os.environ[name] for name in (VARIABLE, "PYTHONPATH")} if named() else {}
+
+
 def load_named_on(arguments: Sequence[str]) -> None:
     """Loads what the environment and the `extend=` among command-line overrides name."""
     names: list[str] = []

@@ -68,6 +68,7 @@ class Registry(Mapping[str, T]):
         Raises:
             ConfigError: the name is taken, or a trait is not one that entries of this kind have.
         """
+        self._check(name, traits)
 
         def add(value: T) -> T:
             self.add(name, value, version=version, **traits)
@@ -77,16 +78,19 @@ class Registry(Mapping[str, T]):
 
     def add(self, name: str, value: T, *, version: int = 1, **traits: Any) -> None:
         """What `register` does, for a value that is neither a function nor a class."""
-        if unknown := traits.keys() - self.traits.keys():
-            raise ConfigError(
-                f"the {self.kind} {name!r} is registered with {', '.join(sorted(unknown))}. "
-                f"Allowed: {', '.join(self.traits) or 'nothing but a version'}."
-            )
+        self._check(name, traits)
         module = getattr(value, "__module__", PACKAGE) if callable(value) else PACKAGE
         taken = self._entries.get(name)
         if taken and (taken.module != module or (not callable(value) and taken.value != value)):
             raise ConfigError(f"there is a {self.kind} {name!r} already, of {taken.module}. Name yours otherwise.")
         self._entries[name] = Entry(name, value, module, version, self.traits | traits)
+
+    def _check(self, name: str, traits: Mapping[str, Any]) -> None:
+        if unknown := traits.keys() - self.traits.keys():
+            raise ConfigError(
+                f"the {self.kind} {name!r} is registered with {', '.join(sorted(unknown))}. "
+                f"Allowed: {', '.join(self.traits) or 'nothing but a version'}."
+            )
 
     def entry(self, name: str) -> Entry[T]:
         """The whole entry.

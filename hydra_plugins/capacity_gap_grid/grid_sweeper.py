@@ -89,6 +89,7 @@ class GridSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Runs the grid; the exit status is 1 if a cell failed."""
         from capacity_gap.runner.grid import Job, check_grid, run_grid
+        from capacity_gap.settings.places import run_command
 
         assert self.config is not None and self.launcher is not None and self.hydra_context is not None
         parsed = OverridesParser.create(config_loader=self.hydra_context.config_loader).parse_overrides(
@@ -100,7 +101,7 @@ class GridSweeper(BasicSweeper):
         jobs = [Job(overrides, compose(overrides)) for overrides in cells]
         launcher = self.config.hydra.launcher
         if getattr(self.launcher, "detach", False):
-            self.launcher.submit_grid(sys.argv, check_grid(jobs).root)
+            self.launcher.submit_grid([*run_command(), *sys.argv[1:]], check_grid(jobs).root)
             return
         workers = launcher.get("n_jobs") or launcher.get("max_jobs") or 1
         batch, pool = self.max_batch_size, _is_joblib(launcher)

@@ -1,13 +1,13 @@
 """Makes `+sweeps=NAME` find the project's `sweeps/` folder from any working directory."""
 
-from pathlib import Path
-
 from hydra._internal.core_plugins import file_config_source
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-GROUP = "sweeps"
+from capacity_gap.settings.places import SWEEPS
+
+GROUP = SWEEPS.name
 
 
 class SweepsSource(file_config_source.FileConfigSource):
@@ -36,10 +36,9 @@ class SweepsSource(file_config_source.FileConfigSource):
 
 
 class SweepsPath(SearchPathPlugin):
-    """Adds the folder that holds `sweeps/`, beside the package, to Hydra's search path."""
+    """Adds the folder that holds `sweeps/` to Hydra's search path."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Appends the project's root; a relative path would silently find nothing from elsewhere."""
-        root = Path(__file__).resolve().parents[2]
-        if (root / GROUP).is_dir():
-            search_path.append(provider="capacity_gap", path=f"{SweepsSource.scheme()}://{root}")
+        """Appends that folder; a relative path would silently find nothing from elsewhere."""
+        if SWEEPS.is_dir():
+            search_path.append(provider="capacity_gap", path=f"{SweepsSource.scheme()}://{SWEEPS.parent}")

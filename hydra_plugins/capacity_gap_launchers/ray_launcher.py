@@ -1,7 +1,7 @@
 """hydra/launcher=ray: one wave of a grid as tasks of a Ray cluster, running or local. Imports no torch."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -37,8 +37,9 @@ class RayLauncher(Launcher):
         """Runs one wave; returns an outcome a job."""
         from capacity_gap.cell.config import from_hydra
         from capacity_gap.runner.stopping import noting_signals
-        from capacity_gap.runner.worker import Jobs, run_task
+        from capacity_gap.runner.worker import Jobs, handed_out, run_task
         from capacity_gap.settings.errors import ConfigError
+        from capacity_gap.settings.extension import environment
         from capacity_gap.store.stage import Store
 
         if self.settings.gpus > 1:
@@ -53,14 +54,16 @@ class RayLauncher(Launcher):
                 "hydra/launcher=ray needs ray, which is not installed. Run: pip install 'capacity_gap[ray]'."
             ) from error
         configs = [from_hydra(self.loader.load_sweep_config(self.config, list(o))) for o in job_overrides]
-        jobs = Jobs.hand_out(Store(configs[0].store_path), [asdict(c) for c in configs])
+        jobs = Jobs.hand_out(Store(configs[0].store_path), [handed_out(c) for c in configs])
         with noting_signals() as check:
             if not ray.is_initialized():
                 ray.init(address=self.settings.address, log_to_driver=False, include_dashboard=False)
             # A worker serves one task: models, threads and signal handlers of one cell never meet those of another.
             task = ray.remote(max_calls=1, max_retries=0)(run_task)
-            asked = {"num_cpus": self.settings.cpus or configs[0].train.threads, "num_gpus": self.settings.gpus}
-            running = {task.options(**asked).remote(asdict(c)): n for n, c in enumerate(configs)}
+            asked: dict[str, Any] = {"num_cpus": self.settings.cpus or configs[0].train.threads, "num_gpus": self.settings.gpus}
+            if variables := environment():
+                asked["runtime_env"] = {"env_vars": variables}
+            running = {task.options(**asked).remote(handed_out(c)): n for n, c in enumerate(configs)}
             try:
                 _note_outcomes(ray, running, jobs, check)
             except BaseException:

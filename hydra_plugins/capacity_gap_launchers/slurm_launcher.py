@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +124,12 @@ class SlurmLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
         """Runs one wave; returns an outcome a job."""
         from capacity_gap.cell.config import from_hydra
-        from capacity_gap.runner.worker import Jobs
+        from capacity_gap.runner.worker import Jobs, handed_out
         from capacity_gap.store.stage import Store
 
         self._check()
         configs = [from_hydra(self.loader.load_sweep_config(self.config, list(o))) for o in job_overrides]
-        jobs = Jobs.hand_out(Store(configs[0].store_path), [asdict(c) for c in configs])
+        jobs = Jobs.hand_out(Store(configs[0].store_path), [handed_out(c) for c in configs])
         packs = self._packs(jobs.count)
         threads = self.settings.cpus or configs[0].train.threads * max(1, self.settings.gpus)
         submitted = self._submit(jobs, packs, threads)
@@ -235,19 +235,18 @@ class SlurmLauncher(Launcher):
                     return
             time.sleep(self.settings.poll_s)
 
-    def submit_grid(self, arguments: Sequence[str], store: Path) -> None:
-        """Submits the whole command as a small CPU job, and says how to follow it."""
+    def submit_grid(self, command: Sequence[str], store: Path) -> None:
+        """Submits the whole command of the grid as a small CPU job, and says how to follow it."""
         self._check()
         s = self.settings
         folder = store / "jobs" / f"detached-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        command = [sys.executable, *arguments, "hydra.launcher.detach=false"]
         executor = self._executor(folder)
         executor.update_parameters(
             **self._site(partition=s.detach_partition or s.partition, time=s.detach_time_min),
             cpus_per_task=1,
             mem="4G",
         )
-        job = executor.submit(Detached(command))
+        job = executor.submit(Detached([*command, "hydra.launcher.detach=false"]))
         print(
             f"detached: Slurm job {job.job_id} runs the grid; its log is {job.paths.stdout}\n"
             f"follow it with `python -m capacity_gap status {store}`"

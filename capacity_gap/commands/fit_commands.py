@@ -1,0 +1,123 @@
+"""The commands `fit` and `recommend`: what a table of records says about teachers."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from capacity_gap.settings.errors import UserError
+
+
+def add(commands: Any) -> None:
+    """Adds the two commands to the command line's parser."""
+    _add_fit(commands)
+    _add_recommend(commands)
+
+
+def _add_fit(commands: Any) -> None:
+    told = "Locate each student's best teacher, fit the ratio law, and draw the curves."
+    fit = commands.add_parser("fit", description=told)
+    fit.add_argument("source", help="a store, a folder of CSV files, a .csv or a .parquet file")
+    fit.add_argument("--axis", choices=("total", "non_embedding"), default="total", help="which parameters are counted")
+    fit.add_argument("--metric", help="column to fit (default: student_loss, or loss in foreign tables)")
+    fit.add_argument("--by", help="columns that part curves, such as family,data_tokens (default: every setting)")
+    fit.add_argument(
+        "--method",
+        choices=("asymmetric", "quadratic", "local", "argmin"),
+        default="asymmetric",
+        help="how the optimum of a curve is found (default: %(default)s; argmin is the paper's)",
+    )
+    fit.add_argument("--sweep", metavar="NAME", help="of a store: only the cells of this sweep (`store ls` names them)")
+    fit.add_argument("--surface", action="store_true", help="also the additive loss surface (docs/surfaces.md)")
+    fit.add_argument("--out", type=Path, help="folder for law.json, optima.csv and the figures; without it, only text")
+    fit.set_defaults(run=run_fit)
+
+
+def _add_recommend(commands: Any) -> None:
+    told = "Say which rung of a ladder to take as the teacher, and how sure that is."
+    recommend = commands.add_parser("recommend", description=told)
+    recommend.add_argument("--student", required=True, help="total parameters, such as 1b")
+    recommend.add_argument("--family", required=True, help="the ladder, such as qwen2_5")
+    recommend.add_argument(
+        "--data", default="20x", help="distillation tokens, such as 10b, or 20x parameters (default)"
+    )
+    recommend.add_argument(
+        "--fit", type=Path, help="a law.json or surface.json of `fit` (default: the study's, results/pico)"
+    )
+    recommend.set_defaults(run=run_recommend)
+
+
+def run_fit(given: argparse.Namespace) -> int:
+    """Prints the summary of a fit, and writes its files if asked."""
+    from capacity_gap import records
+    from capacity_gap.cell.outdated import without_outdated
+    from capacity_gap.evaluate.task_scores import as_loss
+    from capacity_gap.fit.frame import BY, curves
+    from capacity_gap.fit.law import law_from
+    from capacity_gap.fit.optimum import locate
+
+    frame = _of_sweep(given.source, given.sweep) if given.sweep else records.load(given.source)
+    frame, stale = without_outdated(frame, given.source)
+    by = [c for c in given.by.split(",") if c] if given.by is not None else BY
+    frame, metric = as_loss(frame, given.metric)
+    try:
+        found, notes = curves(frame, metric=metric, axis=given.axis, by=by)
+        located = locate(found, method=given.method)
+    except ValueError as error:
+        raise UserError("; ".join([str(error), *stale])) from error
+    law = law_from(located, axis=given.axis, notes=[*stale, *notes])
+    print(law.summary())
+    surface = _surface(frame, given, metric) if given.surface else None
+    if given.out:
+        _write_fit(law, located, given.out, metric)
+        if surface is not None:
+            (given.out / "surface.json").write_text(surface.to_json() + "\n")
+    return 0
+
+
+def _surface(frame, given: argparse.Namespace, metric: str | None):  # type: ignore[no-untyped-def]
+    """The additive surface of runs of one kind, printed; None, and why, where there are several kinds."""
+    from capacity_gap.fit.fitting import fit_surface
+    from capacity_gap.fit.runs import mixed
+
+    if differ := mixed(frame):
+        print(f"\nno surface: the runs differ in {differ}. Fit a table of one kind.")
+        return None
+    surface = fit_surface(frame, metric=metric, axis=given.axis)
+    print("\n" + surface.summary())
+    return surface
+
+
+def _of_sweep(source: str, name: str):  # type: ignore[no-untyped-def]
+    """The records of one sweep's cells."""
+    from capacity_gap.records.load import sweep_frame
+    from capacity_gap.store.contents import open_store
+
+    return sweep_frame(open_store(source), name)
+
+
+def _write_fit(law, located, out: Path, metric: str | None) -> None:  # type: ignore[no-untyped-def]
+    import pandas as pd
+
+    from capacity_gap.report.plots import plot_curves, plot_law, save_figure
+
+    out.mkdir(parents=True, exist_ok=True)
+    law.save(out / "law.json")
+    pd.DataFrame([o.to_dict() for o in law.optima]).to_csv(out / "optima.csv", index=False)
+    located.residuals().to_csv(out / "residuals.csv", index=False, float_format="%.6g")
+    drawn = {"curves": plot_curves(located, metric=metric), "law": plot_law(law)}
+    figures = [path for name, figure in drawn.items() for path in save_figure(figure, out / name)]
+    tables = (out / "law.json", out / "optima.csv", out / "residuals.csv")
+    print("\nwritten: " + ", ".join(str(p) for p in (*tables, *figures)))
+
+
+def run_recommend(given: argparse.Namespace) -> int:
+    """Prints the ladder with what the fit says of each rung."""
+    from capacity_gap.models.ladders import family
+    from capacity_gap.report.recommend import read_fit, recommend
+    from capacity_gap.settings.scales import parse_scale, parse_tokens
+
+    ladder, student = family(given.family), parse_scale(given.student, key="--student")
+    tokens = parse_tokens(given.data, params=student, key="--data")
+    law, surface = read_fit(given.fit)
+    print(recommend(ladder, student, tokens, law, surface).summary())
+    return 0

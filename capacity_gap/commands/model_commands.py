@@ -1,0 +1,122 @@
+"""The commands about single models: `evaluate`, `compare`, `judge`, `export`, `fetch`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from capacity_gap.settings.errors import ConfigError
+from capacity_gap.settings.places import default_store
+
+
+def add(commands: Any) -> None:
+    """Adds the five commands to the command line's parser."""
+    _add_evaluate(commands)
+    _add_compare(commands)
+    _add_judge(commands)
+    _add_export(commands)
+    _add_fetch(commands)
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser("evaluate", description="Score any model on benchmarks, for tables of comparison.")
+    evaluate.add_argument("model", help="a model folder, or a repository of the hub")
+    evaluate.add_argument("--tasks", help="name or name:shots, with commas (default: the paper's, or the folder's)")
+    evaluate.add_argument("--task-folder", type=Path, help="task files of your own, or a suite of a store")
+    evaluate.add_argument("--tokenizer", help="where the model's tokenizer is, if not beside it")
+    evaluate.add_argument("--limit", type=int, help="only so many questions of each task")
+    evaluate.add_argument("--batch-size", type=int, default=8, help="sequences at once (default: %(default)s)")
+    evaluate.add_argument("--device", default="auto", help="default: %(default)s")
+    evaluate.add_argument("--dtype", default="fp32", help="fp32 (default) or bf16")
+    evaluate.add_argument("--allow-code-execution", action="store_true", help="let tasks run what the model writes")
+    evaluate.add_argument("--train-tokens", help="tokens it was trained on, such as 300b: its FLOPs go into the CSV")
+    evaluate.add_argument("--out", type=Path, help="CSV to which the scores are added (`compare` reads it)")
+    evaluate.set_defaults(run=run_evaluate)
+
+
+def _add_compare(commands: Any) -> None:
+    told = "Show models beside one another, from the tables of `evaluate --out`."
+    compare = commands.add_parser("compare", description=told)
+    compare.add_argument("tables", nargs="+", type=Path, help="CSV files of `evaluate --out`")
+    compare.add_argument("--out", type=Path, help="CSV: one row a model, columns metrics/<task> as records have")
+    compare.set_defaults(run=run_compare)
+
+
+def _add_judge(commands: Any) -> None:
+    told = "Let a model behind an OpenAI-compatible endpoint grade answers."
+    judge = commands.add_parser("judge", description=told)
+    judge.add_argument("answers", nargs="+", help="one (single grades) or two (pairs): model folders or answers .jsonl")
+    judge.add_argument("--endpoint", required=True, help="base URL, such as http://localhost:8000/v1")
+    judge.add_argument("--model", required=True, help="the judge's name there")
+    judge.add_argument("--out", type=Path, required=True, help="folder for answers, judgements (the cache) and summary")
+    judge.add_argument("--questions", type=Path, help="questions .jsonl of your own (default: those of this package)")
+    judge.add_argument("--key-env", default="OPENAI_API_KEY", help="variable that holds the key (default: %(default)s)")
+    judge.add_argument("--price", type=float, nargs=2, default=(0.0, 0.0), metavar=("IN", "OUT"), help="a million")
+    judge.add_argument("--max-tokens", type=int, default=512, help="of one judgement (default: %(default)s)")
+    judge.add_argument("--device", default="auto", help="where model folders answer (default: %(default)s)")
+    judge.add_argument("--yes", action="store_true", help="answer and ask the judge; without it only the cost is shown")
+    judge.set_defaults(run=run_judge)
+
+
+def _add_export(commands: Any) -> None:
+    told = "Write a cell's model to a folder: sharded safetensors, tokenizer, model card."
+    export = commands.add_parser("export", description=told)
+    export.add_argument("cell", help="the beginning of a recorded cell's digest (column `cell` of the records)")
+    export.add_argument("out", type=Path, help="a folder that is empty or not there yet")
+    export.add_argument("--store", default=default_store(), help="default: %(default)s")
+    export.add_argument("--shard", default="2GB", help="largest size of one file (default: %(default)s)")
+    export.set_defaults(run=run_export)
+
+
+def _add_fetch(commands: Any) -> None:
+    fetch = commands.add_parser("fetch", description="Download checkpoints for machines without a network.")
+    fetch.add_argument("what", nargs="+", help="repositories, or FAMILY:RUNG such as qwen2_5:1.5b")
+    fetch.set_defaults(run=run_fetch)
+
+
+def run_evaluate(given: argparse.Namespace) -> int:
+    """Prints a model's scores, and adds them to a table if asked."""
+    from capacity_gap.evaluate.other_models import score_other
+
+    return score_other(given)
+
+
+def run_compare(given: argparse.Namespace) -> int:
+    """Prints a table of comparison, and writes it if asked."""
+    from capacity_gap.evaluate.compare import compare
+
+    return compare(given.tables, given.out)
+
+
+def run_judge(given: argparse.Namespace) -> int:
+    """Shows what judging costs and, with --yes, does it."""
+    from capacity_gap.judge.verdicts import run
+
+    return run(given)
+
+
+def run_export(given: argparse.Namespace) -> int:
+    """Writes a cell's last model to a folder."""
+    from capacity_gap.export.student import export
+    from capacity_gap.store import contents
+
+    out = export(contents.open_store(given.store), given.cell, given.out, shard=given.shard)
+    print(f"{out}: " + ", ".join(sorted(p.name for p in out.iterdir())))
+    return 0
+
+
+def run_fetch(given: argparse.Namespace) -> int:
+    """Downloads checkpoints to the hub's cache."""
+    from capacity_gap.models.ladders import family
+
+    repositories = []
+    for what in given.what:
+        name, _, rung = what.partition(":")
+        ladder = family(name) if rung else None
+        if ladder and not ladder.published:
+            raise ConfigError(f"{what}: teachers of {name} are trained on the spot, there is nothing to fetch.")
+        repositories.append(ladder.published[ladder.rung(rung)] if ladder else what)
+    from capacity_gap.models.loading import fetch  # torch, only now that the names are known to be good
+
+    for repository in repositories:
+        print(f"{repository}: {fetch(repository)}", flush=True)
+    return 0
