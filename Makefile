@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Another torch build, for example a CUDA one: make demo TORCH_INDEX=<index of wheels>
 PIP_TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-all check bench evidence study-figures notebooks
+.PHONY: demo test test-all check bench docs evidence study-figures notebooks
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Name another with PYTHON=...") if sys.version_info < (3, 11) else 0'
@@ -59,6 +59,9 @@ evidence: $(VENV)/.installed  ## the long runs whose tables are in results/
 	$(BIN)/python run.py -m +sweeps=kd_vs_direct prune.init=random distill=default family.teacher_data=133k,1.2m
 	$(BIN)/python run.py -m +sweeps=kd_vs_direct prune.init=random distill=default distill.temperature=0.25,0.5,2,4
 	$(BIN)/python -m benchmarks.kd_vs_direct store
+
+docs: $(VENV)/.installed  ## the pages that are made from the code
+	$(BIN)/python -m capacity_gap settings --page > docs/settings.md
 
 study-figures: $(VENV)/.installed  ## every figure and number of the pico study, from results/pico
 	$(BIN)/python -m benchmarks.study figures

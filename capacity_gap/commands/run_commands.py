@@ -1,22 +1,26 @@
-"""The commands `init`, `run`, `plan` and `status`: starting cells and grids, and watching them."""
+"""The commands `init`, `run`, `settings`, `plan` and `status`: starting cells and grids, and watching them."""
 
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capacity_gap.settings.places import TOOL_WORDS, default_store
+from capacity_gap.settings.places import RUN_WORDS, TOOL_WORDS, default_store
 
 if TYPE_CHECKING:
     from capacity_gap.store.stage import Store
 
 
 def add(commands: Any) -> None:
-    """Adds the four commands to the command line's parser."""
+    """Adds the commands to the command line's parser."""
     _add_init(commands)
     run = commands.add_parser("run", description="Run one cell, or with -m a grid of them.", add_help=False)
     run.add_argument("overrides", nargs=argparse.REMAINDER)
     run.set_defaults(run=run_run)
+    told = "List every setting: what it is for, what it may be, where a record tells it."
+    listed = commands.add_parser("settings", description=told)
+    listed.add_argument("--page", action="store_true", help="as the Markdown page docs/settings.md")
+    listed.set_defaults(run=run_settings)
     plan = commands.add_parser("plan", description="Say what a grid would run and cost; it takes what `run -m` takes.")
     plan.add_argument("overrides", nargs=argparse.REMAINDER, help="such as +sweeps=quick, or student=60k,90k teacher=…")
     plan.set_defaults(run=run_plan)
@@ -54,6 +58,14 @@ def run_run(given: argparse.Namespace) -> int:
     from capacity_gap.commands.run import main
 
     return main(given.overrides)
+
+
+def run_settings(given: argparse.Namespace) -> int:
+    """Prints the help of `run`, or the page."""
+    from capacity_gap.commands.settings_help import settings_help, settings_page
+
+    print(settings_page() if given.page else settings_help(" ".join(RUN_WORDS)), end="")
+    return 0
 
 
 def run_plan(given: argparse.Namespace) -> int:

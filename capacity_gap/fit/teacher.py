@@ -1,6 +1,6 @@
 """What a loss surface says to do: which teacher, how to spend a budget, and whether to distil at all.
 
-FLOPs as in `accounting.py`: 6·N·D for training, 2·N·D for a forward pass, with N as the surface counts parameters.
+FLOPs as in `models/accounting.py`: 6·N·D for training, 2·N·D for a forward pass, N as the surface counts it.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Parameters, FLOPs and memory, each with its convention named. No torch: planning uses this file too.
 
-Conventions (DESIGN): a multiply-add is 2 FLOPs. Let N be the non-embedding parameters plus the output matrix (which
+Conventions: a multiply-add is 2 FLOPs. Let N be the non-embedding parameters plus the output matrix (which
 multiplies every token, tied or not; attention's quadratic part is left out). Then a forward pass costs 2·N per token
 and a training step 6·N per token (Kaplan et al. 2020, §2.1).
 """

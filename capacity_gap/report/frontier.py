@@ -1,7 +1,7 @@
 """Score against training compute: what was paid for what a model can do, with the published models and the Pareto line.
 
-Compute is counted by the conventions of `accounting.py`, for our records and for published models alike, in one of
-three ways: `student` (its own training: 6·N·D), `distillation` (and the teacher's forward passes: + 2·N_T·D), `total`
+Compute is counted as in `models/accounting.py`, for our records and for published models alike, in one of three ways:
+ `student` (its own training: 6·N·D), `distillation` (and the teacher's forward passes: + 2·N_T·D), `total`
 (and the training of the teacher that it comes from). A record that lacks a part of the count, as those of published
 teachers lack what their training cost, is left out and named: not known is not nothing.
 """

@@ -60,7 +60,8 @@ class RayLauncher(Launcher):
                 ray.init(address=self.settings.address, log_to_driver=False, include_dashboard=False)
             # A worker serves one task: models, threads and signal handlers of one cell never meet those of another.
             task = ray.remote(max_calls=1, max_retries=0)(run_task)
-            asked: dict[str, Any] = {"num_cpus": self.settings.cpus or configs[0].train.threads, "num_gpus": self.settings.gpus}
+            cpus = self.settings.cpus or configs[0].train.threads
+            asked: dict[str, Any] = {"num_cpus": cpus, "num_gpus": self.settings.gpus}
             if variables := environment():
                 asked["runtime_env"] = {"env_vars": variables}
             running = {task.options(**asked).remote(handed_out(c)): n for n, c in enumerate(configs)}
