@@ -69,7 +69,7 @@ COMMANDS = """
 def test_what_reads_a_store_needs_no_write_access(read_only, tiny_cell, tmp_path):
     cell = pipeline.resolve(tiny_cell).record.digest[:8]
     given = [line.split() for line in COMMANDS.format(store=read_only, out=tmp_path, cell=cell).strip().splitlines()]
-    status, said = run("-c", f"from capacity_gap.cli import main; print([main(words) for words in {given}])")
+    status, said = run("-c", f"from capacity_gap.commands.cli import main; print([main(words) for words in {given}])")
     assert status == 0, said
     assert said.splitlines()[-1] == str([0] * len(given)), said
 

@@ -314,7 +314,8 @@ def test_online_without_a_key_or_a_network_goes_on_offline(tiny, tmp_path, key):
 @pytest.mark.slow
 def test_a_silent_server_costs_little_time(tmp_path):
     code = (
-        "import sys, time, wandb; from capacity_gap import tracking; from capacity_gap.config import TrackingConfig\n"
+        "import sys, time, wandb; from capacity_gap.tracking import wandb_runs\n"
+        "from capacity_gap.tracking.tracking_config import TrackingConfig\n"
         "from pathlib import Path; t = time.monotonic()\n"
         "run = wandb_runs.open_run(TrackingConfig(mode='online'), Path(sys.argv[1]), id='x', name='x', config={})\n"
         "print(time.monotonic() - t, run.settings.mode)"
