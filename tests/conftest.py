@@ -1,5 +1,7 @@
 """A small real corpus, so that whole cells run in seconds: the first part of Python's own language reference."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -83,3 +85,21 @@ def run_py(*arguments, cwd=None, check=True, **environment):
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def run_here(*arguments, cwd):
+    """The same in this process, for what ends before any compute: starting Python takes longer than the rest."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    from capacity_gap.commands.run import main
+
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    try:
+        with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main(arguments)
+    except SystemExit as end:
+        status = end.code
+    finally:
+        sys.argv = argv
+        GlobalHydra.instance().clear()
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())

@@ -8,16 +8,17 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from capacity_gap.cell import pipeline
+from capacity_gap.cell.config import choices
 from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.settings.errors import ConfigError
-from tests.conftest import ROOT, compose, run_py
+from tests.conftest import ROOT, compose, run_here, run_py
 
 GROUPS = [
     f"{folder.name}={file.stem}"
     for folder in sorted((ROOT / "conf").iterdir())
     if folder.is_dir() and folder.name != "hydra"
     for file in sorted(folder.glob("*.yaml"))
-]
+] + [f"{group}={name}" for group, name, _ in choices()]
 
 
 @pytest.mark.parametrize("choice", GROUPS)
@@ -44,7 +45,8 @@ def test_every_config_composes(choice, text_file):
 
 @pytest.mark.parametrize("sweep", [f.stem for f in sorted((ROOT / "sweeps").glob("*.yaml"))])
 def test_every_sweep_plans_from_anywhere(sweep, tmp_path):
-    done = run_py("-m", f"+sweeps={sweep}", "plan=true", cwd=tmp_path)
+    done = run_here("-m", f"+sweeps={sweep}", "plan=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert "plan: " in done.stdout
     assert list(tmp_path.iterdir()) == []
 
@@ -62,7 +64,7 @@ BAD = [
     (["student=10"], "no student of 10 parameters"),
     (["data=-1"], "data=-1 cannot be read as a scale"),
     (["family.teacher_data=nope"], "family.teacher_data=nope cannot be read"),
-    (["train.batch_size=0"], "train.batch_size=0 is out of range. Allowed: more than zero"),
+    (["train.batch_size=0"], "train.batch_size=0 is out of range. Allowed: 1 or more"),
     (["train.batch_size=x"], "train.batch_size=x has the wrong type: it should be a whole number"),
     (["train.learning_rate=-1"], "train.learning_rate=-1.0 is out of range"),
     (["train.precision=fp8"], "train.precision='fp8' is not known. Allowed: fp32, bf16"),
@@ -122,7 +124,7 @@ def test_bad_input_is_one_clear_paragraph_and_writes_nothing(given, said, tmp_pa
         torch = pytest.importorskip("torch")
         if torch.cuda.is_available() or torch.xpu.is_available():
             pytest.skip("there is such a device here")
-    done = run_py(f"store={tmp_path / 'store'}", *given, cwd=tmp_path, check=False)
+    done = run_here(f"store={tmp_path / 'store'}", *given, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.startswith("error: ")
     assert said in done.stderr
@@ -132,7 +134,7 @@ def test_bad_input_is_one_clear_paragraph_and_writes_nothing(given, said, tmp_pa
 
 
 def test_a_grid_with_a_wrong_setting_starts_nothing(tmp_path):
-    done = run_py("-m", "student=60k,oops", f"store={tmp_path / 'store'}", cwd=tmp_path, check=False)
+    done = run_here("-m", "student=60k,oops", f"store={tmp_path / 'store'}", cwd=tmp_path)
     assert done.returncode == 2
     assert "student=oops cannot be read" in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -140,7 +142,7 @@ def test_a_grid_with_a_wrong_setting_starts_nothing(tmp_path):
 
 def test_a_plan_says_when_it_is_over_budget(tmp_path):
     for mode in ((), ("-m",)):
-        done = run_py(*mode, "plan=true", "budget_hours=1e-6", f"store={tmp_path / 'store'}", cwd=tmp_path, check=False)
+        done = run_here(*mode, "plan=true", "budget_hours=1e-6", f"store={tmp_path / 'store'}", cwd=tmp_path)
         assert done.returncode == 2
         assert "plan: 1 cells" in done.stdout
         assert "Nothing was started" in done.stderr
