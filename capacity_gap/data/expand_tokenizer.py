@@ -144,7 +144,7 @@ def expand_tokenizer(
 
 
 def _check_found(found: int, first: int, size: int) -> None:
-    """Rows that no token uses would count as parameters of teacher and student, and nothing would say so."""
+    """Refuses too few new tokens: rows that no token uses would count as parameters of teacher and student."""
     if not found:
         raise ConfigError(
             f"expand.vocab={size}: no token to add was found. The text, or the second tokenizer, holds no script but "
@@ -168,6 +168,7 @@ def check_expanded(old: Any, new: Any, added: Sequence[str], texts: Sequence[str
     if after != before | {token: first + i for i, token in enumerate(added)}:
         moved = sorted(token for token, i in before.items() if after.get(token) != i)[:5]
         raise StageError(f"{_CANNOT} tokens would not keep their ids, or not have one each, as {moved}.")
+    # Also inside text, because an added token that strips spaces beside it shows it there only.
     marks = [token for token in old.get_added_vocab() for token in (token, f"to {token}be{token} {token}")]
     for text in (*marks, *texts):
         was, now = (t(text, add_special_tokens=False)["input_ids"] for t in (old, new))
@@ -280,6 +281,7 @@ def _merge(runs: Counter[tuple[str, ...]], known: set[str], spelling: Spelling, 
         found.append(pair)
         known.add(pair[0] + pair[1])
         changed: set[Pair] = set()
+        # A word may have lost the pair since it was noted: it is then tallied again unchanged.
         for i in sorted(places[pair]):
             changed |= tally(i, -1)
             words[i] = _joined(words[i], pair)
@@ -312,6 +314,7 @@ def learn_pieces(tokenizer: Any, texts: Sequence[str], room: int) -> list[Additi
     fresh.normalizer, fresh.pre_tokenizer = (
         getattr(tokenizer.backend_tokenizer, part) for part in ("normalizer", "pre_tokenizer")
     )
+    # More pieces than `room`, because those that the tokenizer already has are dropped below.
     trainer = trainers.UnigramTrainer(
         vocab_size=room + len(known), show_progress=False, unk_token="<unk>", special_tokens=["<unk>"]
     )

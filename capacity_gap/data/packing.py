@@ -107,5 +107,6 @@ def subset(packed: Packed, tokens: int, *, epochs: int = 1, key: str = "data") -
 
 def order(sequences: np.ndarray, seed: int, *, epochs: int = 1) -> np.ndarray:
     """The order in which a run sees its sequences: a fresh shuffle for each pass, decided by `seed`."""
+    # PCG64 by name: numpy does not promise that `default_rng` will stay it.
     generator = np.random.Generator(np.random.PCG64(seed))
     return np.concatenate([generator.permutation(sequences) for _ in range(epochs)])

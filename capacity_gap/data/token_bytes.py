@@ -97,8 +97,10 @@ def kind_of(content: Content) -> Kind | None:
         prefixes=(any(s["type"] == "Prepend" for s in normalizer), any(map(_prefixes, cuts))),
         first=any(_scheme(s) == "first" for s in cuts),
     )
+    # With two such steps a character of the vocabulary no longer has one known length in bytes.
     if by_byte > 1 or len(marks) + by_byte > 1 or any(map(_prefixes, cuts[1:])):
         return None
+    # Without a mark a decoder may add spaces that the text did not have.
     if not (marks or by_byte) and (not joins or any(s["type"] not in _JOINING for s in joins)):
         return None
     kept = all(_keeps(s, kind.mark) for s in normalizer) and all(map(_cuts_only, cuts))

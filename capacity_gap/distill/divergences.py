@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     Divergence = Callable[["Softmax", "Softmax", float], tuple[Tensor, Tensor]]
 
-# `samples`: whether a sampled signal estimates it without bias. `skew`: the usual one, of a loss that has one.
+# `samples`: whether a sampled signal estimates it without bias. `skew`: the default of a loss that has one.
 LOSSES: Registry[Divergence] = Registry("loss", setting="distill.loss", traits={"samples": False, "skew": None})
 
 
@@ -67,6 +67,7 @@ def forward_kl(student: Softmax, teacher: Softmax, skew: float = 0.0) -> tuple[T
     del skew
     import torch
 
+    # Σ p = 1, so the log-normalisers leave the sum: no log-softmax of the vocabulary is formed.
     difference = torch.sub(teacher.logits, student.logits).mul_(teacher.probs)
     value = difference.sum(-1) - teacher.log_norm[:, 0] + student.log_norm[:, 0]
     return value, torch.sub(student.probs, teacher.probs, out=difference)
@@ -93,6 +94,7 @@ def jensen_shannon(student: Softmax, teacher: Softmax, skew: float = 0.5) -> tup
     mixed = Softmax.from_probs(skew * teacher.probs + (1 - skew) * student.probs).log_probs
     ours = student.log_probs - mixed
     value = skew * (teacher.probs * (teacher.log_probs - mixed)).sum(-1) + (1 - skew) * (student.probs * ours).sum(-1)
+    # Through m the slope is −(1 − β)·m/m, a constant, which `_by_logits` cancels.
     return value, _by_logits(student, (1 - skew) * ours)
 
 
@@ -102,6 +104,7 @@ def skewed_forward_kl(student: Softmax, teacher: Softmax, skew: float = 0.1) -> 
     mixed = skew * teacher.probs + (1 - skew) * student.probs
     log_mixed = Softmax.from_probs(mixed).log_probs
     value = (teacher.probs * (teacher.log_probs - log_mixed)).sum(-1)
+    # Where p and q both underflow this is 0/tiny, not 0/0.
     return value, _by_logits(student, -(1 - skew) * teacher.probs / mixed.clamp_min(_tiny(mixed)))
 
 
@@ -124,6 +127,7 @@ def total_variation(student: Softmax, teacher: Softmax, skew: float = 0.0) -> tu
 
 def _by_logits(student: Softmax, slope: Tensor) -> Tensor:
     """`q_i · (g_i − Σ_j q_j g_j)`."""
+    # A constant in g cancels (Σ q = 1), so callers leave out the 1 of d(q·log q)/dq = log q + 1.
     weighted = student.probs * slope
     return weighted - student.probs * weighted.sum(-1, keepdim=True)
 

@@ -59,12 +59,14 @@ def fused_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`((1 − w)·Σ CE + w·τ²·Σ KL) · scale` and its parts; the teacher's entropy is not among them."""
     weight_VD = weight_VD.to(hidden_ND.dtype)
+    # Liger forms gradients in its forward pass: at w = 1 those of CE would be multiplied by zero.
     with torch.set_grad_enabled(torch.is_grad_enabled() and kd_weight < 1):
         ce = cross_entropy()(weight_VD, hidden_ND, labels_N) * scale
     if teacher is None:
         return ce, {"ce": ce.detach()}
     count = (labels_N != IGNORE).sum()
     theirs = (teacher[0], teacher[1].to(teacher[0].dtype))
+    # Liger's mean is over this micro-batch; the loss is divided by the labels of the whole step (`scale`).
     kl = forward_kl(temperature)(hidden_ND, weight_VD, *theirs, labels_N) * count * scale
     parts = {"ce": ce.detach(), "kd": kl.detach(), "kl": kl.detach()}
     return (1 - kd_weight) * ce + kd_weight * tau_factor * kl, parts

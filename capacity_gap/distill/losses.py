@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 IGNORE = -100
 CHUNK_ELEMENTS = 2**17  # logits of one chunk (0.5 MB in fp32): they stay in a CPU's cache, measured fastest
 CHUNK_LIMIT = 2**22  # and never more logits than this (16 MB): a CPU pays for larger blocks in page faults
-DEVICE_ELEMENTS = 2**26  # on a GPU, which wants large products (256 MB in fp32; not measured)
+DEVICE_ELEMENTS = 2**26  # on a GPU, where large products are faster (256 MB in fp32; not measured)
 CHUNK_TOKENS = 128  # not fewer tokens than this below the limit, or the matrix products of a large vocabulary starve
 
 
@@ -75,6 +75,7 @@ def distill_loss(
         raise ValueError(f"a sampled signal serves {' and '.join(LOSSES.that(samples=True))} only, not {loss}")
     keep = (labels != IGNORE).flatten()
     count = float(keep.sum()) if label_count is None else float(label_count)
+    # Without a label that counts the loss is 0, not 0/0.
     scale = 0.0 if count == 0 else 1.0 / count
     teacher = _teacher(teacher_hidden, teacher_weight, signal, kd_weight, len(student_weight))
     student_hidden, student_weight = _autocast(student_hidden), _autocast(student_weight)
@@ -100,7 +101,7 @@ def distill_loss(
 def _teacher(
     hidden: Tensor | None, weight: Tensor | None, signal: SparseTargets | None, kd_weight: float, rows: int
 ) -> Any:
-    """What teaches: the signal, else hidden states [N, E] and the first `rows` of the output matrix; None at w = 0."""
+    """The teacher: the signal, else hidden states [N, E] and the first `rows` of the output matrix; None at w = 0."""
     if kd_weight <= 0:
         return None
     if signal is not None:
@@ -136,7 +137,9 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, labels_N, teacher, terms):
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+        # Gradients are formed here, while a chunk's logits exist: autograd would keep all logits [N, V] until backward.
         grad_hidden = torch.zeros_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        # Summed over chunks in fp32: in bf16 the terms of late chunks would round away.
         grad_weight = torch.zeros_like(weight_VD, dtype=wide) if ctx.needs_input_grad[1] else None
         sums = torch.zeros(4, dtype=wide, device=hidden_ND.device)
         parts = chunks(len(labels_N), weight_VD.shape[0], labels_N.device)
@@ -206,7 +209,7 @@ def _logits(hidden: Tensor, weight: Tensor, wide: torch.dtype, out: Tensor | Non
 
 
 def _targets(teacher: Any, part: slice, wide: torch.dtype, out: Tensor) -> Tensor | SparseTargets | None:
-    """What the teacher says of one chunk: logits [n, V], or a few values a token."""
+    """The teacher's targets for one chunk: logits [n, V], or a few values a token."""
     if teacher is None or isinstance(teacher, SparseTargets):
         return teacher and teacher.part(part)
     return _logits(teacher[0][part], teacher[1], wide, out)
@@ -217,6 +220,7 @@ def _chunk(
 ) -> tuple[Tensor, Tensor]:
     """Sums of CE, KD, KL and teacher entropy over one chunk, and the gradient of the loss by its logits [n, V]."""
     keep = (labels_n != IGNORE).to(logits_nV.dtype)
+    # −100 is no index: such rows read token 0, and `keep` takes them out.
     labels = labels_n.clamp_min(0)
     student = Softmax.of(logits_nV)
     ce = (student.cross_entropy(labels) * keep).sum()
@@ -226,13 +230,16 @@ def _chunk(
         tau = terms.temperature
         width = logits_nV.shape[1] if isinstance(targets, SparseTargets) else targets.shape[1]
         whole = tau == 1 and width == logits_nV.shape[1]
+        # `Softmax.of` has left the logits shifted by their maximum, which no softmax depends on.
         soft = student if whole else Softmax.of(logits_nV[:, :width] / tau)
         values, kl_values, entropies, kd_grad = _distance(soft, targets, terms)
         kd, kl, entropy = ((x * keep).sum() for x in (values, kl_values, entropies))
+    # ∂CE/∂z = q − onehot(y), written over q, which the distance above was the last to read.
     grad = student.probs
     grad.scatter_add_(1, labels[:, None], torch.full_like(labels, -1, dtype=grad.dtype)[:, None])
     if kd_grad is not None:
         grad.mul_(1 - terms.kd_weight)
+        # `kd_grad` is by z/τ, so the chain rule divides by τ; with τ² the factor is w·τ.
         grad[:, : kd_grad.shape[1]].add_(kd_grad, alpha=terms.kd_weight * terms.tau_factor / terms.temperature)
     return torch.stack((ce, kd, kl, entropy)), grad.mul_((keep * terms.scale)[:, None])
 

@@ -65,6 +65,7 @@ def write_signal(
     blocks = -(-len(order) // BLOCK)
     for block in range(blocks):
         if not _block(out, block, "entropy").exists():
+            # No two pairs of seed and block share a generator below 1,000,003 blocks.
             generator = torch.Generator(device=teacher.device).manual_seed(seed * 1_000_003 + block)
             indices = order[block * BLOCK : (block + 1) * BLOCK]
             parts = []

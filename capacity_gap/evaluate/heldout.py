@@ -20,7 +20,7 @@ class HeldOut:
     """
 
     loss: float  # nats per token
-    stderr: float | None  # None: one sequence says nothing of it
+    stderr: float | None  # None: a single sequence has no standard error
     bits_per_byte: float | None  # None: the bytes of some token are not known
     entropy: float  # of the model's own predictions, nats per token
     tokens: int
@@ -45,6 +45,7 @@ def held_out(model: Any, sequences: Any, *, tokens: int, batch_size: int, runtim
         runtime.report(start + len(batch), count, "sequences")
     per_sequence = torch.cat(losses).double()
     seen = count * labels
+    # Sequences are equally long, so the mean of their means is the mean over tokens.
     mean = float(per_sequence.mean())
     stderr = float(per_sequence.std() / math.sqrt(count)) if count > 1 else None
     bits = mean / math.log(2) * seen / n_bytes if n_bytes > 0 else None  # NaN is above nothing

@@ -56,6 +56,7 @@ class Problem:
 def huber(residual: Array, weights: Array, delta: float) -> Array:
     """F [B] = Σᵢ wᵢ·H_δ(rᵢ)/δ; infinite where a residual is not a number."""
     size = np.abs(residual)
+    # Both branches of H_δ in one expression: m·(|r| − ½m) with m = min(|r|, δ).
     inside = np.minimum(size, delta)
     total = np.einsum("bn,bn->b", weights, inside * (size - 0.5 * inside)) / delta
     return np.where(np.isfinite(total), total, np.inf)
@@ -134,7 +135,7 @@ class _State:
             good = np.isfinite(f) & (fall > 0)
             trust = np.where(good, fall / np.maximum(foretold, 1e-300), 0.0)
         small = tolerance * np.maximum(self.f, 1.0)
-        # Done: a step that damping did not shorten brought nothing, or the model promises nothing, or no step helps.
+        # Done: a step with little damping gained nothing, the predicted fall is negligible, or damping is at its limit.
         nothing = ~good & (np.abs(foretold) <= small)
         done = (good & (fall <= small) & (self.mu <= 10)) | nothing | (self.mu >= DAMPING[1])
         self.theta = np.where(good[:, None], trial, self.theta)
@@ -143,6 +144,7 @@ class _State:
             self.residual, self.slopes = residual, slopes
         else:
             self.residual[good], self.slopes[good] = residual[good], slopes[good]
+        # With factors of 10 every other step was rejected (docs/decisions.md).
         grown = np.where(trust > 0.75, self.mu / 3, np.where(trust > 0.25, self.mu, self.mu * 2))
         self.mu = np.clip(np.where(good, grown, self.mu * 4), *DAMPING)
         return done
@@ -170,6 +172,7 @@ class _State:
         pinned = ((self.theta <= p.lower) & (gradient > 0)) | ((self.theta >= p.upper) & (gradient < 0)) | ~p.free
         step = _solve(hessian, -gradient, ~pinned, self.mu)
         stop = np.clip(self.theta + step, p.lower, p.upper) - self.theta
+        # With clipping alone a third of the fits crept along their bounds (docs/decisions.md).
         crossing = (stop != step) & ~pinned & (np.abs(stop - step) > 1e-12)
         rows = np.flatnonzero(crossing.any(axis=1))
         if len(rows):
@@ -183,6 +186,7 @@ def _solve(hessian: Array, right: Array, moving: Array, mu: Array) -> Array:
     """Damped steps [B, p]; zero where a parameter does not move, or the system is not finite."""
     index = np.arange(hessian.shape[1])
     diagonal = hessian[:, index, index]
+    # A parameter without curvature, such as the exponent of a vanished term, must not make the matrix singular.
     floor = 1e-12 * diagonal.max(axis=1, keepdims=True) + 1e-300
     matrix = np.where(moving[:, :, None] & moving[:, None, :], hessian, 0.0)
     matrix[:, index, index] += np.where(moving, LEAST_SHIFT * mu[:, None] * diagonal + floor, 1.0)

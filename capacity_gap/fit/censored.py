@@ -33,6 +33,7 @@ def tobit(X: np.ndarray, y: np.ndarray, kind: np.ndarray, error: np.ndarray) -> 
         gradient = (score / error) @ X
         hessian = np.einsum("bc,cp,cq->bpq", curvature * weight, X, X) + 1e-9 * np.eye(X.shape[1])
         step = np.linalg.solve(hessian, gradient[..., None])[..., 0]
+        # Far in a censored tail the curvature is nearly zero, and a full Newton step overshoots.
         beta = beta + np.clip(step, -1.0, 1.0)
         if np.abs(step).max() < 1e-8:
             break
@@ -49,6 +50,7 @@ def _start(X: np.ndarray, y: np.ndarray, kind: np.ndarray, weight: np.ndarray) -
 def _derivatives(z: np.ndarray, kind: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """d log L/d(xβ/s) and −d²log L/d(xβ/s)² of each response at z = (y − xβ)/s."""
     side = np.where(kind == ABOVE, -z, z)  # log Φ(side) is the censored likelihood
+    # φ/Φ by logarithms: far in the tail both underflow, and their quotient would be 0/0.
     mills = np.exp(-0.5 * side**2 - 0.5 * np.log(2 * np.pi) - special.log_ndtr(side))
     score = np.where(kind == SEEN, z, np.where(kind == ABOVE, mills, -mills))
     return score, np.where(kind == SEEN, 1.0, mills * (mills + side))

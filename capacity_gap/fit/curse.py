@@ -1,11 +1,11 @@
 """The curse of capacity gap, tested: is the largest teacher worse than the best one? And does a larger student help?
 
 The loss of the largest teacher less that of the best is never negative, whatever the truth, because the best is chosen
-after the fact. Hsu's comparison with the best takes that into account: with d the 97.5 % quantile of the largest of
-(luck of the last − luck of teacher k) over k, in standard errors, `max_k(ℓ_last − ℓ_k ∓ d·se_k)` are the ends of a 95 %
-interval of the excess, and the curse is shown where its lower end is above zero. No form of the curve is assumed; but
-where each teacher was trained once and no curve could be fitted, seeds of the student alone say nothing of a teacher's
-luck.
+after the fact. Hsu's comparison with the best takes that into account: d is the 97.5 % quantile of the largest of
+(error of the last − error of teacher k) over k, in standard errors. Then `max_k(ℓ_last − ℓ_k ∓ d·se_k)` are the ends of
+a 95 % interval of the excess, and the curse is shown where its lower end is above zero. No form of the curve is
+assumed. But where each teacher was trained once and no curve could be fitted, seeds of the student alone do not
+identify the teacher-seed variance.
 """
 
 from collections.abc import Sequence
@@ -54,6 +54,7 @@ def _curse(located: Located, i: int, rng: np.random.Generator) -> Curse:
     gap = curve.loss[-1] - curve.loss[:-1]
     error = np.sqrt(variance[-1] + variance[:-1] + _size_variance(curve))
     luck = rng.standard_normal((DRAWS, K)) * np.sqrt(variance)
+    # One factor a draw: all teachers share the same estimate of the variance.
     scale = np.sqrt(noise.df / rng.chisquare(noise.df, DRAWS))[:, None]
     luck += size_draws([curve], (DRAWS, 1, K), rng)[:, 0]
     null = ((luck[:, -1:] - luck[:, :-1]) / error * scale).max(1)

@@ -47,7 +47,7 @@ def fit_surface(
         starts: of the 2,048 that are looked at, how many are run to the end.
         bootstraps: draws; 0 for none.
         cluster: a column, such as `teacher_params`, whose values are drawn as a whole: runs that share a teacher share
-            its luck.
+            its error.
         permutations: of teachers, for the null of surfaces that know a teacher; 0 for none.
         seed: of starts, draws and permutations.
     """
@@ -101,19 +101,20 @@ def _prepare(form: Form, runs: Runs, base: SurfaceFit | None, delta: float) -> _
 
 
 def _from_data(form: Form, runs: Runs, logs: Mapping[str, Array], centre: Mapping[str, float], box: Any) -> None:
-    """Fills in what only the data can say: E starts below the least loss, mu stays near the tested ratios."""
+    """Fills in bounds that depend on the data: E starts below the least loss, mu stays near the tested ratios."""
     lower, upper, low, high = box
     if "E" in form.parameters:
         high[form.index("E")] = runs.loss.min()
     if "mu" in form.parameters:
         i, ratio = form.index("mu"), logs["ratio"] - centre["ratio"]
+        # The centre may lie one span of ratios outside the data: a loss that only falls ends there, at the bound.
         width = max(np.ptp(ratio), 1.0)
         low[i], high[i] = ratio.min(), ratio.max()
         lower[i], upper[i] = low[i] - width, high[i] + width
 
 
 def _unidentified(form: Form, logs: Mapping[str, Array]) -> tuple[dict[str, float], tuple[str, ...]]:
-    """Parameters that these columns cannot speak of, what they are held at, and why."""
+    """Parameters that these columns do not identify, the values they are held at, and why."""
     holds: dict[str, float] = {}
     notes = []
     for column, parameters in form.alone.items():
@@ -205,6 +206,7 @@ def _bootstrap(task: _Task, minima: Minima, weights: Array) -> Minima:
     """The best minimum of each draw, from the two best minima of all runs."""
     tries = [
         minimise(task.problem, np.tile(theta, (len(weights), 1)), weights, tolerance=ROUGHLY)
+        # A draw may have its best minimum where all runs have their second.
         for theta in minima.theta[:2]
         if len(weights)
     ]
@@ -224,7 +226,7 @@ def _best_of(tries: Sequence[Minima]) -> Minima:
 def _null_p(task: _Task, minima: Minima, permutations: int, generator: np.random.Generator) -> float | None:
     """How often teachers dealt at random to the same losses are fitted as well as the real ones.
 
-    One random ranking of all teachers reorders every student's curve at once, so that the luck of one teacher, shared
+    One random ranking of all teachers reorders every student's curve at once, so that the error of one teacher, shared
     by all its students, is part of the null (docs/decisions.md, statuses before estimates). Real and dealt teachers are
     fitted from the same starts.
     """
@@ -238,6 +240,7 @@ def _null_p(task: _Task, minima: Minima, permutations: int, generator: np.random
     starts = _gap_starts(task, minima.theta[0]) if task.form.name == "additive" else list(minima.theta[:3])
     tries = [minimise(problem, np.tile(s, (len(dealt), 1)), weights, tolerance=ROUGHLY) for s in starts]
     value = _best_of(tries).value
+    # The slack counts ties, such as the identity permutation, against the claim.
     return float((1 + (value[1:] <= value[0] * (1 + 1e-9)).sum()) / (1 + permutations))
 
 
@@ -252,6 +255,7 @@ def _gap_starts(task: _Task, theta: Array) -> list[Array]:
     """The best fit, and parabolas of the same powers at the left, the middle and the right of the tested ratios."""
     c, k, mu = (task.form.index(name) for name in ("c", "k", "mu"))
     starts = [theta]
+    # From the real optimum alone permuted teachers would be fitted worse than real ones, and p would be too small.
     for share in (0.1, 0.5, 0.9):
         start = theta.copy()
         start[[c, k, mu]] = task.high[c] / 4, 0.0, task.low[mu] + share * (task.high[mu] - task.low[mu])
@@ -275,6 +279,7 @@ def _dealt(logs: Mapping[str, Array], teacher: Array, permutations: int, generat
 
 def _result(task: _Task, runs: Runs, minima: Minima, draws: Minima, null_p: float | None, axis: str) -> SurfaceFit:
     form, theta = task.form, minima.theta[0]
+    # `natural` gives the parameters in the order of θ: `free` and `_at_bound` are read by position.
     names = list(form.natural(minima.theta[:1], task.centre))
     parameters = {k: float(v[0]) for k, v in form.natural(minima.theta[:1], task.centre).items()}
     held = tuple(n for n, free in zip(names, task.problem.free, strict=True) if not free)

@@ -18,8 +18,8 @@ VANISHED = -700.0  # log of an amplitude that is held at nothing: exp(−700) �
 class Form:
     """One form. `parameters` are internal ones; `lower`, `upper` and the box of starts `low`, `high` belong to them.
 
-    NaN stands for what only the data can say: the least loss for E, the range of ratios for mu. `inputs` name the
-    columns it needs; `alone` the parameters that mean nothing where a column takes one value, and what holds them then.
+    NaN marks a bound that depends on the data: the least loss for E, the range of ratios for mu. `inputs` name the
+    columns it needs; `alone` those not identified where a column takes one value, and where they are held.
     """
 
     name: str
@@ -101,6 +101,7 @@ def distillation_loss(theta: Array, x: Columns, slopes: bool) -> tuple[Array, Ar
     gamma, f1 = np.exp(g), np.exp(log_f1)
     of_n, of_d = np.exp(a - alpha * n), np.exp(b - beta * d)
     log_sum = np.log(of_n + of_d)
+    # The floor keeps exp(−z) finite: exp(710) overflows.
     z = np.maximum((x["log_teacher_loss"] - own - log_d1) / f1, VANISHED)
     strength = np.exp(log_k + log_d1 / f1)  # c1·f1
     weight = strength * np.logaddexp(0.0, z)

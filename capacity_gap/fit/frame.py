@@ -18,8 +18,8 @@ AXES = {"total": "", "non_embedding": "_non_embedding"}
 USUAL = "as usual"
 SAME_SIZE = 0.03  # students within 3 % are one student where no nominal scale says so
 BY = parting_columns()  # where a table has them: cells that differ in one of them answer different questions
-# What usually follows from a student's size, or comes after what is fitted: it parts curves only where cells that agree
-# in everything else, seeds too, differ in it.
+# Settings that usually follow from a student's size, or act after the fitted loss is measured. They part curves only
+# where cells that agree in everything else, seeds too, differ in them.
 SETTINGS = tuple(c.name for c in columns().values() if c.parts_repeats)
 
 
@@ -101,7 +101,7 @@ def curves(
 
 
 def _as_usual(frame: pd.DataFrame) -> pd.DataFrame:
-    """`settings` of a record says nothing where all is as usual, which is a value like any other here."""
+    """Names an empty `settings` (all defaults), so that it parts curves as any other value does."""
     if "settings" not in frame or frame["settings"].isna().all():
         return frame
     return frame.assign(settings=frame["settings"].fillna(USUAL))
@@ -219,6 +219,7 @@ def _curve(key: dict, group: pd.DataFrame, student: str, teacher: str, column: s
     slope = group["_slope"].iloc[0] if "_slope" in group else None
     return Curve(
         key=key,
+        # A geometric mean, since all fits are in log scale.
         student_params=float(np.exp(np.log(group[student].astype(float)).mean())),
         teacher_params=loss.index.to_numpy(float),
         loss=loss.to_numpy(float),
@@ -236,7 +237,7 @@ TEACHER = ("family", "corpus", "teacher_data")
 
 
 def _clusters(frame: pd.DataFrame, teacher: str) -> pd.Series:
-    """A name for each teacher. Its luck is shared by all curves in which it appears, at whatever budget."""
+    """A name for each teacher, whose error is shared by all curves in which it appears, at every budget."""
     parts = [frame[c].astype(str) for c in TEACHER if c in frame]
     return sum((p + "/" for p in parts), pd.Series("", index=frame.index)) + frame[teacher].astype(str)
 

@@ -1,4 +1,4 @@
-"""The ratio law `N_T* = r·N_S` over the located optima, beside the null that could have made it up.
+"""The ratio law `N_T* = r·N_S` over the located optima, tested against a permutation null.
 
 A parabola through noise has a minimum somewhere, and on a grid of 1× to 8× that is at 2.9× on average: a ratio alone is
 no evidence. So a law is claimed only if at least three students have interior optima, *and* the curvature of the curves
@@ -101,6 +101,7 @@ def _estimated(located: Located, notes: Sequence[str], seed: int) -> dict[str, A
     """Everything that is claimed once a law is."""
     responses = Responses.of(located, [i for i, o in enumerate(located.optima) if o.status in NAMED])
     responses, said = without_bounds_alone(responses)
+    # Covariates leave at least as many optima to the ratio as a law needs students.
     Z, names, left = covariates(responses, room=max(0, int(responses.seen.sum()) - LEAST_STUDENTS))
     forms, proportional, power = forms_of(responses, Z, seed=seed)
     r, b = forms["proportional"].parameters["r"], forms["power"].parameters["b"] if power else None

@@ -136,7 +136,7 @@ def _claim(law: LawFit) -> str:
 
 
 def _doubts(law: LawFit) -> str:
-    """What speaks against one constant ratio."""
+    """The evidence against one constant ratio."""
     said = []
     if law.tests.get("b = 1", 1.0) < 0.05 and law.slope is not None:
         said.append(f"the ratio is no constant over students (exponent {law.slope:.2f})")

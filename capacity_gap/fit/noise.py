@@ -2,11 +2,11 @@
 
     mean loss of curve c under teacher k = f_c(x_k) + luck_k + misfit_ck + seeds_ck
 
-`luck_k` (variance τ²) is one trained teacher's and is shared by every curve it appears in; `misfit_ck` (γ²) belongs to
-one curve and teacher, and holds what the form cannot follow; `seeds_ck` (σ²/n) is what n replicates leave. σ² is known
-from replicates, τ² and γ² from the residuals by the method of moments: their sum of squares, and that of their sums
-over each teacher. Without replicates, σ² and γ² are one. Intervals that ignore τ² are too short: all students' optima
-move together with a teacher's luck.
+`luck_k` is one trained teacher's error, shared by every curve it appears in; its variance τ² is the teacher-seed
+variance. `misfit_ck` (γ²) belongs to one curve and teacher, and includes what the form cannot fit. `seeds_ck` (σ²/n) is
+the error of n replicates. σ² is known from replicates, τ² and γ² from the residuals by the method of moments: their sum
+of squares, and that of their sums over each teacher. Without replicates, σ² and γ² are one. Intervals that ignore τ²
+are too short, because a teacher's error moves all students' optima together.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Noise:
     own: np.ndarray  # [C, K] misfit and seeds of each mean
     run: float  # standard deviation of one run's loss, all causes together
     df: float
-    known: bool = True  # False where neither replicates nor residuals tell
+    known: bool = True  # False where neither replicates nor residuals identify them
 
     @property
     def variance(self) -> np.ndarray:
@@ -83,6 +83,7 @@ def _moments(R: np.ndarray, Z: np.ndarray, e: np.ndarray, D: np.ndarray) -> tupl
     if abs(np.linalg.det(system)) < 1e-9 * np.abs(system).max() ** 2:  # every teacher stands in one curve only
         return 0.0, max(0.0, right[0] / max(system[0, 1], 1e-12))
     scale = np.abs(system).max(1)
+    # Non-negative, because solving the moments exactly can give a negative variance.
     found, _ = optimize.nnls(system / scale[:, None], np.array(right) / scale)
     return float(found[0]), float(found[1])
 

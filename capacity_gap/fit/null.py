@@ -1,4 +1,4 @@
-"""What could have made up a law: chance, the outer rungs, or one bad teacher."""
+"""Checks of a law against chance, without the outer rungs, and without single teachers."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +15,7 @@ def null_p_value(found: Sequence[Curve], *, seed: int = 0, permutations: int = P
     """How often teachers dealt at random to the same losses give as much convexity as was seen.
 
     The statistic is the sum over curves of `max(0, c)²/Var(c)`, c the quadratic coefficient. One random ranking of all
-    teachers reorders every curve at once, so that one teacher's luck, shared by all students, is part of the null.
+    teachers reorders every curve at once, so that one teacher's error, shared by all students, is part of the null.
     """
     usable = [c for c in found if len(c.x) >= LEAST_TEACHERS]
     if not usable:
@@ -27,7 +27,9 @@ def null_p_value(found: Sequence[Curve], *, seed: int = 0, permutations: int = P
     for curve in usable:
         contrast = _curvature_contrast(curve)
         mine = ranks[:, np.searchsorted(teachers, curve.teacher_params)]
+        # Ranks among the curve's own teachers: one random ranking serves curves that lack some teachers.
         shuffled = np.argsort(np.argsort(mine, axis=1), axis=1)
+        # Var(c) is taken in proportion to the curve's own variance, which a permutation leaves as it is.
         scale = curve.loss.std() or 1.0
         seen += max(0.0, float(contrast @ curve.loss) / scale) ** 2
         drawn += np.maximum(0.0, curve.loss[shuffled] @ contrast / scale) ** 2
@@ -37,6 +39,7 @@ def null_p_value(found: Sequence[Curve], *, seed: int = 0, permutations: int = P
 def _curvature_contrast(curve: Curve) -> np.ndarray:
     """Unit vector v with `v·loss` the quadratic coefficient over its standard error at unit noise [K]."""
     u = curve.x - curve.x.mean()
+    # Orthogonal to constant and line, so that a trend alone counts as no convexity.
     q, _ = np.linalg.qr(np.stack([np.ones_like(u), u, u * u], axis=1))
     return q[:, 2] * np.sign(q[:, 2] @ (u * u))
 

@@ -1,4 +1,4 @@
-"""The optimum of each curve, with what the noise allows one to say about it.
+"""The optimum of each curve, and whether it can be told from noise.
 
 Every curve is fitted by the form of `valley.py`; the whole chain is then repeated on bootstrap draws whose errors have
 the components of `noise.py`, shared teachers included. An optimum is *interior* only if the slope is negative at the
@@ -20,7 +20,7 @@ from capacity_gap.fit.noise import Noise, components
 from capacity_gap.fit.sizes import size_draws
 from capacity_gap.fit.valley import LEAST_TEACHERS, METHODS, SHAPES, Design, Grid, Valley, near_the_best
 
-FLAT_NATS = 0.005  # differences below this matter to nobody, and are called flat even without noise
+FLAT_NATS = 0.005  # differences below this are too small to matter: flat even without noise
 BOOTSTRAPS = 1000
 SURE = 0.975  # share of the draws that must agree on the sign of a slope
 
@@ -157,6 +157,7 @@ def locate(
     betas = design.coefficients(drawn, shapes)
     best, draws = design.best(beta, np.array([shape]))[0], design.best(betas, shapes)
     if method == "argmin":
+        # Draws about the measured means, since the misfit of a form must not move the best tried teacher.
         best, draws = _argmin(design.grid, loss)[0], _argmin(design.grid, drawn - design.fitted(beta[0], shape) + loss)
     left, right = design.slopes(betas, shapes)
     falls, rises = (left < 0).mean(0), (right > 0).mean(0)
@@ -198,10 +199,12 @@ def _status(located: Located, i: int, gain: float) -> str:
     noise, curve = located.noise, located.found[i]
     used = slice(0, len(curve.x))
     weight = 1 / noise.variance[i, used]
+    # Only where a standard error is below a fifth of FLAT_NATS: with more noise, the F test decides.
     if gain < FLAT_NATS and 1 / weight.max() < FLAT_NATS**2 / 25:
         return "flat"
     fitted = located.design.fitted(located.beta, located.shape)[i, used]
     explained = float(weight @ (fitted - np.average(fitted, weights=weight)) ** 2)
+    # Two degrees of freedom, slope and bend: the mean is free.
     if stats.f.sf(explained / 2, 2, noise.df) > 0.05:
         return "flat"
     falls, rises = located.falls[i], located.rises[i]

@@ -74,9 +74,11 @@ class Responses:
         """The named curves' optima."""
         chosen = np.asarray(index, dtype=int)
         draws = located.best_draws[:, chosen]
+        # Half of the middle 68 %: one standard deviation, unmoved by draws that pile up at the grid's ends.
         spread = np.diff(np.quantile(draws, [0.16, 0.84], axis=0), axis=0)[0] / 2
         inside = _kind(located, chosen, located.best[chosen][None])[0] == SEEN
         typical = float(np.median(spread[inside])) if inside.any() else 0.1
+        # Draws of an optimum beyond the grid pile up at its end, so their own spread is too small.
         error = np.maximum(np.where(inside, spread, np.maximum(spread, typical)), 1e-4)
         students = np.log([located.found[i].student_params for i in chosen])
         return cls(located, chosen, students, located.best[chosen], draws, error)
@@ -138,6 +140,7 @@ def regress(responses: Responses, X: np.ndarray, offset: np.ndarray, *, seed: in
         rng, place = np.random.default_rng(seed), np.unique(students, return_inverse=True)[1]
         effect = rng.standard_normal((len(drawn), place.max() + 1))[:, place]  # one a student, at every budget
         spread = omega * np.sqrt(df / rng.chisquare(df, (len(drawn), 1))) * effect
+        # Bounds are not scattered: they lie where the grid ends.
         drawn = drawn + np.where(kinds == SEEN, spread, 0.0)
     return Fitted(beta, tobit(X, drawn, kinds, total), omega)
 
@@ -161,11 +164,11 @@ def independent(columns: np.ndarray, base: np.ndarray) -> list[int]:
 
 
 def covariates(responses: Responses, room: int) -> tuple[np.ndarray, list[str], list[str]]:
-    """Columns [C, P] for what varies between curves beyond the student, their names, and what found no room.
+    """Columns [C, P] for what varies between curves beyond the student, their names, and those left out.
 
     log data scale is centred, other columns are coded by deviation from their mean, so that the ratio is that of the
-    average setting. What the optima that were seen cannot tell from the student's size or from other covariates (tokens
-    in proportion to parameters, say) is left out.
+    average setting. A column that the seen optima do not separate from the student's size or from other covariates
+    (tokens in proportion to parameters) is left out.
     """
     seen, N = responses.seen, responses.log_student
     base = np.stack([np.ones_like(N), N], 1)
@@ -222,6 +225,7 @@ def forms_of(responses: Responses, Z: np.ndarray, *, seed: int) -> tuple[dict[st
     forms = {"proportional": Form("proportional", "N_T* = r·N_S", {"r": r}, off)}
     if np.ptp(N[responses.seen]) < 0.05 or len(set(responses.students[responses.seen])) < 3:
         return forms, proportional, None
+    # Centred at the mean of log N_S: else intercept and b would be nearly collinear.
     middle = N.mean()
     power = regress(responses, np.hstack([ones, (N - middle)[:, None], Z]), np.zeros_like(N), seed=seed)
     scale = np.clip(power.draws[:, 0] - power.draws[:, 1] * middle, -300, 300)
@@ -257,6 +261,7 @@ def affine(responses: Responses, Z: np.ndarray, proportional: Fitted) -> Form:
     part, z = responses.part(responses.seen), Z[responses.seen]
     n = np.exp(part.log_student)
     expected = np.exp(part.log_student + proportional.beta[0])
+    # Delta method: an error e of log N_T* is N_T*·e in parameters.
     weight = 1 / (expected * np.hypot(part.error, proportional.omega)) ** 2
     X = np.stack([np.ones_like(n), n], 1)
 

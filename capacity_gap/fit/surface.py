@@ -1,4 +1,4 @@
-"""A fitted loss surface: its parameters with their doubts, predictions under every bootstrap draw, and its text."""
+"""A fitted loss surface: its parameters with their intervals, predictions under every bootstrap draw, and its text."""
 
 import json
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ class SurfaceFit:
 
     `status`: `fitted`; `at_bound` (the parameters named in `at_bound` sit at the edge of what the fit allows, so read
     none of them as an estimate); `not_converged`; `too_few` (fewer runs than parameters, or nothing varies: no
-    parameters at all). `held` are parameters that these data cannot speak of; `null_p` the share of permuted teachers
+    parameters at all). `held` are parameters that these data do not identify; `null_p` the share of permuted teachers
     that fit as well (where the surface knows a teacher). `centre`, `theta` and `draws` are internal: logs about the
     data's middle.
     """
@@ -135,7 +135,7 @@ def _within(value: float, span: Pair) -> bool:
 
 
 def centred(inputs: Mapping[str, Array], centre: Mapping[str, float], base: SurfaceFit | None) -> dict[str, Array]:
-    """Columns as the forms want them: logs about their centres, and what the distillation law needs besides."""
+    """The input columns of the forms: logs about their centres, and those of the distillation law besides."""
     logs = log_columns(inputs)
     columns = {k: v - centre[k] for k, v in logs.items()}
     if base is not None:

@@ -1,4 +1,4 @@
-"""What a loss surface says to do: which teacher, how to spend a budget, and whether to distil at all.
+"""Decisions from a loss surface: which teacher, how to spend a budget, and whether to distil at all.
 
 FLOPs as in `models/accounting.py`: 6·N·D for training, 2·N·D for a forward pass, N as the surface counts it.
 """
@@ -12,7 +12,7 @@ from capacity_gap.fit.batched import Array
 from capacity_gap.fit.surface import SurfaceFit
 from capacity_gap.settings.errors import ConfigError, choose
 
-FLAT_NATS = 0.005  # differences below this matter to nobody
+FLAT_NATS = 0.005  # differences below this are too small to matter
 LEVEL = 0.05  # of the permutation null
 TAILS = (0.025, 0.975)
 POINTS = 401  # of the search over teachers
@@ -80,7 +80,7 @@ def _needs_teacher(surface: SurfaceFit) -> None:
 
 
 def searched(surface: SurfaceFit, student_params: float) -> tuple[float, float]:
-    """The teachers that the data can speak of: the tested ratios, or 1 to 1,000 times the student."""
+    """The range of teachers that the data cover: the tested ratios, or 1 to 1,000 times the student."""
     low, high = surface.span.get("ratio", (1.0, WIDEST))
     return low * student_params, high * student_params
 
@@ -93,7 +93,7 @@ def best_teacher(
     teachers: Teachers | None = None,
     teacher_range: tuple[float, float] | None = None,
 ) -> TeacherChoice:
-    """The teacher under which a surface predicts the least loss, with what its bootstraps say of it.
+    """The teacher under which a surface predicts the least loss, with its interval from the bootstraps.
 
     `interior` needs an optimum whose 95 % interval lies inside the range searched, on a surface whose teachers beat
     teachers dealt at random; else the status is an edge, or `flat`.
@@ -266,7 +266,7 @@ class _Budget:
         return teacher, trained, (self.flops - paid) / per_token
 
     def inputs(self, teacher: Array, trained: Array, tokens: Array) -> dict[str, Array]:
-        """As the surface wants them."""
+        """The surface's input columns."""
         third = self.teachers.inputs(self.surface, teacher, np.maximum(trained, 1.0))
         return {"student_params": np.full_like(teacher, self.student_params), "data_tokens": tokens, **third}
 
@@ -283,6 +283,7 @@ def _zoom(
 ) -> tuple[tuple[float, float], float]:
     """The least value over a box: a grid of 81 × 81, then smaller ones around the best point."""
     x, y, value = first[0], second[0], np.inf
+    # Grids, not gradients: losses are infinite where the teacher leaves no tokens for the student.
     boxes = [first, second]
     for _ in range(6):
         axes = [np.linspace(*b, 81 if b[1] > b[0] else 1) for b in boxes]

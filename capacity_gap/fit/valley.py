@@ -22,7 +22,7 @@ from capacity_gap.fit.frame import Curve
 LEAST_TEACHERS = 4  # three parameters through three points leave nothing to judge them by
 # κ times half the median span of the curves: at ±2 one end of the grid is stretched fifty times more than the other.
 SHAPES = tuple(np.linspace(-2, 2, 65))
-CLEAR = 0.0005  # level at which the gain of an asymmetric shape must exceed luck
+CLEAR = 0.0005  # level at which the gain of an asymmetric shape must be significant
 METHODS = ("asymmetric", "quadratic", "local", "argmin")
 CLOSE = 0.6  # `local`: the tricube window's half-width, as a share of the curve's span
 
@@ -85,6 +85,7 @@ def warp(x: np.ndarray, centre: np.ndarray | float, kappa: np.ndarray | float) -
     """w(x); for κ = 0 simply x − c."""
     u = np.asarray(x) - centre
     safe = np.where(np.asarray(kappa) == 0, 1.0, kappa)
+    # expm1, because e^{κu} − 1 loses its digits for small κu.
     return np.where(np.asarray(kappa) == 0, u, np.expm1(safe * u) / safe)
 
 
@@ -127,6 +128,7 @@ class Design:
     def held_out(self) -> np.ndarray:
         """Leave-one-teacher-out residuals as a linear map of the losses [Q, C, K, K]: e/(1 − h)."""
         own = np.einsum("qckk->qck", self.rest)
+        # 1 − h = 0 where the other teachers do not determine the fit.
         return self.rest / np.maximum(own, 1e-6)[..., None]
 
     def shape_of(self, loss: np.ndarray) -> np.ndarray:
@@ -141,6 +143,7 @@ class Design:
         error = np.stack([self._error(part, by_curve) for part in self.held_out], axis=1)  # [B, Q]
         plain = int(np.flatnonzero(self.kappas == 0)[0])
         used = self.weight > 0
+        # Three coefficients a curve, and one κ for all of them.
         df = max(1, int(used.sum()) - 3 * int(used.any(1).sum()) - 1)
         gain = 1 + stats.f.isf(CLEAR, 1, df) / df
         return np.where(error.min(1) * gain < error[:, plain], error.argmin(1), plain)

@@ -1,4 +1,4 @@
-"""Per architecture, which named axis each dimension of each parameter is: all that pruning needs to know of a model.
+"""Per architecture, which named axis each dimension of each parameter is: all that pruning needs of a model.
 
 An axis is one of `vocab`, `hidden`, `heads` (query heads × head_dim), `kv_heads` (key-value heads × head_dim), `qkv`
 (fused, all queries before all keys before all values), `qkv_by_head` (fused, head by head), `per_head` (one number a
@@ -67,10 +67,10 @@ def dims(config: Config) -> Dims:
 
 
 def config_with(config: Mapping[str, Any], sizes: Dims, stay: Sequence[int] | None = None) -> dict[str, Any]:
-    """A config.json like `config` with these sizes; head_dim is said where hidden does not imply it.
+    """A config.json like `config` with these sizes; head_dim is written where hidden does not imply it.
 
     `stay`: the numbers of the layers that stay, by default those in the middle. An encoder–decoder, whose stacks may
-    keep different ones, has no entries that speak of single layers.
+    keep different ones, has no entries for single layers.
     """
     table, old = architecture(config), dims(config)
     found = by_own_names(config)
@@ -95,6 +95,7 @@ def pattern_of(table: Architecture, name: str) -> tuple[str, int]:
     """The row of the table that parameter `name` belongs to, and its layer (0 outside the layers)."""
     if name in table.parameters:
         return name, 0
+    # The first number is the layer's: later ones, as in T5's `block.0.layer.1`, belong to the pattern.
     found = re.search(r"\.(\d+)\.", name)
     pattern = name.replace(found[0], ".{i}.", 1) if found else name
     if pattern not in table.parameters:
@@ -123,5 +124,5 @@ def count_params(config: Config, *, non_embedding: bool = False) -> int:
 
 
 def padded(vocab: int, multiple: int) -> int:
-    """`vocab` rounded up to a multiple: kernels and shards want round numbers of rows."""
+    """`vocab` rounded up to a multiple: kernels and shards are fastest with such numbers of rows."""
     return -(-vocab // multiple) * multiple

@@ -1,4 +1,4 @@
-"""What a config says of each layer by its number, and what becomes of it when layers go. Imports no torch."""
+"""Config entries for single layers, and how they change when layers are removed. Imports no torch."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,7 +24,7 @@ def of_kept_layers(config: Mapping[str, Any], layers_key: str, stay: Sequence[in
         stay: the numbers of the layers that stay.
 
     Raises:
-        ConfigError: layers go, and an entry speaks of single layers in a way that is not understood.
+        ConfigError: layers are removed, and the meaning of an entry for single layers is not known.
     """
     full = completed(config)
     layers = full[layers_key]
@@ -41,6 +41,7 @@ def of_kept_layers(config: Mapping[str, Any], layers_key: str, stay: Sequence[in
                 "layers would go: what it means afterwards is not known. Keep all layers: leave out prune.depth."
             )
         mine = [value[i] for i in stay]
+        # An entry that transformers assumes for the new depth anyway stays implicit.
         if key in config or mine != assumed.get(key):
             found[key] = mine
     kinds = full.get("layer_types") or []

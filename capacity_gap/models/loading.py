@@ -236,6 +236,7 @@ def save_model(model: Any, folder: Path, *, leads: bool = True) -> None:
     logging.disable_progress_bar()
     kept = dict(model.named_parameters()) | dict(model.named_buffers())  # tied ones once
     if any(isinstance(p, DTensor) for p in kept.values()):
+        # Gathering is collective: every rank takes part, though one alone saves.
         state = {name: whole(t).cpu() for name, t in model.state_dict().items() if name in kept}
         if leads:
             model.save_pretrained(folder, state_dict=state)
@@ -251,6 +252,7 @@ def hidden_states(model: Any, tokens: Tensor) -> Tensor:
     """
     if model.config.is_encoder_decoder:
         return _decoder_states(model, tokens)
+    # The base model alone: the loss applies the output matrix in chunks, so logits [B, T, V] never exist.
     return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
 
 

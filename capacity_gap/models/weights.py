@@ -1,7 +1,7 @@
 """Whether the files of a model folder hold just the weights that its config.json describes. Imports no torch.
 
-What transformers does not find it draws at random, and what it does not know it leaves out, with no more than a line
-in its log. Here both are errors, before anything is computed.
+transformers draws missing tensors at random and leaves unknown ones out, with one line in its log. Here both are
+errors, before anything is computed.
 """
 
 import json
@@ -57,6 +57,7 @@ class Stored:
         """Whether it holds neither NaN nor infinity."""
         import numpy as np
 
+        # On bits, since numpy has no bfloat16; `CHUNK` is a multiple of every word, so no number is split.
         words, ones = EXPONENTS[self.dtype]
         return not any(((np.frombuffer(part, words) & ones) == ones).any() for part in self.parts())
 

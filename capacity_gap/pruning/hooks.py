@@ -18,6 +18,7 @@ def mask_gradients(model: Any, table: Architecture, sizes: Dims, tokens: Tensor)
     maps = [model.get_submodule(name).weight for name in (*names["heads"], *names["neurons"])]
     with _residual_stream(model, table, sizes) as sites, torch.enable_grad():
         loss = lm_loss(model, tokens)
+    # `grad`, not `backward`: it writes no `.grad`, so the model stays as it was.
     grads = torch.autograd.grad(loss, [*maps, *sites])
     products = [(w.detach().float() * g.float()) for w, g in zip([*maps, *sites], grads, strict=True)]
     found = []
@@ -112,6 +113,7 @@ def norm_outputs(model: Any) -> Iterator[list[Tensor]]:
         if output.shape[-1] == hidden:
             found.append(output.detach().float().flatten(0, -2))
 
+    # Norms of queries and keys act within a head; where head_dim = hidden, width does not tell them apart.
     norms = [
         m
         for n, m in model.named_modules()

@@ -54,6 +54,7 @@ def expressive_scores(
     sums = zeros(table, sizes)
     for tokens in counted(batches, on_batch, "expressive"):
         queries, neurons, hidden = mask_gradients(model, table, sizes, tokens)
+        # One mask scales all queries of a unit, so their derivatives add before the absolute value is taken.
         heads = queries.unflatten(1, (sizes.kv_heads, -1)).sum(-1)
         for total, batch in zip(sums, (heads, neurons, hidden, queries), strict=True):
             total += batch.abs()
@@ -132,6 +133,7 @@ def movement_scores(
     for tokens in counted(batches, on_batch, "movement"):
         parameters = dict(named_weights(moved))
         for name, weight, grad in gradients(moved, tokens):
+            # w_t and ∂L_t/∂w are both from before this batch's update, as in eq. 4.
             sums.add(name, -weight.float() * grad.float())
             parameters[name].grad = grad
         optimizer.step()
@@ -236,6 +238,7 @@ def loss_increase(model: Any, batches: Iterable[Tensor]) -> Tensor:
     whole = _mean_loss(model, kept)
     rises = []
     for layer in layers:
+        # The layer runs and its output is replaced: no architecture has to be rebuilt without it.
         hook = layer.register_forward_hook(_passes_through, with_kwargs=True)
         try:
             rises.append(_mean_loss(model, kept) - whole)

@@ -21,7 +21,8 @@ from capacity_gap.settings.errors import ConfigError, ImpossibleCell, choose
 if TYPE_CHECKING:
     from capacity_gap.pruning.scores import Scores
 
-TOLERANCE = 0.005  # how far a student's size may be from what was asked for
+# 2 % of a pico student's parameters are worth 0.006 nats (docs/method.md §6), so 0.5 % about 0.0015.
+TOLERANCE = 0.005  # how far a student's size may be from the requested one
 POLICIES = ("local", "global", "fixed")
 FIXED_TOLERANCE = 0.03  # of a shape that the user names against the scale that the user names
 
@@ -92,7 +93,7 @@ def choose_shape(
 
 
 def fixed_shape(config: Config, given: str, target_params: int | None = None) -> Shape:
-    """The shape that `given` names, `layers x hidden x heads x neurons`, and if said `x key-value heads`.
+    """The shape that `given` names, `layers x hidden x heads x neurons`, optionally `x key-value heads`.
 
     Without them the teacher's groups of query heads stay, where the heads divide into such groups.
 
@@ -159,6 +160,7 @@ def _counts(scores: Any, mean: int, multiple: int) -> list[int]:
     layers, units = scores.shape
     ordered = scores.sort(dim=-1, descending=True).values[:, : units // multiple * multiple]
     blocks = ordered.reshape(layers, -1, multiple).mean(-1)
+    # The first block of each layer is given, so that none is left without neurons or heads.
     counts = [1] * layers
     ranked = sorted(((float(blocks[i, j]), i) for i in range(layers) for j in range(1, blocks.shape[1])), reverse=True)
     for _, layer in ranked[: layers * (mean // multiple) - layers]:
@@ -175,6 +177,7 @@ def shrink(table: Architecture, full: Dims, target: int, *, multiple: int, depth
         return _shape(table, full)
     found = list(_candidates(table, full, target, layers, multiple))
     if not found and count(table, full) < target:
+        # A teacher smaller than its student is a cell that a grid skips, not an error of its settings.
         raise ImpossibleCell(_no_shape(table, full, target, layers, multiple))
     if not found:
         raise ConfigError(_no_shape(table, full, target, layers, multiple))
@@ -185,6 +188,7 @@ def _candidates(table: Architecture, full: Dims, target: int, layers: int, multi
     for hidden in range(multiple, full.hidden + 1, multiple):
         for kv_heads in _head_counts(table, hidden, full):
             bare = full.with_units(hidden=hidden, kv_heads=kv_heads, neurons=0, layers=layers)
+            # Parameters are linear in the neurons, so the cost of one gives their number by a division.
             each = count(table, full.with_units(hidden=hidden, kv_heads=kv_heads, neurons=1, layers=layers))
             each -= count(table, bare)
             neurons = multiple * round((target - count(table, bare)) / each / multiple)
@@ -195,7 +199,7 @@ def _candidates(table: Architecture, full: Dims, target: int, layers: int, multi
 
 
 def _head_counts(table: Architecture, hidden: int, full: Dims) -> list[int]:
-    """Legal numbers of key-value heads: transformers wants hidden sizes to be multiples of the number of heads.
+    """Legal numbers of key-value heads: transformers requires hidden sizes that are multiples of the number of heads.
 
     Where hidden = heads × head_dim, only that number will do.
     """

@@ -25,8 +25,8 @@ from capacity_gap.pruning.shape import Shape, sized, unfit, with_rows
 from capacity_gap.settings.errors import ConfigError
 
 SHARDS = 48  # the student is written in shards of this part of the teacher's checkpoint (saving copies a shard once)
-LEAST_SHARD = 2**25
-BLOCK_NUMBERS = 2**23  # of a large tensor are read at once
+LEAST_SHARD = 2**25  # bytes, so that a small checkpoint is not cut into 48 files
+BLOCK_NUMBERS = 2**23  # numbers of a large tensor read at once: 32 MB in fp32
 Read = Callable[[str, Sequence[Tensor | None]], Tensor]
 UNITS = ("hidden", "embed", "neurons", "heads", "per_head", "kv_heads", "qkv", "qkv_by_head")
 
@@ -133,7 +133,7 @@ def stored_sizes(sizes: Dims, shape: Shape, table: Architecture) -> Dims:
         return sized(sizes, shape)
     heads = max(shape.layer_heads)
     while not table.square and shape.hidden % (heads * shape.group):
-        heads += 1  # transformers wants hidden sizes that the number of heads divides
+        heads += 1  # transformers requires a hidden size that the number of heads divides
     widest = sizes.with_units(
         hidden=shape.hidden,
         kv_heads=heads,
@@ -170,6 +170,7 @@ def prune(model: Any, scores: Scores, shape: Shape, *, layers: str = "symmetric"
 def _empty(model: Any, settings: dict[str, Any]) -> Any:
     """An untrained model of the student's sizes and the teacher's class and dtype."""
     config = type(model.config).from_dict(settings)
+    # These initial weights are all overwritten, and must not advance the caller's random state.
     with torch.random.fork_rng(devices=[]):
         return type(model)._from_config(
             config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
@@ -306,7 +307,7 @@ def _shards(
 
 
 class _Checkpoint:
-    """The tensors of a safetensors checkpoint by name; nothing is read before it is asked for."""
+    """The tensors of a safetensors checkpoint by name; each is read when `read` names it."""
 
     def __init__(self, folder: Path, table: Architecture) -> None:
         self.folder = folder

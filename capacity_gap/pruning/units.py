@@ -45,8 +45,10 @@ class UnitSums:
         elif axis == "neurons":
             self.neurons[rows] += line
         elif axis == "kv_heads":
+            # A unit is a key-value head with its queries: the rows of both add to it.
             self.heads[rows] += line.view(s.kv_heads, -1).sum(-1)
         elif axis in ("heads", "per_head", "qkv", "qkv_by_head"):
+            # In `qkv` a head's queries, keys and values lie a third of the axis apart.
             parts = line.view(3, s.heads, -1).sum(0) if axis == "qkv" else line.view(s.heads, -1)
             self.queries[rows] += parts.sum(-1)
             self.heads[rows] += parts.view(s.kv_heads, -1).sum(-1)

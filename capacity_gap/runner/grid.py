@@ -95,6 +95,7 @@ def run_grid(
     with explaining_full_disk(store.root, "the note of what is to run"):
         store.create()
         note_sweep(store, name, noted)
+    # A recorded cell runs again if a stage behind it was set aside as damaged.
     todo = {digest: c for digest, c in cells.items() if not store.is_sound(c[0].record) or store.lost(c[0].record)}
     for cell, _ in todo.values():
         failure_file(store, cell.record.key).unlink(missing_ok=True)
@@ -140,7 +141,7 @@ def _resolve(jobs: Sequence[Job], outcome: Outcome) -> dict[str, tuple[Cell, lis
 
 
 def _name(jobs: Sequence[Job]) -> str:
-    """What the grid is called in the store: its file in `sweeps/`, or a hash of what was asked for."""
+    """What the grid is called in the store: its file in `sweeps/`, or a hash of its overrides."""
     named = [o.partition("=")[2] for o in jobs[0].overrides if o.startswith("+sweeps=")]
     return named[0] if named else f"grid-{fingerprint([j.overrides for j in jobs])[:8]}"
 
@@ -172,7 +173,7 @@ def _launch_wave(wave: Wave, store: Store, launch: Launch, retries: int) -> dict
 
     A user's error is final. Whatever crashed or died is started again `retries` times. A worker that is killed can take
     a launcher's whole pool with it, and nobody can say which one it was: what had been started by then is suspect, and
-    is launched again alone, after all others. What another grid is at is waited for here, where waiting costs nothing.
+    is launched again alone, after all others. Other grids' stages are waited for here, where no device idles.
     """
     causes: dict[str, str] = {}
     deaths: Counter = Counter()
@@ -191,6 +192,7 @@ def _launch_wave(wave: Wave, store: Store, launch: Launch, retries: int) -> dict
                 del pending[stage.key]
             elif broken and len(jobs) > 1:
                 suspects |= {stage.key} if store.started(stage) else set()
+            # Busy is no failure, and where nothing was started the launcher failed, not the job.
             elif not isinstance(error, Busy) and not idle:
                 deaths[stage.key] += 1
                 if isinstance(error, UserError) or deaths[stage.key] > retries:
@@ -218,6 +220,7 @@ def _launch(launch: Launch, jobs: list[tuple[Stage, list[str]]]) -> tuple[list[E
         raise  # the launcher's own settings are wrong
     except Exception as error:
         return [None] * len(jobs), error
+    # Not `return_value`, which raises the error of one job and would hide the results of the others.
     values = [getattr(r, "_return_value", None) for r in returns]
     return [v if isinstance(v, Exception) else None for v in values], None
 

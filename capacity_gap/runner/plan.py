@@ -48,8 +48,10 @@ def speed(store: Store, *, throughput: float | None, on_gpu: bool, devices: int 
     fixed = _fixed(made)
     if throughput:
         return Speed(1 / throughput, 0.0, f"given: {throughput:.3g} FLOP/s a worker", fixed)
+    # The wall time of a resumed stage is that of its last part only.
     timed = [m for m in made if m["cost_flops"] > 0 and m.get("passes", 0) > 0 and not m.get("resumed", False)]
     if timed:
+        # A store may have moved between machines: the device of the latest stage counts.
         device = max(timed, key=lambda m: m["created"])["device"]
         timed = [m for m in timed if m["device"] == device]
         a, b = _fit(timed)
@@ -84,6 +86,7 @@ def _fit(timed: Sequence[dict[str, Any]]) -> tuple[float, float]:
 
     wall = np.array([max(m["wall_s"], 1e-3) for m in timed])
     terms = np.array([[m["cost_flops"], m["passes"]] for m in timed], dtype=float)
+    # FLOPs are larger than passes by orders of magnitude: unscaled, the system would be ill-conditioned.
     scale = terms.max(axis=0)
     found, _ = nnls(terms / scale / np.sqrt(wall)[:, None], np.sqrt(wall))
     return tuple(found / scale)
@@ -181,7 +184,7 @@ def make_plan(cells: Sequence["Cell"], store: Store, *, workers: int = 1) -> Pla
 
 
 def noted_cell(cell: "Cell", overrides: Sequence[str], pace: Speed) -> dict[str, Any]:
-    """What a store keeps of a cell that was asked for: its name, how, and its stages with their seconds."""
+    """What a store notes of a planned cell: its name, its overrides, and its stages with their seconds."""
     stages = {key: round(pace.seconds(stage), 3) for key, stage in closure(cell.record).items()}
     return {"name": cell.name, "overrides": list(overrides), "stages": stages}
 

@@ -38,6 +38,7 @@ class Asked:
         if again or not self.in_pool:
             raise Interrupted(number)
         self.stop_file.touch()
+        # A worker that never returns would keep joblib waiting for ever.
         watchdog = threading.Timer(GRACE_S, kill_children)
         watchdog.daemon = True
         watchdog.start()
@@ -46,7 +47,7 @@ class Asked:
         """A launcher of a pool in this machine: its workers are told, and it is waited for."""
 
         def launch_all(jobs: Sequence[Any], initial_job_idx: int) -> Sequence[Any]:
-            os.environ[STOP_FILE] = str(self.stop_file)  # only workers of a pool may pass signals over
+            os.environ[STOP_FILE] = str(self.stop_file)  # only workers of a pool may ignore signals
             self.in_pool = True
             self.pools += 1
             try:

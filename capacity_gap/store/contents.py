@@ -106,6 +106,7 @@ def note_sweep(store: Store, name: str, cells: dict[str, dict[str, Any]]) -> Non
     first = store.root / "sweeps" / f"{name.replace('/', '-')}.json"
     first.parent.mkdir(parents=True, exist_ok=True)
     parts = _parts(store, name)
+    # Several first starts may each draw an id; the smallest is the sweep's for all readers.
     own = min([part["id"] for part in parts if part.get("id")], default=uuid.uuid4().hex[:12])
     file = next((part["file"] for part in parts if part["cells"].keys() == cells.keys()), _note_file(first, cells))
     write_checked(file, {"name": name, "id": own, "cells": cells})
@@ -168,9 +169,9 @@ def sweeps_of(store: Store, record_key: str) -> list[str]:
 
 
 def forget_failed(store: Store, name: str | None = None) -> list[str]:
-    """Forgets the failed cells of one sweep, or of all: their failed records and that the sweep wanted them.
+    """Forgets the failed cells of one sweep, or of all: their failed records and their place in the sweep.
 
-    A cell that failed stays in other sweeps than `name`, and so does its record as long as one of them wants it.
+    A cell that failed stays in other sweeps than `name`, and so does its record as long as one of them contains it.
 
     Returns:
         The names of what was forgotten.
@@ -233,9 +234,9 @@ def disk_use(store: Store) -> list[tuple[str, int, int]]:
 
 
 def waste(store: Store) -> Iterator[Waste]:
-    """What can go, in the order in which it is least missed: dead work, cached signals, what no record needs.
+    """What can be deleted, the cheapest to lose first: dead work, cached signals, stages that no record needs.
 
-    Whatever an unfinished cell of a sweep needs stays, and so does what anybody at work reads.
+    Stages that an unfinished cell of a sweep needs stay, and so do those that running work reads.
     """
     found, known = entries(store), sweeps(store)
     unfinished = {
@@ -259,7 +260,7 @@ def waste(store: Store) -> Iterator[Waste]:
 
 
 def _dead_work(store: Store, unfinished: Collection[str]) -> Iterator[Waste]:
-    """Work that nobody is at and no unfinished cell goes on from; stray files and links."""
+    """Work without a live process that no unfinished cell goes on from; stray files and links."""
     for place in sorted(store.work.iterdir()) if store.work.is_dir() else ():
         if place.is_symlink() or not place.is_dir():
             yield Waste(place, size(place), "no work: a stray file or link")

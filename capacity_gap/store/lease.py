@@ -19,14 +19,14 @@ from types import TracebackType
 from capacity_gap.settings.errors import Busy
 
 BEAT_S = 5.0
-PATIENCE_S = 40.0
+PATIENCE_S = 40.0  # eight missed beats
 POLL_S = 0.5
 
 
 class Lease:
     """Held while a stage is computed. On entry either `owned` is true, or `done()` has become true while waiting.
 
-    With `waits=False` a stage that somebody else is at raises `Busy`: a job that holds a GPU must not idle.
+    With `waits=False` a stage that another process computes raises `Busy`: a job that holds a GPU must not idle.
     """
 
     def __init__(self, place: Path, done: Callable[[], bool], *, waits: bool = True, needs: Sequence[str] = ()) -> None:
@@ -44,6 +44,7 @@ class Lease:
     def __enter__(self) -> "Lease":
         while not self.done():
             if self._acquire():
+                # The last owner may have finished between our look and the lease.
                 self.owned = not self.done()
                 break
             self._wait_for_owner()
@@ -75,7 +76,7 @@ class Lease:
                 self.file.parent.rmdir()  # unless somebody's checkpoints are there
 
     def is_lost(self) -> bool:
-        """Whether another process has taken over: this one was stopped, and its heart did not beat."""
+        """Whether another process has taken over, because this one was stopped and missed its heartbeats."""
         return self._lost
 
     def _acquire(self) -> bool:
@@ -127,6 +128,7 @@ class Lease:
             self._counter += 1
             with contextlib.suppress(OSError):
                 holder = self._holder()
+                # None: the lease is being moved aside or was removed, and nobody has taken it yet.
                 self._lost = holder not in (None, self.owner)
                 if holder == self.owner:
                     beside = self.file.with_name(f".lease-{self.owner}")
@@ -170,13 +172,13 @@ def held_elsewhere(place: Path) -> bool:
 
 
 def needs_of(place: Path) -> list[str]:
-    """The stages that whoever is at work in `place` reads."""
+    """The stages that the process at work in `place` reads."""
     return list((_read(place / "lease.json") or {}).get("needs", ()))
 
 
 @contextlib.contextmanager
 def taking(place: Path) -> Iterator[bool]:
-    """Takes the lease of `place` for a moment, unless a process that may be alive has it; gives whether it was had."""
+    """Takes the lease of `place` for a moment, unless a process that may be alive has it; yields success."""
     lease = Lease(place, lambda: False)
     lease.owned = lease.take_if_free()
     try:
@@ -220,6 +222,7 @@ def _runs(pid: int) -> bool:
 def _boot_id() -> str:
     """Names this running machine: a process id means something only beside it."""
     try:
+        # Containers share the boot id of their machine but number processes apart, hence the PID namespace.
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
         return socket.gethostname()

@@ -3,7 +3,7 @@
 `<store>/<name>/<digest>/` holds the result of one stage. It is written beside and then renamed, so if it exists it was
 whole; `stage.json` lists its files, and whoever reads the stage compares their sizes. What is damaged moves to
 `<store>/.damaged/` and is made again. The digest is the hash of the stage's name, version, settings and input digests:
-the same question is never computed twice, whoever asks it. Work in progress lives in
+the same stage is never computed twice, whichever process needs it. Work in progress lives in
 `<store>/.work/<name>-<digest>/<owner>/`, where it leaves checkpoints that the next owner takes over. Two processes may
 compute one stage at once (the lease makes that rare); the first rename wins and both results are equal. A process
 deletes its own folder and those that lay there before it, never one of a later owner.
@@ -178,7 +178,7 @@ class Store:
         return self.work / key.replace("/", "-")
 
     def has(self, stage: Stage) -> bool:
-        """Whether the result is there, looked up by name alone: what a plan asks of thousands of stages."""
+        """Whether the result is there, looked up by name alone, because a plan looks up thousands of stages."""
         return (self.path(stage) / META).exists()
 
     def is_sound(self, stage: Stage) -> bool:
@@ -344,6 +344,7 @@ def adopt_checkpoint(place: Path, checkpoint: Path) -> bool:
 def publish(out: Path, final: Path) -> None:
     """Renames a finished directory into place; if another process was first, its equal result stays."""
     let_others_read(out)
+    # Content before name: else a crash of the machine could leave a published folder of empty files.
     sync_all(out)
     final.parent.mkdir(parents=True, exist_ok=True)
     try:

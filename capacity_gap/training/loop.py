@@ -146,6 +146,7 @@ class Objective(nn.Module):
             teacher_weight=online[1],
             signal=teacher if isinstance(teacher, SparseTargets) else None,
             loss=self.distill.loss,
+            # Held-out losses on the way are taken without a teacher.
             kd_weight=0.0 if teacher is None else self.distill.kd_weight,
             temperature=self.distill.temperature,
             tau_squared=self.distill.tau_squared,
@@ -234,6 +235,7 @@ def train(
     optimizer = make_optimizer(bare, plan.optim)
     objective, prepared = accelerator.prepare(bare, optimizer)
     labels = predicted(student, sequences.sequence_length)
+    # After `prepare`, which shards parameters under FSDP: a checkpoint holds whole tensors and is sharded as they are.
     start, history = checkpoint.load(checkpoints, bare.trained, optimizer)
     for point in history:
         on_log(point)
@@ -243,6 +245,7 @@ def train(
 
     for step in range(start, plan.steps):
         rate = learning_rate(step, plan.steps, plan.optim, plan.peak)
+        # A function of the step alone: a scheduler's state would have to be checkpointed too.
         for group in optimizer.param_groups:
             group["lr"] = rate
         batch = Batch(sequences.batch(plan.sequences(step)), plan.sequences(step), labels)
@@ -258,6 +261,7 @@ def train(
             on_log({**point, **pace.now})
         runtime.report(step + 1, plan.steps, "steps")
         due = time.monotonic() - saved > 60 * runtime.checkpoint_minutes
+        # All ranks gather a checkpoint together, so the clock or the signal of one decides for all.
         if not last and runtime.ranks.any(due or runtime.stop.is_set()):
             checkpoint.save(checkpoints, step + 1, bare.trained, optimizer, history, leads=runtime.ranks.leads)
             saved = time.monotonic()
@@ -293,6 +297,7 @@ def _compile(model: Any, on: bool) -> None:
     if on:
         model.base_model.compile()
     else:
+        # What `Module.compile` sets; torch has no call that undoes it.
         model.base_model._compiled_call_impl = None
 
 
@@ -323,6 +328,7 @@ def _fitting_step(
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _out_of_memory(error) or accelerator.num_processes > 1 or micro == 1:
                 raise
+            # The micro-batches before the failure have already added their gradients.
             optimizer.zero_grad()
             micro = (min(micro, len(batch.rows)) + 1) // 2
             log.warning("out of memory: going on with train.micro_batch_size=%d (the same global batch)", micro)
@@ -353,6 +359,7 @@ def _step(
     norm = checkpoint.whole(accelerator.clip_grad_norm_(objective.parameters(), plan.optim.clip))
     optimizer.step()
     optimizer.zero_grad()
+    # Each part is already divided by the label count of all ranks, so their sum is the mean.
     return {k: accelerator.reduce(v, "sum") for k, v in sums.items()}, norm
 
 

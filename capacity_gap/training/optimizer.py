@@ -16,10 +16,12 @@ def learning_rate(step: int, steps: int, optim: OptimConfig, peak: float) -> flo
     """
     warm = max(1, round(optim.warmup * steps))
     if step < warm:
+        # step + 1: at a rate of zero the first step would train nothing.
         return peak * (step + 1) / warm
     if optim.schedule == "constant":
         return peak
     start = warm if optim.schedule == "cosine" else max(warm, round((1 - optim.decay) * steps))
+    # steps − 1: the last step itself runs at the final rate.
     progress = min(1.0, max(0.0, (step - start) / max(1, steps - 1 - start)))
     fall = 0.5 * (1 + math.cos(math.pi * progress)) if optim.schedule == "cosine" else 1 - progress
     return peak * (optim.final + (1 - optim.final) * fall)
@@ -28,6 +30,7 @@ def learning_rate(step: int, steps: int, optim: OptimConfig, peak: float) -> flo
 def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices, none on norms and biases (docs/method.md §4)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    # Embeddings have two dimensions, so they decay: the released code exempts norms and biases only.
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
