@@ -299,7 +299,7 @@ def between(teacher: Dims, final: Shape, share: float, table: Architecture) -> S
         ends = getattr(teacher, axis), getattr(final, axis)
         return round(math.exp((1 - share) * math.log(ends[0]) + share * math.log(ends[1])))
 
-    group = teacher.group if final.group == teacher.group else final.group
+    group = final.group
     kv_heads = part("kv_heads") if final.group == teacher.group else final.kv_heads
     hidden = part("hidden")
     legal = [

@@ -378,17 +378,9 @@ def _beyond(ask: _Ask, best: Array) -> list[str]:
 def _answer(
     ask: _Ask, basis: str, best: str | None, rungs: Sequence[Rung], findings: Sequence[str], warnings: Sequence[str]
 ) -> Recommendation:
-    return Recommendation(
-        student_params=ask.student,
-        family=ask.family.name,
-        data_tokens=ask.tokens,
-        axis=ask.axis,
-        basis=basis,
-        best=best,
-        rungs=tuple(rungs),
-        findings=tuple(findings),
-        warnings=tuple(warnings),
-    )
+    asked = {"student_params": ask.student, "family": ask.family.name, "data_tokens": ask.tokens, "axis": ask.axis}
+    found = {"rungs": tuple(rungs), "findings": tuple(findings), "warnings": tuple(warnings)}
+    return Recommendation(**asked, basis=basis, best=best, **found)
 
 
 def _short(count: float) -> str:

@@ -205,10 +205,14 @@ def _launch_wave(wave: Wave, store: Store, launch: Launch, retries: int) -> dict
 
 def _wait_for_others(store: Store, pending: Wave) -> None:
     """Returns when at least one of the stages is there, or free to be computed here."""
-    pulses = {key: Pulse(store.work / key.replace("/", "-")) for s, _ in pending.values() for key in store.missing(s)}
-    while pending and all(
-        any(pulses[key].state() in ("alive", "silent") for key in store.missing(stage)) for stage, _ in pending.values()
-    ):
+    pulses: dict[str, Pulse] = {}
+
+    def is_at_work(key: str) -> bool:
+        # A stage may be set aside or deleted while we wait, so what is missing is asked for anew each time.
+        pulse = pulses.setdefault(key, Pulse(store.work / key.replace("/", "-")))
+        return pulse.state() in ("alive", "silent")
+
+    while pending and all(any(map(is_at_work, store.missing(stage))) for stage, _ in pending.values()):
         time.sleep(POLL_S)
 
 

@@ -8,16 +8,13 @@ import uuid
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from capacity_gap.settings.errors import StoreError, choose
 from capacity_gap.settings.hashing import fingerprint
 from capacity_gap.store.files import RECORD, is_store, read_all, stage_files, tell, write_checked
 from capacity_gap.store.lease import held_elsewhere, needs_of, taking
 from capacity_gap.store.stage import Store
-
-if TYPE_CHECKING:
-    pass
 
 OUTSIDE = (".work", ".damaged", "sweeps", "failed", "jobs", "logs", "wandb")  # folders of a store that hold no stages
 NOTED = re.compile(r"\.[0-9a-f]{20}$")  # the end of a note's name

@@ -338,7 +338,7 @@ def adopt_checkpoint(place: Path, checkpoint: Path) -> bool:
         with contextlib.suppress(OSError):
             shutil.copytree(furthest, checkpoint / f".{furthest.name}.tmp")
             os.rename(checkpoint / f".{furthest.name}.tmp", checkpoint / furthest.name)
-    return furthest is not None
+    return furthest is not None and (checkpoint / furthest.name).is_dir()
 
 
 def publish(out: Path, final: Path) -> None:

@@ -41,6 +41,8 @@ class Sequences(Protocol):
     @property
     def sequence_length(self) -> int: ...  # noqa: D102
 
+    def __len__(self) -> int: ...
+
     def batch(self, indices: np.ndarray) -> np.ndarray: ...  # noqa: D102
 
 
@@ -304,7 +306,7 @@ def _compile(model: Any, on: bool) -> None:
 @torch.no_grad()
 def _held_out(accelerator: Any, objective: Any, text: Sequences, micro: int, labels: int) -> float:
     """Label cross-entropy on the first sequences of a held-out text; every rank computes all of it."""
-    rows = text.batch(np.arange(max(1, HELD_OUT // text.sequence_length)))
+    rows = text.batch(np.arange(min(len(text), max(1, HELD_OUT // text.sequence_length))))
     total = 0.0
     for part in torch.from_numpy(rows).split(micro):
         tokens = part.to(accelerator.device)
