@@ -15,7 +15,8 @@ from capacity_gap.data.corpora import CORPORA
 from capacity_gap.data.corpus_config import CorpusConfig
 from capacity_gap.data.sources import documents, identity
 from capacity_gap.distill import distill_loss
-from capacity_gap.distill.divergences import LOSSES, Softmax
+from capacity_gap.distill.check_loss import check_divergence
+from capacity_gap.distill.divergences import LOSSES, Softmax, by_autograd
 from capacity_gap.distill.signal_kinds import SIGNALS
 from capacity_gap.distill.sparse import SparseTargets
 from capacity_gap.evaluate.evaluate_config import EvaluateConfig
@@ -98,7 +99,8 @@ def _filled(values):
 @pytest.mark.parametrize(("kind", "name"), [(k, n) for k, (registry, _) in RUN.items() for n in registry])
 def test_every_entry_runs(kind, name):
     registry, run = RUN[kind]
-    assert registry.kind == kind and registry.entry(name).identity == {}
+    entry = registry.entry(name)
+    assert registry.kind == kind and entry.identity in ({}, {"version": entry.version})
     run(name)
 
 
@@ -226,3 +228,58 @@ def test_the_environment_names_modules_and_overrides_add_to_them(tmp_path, monke
     extension.load_named_on(["-m", "extend=[second_extension]", "seed=0"])
     assert os.environ[extension.VARIABLE] == "first_extension,second_extension"
     assert sys.modules["first_extension"].seen and sys.modules["second_extension"].seen
+
+
+BAD_LOSSES = {
+    "a scalar": ("return (student.probs - teacher.probs).abs().sum() / 2, student.probs", "value has shape"),
+    "a gradient of one column": ("return (student.probs**2).sum(-1), student.probs[:, :1]", "gradient has shape"),
+    "another gradient": ("return (student.probs**2).sum(-1), student.probs", "not that of its value"),
+    "in place": ("return student.probs.sub_(teacher.probs).sum(-1), student.probs", "changes what it is given"),
+    "one result": ("return (student.probs**2).sum(-1)", "Error"),
+}
+
+
+@pytest.mark.parametrize("body", BAD_LOSSES)
+def test_a_wrong_loss_is_found_before_it_teaches(body):
+    space = {}
+    exec(f"def loss(student, teacher, skew):\n    {BAD_LOSSES[body][0]}", space)
+    LOSSES.register("wrong")(space["loss"])
+    try:
+        with pytest.raises(ConfigError, match=f"distill.loss=wrong.*{BAD_LOSSES[body][1]}"):
+            check_divergence("wrong")
+    finally:
+        del LOSSES._entries["wrong"]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_losses_of_the_package_pass_that_check(name):
+    check_divergence(name)
+
+
+def test_autograd_gives_the_gradient_in_closed_form():
+    torch.manual_seed(0)
+    student, teacher = (Softmax.of(torch.randn(4, 9, dtype=torch.float64)) for _ in range(2))
+    written = by_autograd(lambda q, p, skew: (p.exp() * (p - q)).sum(-1))(student, teacher)
+    for one, two in zip(written, LOSSES["forward_kl"](student, teacher, 0.0), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_what_decides_an_entry_of_the_users_is_hashed_wherever_it_is_defined(tmp_path, monkeypatch):
+    """A partial function belongs to functools, and a constant to another file of the same package."""
+    package = tmp_path / "mine_in_parts"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "constants.py").write_text("A = 0.9")
+    registers = "registry.register('part')(functools.partial(max, A))"
+    imports = "import functools\nfrom mine_in_parts.constants import A\n"
+    imports += "from tests.test_registries import SHARED as registry\n"
+    (package / "entries.py").write_text(imports + registers)
+    monkeypatch.syspath_prepend(tmp_path)
+    __import__("mine_in_parts.entries")
+    before = SHARED.entry("part").identity
+    assert set(before) == {"version", "source"}
+    (package / "constants.py").write_text("A = 0.1")
+    assert SHARED.entry("part").identity != before
+
+
+SHARED = Registry("part", setting="some.part")

@@ -38,9 +38,9 @@ class RunConfig:
         "120k", "The teacher: a rung of the family, or a model folder.", column="teacher", computed=True
     )
     data: str = setting("1m", "Tokens that the student learns from; 0: none.", column="data_tokens", computed=True)
-    epochs: int = setting(1, "Passes over the student's tokens.", least=1, column="epochs", parts=210)
-    seed: int = setting(0, "Decides random initialisation and the order of the text.", least=0, column="seed")
-    teacher_seed: int = setting(0, "The same for teachers that are trained here.", least=0, column="teacher_seed")
+    epochs: int = setting(1, "Passes of the student over its tokens.", least=1, column="epochs", parts=210)
+    seed: int = setting(0, "Decides a student's random weights and the order of its text.", least=0, column="seed")
+    teacher_seed: int = setting(0, "The same of teachers that are trained here.", least=0, column="teacher_seed")
     store: str = setting("", "The store's folder; empty: $CAPACITY_GAP_STORE, else `store`.", decides=False)
     plan: bool = setting(False, "Say what would run and what it costs; start nothing.", decides=False)
     fail_fast: bool = setting(False, "Of a grid: launch no further wave once something has failed.", decides=False)
@@ -57,7 +57,9 @@ class RunConfig:
     )
     only: str = setting("", "One stage of the chain to compute, `name/digest`; grids set it.", decides=False)
     extend: list[str] = setting(
-        [], "Modules of your own that register losses, scores, corpora, families.", decides=False
+        [],
+        "Modules of your own, such as [my_loss], that register losses, scores, corpora and more.",
+        decides=False,
     )
     family: FamilyConfig = setting(FamilyConfig, "Teachers.")
     corpus: CorpusConfig = setting(CorpusConfig, "Text.")

@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from capacity_gap.cell.config import RunConfig
+from capacity_gap.data.corpora import CORPORA
 from capacity_gap.data.corpus_config import SourceConfig
 from capacity_gap.data.sources import identity, tokenizer_identity
+from capacity_gap.distill.divergences import LOSSES
+from capacity_gap.distill.signal_kinds import SIGNALS
 from capacity_gap.models.ladders import FAMILIES
+from capacity_gap.pruning.methods import LAYER_SCORES, SCORES
 from capacity_gap.settings.declare import NOTHING, declared, default_of
 from capacity_gap.settings.hashing import files_digest, identity_fields
 
@@ -60,10 +64,24 @@ def settings_text(config: RunConfig, *, ladder: str, pretrained: bool) -> str:
         found = {k: v for k, v in found.items() if not k.startswith(("family.pretrain", "family.teacher_epochs"))}
     if config.prune.init == "random" and config.prune.depth is not None:
         found["prune.depth"] = config.prune.depth
+    found |= _entries(config)
     if config.expand.tokenizer:
         second = tokenizer_identity(config.expand.tokenizer, config.expand.revision)
         found["expand.tokenizer"] = "@".join(str(v)[:40] for v in second.values())
     return _text(found)
+
+
+def _entries(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Version and source of the registered entries that this cell uses, where they are not the package's first ones."""
+    used = [(CORPORA, part.name) for part in (*config.text.parts, config.text)]
+    if config.prune.init != "random":
+        used += [(SCORES, config.prune.method), (LAYER_SCORES, config.prune.layers)]
+    if config.distill.kd_weight:
+        used += [(LOSSES, config.distill.loss), (SIGNALS, config.distill.signal)]
+    for registry, name in used:
+        if name in registry:
+            for key, value in registry.entry(name).identity.items():
+                yield f"{registry.setting}.{key}", str(value)[:12]
 
 
 def tuning_text(config: RunConfig) -> str:

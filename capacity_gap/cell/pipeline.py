@@ -8,7 +8,7 @@ Building the chain computes nothing and imports no torch: it names the stages, s
 in common before anything runs. What identifies a stage, and what it does, is in its file in `stages/`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -168,7 +168,11 @@ class Cell(ResolvedCell):
 
     @property
     def waves(self) -> list[list[Stage]]:
-        """Stages that other cells may need too; each wave needs only those before it, and the cell is the last."""
+        """Stages that other cells may need too, by wave; after the last come the cells.
+
+        The order is for speed alone: a job computes what it lacks, and waits where another is at it. Each stage must be
+        one of the record's chain. Cells of one grid may have different numbers of waves.
+        """
         start = [self.scored(self.student, self.student_shape)]
         scored = [self.scored(self.teacher, self.teacher_shape), *self.benchmarks(self.teacher)]
         teachers = [self.teacher]
@@ -178,6 +182,13 @@ class Cell(ResolvedCell):
         if "signal" in self.distilled.inputs:
             scored.append(self.distilled.inputs["signal"])
         return [[self.tokens], teachers, scored, start]
+
+
+def in_waves(cells: Sequence[Cell]) -> list[list[list[Stage]]]:
+    """For each wave of a grid and each cell what the cell needs in it; the last wave is the records."""
+    shared = max((len(cell.waves) for cell in cells), default=0)
+    waves = [[cell.waves[n] if n < len(cell.waves) else [] for cell in cells] for n in range(shared)]
+    return [*waves, [[cell.record] for cell in cells]]
 
 
 def resolve(config: RunConfig) -> Cell:

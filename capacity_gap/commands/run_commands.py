@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
     run = commands.add_parser("run", description="Run one cell, or with -m a grid of them.", add_help=False)
     run.add_argument("overrides", nargs=argparse.REMAINDER)
     run.set_defaults(run=run_run)
-    told = "List every setting: what it is for, what it may be, where a record tells it."
+    told = "List every setting: what it is for and what it may be; with --page also where a record tells it."
     listed = commands.add_parser("settings", description=told)
     listed.add_argument("--page", action="store_true", help="as the Markdown page docs/settings.md")
     listed.set_defaults(run=run_settings)
@@ -63,6 +63,9 @@ def run_run(given: argparse.Namespace) -> int:
 def run_settings(given: argparse.Namespace) -> int:
     """Prints the help of `run`, or the page."""
     from capacity_gap.commands.settings_help import settings_help, settings_page
+    from capacity_gap.settings import extension
+
+    extension.load()
 
     print(settings_page() if given.page else settings_help(" ".join(RUN_WORDS)), end="")
     return 0

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from capacity_gap.cell.config import RunConfig, choices
-from capacity_gap.records.record import columns
+from capacity_gap.records.record import Column, columns
 from capacity_gap.settings.declare import Declared, allowed_text, section_of, walk
+from capacity_gap.settings.places import CONF
 
 WIDTH = 46  # of the column of keys
 EXAMPLES = """Runs one cell (teacher, scores, student, distillation, record), or with -m a grid of cells.
@@ -17,8 +18,9 @@ EXAMPLES = """Runs one cell (teacher, scores, student, distillation, record), or
   {run} -m ... plan=true               what it would run and cost; starts nothing
 
 Scales are written 60k, 0.5b or 60000. `--cfg job` shows the values that a command line comes to; `--hydra-help` is
-about Hydra's own flags. A choice `group=name` sets several settings at once:
+about Hydra's own flags; flags such as -m come before settings. A choice `group=name` sets the settings of that name:
 """
+TUNING = ("instruct.", "prefer.")  # sections whose settings a text of their own tells
 LAUNCHERS = "basic (one after another), joblib (processes), slurm, ray"
 
 
@@ -36,6 +38,8 @@ def _choices() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for group, name, _ in choices():
         found.setdefault(group, []).append(name)
+    for file in sorted(CONF.glob("*/*.yaml")):
+        found.setdefault(file.parent.name, []).append(file.stem)
     return found
 
 
@@ -75,9 +79,12 @@ def settings_page() -> str:
         *_tables(),
         "# Columns of a record",
         "",
-        "| column | type | meaning |",
-        "|---|---|---|",
-        *(f"| `{c.name}` | {_kind(c.kind)} | {c.meaning} |" for c in columns().values()),
+        "Null is what was not measured, and some settings at their default. The fit parts curves by the columns "
+        "marked yes; those marked *repeats* part only cells that agree in everything else, their seeds too.",
+        "",
+        "| column | type | meaning | from | parts curves |",
+        "|---|---|---|---|---|",
+        *(f"| `{c.name}` | {_kind(c.kind)} | {c.meaning} | {_source(c)} | {_parts(c)} |" for c in columns().values()),
     ]
     return "\n".join(text) + "\n"
 
@@ -95,11 +102,21 @@ def _tables() -> Iterator[str]:
 
 def _row(known: Declared) -> str:
     s = known.setting
-    told = f"`{s.column}`" if s.column else (s.untold or ("`settings`" if s.decides else ""))
+    text = "`instruct_settings`" if known.key.startswith(TUNING) else "`settings`"
+    by_content = " by content" if not s.decides and "content" in s.meaning else ""
+    told = f"`{s.column}`" if s.column else s.untold or (text + by_content if s.decides or by_content else "")
     return (
         f"| `{known.key}` | `{shown(known.default)}` | {s.meaning} | {allowed_text(s)} | "
         f"{'yes' if s.decides else 'no'} | {told} |".replace("||", "| |")
     )
+
+
+def _source(column: Column) -> str:
+    return f"`{column.source}`" if column.source else ""
+
+
+def _parts(column: Column) -> str:
+    return "repeats" if column.parts_repeats else "yes" if column.parts is not None else ""
 
 
 def _kind(kind: str) -> str:

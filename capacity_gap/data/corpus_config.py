@@ -85,8 +85,8 @@ class CorpusConfig(SourceConfig):
     parts: list[SourceConfig] = setting(
         [], "corpus=mixture: sources by weight, such as [{name:embedded,weight:3},{name:code,weight:1}]."
     )
-    validation: float = setting(0.05, "Share of the documents that are held out for validation.", above=0)
-    test: float = setting(0.05, "Share of the documents that held-out losses are taken on.", above=0)
+    validation: float = setting(0.05, "Share of the bytes that is held out for validation.", above=0)
+    test: float = setting(0.05, "Share of the bytes that held-out losses are taken on.", above=0)
     sequence_length: int = setting(128, "Tokens of one packed sequence.", least=1)
 
     def __post_init__(self) -> None:

@@ -14,7 +14,12 @@ SIGNAL_SIZE = 64  # values a token of a cached signal, unless said
 class DistillConfig:
     """The objective (1 − kd_weight)·CE + kd_weight·KD (docs/method.md §4); kd_weight = 0 is direct training."""
 
-    loss: str = setting("forward_kl", "Distance between teacher and student.", allowed=LOSSES, column="loss")
+    loss: str = setting(
+        "forward_kl",
+        "Name of the distance between teacher and student (not a held-out loss).",
+        allowed=LOSSES,
+        column="loss",
+    )
     kd_weight: float = setting(
         0.5, "Weight of distillation; 0 trains on the text alone.", least=0, most=1, column="kd_weight", parts=110
     )
@@ -31,7 +36,7 @@ class DistillConfig:
     )
     skew: float | None = setting(
         None,
-        "β of js (null: 0.5), α of the skewed KLs (null: 0.1).",
+        "β of js (null: 0.5), α of the skewed KLs (null: 0.1); of others as registered.",
         above=0,
         below=1,
         later=True,

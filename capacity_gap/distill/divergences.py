@@ -8,6 +8,7 @@ this file imports no torch: names of losses are needed where nothing is computed
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from capacity_gap.settings.registry import Registry
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Divergence = Callable[["Softmax", "Softmax", float], tuple[Tensor, Tensor]]
+Divergence = Callable[["Softmax", "Softmax", float], "tuple[Tensor, Tensor]"]
 
 # `samples`: whether a sampled signal estimates it without bias. `skew`: the default of a loss that has one.
 LOSSES: Registry[Divergence] = Registry("loss", setting="distill.loss", traits={"samples": False, "skew": None})
@@ -85,7 +86,7 @@ def reverse_kl(student: Softmax, teacher: Softmax, skew: float = 0.0) -> tuple[T
     """`KL(q ‖ p) = Σ q·(log q − log p)` (MiniLLM, arXiv 2306.08543)."""
     del skew
     ratio = student.log_probs - teacher.log_probs
-    return (student.probs * ratio).sum(-1), _by_logits(student, ratio)
+    return (student.probs * ratio).sum(-1), by_logits(student, ratio)
 
 
 @LOSSES.register("js", skew=0.5)
@@ -95,7 +96,7 @@ def jensen_shannon(student: Softmax, teacher: Softmax, skew: float = 0.5) -> tup
     ours = student.log_probs - mixed
     value = skew * (teacher.probs * (teacher.log_probs - mixed)).sum(-1) + (1 - skew) * (student.probs * ours).sum(-1)
     # Through m the slope is −(1 − β)·m/m, a constant, which `_by_logits` cancels.
-    return value, _by_logits(student, (1 - skew) * ours)
+    return value, by_logits(student, (1 - skew) * ours)
 
 
 @LOSSES.register("skewed_forward_kl", skew=0.1)
@@ -105,7 +106,7 @@ def skewed_forward_kl(student: Softmax, teacher: Softmax, skew: float = 0.1) -> 
     log_mixed = Softmax.from_probs(mixed).log_probs
     value = (teacher.probs * (teacher.log_probs - log_mixed)).sum(-1)
     # Where p and q both underflow this is 0/tiny, not 0/0.
-    return value, _by_logits(student, -(1 - skew) * teacher.probs / mixed.clamp_min(_tiny(mixed)))
+    return value, by_logits(student, -(1 - skew) * teacher.probs / mixed.clamp_min(_tiny(mixed)))
 
 
 @LOSSES.register("skewed_reverse_kl", skew=0.1)
@@ -114,7 +115,7 @@ def skewed_reverse_kl(student: Softmax, teacher: Softmax, skew: float = 0.1) -> 
     mixed = (1 - skew) * teacher.probs + skew * student.probs
     ratio = student.log_probs - Softmax.from_probs(mixed).log_probs
     slope = ratio - skew * student.probs / mixed.clamp_min(_tiny(mixed))
-    return (student.probs * ratio).sum(-1), _by_logits(student, slope)
+    return (student.probs * ratio).sum(-1), by_logits(student, slope)
 
 
 @LOSSES.register("tvd")
@@ -122,11 +123,11 @@ def total_variation(student: Softmax, teacher: Softmax, skew: float = 0.0) -> tu
     """`½ Σ |p − q|` (f-distill, arXiv 2307.15190, §3.1)."""
     del skew
     difference = student.probs - teacher.probs
-    return difference.abs().sum(-1) / 2, _by_logits(student, difference.sign() / 2)
+    return difference.abs().sum(-1) / 2, by_logits(student, difference.sign() / 2)
 
 
-def _by_logits(student: Softmax, slope: Tensor) -> Tensor:
-    """`q_i · (g_i − Σ_j q_j g_j)`."""
+def by_logits(student: Softmax, slope: Tensor) -> Tensor:
+    """The gradient by logits, `q_i · (g_i − Σ_j q_j g_j)`, of a distance with derivative g by q [n, V]."""
     # A constant in g cancels (Σ q = 1), so callers leave out the 1 of d(q·log q)/dq = log q + 1.
     weighted = student.probs * slope
     return weighted - student.probs * weighted.sum(-1, keepdim=True)
@@ -137,3 +138,19 @@ def _tiny(values: Tensor) -> float:
     import torch
 
     return torch.finfo(values.dtype).tiny
+
+
+def by_autograd(value: Callable[[Tensor, Tensor, float], Tensor]) -> Divergence:
+    """A loss from a function of two log-probabilities [n, V] alone: autograd finds its gradient, more slowly."""
+
+    @functools.wraps(value)
+    def divergence(student: Softmax, teacher: Softmax, skew: float = 0.0) -> tuple[Tensor, Tensor]:
+        import torch
+
+        with torch.enable_grad():
+            logits = student.log_probs.detach().requires_grad_()
+            found = value(logits.log_softmax(-1), teacher.log_probs, skew)
+            (gradient,) = torch.autograd.grad(found.sum(), logits)
+        return found.detach(), gradient
+
+    return divergence

@@ -16,7 +16,7 @@ class EvaluateConfig:
     ood_tokens: int = setting(
         100_000, "Tokens of out-of-domain text.", least=1, untold="the same quantity, sampled otherwise"
     )
-    batch_size: int = setting(32, "Sequences at once.", least=1, decides=False)
+    batch_size: int = setting(32, "Sequences in one forward pass of an evaluation.", least=1, decides=False)
     tasks: list[str] = setting([], "Benchmarks, `name` or `name:shots`.", later=True, column="metrics", computed=True)
     code_tasks: list[str] = setting(
         [],

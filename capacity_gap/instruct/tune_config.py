@@ -8,8 +8,8 @@ from capacity_gap.settings.errors import ConfigError
 
 ROWS = "Rows made from templates over the corpus; 0 and no path: nothing is done."
 OWN = "Rows of your own, a .jsonl file; their content is what counts."
-RATE = "Peak learning rate."
-BATCH = "Rows in one optimiser step, packed sequences where they are packed."
+RATE = "Peak learning rate of this tuning."
+BATCH = "Rows in one optimiser step of this tuning, packed sequences where they are packed."
 ADAPTERS = "Rank of LoRA adapters, which are merged; 0: all weights are trained."
 
 

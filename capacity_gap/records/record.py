@@ -7,11 +7,11 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from typing import Any, get_type_hints
 
 from capacity_gap.cell.config import RunConfig
-from capacity_gap.settings.declare import walk
+from capacity_gap.settings.declare import NOTHING, walk
 
 SCHEMA_VERSION = 1
 
@@ -34,6 +34,8 @@ def column(
         parts_repeats: it parts only cells that agree in everything else, their seeds too.
     """
     known = {"meaning": meaning, "result": result, "parts": parts, "parts_repeats": parts_repeats}
+    if default is MISSING:
+        return field(metadata=known)
     if default is dict:
         return field(default_factory=dict, metadata=known)
     return field(default=default, metadata=known)
@@ -47,9 +49,9 @@ class Record:
     `*_params` are total parameters, `*_non_embedding` without embeddings; FLOPs as in `models/accounting.py`.
     """
 
-    schema_version: int
-    cell: str
-    status: str
+    schema_version: int = column(MISSING, "Version of the columns.")
+    cell: str = column(MISSING, "Digest of the cell: `store/record/<cell>/`.")
+    status: str = column(MISSING, "done or failed.")
     error: str | None = column(None, "Why the cell failed.")
     family: str | None = column(None, "The ladder of teachers.", parts=10)
     corpus: str | None = column(None, "The text that students learn; a mixture by its parts.", parts=20)
@@ -163,6 +165,7 @@ class Column:
     result: bool = False
     parts: int | None = None
     parts_repeats: bool = False
+    source: str = ""  # the setting that it tells
 
 
 @functools.cache
@@ -174,7 +177,12 @@ def setting_columns() -> dict[str, Column]:
         if s.column and not s.computed:
             kind = get_type_hints(known.owner)[known.field.name]
             name = getattr(kind, "__name__", str(kind)) if isinstance(kind, type) else str(kind)
-            found[s.column] = Column(s.column, name, s.meaning, parts=s.parts, parts_repeats=s.parts_repeats)
+            empty = s.if_set or s.null_at is not NOTHING
+            kind_text = f"{name} | None" if empty and "None" not in name else name
+            meaning = f"{s.meaning} Null at the default." if empty else s.meaning
+            found[s.column] = Column(
+                s.column, kind_text, meaning, parts=s.parts, parts_repeats=s.parts_repeats, source=known.key
+            )
     return found
 
 

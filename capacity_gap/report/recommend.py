@@ -378,9 +378,8 @@ def _beyond(ask: _Ask, best: Array) -> list[str]:
 def _answer(
     ask: _Ask, basis: str, best: str | None, rungs: Sequence[Rung], findings: Sequence[str], warnings: Sequence[str]
 ) -> Recommendation:
-    asked = {"student_params": ask.student, "family": ask.family.name, "data_tokens": ask.tokens, "axis": ask.axis}
-    found = {"rungs": tuple(rungs), "findings": tuple(findings), "warnings": tuple(warnings)}
-    return Recommendation(**asked, basis=basis, best=best, **found)
+    asked = (ask.student, ask.family.name, ask.tokens, ask.axis)
+    return Recommendation(*asked, basis, best, tuple(rungs), tuple(findings), tuple(warnings))
 
 
 def _short(count: float) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from capacity_gap.cell.config import from_hydra
-from capacity_gap.cell.pipeline import Cell, resolve
+from capacity_gap.cell.pipeline import Cell, in_waves, resolve
 from capacity_gap.report.sweep_run import mirror_sweep
 from capacity_gap.runner.plan import check_budget, make_plan, noted_cell
 from capacity_gap.runner.progress import View, Watch
@@ -156,8 +156,8 @@ def _run_waves(cells: list[tuple[Cell, list[str]]], store: Store, launch: Launch
     if not cells:
         return causes
     settings = cells[0][0].config
-    for number in range(len(cells[0][0].waves) + 1):
-        wave = _wave(cells, number, store, causes)
+    for stages in in_waves([cell for cell, _ in cells]):
+        wave = _wave(cells, stages, store, causes)
         if causes and settings.fail_fast:
             for cell, _ in cells:
                 causes.setdefault(cell.record.key, "not started: fail_fast, and another cell failed")
@@ -229,19 +229,22 @@ def _launch(launch: Launch, jobs: list[tuple[Stage, list[str]]]) -> tuple[list[E
     return [v if isinstance(v, Exception) else None for v in values], None
 
 
-def _wave(cells: list[tuple[Cell, list[str]]], number: int, store: Store, causes: dict[str, str]) -> Wave:
-    """The jobs of one wave, by stage; a cell whose shared stages failed is not launched but takes their cause."""
+def _wave(cells: list[tuple[Cell, list[str]]], stages: list[list[Stage]], store: Store, causes: dict[str, str]) -> Wave:
+    """The jobs of one wave, by stage; a cell whose shared stages failed is not launched but takes their cause.
+
+    `stages`: what each cell needs in it.
+    """
     wave: Wave = {}
-    for cell, overrides in cells:
+    for (cell, overrides), wanted in zip(cells, stages, strict=True):
         broken = [causes[key] for key in closure(cell.record) if key in causes]
         if broken:
             causes.setdefault(cell.record.key, broken[0])
-        elif number == len(cell.waves):
-            wave[cell.record.key] = (cell.record, overrides)
-        else:
-            for stage in cell.waves[number]:
-                if not store.has(stage):
-                    wave[stage.key] = (stage, [*overrides, f"only={stage.key}"])
+            continue
+        for stage in wanted:
+            if stage is cell.record:
+                wave[stage.key] = (stage, overrides)
+            elif not store.has(stage):
+                wave[stage.key] = (stage, [*overrides, f"only={stage.key}"])
     return wave
 
 

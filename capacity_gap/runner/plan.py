@@ -7,8 +7,9 @@ however small the model. Both are fitted to what finished stages of this store t
 import heapq
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from capacity_gap.cell.pipeline import Cell, in_waves
 from capacity_gap.models.accounting import peak_memory, signal_bytes_per_token, stored_bytes
 from capacity_gap.models.axes import count_params, dims
 from capacity_gap.models.defaults import training_only
@@ -17,9 +18,6 @@ from capacity_gap.settings.errors import ConfigError, Damaged
 from capacity_gap.settings.scales import format_scale
 from capacity_gap.store.files import read_all, read_json, stage_files
 from capacity_gap.store.stage import Stage, Store, closure
-
-if TYPE_CHECKING:
-    from capacity_gap.cell.pipeline import Cell
 
 CPU_FLOPS = 1.3e10  # of one thread, sustained on fp32 matrices of pico size: measured, two-core AVX2 machine
 GPU_FLOPS = 1.2e14  # of one device: an A100's 312 TFLOP/s in bf16 at 40 % utilisation
@@ -149,7 +147,7 @@ class Plan:
         ]
 
 
-def make_plan(cells: Sequence["Cell"], store: Store, *, workers: int = 1) -> Plan:
+def make_plan(cells: Sequence[Cell], store: Store, *, workers: int = 1) -> Plan:
     """Adds up what is not in the store yet; computes nothing."""
     first = cells[0].config
     on_gpu = first.train.device.startswith("cuda") or (first.train.device == "auto" and gpus() > 0)
@@ -183,13 +181,13 @@ def make_plan(cells: Sequence["Cell"], store: Store, *, workers: int = 1) -> Pla
     )
 
 
-def noted_cell(cell: "Cell", overrides: Sequence[str], pace: Speed) -> dict[str, Any]:
+def noted_cell(cell: Cell, overrides: Sequence[str], pace: Speed) -> dict[str, Any]:
     """What a store notes of a planned cell: its name, its overrides, and its stages with their seconds."""
     stages = {key: round(pace.seconds(stage), 3) for key, stage in closure(cell.record).items()}
     return {"name": cell.name, "overrides": list(overrides), "stages": stages}
 
 
-def _models(cells: Sequence["Cell"]) -> list[str]:
+def _models(cells: Sequence[Cell]) -> list[str]:
     """Every student and teacher once: its shape and its exact size."""
     found: dict[str, None] = {}
     for kind, name, shape in (
@@ -205,7 +203,7 @@ def _models(cells: Sequence["Cell"]) -> list[str]:
     return list(found)
 
 
-def _texts(cells: Sequence["Cell"], store: Store) -> list[str]:
+def _texts(cells: Sequence[Cell], store: Store) -> list[str]:
     """For each training text: what one pass must hold, and what it does hold if it is packed already."""
     most: dict[tuple[str, int], tuple[int, str, Stage]] = {}
     for cell in cells:
@@ -230,7 +228,7 @@ def _texts(cells: Sequence["Cell"], store: Store) -> list[str]:
     return found
 
 
-def _written(cells: Sequence["Cell"], left: Mapping[str, Stage]) -> Iterator[float]:
+def _written(cells: Sequence[Cell], left: Mapping[str, Stage]) -> Iterator[float]:
     """Bytes of every model that is still to be written."""
     for stage in left.values():
         if stage.name in ("teacher", "student"):
@@ -246,7 +244,7 @@ def _written(cells: Sequence["Cell"], left: Mapping[str, Stage]) -> Iterator[flo
             yield stage.config["tokens"] * each
 
 
-def _signals(cells: Sequence["Cell"]) -> dict[str, tuple[Stage, float]]:
+def _signals(cells: Sequence[Cell]) -> dict[str, tuple[Stage, float]]:
     """The cached signals that cells read, each with its bytes a token."""
     found = {}
     for cell in cells:
@@ -257,12 +255,12 @@ def _signals(cells: Sequence["Cell"]) -> dict[str, tuple[Stage, float]]:
     return found
 
 
-def _wall(cells: Sequence["Cell"], left: dict[str, Stage], pace: Speed, workers: int) -> float:
+def _wall(cells: Sequence[Cell], left: dict[str, Stage], pace: Speed, workers: int) -> float:
     """Wave after wave, the longest job first onto whichever worker is free: as the grid does it."""
     gone: set[str] = set()
     total = 0.0
-    for number in range(len(cells[0].waves) + 1):
-        targets = [s for c in cells for s in (c.waves[number] if number < len(c.waves) else [c.record])]
+    for wave in in_waves(cells):
+        targets = [stage for wanted in wave for stage in wanted]
         jobs = []
         for target in {s.key: s for s in targets}.values():
             own = {k: s for k, s in closure(target).items() if k in left and k not in gone}
@@ -280,7 +278,7 @@ def makespan(jobs: Iterable[float], workers: int) -> float:
     return max(busy)
 
 
-def _memory(cell: "Cell") -> dict[str, float]:
+def _memory(cell: Cell) -> dict[str, float]:
     """Bytes of one device while each kind of stage that holds much is at work."""
     c = cell.config
     teacher = stored_bytes(cell.teacher_shape, dtype=_dtype(cell), quantization=c.family.quantization)
@@ -296,12 +294,12 @@ def _memory(cell: "Cell") -> dict[str, float]:
     return found
 
 
-def _dtype(cell: "Cell") -> str:
+def _dtype(cell: Cell) -> str:
     """Published checkpoints are held as the family says, what was trained here in fp32."""
     return "fp32" if cell.adapted or cell.teacher_tokens is not None else cell.config.family.dtype
 
 
-def _training(cell: "Cell", shape: Mapping[str, Any], batch: int) -> float:
+def _training(cell: Cell, shape: Mapping[str, Any], batch: int) -> float:
     c = cell.config.train
     share = -(-batch // cell.config.devices)
     return peak_memory(

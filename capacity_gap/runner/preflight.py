@@ -1,6 +1,7 @@
 """What is checked before any model is trained: text for every budget, tasks, vocabularies, rows to tune on."""
 
 from capacity_gap.cell.pipeline import Cell
+from capacity_gap.distill.divergences import LOSSES
 from capacity_gap.evaluate.tasks import check_tasks
 from capacity_gap.instruct.tuning_checks import check_extras, check_rows
 from capacity_gap.models.axes import dims
@@ -19,6 +20,16 @@ def check_budgets(cell: Cell, store: Store, runtime: Runtime) -> None:
         subset(packed, budget, epochs=epochs, key=key)
     _check_vocabularies(cell, store, len(Packed(store.path(cell.tokens) / "train", 1).bytes_per_id))
     _check_tuning(cell, store, runtime)
+    _check_loss(cell, store)
+
+
+def _check_loss(cell: Cell, store: Store) -> None:
+    """A loss from outside must be one: the package's own are tested."""
+    distill = cell.config.distill
+    if distill.kd_weight and not LOSSES.entry(distill.loss).is_ours and not store.has(cell.distilled):
+        from capacity_gap.distill.check_loss import check_divergence
+
+        check_divergence(distill.loss)
 
 
 def _check_vocabularies(cell: Cell, store: Store, tokens: int) -> None:

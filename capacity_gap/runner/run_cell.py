@@ -11,7 +11,7 @@ from capacity_gap.records import RECORD, SCHEMA_VERSION, Record
 from capacity_gap.runner.plan import make_plan
 from capacity_gap.runner.preflight import check_budgets
 from capacity_gap.runtime.process import Runtime, resolve_device, take
-from capacity_gap.settings.errors import Busy
+from capacity_gap.settings.errors import Busy, UserError
 from capacity_gap.store.contents import failure_file, sweeps_of
 from capacity_gap.store.files import explaining_full_disk, read_json, write_checked
 from capacity_gap.store.logs import logging_to
@@ -86,7 +86,7 @@ def _run_cell(cell: Cell, store: Store, runtime: Runtime) -> str:
         row = read_json(store.compute(record, runtime) / RECORD)
     except BaseException as error:
         if isinstance(error, Exception) and not isinstance(error, Busy):
-            tracker.finish(fail(cell, store, str(error) or type(error).__name__))
+            tracker.finish(fail(cell, store, cause_of(error)))
         else:
             tracker.leave()
         raise
@@ -121,6 +121,11 @@ def _artifact_files(cell: Cell, store: Store) -> list[Path]:
         return []
     history = [trained / METRICS] if cell.data_tokens and kind == "record" else []
     return [store.path(cell.record) / RECORD, *history, *([trained] if kind == "model" else [])]
+
+
+def cause_of(error: BaseException) -> str:
+    """An error in words: a user's error says all itself, of another the kind matters too."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def fail(cell: Cell, store: Store, cause: str) -> dict[str, Any]:

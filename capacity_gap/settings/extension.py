@@ -73,6 +73,8 @@ def load_named_on(arguments: Sequence[str]) -> None:
     names: list[str] = []
     for argument in arguments:
         key, _, value = argument.lstrip("+").partition("=")
+        if key == "extend" and not value.startswith("["):
+            raise ConfigError(f"extend={value}: it takes a list, extend=[{value}].")
         if key == "extend":
             names += [name.strip(" '\"") for name in value.strip("[] ").split(",")]
     load(name for name in names if name)

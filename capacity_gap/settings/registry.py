@@ -11,16 +11,22 @@ stages that use it, by its version and by the source of its module.
 """
 
 import hashlib
-import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from capacity_gap.settings.errors import ConfigError, nearest
 
 T = TypeVar("T")
 PACKAGE = __name__.split(".")[0]
+
+
+def _caller() -> str:
+    """The module that registers: what it registers may be defined elsewhere, as a partial function is."""
+    return str(sys._getframe(2).f_globals["__name__"])
 
 
 @dataclass(frozen=True)
@@ -40,16 +46,36 @@ class Entry(Generic[T]):
         return " ".join(text.split("\n\n")[0].split())
 
     @property
+    def is_ours(self) -> bool:
+        """Whether the package itself registers it."""
+        return self.module.split(".")[0] == PACKAGE
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What a stage that uses this entry hashes beside its name: nothing for the package's own first versions.
 
         An entry from outside adds its version and the SHA-256 of its module's source, so that an edited one makes
         another result.
         """
-        if self.module.split(".")[0] == PACKAGE:
+        if self.is_ours:
             return {} if self.version == 1 else {"version": self.version}
-        source = inspect.getsource(importlib.import_module(self.module))
-        return {"version": self.version, "source": hashlib.sha256(source.encode()).hexdigest()[:20]}
+        files = {f for name in (self.module, getattr(self.value, "__module__", PACKAGE)) for f in source_files(name)}
+        digest = hashlib.sha256()
+        for file in sorted(files):
+            digest.update(file.read_bytes())
+        return {"version": self.version, "source": digest.hexdigest()[:20]}
+
+
+def source_files(module: str) -> list[Path]:
+    """The file of a user's module, or all of its package; none of the standard library's or of ours."""
+    top = module.split(".")[0]
+    if top == PACKAGE or top in sys.stdlib_module_names:
+        return []
+    known = getattr(sys.modules[top], "__file__", None) or getattr(sys.modules[module], "__file__", None)
+    if known is None:
+        raise ConfigError(f"{module} registers an entry but is no file. Put it into a module that extend= names.")
+    file = Path(known)
+    return sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
 
 
 class Registry(Mapping[str, T]):
@@ -69,21 +95,24 @@ class Registry(Mapping[str, T]):
             ConfigError: the name is taken, or a trait is not one that entries of this kind have.
         """
         self._check(name, traits)
+        caller = _caller()
 
         def add(value: T) -> T:
-            self.add(name, value, version=version, **traits)
+            self._add(name, value, caller, version, traits)
             return value
 
         return add
 
     def add(self, name: str, value: T, *, version: int = 1, **traits: Any) -> None:
         """What `register` does, for a value that is neither a function nor a class."""
+        self._add(name, value, _caller(), version, traits)
+
+    def _add(self, name: str, value: T, module: str, version: int, traits: Mapping[str, Any]) -> None:
         self._check(name, traits)
-        module = getattr(value, "__module__", PACKAGE) if callable(value) else PACKAGE
         taken = self._entries.get(name)
         if taken and (taken.module != module or (not callable(value) and taken.value != value)):
             raise ConfigError(f"there is a {self.kind} {name!r} already, of {taken.module}. Name yours otherwise.")
-        self._entries[name] = Entry(name, value, module, version, self.traits | traits)
+        self._entries[name] = Entry(name, value, module, version, self.traits | dict(traits))
 
     def _check(self, name: str, traits: Mapping[str, Any]) -> None:
         if unknown := traits.keys() - self.traits.keys():
@@ -101,7 +130,7 @@ class Registry(Mapping[str, T]):
         if name not in self._entries:
             raise ConfigError(
                 f"{self.setting}={name!r} is not known{nearest(name, self._entries)}. "
-                f"Allowed: {', '.join(self._entries)}."
+                f"Allowed: {', '.join(self._entries)}. One of your own needs extend=[MODULE]."
             )
         return self._entries[name]
 

@@ -81,7 +81,7 @@ class TrainConfig(OptimConfig):
     """
 
     batch_size: int = setting(
-        4, "Sequences in one optimiser step, over all devices.", least=1, column="batch", parts=220
+        4, "Sequences in one optimiser step of the student, over all devices.", least=1, column="batch", parts=220
     )
     warmup: float = setting(0.1, WARM_UP, least=0, most=1)
     precision: str = setting(
@@ -95,7 +95,10 @@ class TrainConfig(OptimConfig):
     )
     device: str = setting("auto", "Where models run: auto, cpu, cuda, cuda:N, mps, xpu or xpu:N.", decides=False)
     sharding: str = setting(
-        "none", "Of student and optimiser over several ranks: none (DDP) or fsdp.", allowed=SHARDINGS, decides=False
+        "none",
+        "How student and optimiser are split over several ranks: none (DDP) or fsdp.",
+        allowed=SHARDINGS,
+        decides=False,,
     )
     micro_batch_size: int | None = setting(
         None, "Sequences on one device at once; null: the whole batch.", least=1, decides=False
