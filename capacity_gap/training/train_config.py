@@ -98,7 +98,7 @@ class TrainConfig(OptimConfig):
         "none",
         "How student and optimiser are split over several ranks: none (DDP) or fsdp.",
         allowed=SHARDINGS,
-        decides=False,,
+        decides=False,
     )
     micro_batch_size: int | None = setting(
         None, "Sequences on one device at once; null: the whole batch.", least=1, decides=False
