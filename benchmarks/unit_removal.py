@@ -20,8 +20,9 @@ from benchmarks.grid import compose
 from capacity_gap.cell import pipeline
 from capacity_gap.data import packing
 from capacity_gap.models.axes import architecture, dims
-from capacity_gap.models.loading import lm_loss, load_model
+from capacity_gap.models.loading import load_model
 from capacity_gap.pruning.hooks import layers_of
+from capacity_gap.pruning.lm_loss import lm_loss
 from capacity_gap.pruning.methods import SCORES
 from capacity_gap.runtime.process import Runtime
 from capacity_gap.store.stage import Store

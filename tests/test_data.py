@@ -100,7 +100,7 @@ def test_a_dataset_is_streamed_from_the_hub_or_a_local_folder(tmp_path):
     assert len({d.group for d in found}) == 3
     with pytest.raises(StageError, match=r"no column 'text'. It has: body, n. Name one with corpus.column="):
         list(sources.documents(SourceConfig(name="hub", dataset=str(tmp_path))))
-    with pytest.raises(StageError, match=r"cannot be read.*a local folder of .jsonl or .parquet files will do"):
+    with pytest.raises(StageError, match=r"cannot be read.*a folder of .jsonl or .parquet files does"):
         list(sources.documents(SourceConfig(name="hub", dataset=str(tmp_path / "none"))))
 
 

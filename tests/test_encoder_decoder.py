@@ -18,8 +18,9 @@ from capacity_gap.evaluate.heldout import held_out
 from capacity_gap.models import accounting
 from capacity_gap.models.axes import count_params, dims
 from capacity_gap.models.ladders import FAMILIES
-from capacity_gap.models.loading import hidden_states, lm_loss, new_model, output_weight, predicted
+from capacity_gap.models.loading import hidden_states, new_model, output_weight, predicted
 from capacity_gap.pruning import prune
+from capacity_gap.pruning.lm_loss import lm_loss
 from capacity_gap.pruning.methods import random_scores
 from capacity_gap.pruning.shape import shape_of, spread
 from capacity_gap.pruning.surgery import choose_units

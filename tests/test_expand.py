@@ -256,7 +256,7 @@ def test_too_few_tokens_for_the_room_say_how_many_there_are(english, tmp_path):
 @pytest.mark.parametrize("harm", ["moved", "merged"])
 def test_an_expanded_tokenizer_that_reads_otherwise_is_refused(harm, english, tmp_path, monkeypatch):
     """Whatever a tokenizer's file may hold that is not foreseen: nothing is kept that changes old text."""
-    from capacity_gap.data import expand_tokenizer
+    from capacity_gap.data import expand_tokenizer as module
 
     def harmful(content, found, *, first):
         made = expand_fully(content, found, first=first)
@@ -265,8 +265,8 @@ def test_an_expanded_tokenizer_that_reads_otherwise_is_refused(harm, english, tm
             return {**made, "model": {**made["model"], "vocab": made["model"]["vocab"] | swapped}}
         return {**made, "model": {**made["model"], "merges": made["model"]["merges"][5:]}}
 
-    expand_fully = expand_tokenizer.with_tokens
-    monkeypatch.setattr(expand_tokenizer, "with_tokens", harmful)
+    expand_fully = module.with_tokens
+    monkeypatch.setattr(module, "with_tokens", harmful)
     (tmp_path / "out").mkdir()
     train_tokenizer(english, 400, tmp_path)
     with pytest.raises(StageError, match="keep their ids" if harm == "moved" else "would read '.*' otherwise"):

@@ -19,6 +19,7 @@ from capacity_gap.models.ladders import FAMILIES, Family
 from capacity_gap.models.loading import auto_class, load_model
 from capacity_gap.runner.run_cell import run_config
 from capacity_gap.settings.errors import ConfigError, StageError
+from capacity_gap.settings.registry import Entry
 from capacity_gap.settings.scales import parse_scale
 from capacity_gap.store.stage import Store
 from tests.conftest import compose, run_py
@@ -235,7 +236,7 @@ def test_a_ladder_whose_checkpoints_have_other_tokens_stops_before_compute(folde
         shutil.copytree(folders / name, place)
     shapes = {name: json.loads((place / "config.json").read_text()) for name, place in places.items()}
     ladder = Family("ladder", shapes, 1, {name: str(place) for name, place in places.items()})
-    monkeypatch.setitem(FAMILIES, "ladder", ladder)
+    monkeypatch.setitem(FAMILIES._entries, "ladder", Entry("ladder", ladder, "tests", traits={"dtype": "fp32"}))
     content = json.loads((places["large"] / "tokenizer.json").read_text())
     vocab = content["model"]["vocab"]
     one, two = list(vocab)[-2:]

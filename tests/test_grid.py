@@ -141,7 +141,7 @@ def test_workers_of_a_machine_with_several_gpus_take_one_each(tmp_path):
     script = (
         "import sys, tempfile\n"
         f"tempfile.tempdir = {str(tmp_path)!r}\n"
-        "from capacity_gap.runtime import _own_gpu\n"
+        "from capacity_gap.runtime.process import _own_gpu\n"
         "print(_own_gpu(2), flush=True); sys.stdin.read()\n"
     )
     environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}

@@ -10,6 +10,7 @@ import pytest
 from capacity_gap import records
 from capacity_gap.cell import pipeline
 from capacity_gap.cell.outdated import CHECKED, _common, outdated, without_outdated
+from capacity_gap.cell.stages import evaluate_model
 from capacity_gap.commands import cli
 from capacity_gap.data.packing import Packed
 from capacity_gap.models import loading
@@ -71,7 +72,7 @@ def test_bytes_counted_wrongly_are_counted_again_and_nothing_is_trained_again(
 ):
     config = cell_of(folder, text, tiny, tmp_path)
     with monkeypatch.context() as before:
-        before.setattr(pipeline, "old_bytes_were_wrong", lambda folder: False)
+        before.setattr(evaluate_model, "old_bytes_were_wrong", lambda folder: False)
         before.setattr("capacity_gap.data.tokenizer.token_bytes", lambda *given: [3] * 514)
         before.setattr("capacity_gap.data.tokenizer.proved", lambda *given, **more: True)
         run_config(config)

@@ -10,12 +10,14 @@ import pytest
 
 from capacity_gap import records
 from capacity_gap.cell import pipeline
+from capacity_gap.cell.stages import distil_student
 from capacity_gap.commands import cli
 from capacity_gap.distill.distill_config import DistillConfig
 from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.pruning.prune_config import PruneConfig
 from capacity_gap.records.record import columns
 from capacity_gap.runner.run_cell import run_config
+from capacity_gap.settings.declare import KEY
 from capacity_gap.settings.errors import ImpossibleCell
 from capacity_gap.store.contents import sweeps
 from capacity_gap.store.files import META
@@ -130,7 +132,7 @@ def test_every_setting_that_decides_a_cell_is_in_its_record():
     tried = 0
     for section, kind in sections.items():
         for field in dataclasses.fields(kind):
-            if field.metadata.get("identity", True) and isinstance(field.default, int | float):
+            if field.metadata[KEY].decides and isinstance(field.default, int | float):
                 value = not field.default if isinstance(field.default, bool) else field.default * 0.5 or 0.5
                 value = 2 if isinstance(field.default, int) and not isinstance(field.default, bool) else value
                 cell = pipeline.resolve(compose([f"{section}.{field.name}={value}"]))
@@ -233,11 +235,11 @@ def test_a_shared_start_is_one_for_all_teachers(tiny, tmp_path):
 def test_a_failure_is_recorded_with_its_cause_until_the_cell_is_done(tiny, tmp_path, monkeypatch):
     config = compose([*tiny, "student=40k", "teacher=55k", f"store={tmp_path}"])
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.steps, "distil", lambda run: (_ for _ in ()).throw(RuntimeError("boom")))
+        patch.setattr(distil_student, "distil", lambda run: (_ for _ in ()).throw(RuntimeError("boom")))
         with pytest.raises(RuntimeError, match="boom"):
             run_config(config)
     (row,) = records.read(tmp_path)
-    assert (row["status"], row["error"], row["student_loss"]) == ("failed", "boom", None)
+    assert (row["status"], row["error"], row["student_loss"]) == ("failed", "RuntimeError: boom", None)
     run_config(config)
     (row,) = records.read(tmp_path)
     assert (row["status"], row["error"]) == ("done", None)

@@ -7,10 +7,11 @@ import torch
 
 from capacity_gap.models.axes import architecture, config_with, count_params, dims, pattern_of
 from capacity_gap.models.ladders import FAMILIES
-from capacity_gap.models.loading import auto_class, lm_loss
+from capacity_gap.models.loading import auto_class
 from capacity_gap.pruning import choose_shape, common_shape, expressive_scores
 from capacity_gap.pruning.common_shape import student_config
 from capacity_gap.pruning.hooks import layers_of
+from capacity_gap.pruning.lm_loss import lm_loss
 from capacity_gap.pruning.methods import SCORES, block_influence, loss_increase, random_scores
 from capacity_gap.pruning.scores import Scores
 from capacity_gap.pruning.shape import Shape, sized, unfit

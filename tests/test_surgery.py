@@ -11,9 +11,10 @@ import torch
 from capacity_gap.models.architecture import place
 from capacity_gap.models.axes import architecture, count, count_params, dims, pattern_of
 from capacity_gap.models.layers import symmetric_layers
-from capacity_gap.models.loading import lm_loss, save_model
+from capacity_gap.models.loading import save_model
 from capacity_gap.pruning import choose_shape, expressive_scores, prune
 from capacity_gap.pruning.kept_layers import kept_layers
+from capacity_gap.pruning.lm_loss import lm_loss
 from capacity_gap.pruning.methods import random_scores
 from capacity_gap.pruning.shape import Shape, between, shape_of
 from capacity_gap.pruning.surgery import choose_units, prune_checkpoint

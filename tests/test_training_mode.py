@@ -9,6 +9,7 @@ import torch
 from capacity_gap import records
 from capacity_gap.cell import pipeline
 from capacity_gap.cell.outdated import CHECKED
+from capacity_gap.cell.stages import shared
 from capacity_gap.commands import cli
 from capacity_gap.models import loading
 from capacity_gap.models.axes import architecture
@@ -104,7 +105,7 @@ def test_a_cell_repeats_and_its_wrong_predecessor_is_not_reused(folders, tiny, t
     rows = [records.read(store)[0] for store in (first, again)]
     assert rows[0]["student_loss"] == rows[1]["student_loss"]
     with monkeypatch.context() as before:
-        before.setattr(pipeline, "_ignored", lambda keys: {})
+        before.setattr(shared, "_identity", lambda cell, keys: {})
         run_config(cell_of(folders / name, tiny, old))
     now = pipeline.resolve(cell_of(folders / name, tiny, old))
     assert not Store(old).has(now.record)

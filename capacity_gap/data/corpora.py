@@ -163,7 +163,7 @@ class HubDataset:
         except (OSError, ValueError) as error:
             raise StageError(
                 f"corpus.dataset={source.dataset} cannot be read: {str(error).splitlines()[0]} Check its name, "
-                "corpus.subset, corpus.dataset_split and the network; a folder of .jsonl or .parquet files will do."
+                "corpus.subset, corpus.dataset_split and the network; a folder of .jsonl or .parquet files does."
             ) from error
 
 
