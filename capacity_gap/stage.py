@@ -328,17 +328,23 @@ def adopt_checkpoint(place: Path, checkpoint: Path) -> bool:
     """Copies the furthest whole checkpoint that an earlier owner left to this owner's folder; whether there is one.
 
     Checkpoints are folders `step-<number>`, each written whole (`checkpoint.save` renames them into place); one that a
-    crash of the machine left empty or torn is passed over.
+    crash of the machine left empty or torn, or of which a byte has changed, is passed over.
     """
     left = sorted(place.glob("*/checkpoint/step-*"), key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
     checkpoint.mkdir(parents=True, exist_ok=True)
-    furthest = next(filter(is_whole, left), None)
+    furthest = next(filter(_is_sound_checkpoint, left), None)
     if furthest and furthest.parent != checkpoint:
         # Another owner may do the same at this moment: whoever comes second starts from its own, or from nothing.
         with contextlib.suppress(OSError):
             shutil.copytree(furthest, checkpoint / f".{furthest.name}.tmp")
             os.rename(checkpoint / f".{furthest.name}.tmp", checkpoint / furthest.name)
     return furthest is not None
+
+
+def _is_sound_checkpoint(folder: Path) -> bool:
+    if not (whole := is_whole(folder)):
+        log.warning("%s is damaged: it is passed over", folder)
+    return whole
 
 
 def publish(out: Path, final: Path) -> None:

@@ -14,6 +14,7 @@ from capacity_gap.data import packing
 from capacity_gap.data.corpus import SPLITS, build_corpus, read_texts
 from capacity_gap.data.documents import ood_documents
 from capacity_gap.data.sources import documents
+from capacity_gap.files import CRC
 from capacity_gap.models.axes import count_params
 from capacity_gap.records import RECORD, SCHEMA_VERSION, Record
 from capacity_gap.runtime import provenance
@@ -263,7 +264,8 @@ def signal(run: StageRun) -> None:
         on_block=on_block,
     )
     for file in blocks.iterdir():
-        file.rename(run.out / file.name)
+        if file.suffix != CRC:  # a finished stage lists its files with their hashes
+            file.rename(run.out / file.name)
 
 
 def _metrics(run: StageRun, whose: str) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:

@@ -129,24 +129,40 @@ def test_an_empty_or_torn_checkpoint_is_passed_over(tmp_path, name, left):
 def test_training_starts_from_the_furthest_checkpoint_that_can_be_read(tmp_path):
     from capacity_gap import checkpoint
 
-    def made():
-        torch.manual_seed(0)
-        model = torch.nn.Linear(3, 3)
-        optimizer = torch.optim.AdamW(model.parameters())
-        model(torch.ones(3)).sum().backward()
-        optimizer.step()
-        return model, optimizer
-
-    model, optimizer = made()
+    model, optimizer = after_one_step()
     checkpoint.save(tmp_path, 3, model, optimizer, [{"step": 3}], leads=True)
     shutil.copytree(tmp_path / "step-3", tmp_path / "step-7")
     os.truncate(tmp_path / "step-7" / "state.safetensors", 40)
-    assert checkpoint.load(tmp_path, *made()) == (3, [{"step": 3}])
+    assert checkpoint.load(tmp_path, *after_one_step()) == (3, [{"step": 3}])
     os.truncate(tmp_path / "step-3" / "state.safetensors", 0)
-    fresh, optimizer = made()
+    fresh, optimizer = after_one_step()
     before = fresh.weight.clone()
     assert checkpoint.load(tmp_path, fresh, optimizer) == (0, [])
     assert torch.equal(fresh.weight, before)
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json", "state.json.crc32"])
+def test_a_checkpoint_of_which_a_byte_has_changed_is_passed_over(tmp_path, caplog, name):
+    from capacity_gap import checkpoint
+
+    for owner, step in (("one", 9), ("two", 10)):
+        checkpoint.save(tmp_path / owner / "checkpoint", step, *after_one_step(), [{"ce": 1.5}], leads=True)
+    file = tmp_path / "two" / "checkpoint" / "step-10" / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 + 1] ^= 1
+    file.write_bytes(content)
+    assert adopt_checkpoint(tmp_path, tmp_path / "me" / "checkpoint")
+    assert [p.name for p in (tmp_path / "me" / "checkpoint").iterdir()] == ["step-9"]
+    assert "two/checkpoint/step-10 is damaged" in caplog.text
+
+
+def after_one_step():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    return model, optimizer
 
 
 def test_the_furthest_checkpoint_of_any_owner_is_taken_over(tmp_path):

@@ -21,6 +21,7 @@ from torch import Tensor
 from capacity_gap.distill.divergences import Softmax
 from capacity_gap.distill.losses import chunks
 from capacity_gap.distill.sparse import SparseTargets
+from capacity_gap.files import note_crc
 from capacity_gap.models.loading import hidden_states, output_weight
 
 BLOCK = 256  # sequences
@@ -129,6 +130,7 @@ def _write_block(folder: Path, block: int, arrays: list[Tensor], vocabulary: int
     for name, tensor, dtype in zip(ARRAYS, arrays, dtypes, strict=True):
         beside = folder / f".{block}-{name}.tmp.npy"
         np.save(beside, tensor.numpy() if dtype is None else tensor.numpy().astype(dtype))
+        note_crc(beside, _block(folder, block, name).name)
         os.replace(beside, _block(folder, block, name))
 
 
