@@ -43,7 +43,7 @@ from capacity_gap.stage import Store, closure
 from capacity_gap.store_tools import note_sweep, sweeps
 
 GRIDS = 10
-CELLS = ["student=40k", "teacher=55k,80k", "seed=0,1", "distill.signal=sampled,topk"]
+CELLS = ["student=40k", "teacher=55k", "seed=0,1", "distill.signal=sampled,topk", "data=12k", "family.teacher_data=12k"]
 STORES = 50
 PROCESSES = 20
 CELL = ["student=40k", "teacher=55k", "data=12k", "family.teacher_data=12k", "distill.signal=sampled"]
@@ -93,7 +93,7 @@ def collect_beside(process: subprocess.Popen, store: Path) -> tuple[int, Counter
         if (store / "store.json").exists():
             taken += collect(store)
             rounds += 1
-        time.sleep(0.05)
+        time.sleep(0.1)
     assert process.returncode == 0, store.with_suffix(".log").read_text()
     return rounds, taken
 
@@ -130,6 +130,7 @@ def note_races(place: Path, corpus: list[str]) -> Iterator[dict[str, Any]]:
         note_at_once(corpus, stores, more)
         lost = [s for s in stores if len(sweeps(s)[name]) != PROCESSES + bool(more)]
         assert not lost, f"cells were lost in {len(lost)} of {STORES} stores"
+        assert not any(s.damaged.exists() for s in stores), "something was taken for damaged"
         yield row("notes", case, STORES, before, f"{PROCESSES} of {PROCESSES} cells noted in each store")
     yield whole_cells(place, corpus)
 

@@ -123,15 +123,18 @@ class Store:
         try:
             schema = self._schema()
         except Damaged as error:
-            name_left_out(self.root, [error] if self.marker.exists() else [])
+            name_left_out(self.root, [error])
             return
-        if schema > SCHEMA:
+        if schema is not None and schema > SCHEMA:
             raise StoreError(
                 f"store={self.root} was written by a newer capacity_gap (store schema {schema}; this version reads up "
                 f"to {SCHEMA}). Upgrade capacity_gap, or name another store with store=FOLDER."
             )
 
-    def _schema(self) -> int:
+    def _schema(self) -> int | None:
+        """What the marker says; None where there is none yet."""
+        if not self.marker.exists():
+            return None
         schema = read_json(self.marker, ["schema"])["schema"]
         if not isinstance(schema, int):
             raise Damaged(self.marker, f"names the schema {schema!r}, which is no whole number")
@@ -156,11 +159,13 @@ class Store:
             raise StoreError(self._unwritable(str(error))) from error
 
     def _mark(self) -> None:
+        schema = None
         try:
-            self._schema()
+            schema = self._schema()
         except Damaged as error:
-            if self.marker.exists():
+            with contextlib.suppress(FileNotFoundError):  # another process has just done so
                 self.set_aside(self.marker, error)
+        if schema is None:
             write_checked(self.marker, {"schema": SCHEMA})
 
     def _unwritable(self, why: str) -> str:

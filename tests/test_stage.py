@@ -18,8 +18,8 @@ import tokenizers
 import torch
 from safetensors.torch import save_file
 
-from capacity_gap.errors import StageError, StoreError
-from capacity_gap.files import write_json
+from capacity_gap.errors import Damaged, StageError, StoreError
+from capacity_gap.files import read_json, write_json
 from capacity_gap.lease import Lease
 from capacity_gap.runtime import Runtime
 from capacity_gap.stage import Stage, Store, adopt_checkpoint, closure
@@ -96,6 +96,24 @@ def test_a_newer_store_is_refused_and_untouched(tmp_path):
     with pytest.raises(StoreError, match="newer capacity_gap"):
         Store(tmp_path).compute(Stage("s", 1, {}, {}, counting([])), Runtime())
     assert [p.name for p in tmp_path.iterdir()] == ["store.json"]
+
+
+def test_a_marker_that_another_process_has_just_written_is_not_damaged(tmp_path, monkeypatch, capsys):
+    """Many cells that start at once find no marker; by the time that one of them writes it, another has."""
+    marker = tmp_path / "store.json"
+
+    def read_too_early(path, needs=()):
+        if marker.exists():
+            return read_json(path, needs)
+        marker.write_text(json.dumps({"schema": 1}))
+        raise Damaged(path, "is missing")
+
+    monkeypatch.setattr("capacity_gap.stage.read_json", read_too_early)
+    store = Store(tmp_path)
+    store.create()
+    assert store.marker.is_file()
+    assert not store.damaged.exists()
+    assert capsys.readouterr().err == ""
 
 
 def test_closure_lists_inputs_before_their_users():
