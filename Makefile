@@ -46,6 +46,9 @@ bench: $(VENV)/.installed  ## every claim of speed, one script each
 evidence: $(VENV)/.installed  ## the long runs whose tables are in results/
 	$(BIN)/python -m benchmarks.chaos --out results/chaos.csv
 	$(BIN)/python -m benchmarks.damage --out results/damage.csv
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[instruct,ray,slurm]'
+	$(BIN)/python -m benchmarks.store_races --out results/store_races.csv
+	$(BIN)/python -m benchmarks.stop_signals --out results/stop_signals.csv
 	$(BIN)/python -m benchmarks.fit_coverage --out results/fit_coverage.csv
 	$(BIN)/python run.py -m +sweeps=signals
 	$(BIN)/python run.py -m +sweeps=signals distill.signal=sampled distill.signal_size=32

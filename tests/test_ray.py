@@ -6,7 +6,7 @@ import pytest
 
 from capacity_gap import records
 from tests.conftest import run_py
-from tests.test_stopping import start, stop, wait_for_training
+from tests.test_stopping import LONG, start, stop, wait_for_training
 
 pytest.importorskip("ray", reason="the extra [ray] is not installed")
 
@@ -24,7 +24,11 @@ def test_a_grid_on_ray_and_a_cell_that_fails(tiny, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_grid_on_ray_that_is_asked_to_end(tiny, tmp_path, number):
+@pytest.mark.parametrize("wave", ["first", "last"])
+def test_a_grid_on_ray_that_is_asked_to_end(tiny, tmp_path, number, wave):
+    """In the wave in which it starts Ray, which sets handlers of its own, and in a later one."""
+    if wave == "first":
+        run_py(*tiny, *LONG, "data=6k", f"store={tmp_path}")
     grid = start(tmp_path, tiny, "-m", "seed=0,1", "hydra/launcher=ray")
     wait_for_training(tmp_path, grid, students=1)
     assert stop(tmp_path, grid, number, group=False) == 128 + number

@@ -15,6 +15,7 @@ from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.models.loading import hidden_states, new_model, output_weight
 from capacity_gap.runner.plan import make_plan
 from capacity_gap.runner.run_cell import run_config
+from capacity_gap.store.files import is_whole
 from capacity_gap.store.stage import Store
 from tests.conftest import compose
 
@@ -83,12 +84,22 @@ def test_a_killed_writer_loses_one_block_and_ends_with_the_same_signal(teacher, 
 
     with pytest.raises(Killed):
         written(teacher, tmp_path / "again", "sampled", on_block=kill)
-    kept = {f: f.stat().st_mtime_ns for f in (tmp_path / "again").glob("block-0000[01]-*")}
+    kept = {f: f.stat().st_mtime_ns for f in (tmp_path / "again").glob("block-0000[01]-*.npy")}
     assert len(kept) == 6
     again = written(teacher, tmp_path / "again", "sampled")
     assert {f: f.stat().st_mtime_ns for f in kept} == kept
     for name in ("ids", "values", "entropy"):
         assert torch.equal(getattr(whole.targets(ORDER), name), getattr(again.targets(ORDER), name))
+
+
+def test_a_changed_byte_of_a_block_is_noticed_before_the_signal_goes_on(teacher, tmp_path):
+    written(teacher, tmp_path)
+    assert is_whole(tmp_path)
+    block = tmp_path / "block-00001-values.npy"
+    content = bytearray(block.read_bytes())
+    content[-3] ^= 1
+    block.write_bytes(content)
+    assert not is_whole(tmp_path)
 
 
 def test_rows_beyond_the_tokenizer_are_no_part_of_a_signal(teacher, tmp_path):
@@ -119,6 +130,7 @@ def test_cells_share_one_signal_and_come_near_the_online_result(tiny, tmp_path, 
         run_config(config)
     folders = list(tmp_path.glob("signal/*"))
     assert len(folders) == 1
+    assert list(folders[0].glob("*.crc32")) == []
     assert json.loads((folders[0] / "signal.json").read_text())["bytes_per_token"] < 600
     rows = {r["cell"]: r for r in records.read(tmp_path)}
     planned = make_plan([pipeline.resolve(cells[0])], Store(tmp_path)).signals

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save_file
 
 from capacity_gap.runtime.process import Runtime
-from capacity_gap.settings.errors import StageError, StoreError
-from capacity_gap.store.files import write_json
+from capacity_gap.settings.errors import Damaged, StageError, StoreError
+from capacity_gap.store.files import read_json, write_json
 from capacity_gap.store.lease import Lease
 from capacity_gap.store.stage import Stage, Store, adopt_checkpoint, closure
 
@@ -98,6 +98,24 @@ def test_a_newer_store_is_refused_and_untouched(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["store.json"]
 
 
+def test_a_marker_that_another_process_has_just_written_is_not_damaged(tmp_path, monkeypatch, capsys):
+    """Many cells that start at once find no marker; by the time that one of them writes it, another has."""
+    marker = tmp_path / "store.json"
+
+    def read_too_early(path, needs=()):
+        if marker.exists():
+            return read_json(path, needs)
+        marker.write_text(json.dumps({"schema": 1}))
+        raise Damaged(path, "is missing")
+
+    monkeypatch.setattr("capacity_gap.store.stage.read_json", read_too_early)
+    store = Store(tmp_path)
+    store.create()
+    assert store.marker.is_file()
+    assert not store.damaged.exists()
+    assert capsys.readouterr().err == ""
+
+
 def test_closure_lists_inputs_before_their_users():
     a = Stage("a", 1, {}, {}, print)
     b = Stage("b", 1, {}, {"a": a}, print)
@@ -129,24 +147,40 @@ def test_an_empty_or_torn_checkpoint_is_passed_over(tmp_path, name, left):
 def test_training_starts_from_the_furthest_checkpoint_that_can_be_read(tmp_path):
     from capacity_gap.store import checkpoint
 
-    def made():
-        torch.manual_seed(0)
-        model = torch.nn.Linear(3, 3)
-        optimizer = torch.optim.AdamW(model.parameters())
-        model(torch.ones(3)).sum().backward()
-        optimizer.step()
-        return model, optimizer
-
-    model, optimizer = made()
+    model, optimizer = after_one_step()
     checkpoint.save(tmp_path, 3, model, optimizer, [{"step": 3}], leads=True)
     shutil.copytree(tmp_path / "step-3", tmp_path / "step-7")
     os.truncate(tmp_path / "step-7" / "state.safetensors", 40)
-    assert checkpoint.load(tmp_path, *made()) == (3, [{"step": 3}])
+    assert checkpoint.load(tmp_path, *after_one_step()) == (3, [{"step": 3}])
     os.truncate(tmp_path / "step-3" / "state.safetensors", 0)
-    fresh, optimizer = made()
+    fresh, optimizer = after_one_step()
     before = fresh.weight.clone()
     assert checkpoint.load(tmp_path, fresh, optimizer) == (0, [])
     assert torch.equal(fresh.weight, before)
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json", "state.json.crc32"])
+def test_a_checkpoint_of_which_a_byte_has_changed_is_passed_over(tmp_path, caplog, name):
+    from capacity_gap.store import checkpoint
+
+    for owner, step in (("one", 9), ("two", 10)):
+        checkpoint.save(tmp_path / owner / "checkpoint", step, *after_one_step(), [{"ce": 1.5}], leads=True)
+    file = tmp_path / "two" / "checkpoint" / "step-10" / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 + 1] ^= 1
+    file.write_bytes(content)
+    assert adopt_checkpoint(tmp_path, tmp_path / "me" / "checkpoint")
+    assert [p.name for p in (tmp_path / "me" / "checkpoint").iterdir()] == ["step-9"]
+    assert "two/checkpoint/step-10 is damaged" in caplog.text
+
+
+def after_one_step():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    return model, optimizer
 
 
 def test_the_furthest_checkpoint_of_any_owner_is_taken_over(tmp_path):

@@ -15,6 +15,7 @@ from capacity_gap.runner import stopping
 from capacity_gap.runner.stopping import UntilAsked, ending_workers
 from capacity_gap.runner.worker import Jobs, run_children
 from capacity_gap.runtime.process import PARENT, STOP_FILE, Interrupted, Runtime
+from hydra_plugins.capacity_gap_launchers.ray_launcher import _start
 from tests.conftest import ROOT
 
 ENDED_S = 30
@@ -165,3 +166,27 @@ def test_a_worker_that_was_asked_to_end_is_not_followed_by_another(tmp_path):
     assert log.read_text() == "started "
     assert jobs.open() == [0, 1, 2]
     assert json.loads((tmp_path / "0.json").read_text()) == {}
+
+
+class RayThatSetsAHandler:
+    """As Ray does when it starts: SIGTERM kills its processes and ends this one with status 1."""
+
+    def __init__(self, *, asked):
+        self.asked = asked
+
+    def init(self, **settings):
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(1))
+        if self.asked:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_ray_leaves_us_our_signal_handlers():
+    before = signal.getsignal(signal.SIGTERM)
+    _start(RayThatSetsAHandler(asked=False), None)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_request_to_end_while_ray_starts_is_one():
+    with pytest.raises(Interrupted) as caught:
+        _start(RayThatSetsAHandler(asked=True), None)
+    assert caught.value.exit_status == 143

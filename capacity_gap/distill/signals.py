@@ -23,6 +23,7 @@ from capacity_gap.distill.losses import chunks
 from capacity_gap.distill.signal_kinds import SIGNALS
 from capacity_gap.distill.sparse import SparseTargets
 from capacity_gap.models.loading import hidden_states, output_weight
+from capacity_gap.store.files import note_crc
 
 BLOCK = 256  # sequences
 HEADER = "signal.json"
@@ -104,6 +105,7 @@ def _write_block(folder: Path, block: int, arrays: list[Tensor], vocabulary: int
     for name, tensor, dtype in zip(ARRAYS, arrays, dtypes, strict=True):
         beside = folder / f".{block}-{name}.tmp.npy"
         np.save(beside, tensor.numpy() if dtype is None else tensor.numpy().astype(dtype))
+        note_crc(beside, _block(folder, block, name).name)
         os.replace(beside, _block(folder, block, name))
 
 

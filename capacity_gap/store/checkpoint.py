@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from capacity_gap.settings.errors import Damaged
-from capacity_gap.store.files import let_others_read, read_json, sync, sync_all
+from capacity_gap.store.files import let_others_read, note_crc, read_json, sync, sync_all
 
 log = logging.getLogger(__name__)
 STATE = ("exp_avg", "exp_avg_sq", "step")
@@ -32,6 +32,8 @@ def save(
     beside.mkdir()
     save_file(tensors, beside / "state.safetensors")
     (beside / "state.json").write_text(json.dumps({"step": step, "history": history}))
+    for file in list(beside.iterdir()):
+        note_crc(file)
     let_others_read(beside)
     sync_all(beside)  # else a crash of the machine could leave the name without the content
     os.rename(beside, final)

@@ -123,15 +123,18 @@ class Store:
         try:
             schema = self._schema()
         except Damaged as error:
-            name_left_out(self.root, [error] if self.marker.exists() else [])
+            name_left_out(self.root, [error])
             return
-        if schema > SCHEMA:
+        if schema is not None and schema > SCHEMA:
             raise StoreError(
                 f"store={self.root} was written by a newer capacity_gap (store schema {schema}; this version reads up "
                 f"to {SCHEMA}). Upgrade capacity_gap, or name another store with store=FOLDER."
             )
 
-    def _schema(self) -> int:
+    def _schema(self) -> int | None:
+        """What the marker says; None where there is none yet."""
+        if not self.marker.exists():
+            return None
         schema = read_json(self.marker, ["schema"])["schema"]
         if not isinstance(schema, int):
             raise Damaged(self.marker, f"names the schema {schema!r}, which is no whole number")
@@ -156,11 +159,13 @@ class Store:
             raise StoreError(self._unwritable(str(error))) from error
 
     def _mark(self) -> None:
+        schema = None
         try:
-            self._schema()
+            schema = self._schema()
         except Damaged as error:
-            if self.marker.exists():
+            with contextlib.suppress(FileNotFoundError):  # another process has just done so
                 self.set_aside(self.marker, error)
+        if schema is None:
             write_checked(self.marker, {"schema": SCHEMA})
 
     def _unwritable(self, why: str) -> str:
@@ -328,17 +333,23 @@ def adopt_checkpoint(place: Path, checkpoint: Path) -> bool:
     """Copies the furthest whole checkpoint that an earlier owner left to this owner's folder; whether there is one.
 
     Checkpoints are folders `step-<number>`, each written whole (`checkpoint.save` renames them into place); one that a
-    crash of the machine left empty or torn is passed over.
+    crash of the machine left empty or torn, or of which a byte has changed, is passed over.
     """
     left = sorted(place.glob("*/checkpoint/step-*"), key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
     checkpoint.mkdir(parents=True, exist_ok=True)
-    furthest = next(filter(is_whole, left), None)
+    furthest = next(filter(_is_sound_checkpoint, left), None)
     if furthest and furthest.parent != checkpoint:
         # Another owner may do the same at this moment: whoever comes second starts from its own, or from nothing.
         with contextlib.suppress(OSError):
             shutil.copytree(furthest, checkpoint / f".{furthest.name}.tmp")
             os.rename(checkpoint / f".{furthest.name}.tmp", checkpoint / furthest.name)
     return furthest is not None and (checkpoint / furthest.name).is_dir()
+
+
+def _is_sound_checkpoint(folder: Path) -> bool:
+    if not (whole := is_whole(folder)):
+        log.warning("%s is damaged: it is passed over", folder)
+    return whole
 
 
 def publish(out: Path, final: Path) -> None:

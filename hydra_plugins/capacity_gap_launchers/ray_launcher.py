@@ -1,5 +1,6 @@
 """hydra/launcher=ray: one wave of a grid as tasks of a Ray cluster, running or local. Imports no torch."""
 
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,9 +56,9 @@ class RayLauncher(Launcher):
             ) from error
         configs = [from_hydra(self.loader.load_sweep_config(self.config, list(o))) for o in job_overrides]
         jobs = Jobs.hand_out(Store(configs[0].store_path), [handed_out(c) for c in configs])
+        if not ray.is_initialized():
+            _start(ray, self.settings.address)
         with noting_signals() as check:
-            if not ray.is_initialized():
-                ray.init(address=self.settings.address, log_to_driver=False, include_dashboard=False)
             # A worker serves one task: models, threads and signal handlers of one cell never meet those of another.
             task = ray.remote(max_calls=1, max_retries=0)(run_task)
             cpus = self.settings.cpus or configs[0].train.threads
@@ -71,6 +72,19 @@ class RayLauncher(Launcher):
                 _end(ray, list(running))
                 raise
         return jobs.returns()
+
+
+def _start(ray: Any, address: str | None) -> None:
+    """Joins or starts the cluster. Ray ends the process at SIGTERM with a handler of its own, which is taken back."""
+    from capacity_gap.runner.stopping import noting_signals
+    from capacity_gap.runtime.process import Interrupted
+
+    with noting_signals() as check:
+        try:
+            ray.init(address=address, log_to_driver=False, include_dashboard=False)
+        except SystemExit as error:
+            raise Interrupted(signal.SIGTERM) from error
+        check()
 
 
 def _note_outcomes(ray: Any, running: dict[Any, int], jobs: Any, check: Callable[[], None]) -> None:

@@ -5,6 +5,7 @@ from capacity_gap.cell.stages.shared import packed_split
 from capacity_gap.data import packing
 from capacity_gap.distill.signal_kinds import SIGNALS
 from capacity_gap.models import accounting
+from capacity_gap.store.files import CRC
 from capacity_gap.store.stage import Stage, StageRun
 
 
@@ -54,4 +55,5 @@ def cache_signal(run: StageRun) -> None:
         on_block=on_block,
     )
     for file in blocks.iterdir():
-        file.rename(run.out / file.name)
+        if file.suffix != CRC:  # a finished stage lists its files with their hashes
+            file.rename(run.out / file.name)
