@@ -10,6 +10,7 @@ import torch
 
 from capacity_gap import records
 from capacity_gap.cell import config
+from capacity_gap.cell.pipeline import resolve
 from capacity_gap.data.corpora import CORPORA
 from capacity_gap.data.corpus_config import CorpusConfig
 from capacity_gap.data.sources import documents, identity
@@ -26,7 +27,7 @@ from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.pruning.methods import LAYER_SCORES, SCORES
 from capacity_gap.settings import extension
 from capacity_gap.settings.errors import ConfigError
-from capacity_gap.settings.registry import Registry
+from capacity_gap.settings.registry import Entry, Registry, source_digest
 from tests.conftest import ROOT, compose
 from tests.small_models import SMALL, small_model
 
@@ -47,7 +48,7 @@ def run_signal(name):
         return
     kind, teacher = SIGNALS[name], Softmax.of(torch.randn(3, 7))
     ids, values = kind.targets(teacher, 4, torch.Generator().manual_seed(0))
-    values = values / 4 if SIGNALS.entry(name).traits["draws"] else values
+    values = values / 4 if SIGNALS.entry(name).traits["draws"] else values  # as `signals.Signal` does
     targets = SparseTargets(name, ids, values, teacher.entropy())
     value, kl, gradient = kind.against(Softmax.of(torch.randn(3, 7)), targets, LOSSES["forward_kl"], 0.0)
     assert value.shape == kl.shape == (3,) and gradient.shape == (3, 7)
@@ -111,11 +112,9 @@ def test_every_entry_says_what_it_is(kind):
 
 def test_every_choice_can_be_composed():
     for group, name, _ in config.choices():
-        needed = {"text": ["corpus.path=" + str(ROOT / "README.md").replace("README.md", "tests/conftest.py")]}
         if name in ("hub", "mixture", "local", "text"):
             continue  # they need more, and say so: test_config.py
-        more = [f"family.folders=[{ROOT}]"] if name == "folders" else needed.get(name, [])
-        assert compose([f"{group}={name}", *more])
+        assert compose([f"{group}={name}", *([f"family.folders=[{ROOT}]"] if name == "folders" else [])])
 
 
 def test_a_registry_refuses_what_it_does_not_know():
@@ -189,7 +188,7 @@ def test_a_module_of_the_users_adds_a_loss_a_score_a_corpus_and_a_family(tmp_pat
     assert "2 reused" in again.stdout, again.stderr
     (tmp_path / "my_entries.py").write_text(MINE.replace("one + two", "one + 2 * two"))
     edited = run_py(tmp_path, *GRID, "extend=[my_entries]", "plan=true", f"store={tmp_path / 'store'}")
-    assert "0 of 2 cells are there" in edited.stdout or "2 cells" in edited.stdout, edited.stdout
+    assert "plan: 2 cells, 0 of them recorded" in edited.stdout, edited.stdout
 
 
 @pytest.mark.parametrize(
@@ -278,7 +277,38 @@ def test_what_decides_an_entry_of_the_users_is_hashed_wherever_it_is_defined(tmp
     before = SHARED.entry("part").identity
     assert set(before) == {"version", "source"}
     (package / "constants.py").write_text("A = 0.1")
-    assert SHARED.entry("part").identity != before
+    assert SHARED.entry("part").identity == before, "this process still computes with what it imported"
+    assert {"version": 1, "source": source_digest("mine_in_parts.entries")} != before, "the next one does not"
 
 
 SHARED = Registry("part", setting="some.part")
+
+
+def test_a_users_corpus_keeps_its_identity_apart_from_the_splits(monkeypatch):
+    class Released:
+        """A corpus whose identity has names that ours have too."""
+
+        def identity(self, source):
+            return {"version": "2024", "test": "x"}
+
+    entry = Entry("released", Released, "somebody", source="0" * 20)
+    monkeypatch.setitem(CORPORA._entries, "released", entry)
+    cell = resolve(compose(["corpus=released"]))
+    assert cell.corpus.config["test"] == 0.05
+    assert cell.corpus.config["own"] == {"version": "2024", "test": "x"}
+    assert cell.corpus.config["entry_source"] == "0" * 20
+    assert "corpus.source=000000000000" in cell.description["settings"]
+
+
+@pytest.mark.parametrize(
+    ("registry", "name"), [(FAMILIES, "folders"), (CORPORA, "mixture"), (LAYER_SCORES, "symmetric")]
+)
+def test_names_with_a_meaning_of_their_own_cannot_be_taken(registry, name):
+    with pytest.raises(ConfigError, match="has a meaning of its own"):
+        registry.register(name)
+
+
+def test_samples_serve_only_what_they_estimate():
+    targets = SparseTargets("sampled", torch.tensor([[1, 2]]), torch.tensor([[0.5, 0.5]]), torch.zeros(1))
+    with pytest.raises(ValueError, match="forward KL and soft cross-entropy only"):
+        SIGNALS["sampled"].against(Softmax.of(torch.randn(1, 7)), targets, LOSSES["tvd"], 0.0)

@@ -122,6 +122,7 @@ def choices() -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield "prune", name, {"method": name}
     for name, values in EVALUATION_SETS.items():
         yield "evaluate", name, dict(values)
+    yield "train", "default", {}
     for name in MODES:
         yield "tracking", name, {"mode": name}
 

@@ -19,7 +19,7 @@ from capacity_gap.distill.signal_kinds import SIGNALS
 from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.pruning.methods import LAYER_SCORES, SCORES
 from capacity_gap.settings.declare import NOTHING, declared, default_of
-from capacity_gap.settings.hashing import files_digest, identity_fields
+from capacity_gap.settings.hashing import files_digest, fingerprint, identity_fields
 
 TUNING = ("instruct", "prefer")
 
@@ -73,15 +73,18 @@ def settings_text(config: RunConfig, *, ladder: str, pretrained: bool) -> str:
 
 def _entries(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Version and source of the registered entries that this cell uses, where they are not the package's first ones."""
-    used = [(CORPORA, part.name) for part in (*config.text.parts, config.text)]
+    parts = {f"corpus.parts.{i}": part for i, part in enumerate(config.text.parts)} or {"corpus": config.text}
+    used = [(path, CORPORA, part.name) for path, part in parts.items()]
     if config.prune.init != "random":
-        used += [(SCORES, config.prune.method), (LAYER_SCORES, config.prune.layers)]
+        used += [(r.setting, r, n) for r, n in ((SCORES, config.prune.method), (LAYER_SCORES, config.prune.layers))]
     if config.distill.kd_weight:
-        used += [(LOSSES, config.distill.loss), (SIGNALS, config.distill.signal)]
-    for registry, name in used:
+        used += [(r.setting, r, n) for r, n in ((LOSSES, config.distill.loss), (SIGNALS, config.distill.signal))]
+    for path, registry, name in used:
         if name in registry:
-            for key, value in registry.entry(name).identity.items():
-                yield f"{registry.setting}.{key}", str(value)[:12]
+            yield from ((f"{path}.{key}", str(value)[:12]) for key, value in registry.entry(name).identity.items())
+    for path, part in parts.items():
+        if part.name in CORPORA and not CORPORA.entry(part.name).is_ours:
+            yield f"{path}.content", fingerprint(identity(part))[:12]
 
 
 def tuning_text(config: RunConfig) -> str:

@@ -15,7 +15,7 @@ from capacity_gap.data.sources import corpus_name
 from capacity_gap.distill.distill_config import SIGNAL_SIZE
 from capacity_gap.instruct.rows import rows_in
 from capacity_gap.models import accounting
-from capacity_gap.models.axes import architecture, config_with, count_params, dims, padded
+from capacity_gap.models.axes import architecture, architecture_identity, config_with, count_params, dims, padded
 from capacity_gap.models.folders import content_digest, is_folder, local_family
 from capacity_gap.models.ladders import Family, family
 from capacity_gap.pruning.common_shape import student_shape
@@ -240,6 +240,8 @@ class ResolvedCell:
         """Non-default settings that have no column."""
         pretrained = self.teacher_tokens is not None
         found = {"settings": settings_text(self.config, ladder=self.family.name, pretrained=pretrained)}
+        if own := architecture_identity(self.teacher_shape):
+            found["settings"] = " ".join(filter(None, [found["settings"], *(f"{k}={v}" for k, v in own.items())]))
         found["instruct_settings"] = tuning_text(self.config)
         return {name: text for name, text in found.items() if text}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from capacity_gap import __version__
 from capacity_gap.commands import fit_commands, model_commands, report_commands, run_commands, store_commands
+from capacity_gap.settings import extension
 from capacity_gap.settings.errors import UserError
 
 GROUPS = {
@@ -56,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         given = parser().parse_args(words)
     try:
+        if extension.named():
+            extension.load()
         return given.run(given)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -67,7 +67,7 @@ def run_settings(given: argparse.Namespace) -> int:
 
     extension.load()
 
-    print(settings_page() if given.page else settings_help(" ".join(RUN_WORDS)), end="")
+    print(settings_page().rstrip() if given.page else settings_help(" ".join(RUN_WORDS)))
     return 0
 
 

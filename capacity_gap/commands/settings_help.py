@@ -116,7 +116,7 @@ def _source(column: Column) -> str:
 
 
 def _parts(column: Column) -> str:
-    return "repeats" if column.parts_repeats else "yes" if column.parts is not None else ""
+    return "repeats" if column.parts_repeats is not None else "yes" if column.parts is not None else ""
 
 
 def _kind(kind: str) -> str:

@@ -19,7 +19,7 @@ from capacity_gap.settings.hashing import files_digest
 from capacity_gap.settings.registry import Registry
 
 # `licence`: of the text, for the cards of exported students; None where it is the user's own.
-CORPORA: Registry = Registry("corpus", setting="corpus", traits={"licence": None})
+CORPORA: Registry = Registry("corpus", setting="corpus", traits={"licence": None}, reserved=("mixture",))
 UTTERANCES = 20  # of a conversation make a document
 GROUP = 100  # documents of a hub dataset that are kept together when the corpus is split
 _BETWEEN_HAN = re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])")

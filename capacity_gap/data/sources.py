@@ -23,7 +23,10 @@ def identity(source: SourceConfig) -> dict[str, Any]:
     if isinstance(source, CorpusConfig) and source.name == MIXTURE:
         return {"parts": [{"name": p.name, "weight": p.weight, **identity(p)} for p in source.parts]}
     entry = CORPORA.entry(source.name)
-    return {**entry.value().identity(source), **entry.identity}
+    given = entry.value().identity(source)
+    if entry.is_ours:
+        return {**given, **entry.identity}
+    return {"own": given, **{f"entry_{key}": value for key, value in entry.identity.items()}}  # its keys are its own
 
 
 def tokenizer_identity(tokenizer: str, revision: str | None) -> dict[str, Any]:

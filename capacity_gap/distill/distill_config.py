@@ -66,7 +66,7 @@ class DistillConfig:
     def __post_init__(self) -> None:
         validate("distill", self)
         loss, kind = LOSSES.entry(self.loss), SIGNALS.entry(self.signal)
-        if kind.traits["draws"] and not loss.traits["samples"]:
+        if kind.traits["draws"] and not (loss.is_ours and loss.traits["samples"]):
             raise ConfigError(
                 f"distill.signal={self.signal} with distill.loss={self.loss}: samples estimate only "
                 f"{' and '.join(LOSSES.that(samples=True))} without bias. Use distill.signal=topk or online."

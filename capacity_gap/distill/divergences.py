@@ -95,7 +95,7 @@ def jensen_shannon(student: Softmax, teacher: Softmax, skew: float = 0.5) -> tup
     mixed = Softmax.from_probs(skew * teacher.probs + (1 - skew) * student.probs).log_probs
     ours = student.log_probs - mixed
     value = skew * (teacher.probs * (teacher.log_probs - mixed)).sum(-1) + (1 - skew) * (student.probs * ours).sum(-1)
-    # Through m the slope is −(1 − β)·m/m, a constant, which `_by_logits` cancels.
+    # Through m the slope is −(1 − β)·m/m, a constant, which `by_logits` cancels.
     return value, by_logits(student, (1 - skew) * ours)
 
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from capacity_gap.distill.divergences import Divergence
     from capacity_gap.distill.sparse import SparseTargets
 
-# `draws`: whether it estimates the distribution by draws, which serve only losses that samples estimate without bias.
-SIGNALS: Registry = Registry("signal", setting="distill.signal", traits={"draws": False})
+# `draws`: values count draws, which serve only losses that samples estimate without bias. `value_bytes`: of one.
+SIGNALS: Registry = Registry("signal", setting="distill.signal", traits={"draws": False, "value_bytes": 2})
 
 
 @SIGNALS.register("online")
@@ -56,7 +56,7 @@ class TopK:
         return value, forward_kl(q, p, 0.0)[0], gradient
 
 
-@SIGNALS.register("sampled", draws=True)
+@SIGNALS.register("sampled", draws=True, value_bytes=1)
 class Sampled:
     """Tokens drawn from the teacher: an unbiased estimate of its distribution (arXiv 2503.16870)."""
 
@@ -82,6 +82,8 @@ class Sampled:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`−Σ w·log q`, w the drawn shares: unbiased soft cross-entropy (arXiv 2503.16870); its gradient is q − w."""
         del skew
+        if divergence not in (forward_kl, soft_cross_entropy):
+            raise ValueError("samples estimate forward KL and soft cross-entropy only")
         weights = targets.values.to(student.probs.dtype)
         soft_ce = -(weights * (student.logits.gather(1, targets.ids) - student.log_norm)).sum(-1)
         kl = soft_ce - targets.entropy.to(soft_ce.dtype)

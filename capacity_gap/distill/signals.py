@@ -141,9 +141,11 @@ class Signal:
             raise IndexError("the signal holds no targets for some of these sequences")
         ids, values, entropy = (np.stack([blocks[p // BLOCK][p % BLOCK] for p in places]) for blocks in self._arrays)
         given = torch.from_numpy(values).float()
+        if SIGNALS.entry(self.header["kind"]).traits["draws"]:
+            given = given / self.header["size"]  # shares of the draws
         return SparseTargets(
             self.header["kind"],
             torch.from_numpy(ids.astype(np.int64)).flatten(0, 1),
-            (given / self.header["size"] if self.header["kind"] == "sampled" else given).flatten(0, 1),
+            given.flatten(0, 1),
             torch.from_numpy(entropy).flatten(),
         )

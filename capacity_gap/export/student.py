@@ -162,8 +162,8 @@ def public(name: str, of_folder: str = "") -> str:
 
 
 def _licence(name: str) -> str:
-    wheels = {e.value.package: e.traits["licence"] for e in map(CORPORA.entry, CORPORA) if hasattr(e.value, "package")}
-    return licence_of(name) or wheels.get(name.partition(" ")[0]) or "see its own page or owner"
+    texts = {getattr(e.value, "package", e.name): e.traits["licence"] for e in map(CORPORA.entry, CORPORA)}
+    return licence_of(name) or texts.get(name.partition(" ")[0]) or "see its own page or owner"
 
 
 def _texts(_: Path, config: Mapping[str, Any]) -> Iterator[str]:
@@ -174,8 +174,8 @@ def _texts(_: Path, config: Mapping[str, Any]) -> Iterator[str]:
         elif part["name"] == "text":
             yield "the user's text files"
         else:
-            packages = [CORPORA[n].package for n in CORPORA if hasattr(CORPORA[n], "package")]
-            yield from (f"{name} {part[name]}" for name in packages if name in part)
+            package = getattr(CORPORA[part["name"]], "package", None) if part["name"] in CORPORA else None
+            yield f"{package} {part[package]}" if package else part["name"]
 
 
 def _base_tokenizer(_: Path, config: Mapping[str, Any]) -> Iterator[str]:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from capacity_gap.fit.sizes import SIZE_TERMS, SizeSlope, adjust_for_size
 from capacity_gap.records import is_number, scores_of
-from capacity_gap.records.record import columns, parting_columns
+from capacity_gap.records.record import parting_columns, repeat_parting_columns
 from capacity_gap.records.tables import numbers
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.settings.scales import short_scale
@@ -20,7 +20,7 @@ SAME_SIZE = 0.03  # students within 3 % are one student where no nominal scale s
 BY = parting_columns()  # where a table has them: cells that differ in one of them answer different questions
 # Settings that usually follow from a student's size, or act after the fitted loss is measured. They part curves only
 # where cells that agree in everything else, seeds too, differ in them.
-SETTINGS = tuple(c.name for c in columns().values() if c.parts_repeats)
+SETTINGS = repeat_parting_columns()
 
 
 @dataclass(frozen=True)

@@ -51,10 +51,10 @@ class InstructConfig(TuneConfig):
     """Supervised fine-tuning on conversations `{"messages": [...]}`; only answers count in the loss."""
 
     count: int = setting(0, ROWS, least=0, column="instruct_rows", computed=True)
-    epochs: int = setting(3, "Passes over the rows.", least=1, column="instruct_epochs", parts_repeats=True)
-    learning_rate: float = setting(2e-5, RATE, above=0, column="instruct_learning_rate", parts_repeats=True)
-    batch_size: int = setting(16, BATCH, least=1, column="instruct_batch", parts_repeats=True)
-    lora_rank: int = setting(0, ADAPTERS, least=0, column="instruct_lora_rank", null_at=0, parts_repeats=True)
+    epochs: int = setting(3, "Passes over the rows.", least=1, column="instruct_epochs", parts_repeats=60)
+    learning_rate: float = setting(2e-5, RATE, above=0, column="instruct_learning_rate", parts_repeats=70)
+    batch_size: int = setting(16, BATCH, least=1, column="instruct_batch", parts_repeats=80)
+    lora_rank: int = setting(0, ADAPTERS, least=0, column="instruct_lora_rank", null_at=0, parts_repeats=90)
     held_out: int = setting(300, "Conversations that answers are scored on; with a path its last ones.", least=1)
     answer_tokens: int = setting(32, "Most tokens of one answer.", least=1)
     packing: bool = setting(True, "Several conversations in one sequence, none of which sees another.")
@@ -66,7 +66,7 @@ class InstructConfig(TuneConfig):
         later=True,
         column="instruct_replay",
         null_at=0,
-        parts_repeats=True,
+        parts_repeats=100,
     )
 
     @property
@@ -79,11 +79,11 @@ class PreferConfig(TuneConfig):
     """DPO on rows `{"messages": [...], "chosen": "...", "rejected": "..."}`, after fine-tuning."""
 
     count: int = setting(0, ROWS, least=0, column="prefer_rows", computed=True)
-    epochs: int = setting(1, "Passes over the pairs.", least=1, column="prefer_epochs", parts_repeats=True)
-    learning_rate: float = setting(5e-7, RATE, above=0, column="prefer_learning_rate", parts_repeats=True)
-    batch_size: int = setting(16, "Pairs in one optimiser step.", least=1, column="prefer_batch", parts_repeats=True)
-    lora_rank: int = setting(0, ADAPTERS, least=0, column="prefer_lora_rank", null_at=0, parts_repeats=True)
-    beta: float = setting(0.1, "DPO's β.", above=0, column="prefer_beta", parts_repeats=True)
+    epochs: int = setting(1, "Passes over the pairs.", least=1, column="prefer_epochs", parts_repeats=130)
+    learning_rate: float = setting(5e-7, RATE, above=0, column="prefer_learning_rate", parts_repeats=140)
+    batch_size: int = setting(16, "Pairs in one optimiser step.", least=1, column="prefer_batch", parts_repeats=150)
+    lora_rank: int = setting(0, ADAPTERS, least=0, column="prefer_lora_rank", null_at=0, parts_repeats=160)
+    beta: float = setting(0.1, "DPO's β.", above=0, column="prefer_beta", parts_repeats=170)
 
     @property
     def _section(self) -> str:

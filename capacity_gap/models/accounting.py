@@ -8,6 +8,7 @@ and a training step 6·N per token (Kaplan et al. 2020, §2.1).
 from collections.abc import Mapping
 from typing import Any
 
+from capacity_gap.distill.signal_kinds import SIGNALS
 from capacity_gap.models.axes import architecture, count_params, dims
 
 
@@ -73,7 +74,7 @@ def stored_bytes(shape: Mapping[str, Any], *, dtype: str = "fp32", quantization:
 def signal_bytes_per_token(kind: str, size: int, vocabulary: int) -> float:
     """Bytes of a cached signal: for each value an id (2 bytes up to 65,536 tokens) and a half-precision
     log-probability or a one-byte count; four for the teacher's entropy."""
-    return size * ((2 if vocabulary <= 2**16 else 4) + (2 if kind == "topk" else 1)) + 4.0
+    return size * ((2 if vocabulary <= 2**16 else 4) + SIGNALS.entry(kind).traits["value_bytes"]) + 4.0
 
 
 def peak_memory(

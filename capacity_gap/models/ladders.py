@@ -3,6 +3,7 @@
 A rung is the content of a `config.json`. This file imports no torch: parameters are counted from the axis tables.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -225,12 +226,12 @@ _GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "tie_wo
 _OPT = {"model_type": "opt", "vocab_size": 50272, "max_position_embeddings": 2048, "tie_word_embeddings": True}
 
 # `dtype`: in which the family's teachers are held while they teach, unless said.
-FAMILIES: Registry[Family] = Registry("family", setting="family", traits={"dtype": "fp32"})
+FAMILIES: Registry[Family] = Registry("family", setting="family", traits={"dtype": "fp32"}, reserved=("folders",))
 
 
 def add_family(family: Family, *, dtype: str = "fp32") -> None:
     """Registers a ladder under its own name. Its shapes are hashed whole, so it needs no version."""
-    FAMILIES.add(family.name, family, dtype=dtype)
+    FAMILIES.add(family.name, family, dtype=dtype, module=sys._getframe(1).f_globals["__name__"])
 
 
 add_family(_pico("pico", _pico_llama))

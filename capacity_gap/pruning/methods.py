@@ -24,7 +24,7 @@ SCORES: Registry[Callable[..., Scores]] = Registry(
 )
 # `passes`: forward passes over the batches; None: one for each layer.
 LAYER_SCORES: Registry[Callable[..., Tensor]] = Registry(
-    "score of layers", setting="prune.layers", traits={"passes": 1}
+    "score of layers", setting="prune.layers", traits={"passes": 1}, reserved=("symmetric",)
 )
 
 

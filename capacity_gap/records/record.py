@@ -22,7 +22,7 @@ def column(
     *,
     result: bool = False,
     parts: int | None = None,
-    parts_repeats: bool = False,
+    parts_repeats: int | None = None,
 ) -> Any:
     """A field of `Record`.
 
@@ -31,7 +31,7 @@ def column(
         meaning: one sentence.
         result: it must repeat bit for bit at equal device, threads, ranks and versions.
         parts: it parts curves, which are listed in the order of these numbers (settings have such numbers too).
-        parts_repeats: it parts only cells that agree in everything else, their seeds too.
+        parts_repeats: it parts only cells that agree in everything else, their seeds too; an order likewise.
     """
     known = {"meaning": meaning, "result": result, "parts": parts, "parts_repeats": parts_repeats}
     if default is MISSING:
@@ -59,7 +59,7 @@ class Record:
     teacher: str | None = column(None, "The teacher's rung.")
     data_tokens: int | None = column(None, "Tokens that the student was trained on.", parts=230)
     teacher_tokens: int | None = column(
-        None, "Tokens of the teacher's pre-training; null for published ones.", parts_repeats=True
+        None, "Tokens of the teacher's pre-training; null for published ones.", parts_repeats=30
     )
     teacher_data: str | None = column(
         None, "The policy behind teacher_tokens: one scale for all rungs, or `20x` parameters.", parts=100
@@ -79,16 +79,16 @@ class Record:
     )
     second_bytes_per_token: float | None = column(None, "The same after expansion.")
     instruct_rows: int | None = column(
-        None, "Conversations to train on, made or read; what was too long is in metrics.", parts_repeats=True
+        None, "Conversations to train on, made or read; what was too long is in metrics.", parts_repeats=50
     )
     instruct_settings: str | None = column(
-        None, "Non-default settings of both kinds of tuning that have no column.", parts_repeats=True
+        None, "Non-default settings of both kinds of tuning that have no column.", parts_repeats=110
     )
-    prefer_rows: int | None = column(None, "Pairs to prefer the better answer of.", parts_repeats=True)
+    prefer_rows: int | None = column(None, "Pairs to prefer the better answer of.", parts_repeats=120)
     settings: str | None = column(
         None, "Non-default settings that have no column: `prune.batches=8 train.schedule=wsd`.", parts=190
     )
-    learning_rate: float | None = column(None, "The student's peak learning rate.", result=True, parts_repeats=True)
+    learning_rate: float | None = column(None, "The student's peak learning rate.", result=True, parts_repeats=10)
     objective: str | None = column(
         None, "prefix_lm: losses over the second half of each sequence; null: over every token.", parts=160
     )
@@ -97,7 +97,7 @@ class Record:
     trained: str | None = column(
         None, "Digest of the trained student: cells that differ in their scores only share it."
     )
-    held_out_tokens: int | None = column(None, "Tokens predicted in domain.", parts_repeats=True)
+    held_out_tokens: int | None = column(None, "Tokens predicted in domain.", parts_repeats=40)
     student_loss: float | None = column(None, "Held-out label cross-entropy.", result=True)
     student_loss_stderr: float | None = column(None, "Its standard error.", result=True)
     student_bits_per_byte: float | None = column(
@@ -124,7 +124,7 @@ class Record:
     peak_memory_bytes: int | None = column(None, "Most memory that training held.")
     micro_batch: int | None = column(None, "Sequences on one device at once.")
     device: str | None = column(None, "What trained the student.")
-    threads: int | None = column(None, "CPU threads of one process.", parts_repeats=True)
+    threads: int | None = column(None, "CPU threads of one process.", parts_repeats=20)
     ranks: int | None = column(None, "Processes that trained it together.")
     git_commit: str | None = column(None, "The commit of this project.")
     versions: dict[str, str] = column(dict, "Versions of Python and packages.")
@@ -164,7 +164,7 @@ class Column:
     meaning: str
     result: bool = False
     parts: int | None = None
-    parts_repeats: bool = False
+    parts_repeats: int | None = None
     source: str = ""  # the setting that it tells
 
 
@@ -203,6 +203,12 @@ def parting_columns() -> tuple[str, ...]:
     """The columns that part curves: cells that differ in one of them answer different questions."""
     parting = [c for c in columns().values() if c.parts is not None]
     return tuple(c.name for c in sorted(parting, key=lambda c: c.parts or 0))
+
+
+def repeat_parting_columns() -> tuple[str, ...]:
+    """The columns that part only cells that agree in everything else, their seeds too."""
+    parting = [c for c in columns().values() if c.parts_repeats is not None]
+    return tuple(c.name for c in sorted(parting, key=lambda c: c.parts_repeats or 0))
 
 
 RESULT_FIELDS = ("status", *(c.name for c in columns().values() if c.result))  # repeat bit for bit (see `column`)

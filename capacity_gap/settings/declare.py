@@ -3,7 +3,7 @@
     kd_weight: float = setting(0.5, "Weight w of distillation.", least=0, most=1, column="kd_weight", parts=11)
 
 From it come the field of the config dataclass and its checks, the hash of a stage (`hashing.py`), the columns of a
-record (`records/columns.py`), the text of settings that have no column (`cell/nondefault.py`), what the fit parts
+record (`records/record.py`), the text of settings that have no column (`cell/nondefault.py`), what the fit parts
 curves by, the help of the command line and the reference page. A choice among entries of a registry gives the registry
 as `allowed`.
 """
@@ -14,6 +14,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, get_type_hints
 
 from capacity_gap.settings.errors import ConfigError, choose
+from capacity_gap.settings.registry import Registry
 
 KEY = "setting"
 NOTHING = object()
@@ -36,7 +37,7 @@ class Setting:
     if_set: bool = False  # the column is given only where the value is not the default
     null_at: Any = NOTHING  # the value that the column gives as null
     parts: int | None = None  # the column parts curves, which are listed in the order of these numbers
-    parts_repeats: bool = False  # the column parts only cells that agree in everything else, their seeds too
+    parts_repeats: int | None = None  # it parts only cells that agree in all else, their seeds too; in this order
     untold: str | None = None  # why neither a column nor the text of settings tells it
 
     @property
@@ -114,7 +115,9 @@ def validate(section: str, config: Any) -> None:
         key = f"{section}.{f.name}" if section else f.name
         if value is None and f.default is None:
             continue
-        if (names := known.names) is not None:
+        if isinstance(known.allowed, Registry):
+            known.allowed.entry(value)  # whose message says what to do about an entry of one's own
+        elif (names := known.names) is not None:
             choose(key, value, names)
         elif isinstance(value, int | float) and not isinstance(value, bool) and not _within(value, known):
             null = ", or null" if f.default is None else ""

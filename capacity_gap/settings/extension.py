@@ -1,7 +1,8 @@
 """Modules of the user's that register entries: `extend=[my_module]` on the command line, or `CAPACITY_GAP_EXTEND`.
 
 A module is code that runs, so only the command line and the environment may name one: a sweep file that does is
-refused. The environment carries the names to workers, whatever starts them.
+refused. (Hydra's own `_target_` in a config file is another matter: see `docs/decisions.md`.) The environment carries
+the names to workers, whatever starts them.
 """
 
 import importlib
@@ -17,7 +18,7 @@ VARIABLE = "CAPACITY_GAP_EXTEND"
 
 def named() -> list[str]:
     """The modules that the environment names."""
-    return [name for name in os.environ.get(VARIABLE, "").split(",") if name]
+    return [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
 
 
 def load(names: Iterable[str] = ()) -> None:
@@ -73,8 +74,8 @@ def load_named_on(arguments: Sequence[str]) -> None:
     names: list[str] = []
     for argument in arguments:
         key, _, value = argument.lstrip("+").partition("=")
-        if key == "extend" and not value.startswith("["):
-            raise ConfigError(f"extend={value}: it takes a list, extend=[{value}].")
+        if key == "extend" and not (value.startswith("[") and value.endswith("]") and value.count("[") == 1):
+            raise ConfigError(f"extend={value}: it takes one list for all cells, such as extend=[my_module].")
         if key == "extend":
             names += [name.strip(" '\"") for name in value.strip("[] ").split(",")]
     load(name for name in names if name)

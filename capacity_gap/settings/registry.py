@@ -13,7 +13,7 @@ stages that use it, by its version and by the source of its module.
 import hashlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -24,20 +24,16 @@ T = TypeVar("T")
 PACKAGE = __name__.split(".")[0]
 
 
-def _caller() -> str:
-    """The module that registers: what it registers may be defined elsewhere, as a partial function is."""
-    return str(sys._getframe(2).f_globals["__name__"])
-
-
 @dataclass(frozen=True)
 class Entry(Generic[T]):
     """One entry: what its name stands for, and what it can do."""
 
     name: str
     value: T
-    module: str
+    module: str  # that registered it
     version: int = 1
     traits: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""  # digest of a user's module when it was imported
 
     @property
     def meaning(self) -> str:
@@ -48,44 +44,51 @@ class Entry(Generic[T]):
     @property
     def is_ours(self) -> bool:
         """Whether the package itself registers it."""
-        return self.module.split(".")[0] == PACKAGE
+        return not self.source
 
     @property
     def identity(self) -> dict[str, Any]:
         """What a stage that uses this entry hashes beside its name: nothing for the package's own first versions.
 
-        An entry from outside adds its version and the SHA-256 of its module's source, so that an edited one makes
-        another result.
+        An entry from outside adds its version and the digest of the source that was imported, so that an edited one
+        makes another result.
         """
         if self.is_ours:
             return {} if self.version == 1 else {"version": self.version}
-        files = {f for name in (self.module, getattr(self.value, "__module__", PACKAGE)) for f in source_files(name)}
-        digest = hashlib.sha256()
-        for file in sorted(files):
-            digest.update(file.read_bytes())
-        return {"version": self.version, "source": digest.hexdigest()[:20]}
+        return {"version": self.version, "source": self.source}
 
 
-def source_files(module: str) -> list[Path]:
-    """The file of a user's module, or all of its package; none of the standard library's or of ours."""
+def source_digest(module: str) -> str:
+    """SHA-256 over names and content of a user's module, or of all of the package that it is part of; else empty.
+
+    Taken once, when an entry is registered: what is edited later is not what this process computes with.
+    """
     top = module.split(".")[0]
-    if top == PACKAGE or top in sys.stdlib_module_names:
-        return []
-    known = getattr(sys.modules[top], "__file__", None) or getattr(sys.modules[module], "__file__", None)
-    if known is None:
+    if top == PACKAGE:
+        return ""
+    loaded = sys.modules[top]
+    if (known := getattr(loaded, "__file__", None)) and Path(known).name != "__init__.py":
+        files = {Path(known).name: Path(known)}
+    else:  # a package, or a folder that serves as one
+        files = {str(f.relative_to(r)): f for r in getattr(loaded, "__path__", ()) for f in Path(r).rglob("*.py")}
+    if not files:
         raise ConfigError(f"{module} registers an entry but is no file. Put it into a module that extend= names.")
-    file = Path(known)
-    return sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(name.encode() + b"\0" + files[name].read_bytes())
+    return digest.hexdigest()[:20]
 
 
 class Registry(Mapping[str, T]):
     """The entries of one choice, by name, in the order in which they were registered."""
 
-    def __init__(self, kind: str, *, setting: str, traits: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, kind: str, *, setting: str, traits: Mapping[str, Any] | None = None, reserved: Sequence[str] = ()
+    ) -> None:
         """`kind` is what an entry is called, `setting` the key that chooses one, `traits` what may be said of each,
-        with the default of each.
+        with the default of each, `reserved` names of choices that are no entries.
         """
-        self.kind, self.setting, self.traits = kind, setting, dict(traits or {})
+        self.kind, self.setting, self.traits, self.reserved = kind, setting, dict(traits or {}), tuple(reserved)
         self._entries: dict[str, Entry[T]] = {}
 
     def register(self, name: str, *, version: int = 1, **traits: Any) -> Callable[[T], T]:
@@ -95,26 +98,28 @@ class Registry(Mapping[str, T]):
             ConfigError: the name is taken, or a trait is not one that entries of this kind have.
         """
         self._check(name, traits)
-        caller = _caller()
+        module = sys._getframe(1).f_globals["__name__"]  # what it registers may be defined elsewhere
 
         def add(value: T) -> T:
-            self._add(name, value, caller, version, traits)
+            self._add(name, value, module, version, traits)
             return value
 
         return add
 
-    def add(self, name: str, value: T, *, version: int = 1, **traits: Any) -> None:
-        """What `register` does, for a value that is neither a function nor a class."""
-        self._add(name, value, _caller(), version, traits)
+    def add(self, name: str, value: T, *, version: int = 1, module: str | None = None, **traits: Any) -> None:
+        """What `register` does, for a value that is neither a function nor a class; `module`: that registers it."""
+        self._add(name, value, module or sys._getframe(1).f_globals["__name__"], version, traits)
 
     def _add(self, name: str, value: T, module: str, version: int, traits: Mapping[str, Any]) -> None:
         self._check(name, traits)
         taken = self._entries.get(name)
         if taken and (taken.module != module or (not callable(value) and taken.value != value)):
             raise ConfigError(f"there is a {self.kind} {name!r} already, of {taken.module}. Name yours otherwise.")
-        self._entries[name] = Entry(name, value, module, version, self.traits | dict(traits))
+        self._entries[name] = Entry(name, value, module, version, self.traits | dict(traits), source_digest(module))
 
     def _check(self, name: str, traits: Mapping[str, Any]) -> None:
+        if name in self.reserved:
+            raise ConfigError(f"{self.setting}={name} has a meaning of its own. Name your {self.kind} otherwise.")
         if unknown := traits.keys() - self.traits.keys():
             raise ConfigError(
                 f"the {self.kind} {name!r} is registered with {', '.join(sorted(unknown))}. "
