@@ -175,6 +175,7 @@ def run_py(folder, *arguments, **environment):
     return subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_module_of_the_users_adds_a_loss_a_score_a_corpus_and_a_family(tmp_path):
     (tmp_path / "my_entries.py").write_text(MINE)
     workers = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]

@@ -12,6 +12,7 @@ def arms():
     return study.arms_of(study.load())
 
 
+@pytest.mark.slow
 def test_tables_of_the_pages_are_those_of_the_records(arms):
     tables = study.pages(study.load(), arms)
     for page in study.PAGES:

@@ -31,6 +31,9 @@ class Text:
     sequence_length = 16
     tokens = np.random.default_rng(0).integers(0, 1024, (64, 17))
 
+    def __len__(self):
+        return len(self.tokens)
+
     def batch(self, indices):
         return self.tokens[indices]
 
@@ -218,8 +221,12 @@ def test_held_out_losses_come_at_their_tokens_and_change_nothing(tmp_path):
 class Few(Text):
     """A text that holds five sequences."""
 
+    def __len__(self):
+        return 5
+
     def batch(self, indices):
-        return self.tokens[:5]
+        assert max(indices) < 5
+        return self.tokens[indices]
 
 
 def test_hidden_states_come_nearer_and_an_interrupted_run_keeps_their_projection(tmp_path):

@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
     run = commands.add_parser("run", description="Run one cell, or with -m a grid of them.", add_help=False)
     run.add_argument("overrides", nargs=argparse.REMAINDER)
     run.set_defaults(run=run_run)
-    told = "List every setting: what it is for and what it may be; with --page also where a record tells it."
+    told = "List every setting, what it is for and what it may be."
     listed = commands.add_parser("settings", description=told)
     listed.add_argument("--page", action="store_true", help="as the Markdown page docs/settings.md")
     listed.set_defaults(run=run_settings)
