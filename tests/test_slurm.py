@@ -76,12 +76,12 @@ def test_a_grid_of_twelve_cells_in_packed_jobs(cluster, tiny, tmp_path):
 
 
 def test_a_time_out_requeues_and_goes_on_from_the_checkpoint(cluster, tiny, tmp_path):
-    # Slurm counts in minutes: the warning comes 45 s before the end of the first.
+    # Slurm counts in minutes: the warning comes 30 s before the end of the first.
     grid = Grid(
         cluster, tmp_path, tiny, "student=40k", "teacher=55k", "data=400k", "epochs=10", "train.checkpoint_minutes=9",
-        "hydra.launcher.time_min=1", "hydra.launcher.signal_delay_s=45",
+        "hydra.launcher.time_min=1", "hydra.launcher.signal_delay_s=30",
     )  # fmt: skip
-    assert grid.end(500) == 0, grid.output
+    assert grid.end(900) == 0, grid.output  # many requeues on a busy machine
     (row,) = grid.done
     meta = json.loads(next(grid.store.glob("distil/*/stage.json")).read_text())
     logs = "".join(f.read_text() for f in grid.store.glob("jobs/*/slurm/*.err"))
