@@ -97,10 +97,15 @@ def run_job(settings: Mapping[str, Any]) -> tuple[str, str]:
         return "crash", f"{type(error).__name__}: {error}"
 
 
-def run_task(settings: Mapping[str, Any]) -> tuple[str, str]:
-    """`run_job` for a pool that takes only ordinary returns and exceptions: being asked to end is an outcome too."""
+def run_task(settings: Mapping[str, Any], variables: Mapping[str, str] | None = None) -> tuple[str, str]:
+    """`run_job` for a pool that takes only ordinary returns and exceptions: being asked to end is an outcome too.
+
+    `variables`: of the environment of the grid, by which a worker on another machine finds the user's modules.
+    """
     from capacity_gap.runtime.process import Interrupted
 
+    os.environ.update(variables or {})
+    sys.path += [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p not in sys.path]
     try:
         return run_job(settings)
     except Interrupted:

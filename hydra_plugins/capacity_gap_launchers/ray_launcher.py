@@ -63,9 +63,7 @@ class RayLauncher(Launcher):
             task = ray.remote(max_calls=1, max_retries=0)(run_task)
             cpus = self.settings.cpus or configs[0].train.threads
             asked: dict[str, Any] = {"num_cpus": cpus, "num_gpus": self.settings.gpus}
-            if variables := environment():
-                asked["runtime_env"] = {"env_vars": variables}
-            running = {task.options(**asked).remote(handed_out(c)): n for n, c in enumerate(configs)}
+            running = {task.options(**asked).remote(handed_out(c), environment()): n for n, c in enumerate(configs)}
             try:
                 _note_outcomes(ray, running, jobs, check)
             except BaseException:
