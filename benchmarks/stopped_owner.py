@@ -21,9 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.chaos import ROOT
-from capacity_gap import records
-from capacity_gap.records import RESULT_FIELDS
+from benchmarks.chaos import ROOT, differences
 from capacity_gap.store import lease, stage
 from capacity_gap.store.files import listed, read_json, stage_files
 from capacity_gap.store.stage import Store
@@ -136,11 +134,7 @@ def forget(store: Store, key: str) -> None:
 
 def compare(race: Race) -> None:
     """One whole result, equal to that of the calm run, and nothing left over."""
-    (calm,), (row,) = records.read(race.whole.root), records.read(race.store.root)
-    different = [f for f in RESULT_FIELDS if calm[f] != row[f]]
-    assert not different, f"{race.key}: {different} differ"
-    for file in race.whole.root.glob("distil/*/model.safetensors"):
-        assert file.read_bytes() == (race.store.root / file.relative_to(race.whole.root)).read_bytes()
+    assert not (different := differences(race.whole.root, race.store.root)), f"{race.key}: {different}"
     assert verify(race.store).is_sound
     assert list(race.store.work.iterdir()) == [], "work is left"
     assert not race.store.damaged.exists(), "something was set aside as damaged"

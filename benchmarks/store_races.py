@@ -33,14 +33,13 @@ import pandas as pd
 from hydra import compose, initialize_config_dir
 
 from benchmarks import stopped_owner
-from benchmarks.chaos import ROOT, tiny_corpus
+from benchmarks.chaos import ROOT, differences, tiny_corpus
 from benchmarks.stopped_owner import MOMENTS, Race
 from capacity_gap import records
 from capacity_gap.cell import config
 from capacity_gap.cell.config import RunConfig
 from capacity_gap.cell.pipeline import resolve
 from capacity_gap.commands import cli
-from capacity_gap.records import RESULT_FIELDS
 from capacity_gap.runner import run_cell, single
 from capacity_gap.store import lease
 from capacity_gap.store.contents import note_sweep, sweeps
@@ -79,7 +78,7 @@ def gc_races(place: Path, corpus: list[str]) -> Iterator[dict[str, Any]]:
     for number in range(1, GRIDS + 1):
         store, before = place / f"grid-{number}", time.perf_counter()
         rounds, taken = collect_beside(grid(store, corpus, place), store)
-        assert results(store) == results(calm), f"grid {number} differs"
+        assert not (different := differences(calm, store)), f"grid {number}: {different}"
         told = f"{rounds} rounds of gc took " + (", ".join(f"{n} {k}" for k, n in sorted(taken.items())) or "nothing")
         yield row("gc", f"grid {number}", 1, before, told)
 
@@ -108,11 +107,6 @@ def collect(store: Path) -> Counter:
     with contextlib.redirect_stdout(out):
         assert cli.main(["store", "gc", str(store), "--yes"]) == 0
     return Counter(Path(file).parent.name for file in LINE.findall(out.getvalue()))
-
-
-def results(store: Path) -> dict[str, list[Any]]:
-    """What decides whether two grids came to the same, by cell."""
-    return {r["cell"]: [r["status"], *(r[f] for f in RESULT_FIELDS)] for r in records.read(store)}
 
 
 # Cells noted at once

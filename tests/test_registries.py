@@ -1,7 +1,6 @@
 """Every entry of every registry is found, documented and run; entries from outside are cells of their own."""
 
 import os
-import subprocess
 import sys
 import textwrap
 
@@ -28,7 +27,7 @@ from capacity_gap.pruning.methods import LAYER_SCORES, SCORES
 from capacity_gap.settings import extension
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.settings.registry import Entry, Registry, source_digest
-from tests.conftest import ROOT, compose
+from tests.conftest import ROOT, compose, run_py
 from tests.small_models import SMALL, small_model
 
 TOKENS = [torch.arange(24).reshape(2, 12) % 40]
@@ -170,25 +169,22 @@ GRID = [
 ]  # fmt: skip
 
 
-def run_py(folder, *arguments, **environment):
-    command = [sys.executable, str(ROOT / "run.py"), *arguments]
-    return subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True, text=True)
-
-
 @pytest.mark.slow
 def test_a_module_of_the_users_adds_a_loss_a_score_a_corpus_and_a_family(tmp_path):
     (tmp_path / "my_entries.py").write_text(MINE)
     workers = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    done = run_py(tmp_path, *GRID, "extend=[my_entries]", f"store={tmp_path / 'store'}", *workers)
+    done = run_py(*GRID, "extend=[my_entries]", f"store={tmp_path / 'store'}", *workers, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = records.read(tmp_path / "store")
     assert {(r["loss"], r["prune_method"], r["corpus"], r["family"]) for r in rows} == {
         (loss, "mine", "numbers", "short") for loss in ("jeffreys", "forward_kl")
     }
-    again = run_py(tmp_path, *GRID, f"store={tmp_path / 'store'}", *workers, CAPACITY_GAP_EXTEND="my_entries")
+    again = run_py(
+        *GRID, f"store={tmp_path / 'store'}", *workers, CAPACITY_GAP_EXTEND="my_entries", cwd=tmp_path, check=False
+    )
     assert "2 reused" in again.stdout, again.stderr
     (tmp_path / "my_entries.py").write_text(MINE.replace("one + two", "one + 2 * two"))
-    edited = run_py(tmp_path, *GRID, "extend=[my_entries]", "plan=true", f"store={tmp_path / 'store'}")
+    edited = run_py(*GRID, "extend=[my_entries]", "plan=true", f"store={tmp_path / 'store'}", cwd=tmp_path, check=False)
     assert "plan: 2 cells, 0 of them recorded" in edited.stdout, edited.stdout
 
 
@@ -203,7 +199,7 @@ def test_a_module_of_the_users_adds_a_loss_a_score_a_corpus_and_a_family(tmp_pat
 def test_a_module_that_cannot_be_imported(tmp_path, extend, error):
     (tmp_path / "broken.py").write_text("1 / 0")
     (tmp_path / "needy.py").write_text("import no_such_package")
-    done = run_py(tmp_path, f"extend=[{extend}]", f"store={tmp_path / 'store'}")
+    done = run_py(f"extend=[{extend}]", f"store={tmp_path / 'store'}", cwd=tmp_path, check=False)
     assert done.returncode == 2 and error in done.stderr, done.stderr
     assert not (tmp_path / "store").exists()
 
@@ -212,7 +208,9 @@ def test_a_config_file_cannot_name_code(tmp_path):
     (tmp_path / "sweeps").mkdir()
     (tmp_path / "sweeps/foreign.yaml").write_text("# @package _global_\nextend: [my_entries]\n")
     (tmp_path / "my_entries.py").write_text("raise SystemExit('it ran')")
-    done = run_py(tmp_path, "-m", f"--config-dir={tmp_path}", "+sweeps=foreign", f"store={tmp_path / 'store'}")
+    done = run_py(
+        "-m", f"--config-dir={tmp_path}", "+sweeps=foreign", f"store={tmp_path / 'store'}", cwd=tmp_path, check=False
+    )
     assert done.returncode == 2 and "it ran" not in done.stderr + done.stdout
     assert "extend=my_entries is named in a config file" in done.stderr, done.stderr
 

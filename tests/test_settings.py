@@ -9,7 +9,7 @@ from capacity_gap.cell.config import RunConfig
 from capacity_gap.commands.settings_help import settings_help, settings_page
 from capacity_gap.distill.distill_config import DistillConfig
 from capacity_gap.records.record import columns, parting_columns, repeat_parting_columns, setting_columns
-from capacity_gap.settings.declare import declared, section_of, setting, validate, walk
+from capacity_gap.settings.declare import declared, default_of, setting, validate, walk
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.training.train_config import TrainConfig
 from tests.conftest import ROOT, compose
@@ -18,7 +18,7 @@ ALL = list(walk(RunConfig))
 
 
 def test_every_field_of_every_section_is_declared_and_says_what_it_is_for():
-    owners = [RunConfig, *(s for d in ALL if (s := section_of(d.field, d.owner)))]
+    owners = [RunConfig, *(s for d in ALL if (s := d.section))]
     for owner in owners:
         undeclared = {f.name for f in dataclasses.fields(owner)} - {f.name for f, _ in declared(owner)}
         assert undeclared == set(), owner
@@ -66,10 +66,14 @@ def test_the_columns_that_part_curves_keep_their_order():
     )
 
 
-@pytest.mark.parametrize("known", [d for d in ALL if isinstance(d.default, float)], ids=lambda d: d.key)
-def test_no_number_may_be_infinite(known):
-    some = known.owner()
-    setattr(some, known.field.name, float("inf"))
+OWNERS = [RunConfig, *dict.fromkeys(s for d in ALL if (s := d.section))]
+NUMBERS = [(owner, f.name) for owner in OWNERS for f, _ in declared(owner) if isinstance(default_of(f), float)]
+
+
+@pytest.mark.parametrize(("owner", "name"), NUMBERS)
+def test_no_number_may_be_infinite(owner, name):
+    some = owner()
+    setattr(some, name, float("inf"))
     with pytest.raises(ConfigError, match="is out of range"):
         validate("section", some)
 
@@ -109,7 +113,7 @@ def test_a_new_setting_with_a_column_needs_its_declaration_alone():
 def test_help_and_page_name_every_setting():
     text, page = settings_help("python run.py"), settings_page()
     for known in ALL:
-        if not section_of(known.field, known.owner):
+        if not known.section:
             assert f"  {known.key}=" in text and f"| `{known.key}` |" in page, known.key
     assert max(map(len, text.splitlines())) <= 120
     assert page == (ROOT / "docs/settings.md").read_text(), "make docs writes it again"

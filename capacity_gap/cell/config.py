@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from capacity_gap.cell.teacher_config import AdaptConfig, FamilyConfig
-from capacity_gap.data.corpora import CORPORA
-from capacity_gap.data.corpus_config import MIXTURE, CorpusConfig
+from capacity_gap.data.corpora import CORPORA, MIXTURE
+from capacity_gap.data.corpus_config import CorpusConfig
 from capacity_gap.distill.distill_config import DistillConfig
 from capacity_gap.evaluate.evaluate_config import EvaluateConfig
 from capacity_gap.evaluate.evaluation_sets import EVALUATION_SETS
 from capacity_gap.instruct.tune_config import InstructConfig, PreferConfig
 from capacity_gap.models.expand_config import ExpandConfig
-from capacity_gap.models.ladders import FAMILIES
+from capacity_gap.models.ladders import FAMILIES, FOLDERS
 from capacity_gap.pruning.methods import SCORES
 from capacity_gap.pruning.prune_config import PruneConfig
 from capacity_gap.settings import extension
@@ -27,6 +27,8 @@ from capacity_gap.settings.errors import ConfigError
 from capacity_gap.settings.places import default_store
 from capacity_gap.tracking.tracking_config import MODES, TrackingConfig
 from capacity_gap.training.train_config import TrainConfig
+
+TUNING = ("instruct", "prefer")  # sections whose settings a text of their own tells in a record
 
 
 @dataclass
@@ -115,7 +117,7 @@ def choices() -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Group, name and settings of every choice `group=name` that a registry knows: `family=pythia`, `corpus=code`."""
     for name in FAMILIES:
         yield "family", name, {"name": name, "dtype": FAMILIES.entry(name).traits["dtype"]}
-    yield "family", "folders", {"name": "folders"}
+    yield "family", FOLDERS, {"name": FOLDERS}
     for name in (*CORPORA, MIXTURE):
         yield "corpus", name, {"name": name}
     for name in SCORES:

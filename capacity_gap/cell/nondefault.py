@@ -6,11 +6,11 @@ The content of a ladder of folders is left out: its rungs are told apart by name
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.cell.config import RunConfig
+from capacity_gap.cell.config import TUNING, RunConfig
 from capacity_gap.data.corpora import CORPORA
 from capacity_gap.data.corpus_config import SourceConfig
 from capacity_gap.data.sources import identity, tokenizer_identity
@@ -20,8 +20,6 @@ from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.pruning.methods import LAYER_SCORES, SCORES
 from capacity_gap.settings.declare import NOTHING, declared, default_of
 from capacity_gap.settings.hashing import files_digest, fingerprint, identity_fields
-
-TUNING = ("instruct", "prefer")
 
 
 def setting_columns(config: RunConfig) -> dict[str, Any]:
@@ -46,13 +44,16 @@ def _columns(section: Any) -> dict[str, Any]:
     return found
 
 
-def settings_text(config: RunConfig, *, ladder: str, pretrained: bool) -> str:
+def settings_text(
+    config: RunConfig, *, ladder: str, pretrained: bool, architecture: Mapping[str, Any] | None = None
+) -> str:
     """The settings that decide a distilled student, have no column and are not the default: `name=value`, sorted.
 
     Args:
         config: of the cell.
         ladder: the name of its family.
         pretrained: its teacher is trained here, and not a published one.
+        architecture: what identifies its axis table, where that is the user's.
     """
     usual = {} if pretrained or ladder not in FAMILIES else {"family.dtype": FAMILIES.entry(ladder).traits["dtype"]}
     found: dict[str, Any] = dict(_texts("corpus", config.corpus))
@@ -64,7 +65,7 @@ def settings_text(config: RunConfig, *, ladder: str, pretrained: bool) -> str:
         found = {k: v for k, v in found.items() if not k.startswith(("family.pretrain", "family.teacher_epochs"))}
     if config.prune.init == "random" and config.prune.depth is not None:
         found["prune.depth"] = config.prune.depth
-    found |= _entries(config)
+    found |= {**dict(_entries(config)), **(architecture or {})}
     if config.expand.tokenizer:
         second = tokenizer_identity(config.expand.tokenizer, config.expand.revision)
         found["expand.tokenizer"] = "@".join(str(v)[:40] for v in second.values())

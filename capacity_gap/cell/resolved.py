@@ -17,7 +17,7 @@ from capacity_gap.instruct.rows import rows_in
 from capacity_gap.models import accounting
 from capacity_gap.models.axes import architecture, architecture_identity, config_with, count_params, dims, padded
 from capacity_gap.models.folders import content_digest, is_folder, local_family
-from capacity_gap.models.ladders import Family, family
+from capacity_gap.models.ladders import FOLDERS, Family, family
 from capacity_gap.pruning.common_shape import student_shape
 from capacity_gap.pruning.shape import Shape, between, sized
 from capacity_gap.settings.errors import ConfigError, ImpossibleCell
@@ -119,12 +119,12 @@ class ResolvedCell:
     @property
     def tokenizer_folder(self) -> Path | None:
         """The user's own folder with the tokenizer of the ladder; None where it is not a ladder of folders."""
-        return Path(next(iter(self.family.published.values()))) if self.family.name == "folders" else None
+        return Path(next(iter(self.family.published.values()))) if self.family.name == FOLDERS else None
 
     def source(self, rung: str) -> dict[str, Any]:
         """What identifies a published checkpoint: its repository's name, or a local folder's content."""
         repository = self.family.published[rung]
-        if self.family.name == "folders":
+        if self.family.name == FOLDERS:
             return {"content": content_digest(Path(repository))}
         return {"repository": repository}
 
@@ -239,10 +239,9 @@ class ResolvedCell:
     def _texts(self) -> dict[str, Any]:
         """Non-default settings that have no column."""
         pretrained = self.teacher_tokens is not None
-        found = {"settings": settings_text(self.config, ladder=self.family.name, pretrained=pretrained)}
-        if own := architecture_identity(self.teacher_shape):
-            found["settings"] = " ".join(filter(None, [found["settings"], *(f"{k}={v}" for k, v in own.items())]))
-        found["instruct_settings"] = tuning_text(self.config)
+        table = architecture_identity(self.teacher_shape)
+        said = settings_text(self.config, ladder=self.family.name, pretrained=pretrained, architecture=table)
+        found = {"settings": said, "instruct_settings": tuning_text(self.config)}
         return {name: text for name, text in found.items() if text}
 
     @property
@@ -280,7 +279,7 @@ def teacher_tokens(config: RunConfig, params: int) -> int:
 
 def _ladder(config: RunConfig) -> Family:
     """The family's ladder, or one made of the user's folders."""
-    if config.family.name == "folders" or is_folder(config.teacher):
+    if config.family.name == FOLDERS or is_folder(config.teacher):
         given = config.family.folders or ([config.teacher] if is_folder(config.teacher) else [])
         if not given:
             raise ConfigError(

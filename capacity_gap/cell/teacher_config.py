@@ -3,12 +3,10 @@
 from dataclasses import dataclass
 
 from capacity_gap.data.corpus_config import SourceConfig
-from capacity_gap.models.ladders import FAMILIES
+from capacity_gap.models.ladders import FAMILIES, FOLDERS
 from capacity_gap.settings.declare import setting, validate
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.training.train_config import PRECISIONS, AdaptOptimConfig, PretrainConfig
-
-FOLDERS = "folders"  # the family that is made of the user's own model folders
 
 
 @dataclass

@@ -57,8 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         given = parser().parse_args(words)
     try:
-        if extension.named():
-            extension.load()
+        extension.load()
         return given.run(given)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

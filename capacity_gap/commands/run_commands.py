@@ -63,9 +63,6 @@ def run_run(given: argparse.Namespace) -> int:
 def run_settings(given: argparse.Namespace) -> int:
     """Prints the help of `run`, or the page."""
     from capacity_gap.commands.settings_help import settings_help, settings_page
-    from capacity_gap.settings import extension
-
-    extension.load()
 
     print(settings_page().rstrip() if given.page else settings_help(" ".join(RUN_WORDS)))
     return 0

@@ -4,9 +4,9 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from capacity_gap.cell.config import RunConfig, choices
+from capacity_gap.cell.config import TUNING, RunConfig, choices
 from capacity_gap.records.record import Column, columns
-from capacity_gap.settings.declare import Declared, allowed_text, section_of, walk
+from capacity_gap.settings.declare import Declared, allowed_text, walk
 from capacity_gap.settings.places import CONF
 
 WIDTH = 46  # of the column of keys
@@ -20,7 +20,6 @@ EXAMPLES = """Runs one cell (teacher, scores, student, distillation, record), or
 Scales are written 60k, 0.5b or 60000. `--cfg job` shows the values that a command line comes to; `--hydra-help` is
 about Hydra's own flags; flags such as -m come before settings. A choice `group=name` sets the settings of that name:
 """
-TUNING = ("instruct.", "prefer.")  # sections whose settings a text of their own tells
 LAUNCHERS = "basic (one after another), joblib (processes), slurm, ray"
 
 
@@ -30,7 +29,7 @@ def settings_help(run: str) -> str:
     lines += [f"  {group + '=':<12}{', '.join(names)}" for group, names in _choices().items()]
     lines += [f"  hydra/launcher={LAUNCHERS}", ""]
     for known in walk(RunConfig):
-        lines += _heading(known) if _is_section(known) else [_line(known)]
+        lines += _heading(known) if known.section else [_line(known)]
     return "\n".join(lines)
 
 
@@ -41,10 +40,6 @@ def _choices() -> dict[str, list[str]]:
     for file in sorted(CONF.glob("*/*.yaml")):
         found.setdefault(file.parent.name, []).append(file.stem)
     return found
-
-
-def _is_section(known: Declared) -> bool:
-    return section_of(known.field, known.owner) is not None
 
 
 def _heading(known: Declared) -> list[str]:
@@ -93,7 +88,7 @@ def _tables() -> Iterator[str]:
     head = ["", "| setting | default | meaning | allowed | decides | record |", "|---|---|---|---|---|---|"]
     yield from ["## The cell", *head]
     for known in walk(RunConfig):
-        if _is_section(known):
+        if known.section:
             yield from ["", f"## `{known.key}`: {known.setting.meaning}", *head]
         else:
             yield _row(known)
@@ -102,13 +97,19 @@ def _tables() -> Iterator[str]:
 
 def _row(known: Declared) -> str:
     s = known.setting
-    text = "`instruct_settings`" if known.key.startswith(TUNING) else "`settings`"
-    by_content = " by content" if not s.decides and "content" in s.meaning else ""
-    told = f"`{s.column}`" if s.column else s.untold or (text + by_content if s.decides or by_content else "")
     return (
         f"| `{known.key}` | `{shown(known.default)}` | {s.meaning} | {allowed_text(s)} | "
-        f"{'yes' if s.decides else 'no'} | {told} |".replace("||", "| |")
+        f"{'yes' if s.decides else 'no'} | {_told(known)} |".replace("||", "| |")
     )
+
+
+def _told(known: Declared) -> str:
+    """Where a record tells a setting."""
+    s = known.setting
+    if s.column or s.untold:
+        return f"`{s.column}`" if s.column else str(s.untold)
+    text = "`instruct_settings`" if known.key.split(".")[0] in TUNING else "`settings`"
+    return f"{text} by content" if s.content else text if s.decides else ""
 
 
 def _source(column: Column) -> str:
@@ -120,4 +121,4 @@ def _parts(column: Column) -> str:
 
 
 def _kind(kind: str) -> str:
-    return kind.removeprefix("<class '").removesuffix("'>").replace("typing.", "").replace("|", "or")
+    return kind.replace("typing.", "").replace("|", "or")

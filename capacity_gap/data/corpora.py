@@ -18,8 +18,9 @@ from capacity_gap.settings.errors import ConfigError, StageError
 from capacity_gap.settings.hashing import files_digest
 from capacity_gap.settings.registry import Registry
 
+MIXTURE = "mixture"  # of several sources
 # `licence`: of the text, for the cards of exported students; None where it is the user's own.
-CORPORA: Registry = Registry("corpus", setting="corpus", traits={"licence": None}, reserved=("mixture",))
+CORPORA: Registry = Registry("corpus", setting="corpus", traits={"licence": None}, reserved=(MIXTURE,))
 UTTERANCES = 20  # of a conversation make a document
 GROUP = 100  # documents of a hub dataset that are kept together when the corpus is split
 _BETWEEN_HAN = re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])")

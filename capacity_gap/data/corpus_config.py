@@ -3,12 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from capacity_gap.data.corpora import CORPORA
+from capacity_gap.data.corpora import CORPORA, MIXTURE
 from capacity_gap.settings.checks import need
 from capacity_gap.settings.declare import declared, default_of, setting, validate
 from capacity_gap.settings.errors import ConfigError
-
-MIXTURE = "mixture"
 
 
 @dataclass
@@ -26,15 +24,16 @@ class SourceConfig:
         None,
         "corpus=text: a .txt or .jsonl file (also .gz), or a folder of them; its content is what counts.",
         decides=False,
+        content=True,
     )
     dataset: str | None = setting(
         None, "corpus=hub: a dataset's name, or a local dataset folder.", column="corpus", computed=True
     )
-    subset: str | None = setting(None, "corpus=hub: the dataset's configuration.")
-    dataset_split: str = setting("train", "corpus=hub: the dataset's split.")
-    column: str = setting("text", "corpus=hub: the column that holds the text.")
-    revision: str | None = setting(None, "corpus=hub: the commit of the dataset.")
-    documents: int | None = setting(None, "corpus=hub: take this many documents, streaming.", least=1)
+    subset: str | None = setting(None, "corpus=hub: the dataset's configuration.", only_for="hub")
+    dataset_split: str = setting("train", "corpus=hub: the dataset's split.", only_for="hub")
+    column: str = setting("text", "corpus=hub: the column that holds the text.", only_for="hub")
+    revision: str | None = setting(None, "corpus=hub: the commit of the dataset.", only_for="hub")
+    documents: int | None = setting(None, "corpus=hub: take this many documents, streaming.", only_for="hub", least=1)
     weight: float = setting(
         1.0, "In a mixture: share of the bytes, relative to the other parts.", above=0, column="corpus", computed=True
     )
@@ -56,7 +55,7 @@ class SourceConfig:
         self._check_hub()
 
     def _check_hub(self) -> None:
-        asked = (f for f, known in declared(SourceConfig) if known.meaning.startswith("corpus=hub"))
+        asked = (f for f, known in declared(SourceConfig) if known.only_for == "hub")
         given = [f"{f.name}={getattr(self, f.name)}" for f in asked if getattr(self, f.name) != default_of(f)]
         if given and self.name != "hub":
             raise ConfigError(
@@ -101,5 +100,5 @@ class CorpusConfig(SourceConfig):
             raise ConfigError("corpus=mixture reads its parts: give path or dataset inside corpus.parts.")
         else:
             self._check_hub()
-        validate("corpus", self)
+            validate("corpus", self)
         need(self.validation + self.test < 0.9, "corpus.validation + corpus.test", self.validation + self.test, "< 0.9")

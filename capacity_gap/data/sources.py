@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.data.corpora import CORPORA
-from capacity_gap.data.corpus_config import MIXTURE, CorpusConfig, SourceConfig
+from capacity_gap.data.corpora import CORPORA, MIXTURE
+from capacity_gap.data.corpus_config import CorpusConfig, SourceConfig
 from capacity_gap.data.documents import Document
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.settings.hashing import files_digest
@@ -26,7 +26,7 @@ def identity(source: SourceConfig) -> dict[str, Any]:
     given = entry.value().identity(source)
     if entry.is_ours:
         return {**given, **entry.identity}
-    return {"own": given, **{f"entry_{key}": value for key, value in entry.identity.items()}}  # its keys are its own
+    return {"own": given, **entry.identity_as("entry")}  # its keys are its own
 
 
 def tokenizer_identity(tokenizer: str, revision: str | None) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def tokenizer_identity(tokenizer: str, revision: str | None) -> dict[str, Any]:
 
 def corpus_name(corpus: CorpusConfig) -> str:
     """What records call the corpus: a hub dataset and a mixture by what is in them."""
-    if corpus.name == "mixture":
+    if corpus.name == MIXTURE:
         return "+".join(f"{part.weight:g}*{part.dataset or part.name}" for part in corpus.parts)
     return corpus.dataset or corpus.name
 

@@ -18,7 +18,7 @@ class TuneConfig:
     """What supervised fine-tuning and preference optimisation share: TRL's trainer, AdamW, cosine."""
 
     count: int = setting(0, ROWS, least=0)
-    path: str | None = setting(None, OWN, decides=False)
+    path: str | None = setting(None, OWN, decides=False, content=True)
     epochs: int = setting(3, "Passes over the rows.", least=1)
     batch_size: int = setting(16, BATCH, least=1)
     learning_rate: float = setting(2e-5, RATE, above=0)

@@ -38,8 +38,7 @@ def architecture(config: Config) -> Architecture:
 
 def architecture_identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a stage that scores or cuts a model hashes of its table: nothing for the package's own."""
-    found = ARCHITECTURES.entry(str(completed(config)["model_type"])).identity
-    return {f"architecture_{key}": value for key, value in found.items()}
+    return ARCHITECTURES.entry(str(completed(config)["model_type"])).identity_as("architecture")
 
 
 def dims(config: Config) -> Dims:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from capacity_gap.models.axes import count_params
-from capacity_gap.models.ladders import Family
+from capacity_gap.models.ladders import FOLDERS, Family
 from capacity_gap.models.weights import check_weights
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.settings.hashing import files_digest
@@ -32,7 +32,7 @@ def local_family(folders: Sequence[str]) -> Family:
         )
     _same_vocabulary(paths)
     order = sorted(paths, key=lambda p: count_params(configs[p.name]))
-    return Family("folders", {p.name: configs[p.name] for p in order}, 1, {p.name: str(p) for p in order})
+    return Family(FOLDERS, {p.name: configs[p.name] for p in order}, 1, {p.name: str(p) for p in order})
 
 
 def _config(path: Path) -> dict[str, Any]:

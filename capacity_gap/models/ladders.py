@@ -225,8 +225,9 @@ _WIDE = {"vocab_size": 152064, "tie_word_embeddings": False}  # Qwen's vocabular
 _GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "tie_word_embeddings": True}
 _OPT = {"model_type": "opt", "vocab_size": 50272, "max_position_embeddings": 2048, "tie_word_embeddings": True}
 
+FOLDERS = "folders"  # the family that is made of the user's own model folders
 # `dtype`: in which the family's teachers are held while they teach, unless said.
-FAMILIES: Registry[Family] = Registry("family", setting="family", traits={"dtype": "fp32"}, reserved=("folders",))
+FAMILIES: Registry[Family] = Registry("family", setting="family", traits={"dtype": "fp32"}, reserved=(FOLDERS,))
 
 
 def add_family(family: Family, *, dtype: str = "fp32") -> None:

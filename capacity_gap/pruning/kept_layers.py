@@ -5,6 +5,7 @@ from torch import Tensor
 from capacity_gap.models.architecture import Architecture, Config
 from capacity_gap.models.axes import architecture, dims
 from capacity_gap.models.layers import symmetric_layers
+from capacity_gap.pruning.methods import SYMMETRIC
 from capacity_gap.pruning.scores import Scores
 from capacity_gap.settings.errors import ConfigError
 
@@ -15,7 +16,7 @@ def kept_layers(scores: Scores, config: Config, keep: int, by: str) -> list[list
     An encoder and its decoder keep equally many.
     """
     layers, stacks = dims(config).layers, len(architecture(config).stacks)
-    if by == "symmetric" or keep == layers:
+    if by == SYMMETRIC or keep == layers:
         return [symmetric_layers(layers, keep)] * stacks
     if scores.layers is None:
         raise ConfigError(f"layers={by} needs scores of layers: score with prune.layers={by}.")

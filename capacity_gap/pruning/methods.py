@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 SCORES: Registry[Callable[..., Scores]] = Registry(
     "score", setting="prune.method", traits={"seeded": False, "embedding_gradients": False}
 )
+SYMMETRIC = "symmetric"  # layers go from both ends, by no score
 # `passes`: forward passes over the batches; None: one for each layer.
 LAYER_SCORES: Registry[Callable[..., Tensor]] = Registry(
-    "score of layers", setting="prune.layers", traits={"passes": 1}, reserved=("symmetric",)
+    "score of layers", setting="prune.layers", traits={"passes": 1}, reserved=(SYMMETRIC,)
 )
 
 

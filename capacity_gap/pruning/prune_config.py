@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass
 
-from capacity_gap.pruning.methods import LAYER_SCORES, SCORES
+from capacity_gap.pruning.methods import LAYER_SCORES, SCORES, SYMMETRIC
 from capacity_gap.settings.declare import setting, validate
 from capacity_gap.settings.errors import ConfigError
 
 PRIORITIES = ("local", "global")
 INITS = ("pruned", "random", "shared")
 SHAPES = ("common", "per_teacher", "fixed")
-SYMMETRIC = "symmetric"
 
 
 @dataclass

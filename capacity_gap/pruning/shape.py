@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from capacity_gap.models.architecture import Architecture, Config, Dims
 from capacity_gap.models.axes import architecture, count, dims
-from capacity_gap.pruning.methods import LAYER_SCORES
-from capacity_gap.pruning.prune_config import SYMMETRIC
+from capacity_gap.pruning.methods import LAYER_SCORES, SYMMETRIC
 from capacity_gap.settings.errors import ConfigError, ImpossibleCell, choose
 
 if TYPE_CHECKING:

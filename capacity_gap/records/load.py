@@ -50,7 +50,7 @@ def to_frame(records: Iterable[dict[str, Any]]) -> "pd.DataFrame":
     return frame.reindex(columns=[*known, *[c for c in frame.columns if c not in known]])
 
 
-NUMERIC = re.compile(r"^(<class ')?(int|float)\b")
+NUMERIC = re.compile(r"^(int|float)\b")
 LABELS = ("seed", "teacher_seed")  # nothing computes with them: `seed0` does as well
 NUMBERS = frozenset(c.name for c in columns().values() if NUMERIC.search(c.kind) and c.name not in LABELS)
 SCORED = re.compile(r"(teacher_)?metrics/")

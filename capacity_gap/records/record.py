@@ -8,10 +8,10 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
-from typing import Any, get_type_hints
+from typing import Any
 
 from capacity_gap.cell.config import RunConfig
-from capacity_gap.settings.declare import NOTHING, walk
+from capacity_gap.settings.declare import NOTHING, type_name, walk
 
 SCHEMA_VERSION = 1
 
@@ -175,13 +175,12 @@ def setting_columns() -> dict[str, Column]:
     for known in walk(RunConfig):
         s = known.setting
         if s.column and not s.computed:
-            kind = get_type_hints(known.owner)[known.field.name]
-            name = getattr(kind, "__name__", str(kind)) if isinstance(kind, type) else str(kind)
-            empty = s.if_set or s.null_at is not NOTHING
-            kind_text = f"{name} | None" if empty and "None" not in name else name
+            kind, empty = type_name(known.field), s.if_set or s.null_at is not NOTHING
+            if empty and "None" not in kind:
+                kind += " | None"
             meaning = f"{s.meaning} Null at the default." if empty else s.meaning
             found[s.column] = Column(
-                s.column, kind_text, meaning, parts=s.parts, parts_repeats=s.parts_repeats, source=known.key
+                s.column, kind, meaning, parts=s.parts, parts_repeats=s.parts_repeats, source=known.key
             )
     return found
 
@@ -195,20 +194,24 @@ def columns() -> dict[str, Column]:
             found |= setting_columns()
         else:
             about = {k: f.metadata[k] for k in ("result", "parts", "parts_repeats") if k in f.metadata}
-            found[f.name] = Column(f.name, str(f.type), f.metadata.get("meaning", ""), **about)
+            found[f.name] = Column(f.name, type_name(f), f.metadata.get("meaning", ""), **about)
     return found
 
 
 def parting_columns() -> tuple[str, ...]:
     """The columns that part curves: cells that differ in one of them answer different questions."""
-    parting = [c for c in columns().values() if c.parts is not None]
-    return tuple(c.name for c in sorted(parting, key=lambda c: c.parts or 0))
+    return _in_order({c.name: c.parts for c in columns().values()})
 
 
 def repeat_parting_columns() -> tuple[str, ...]:
     """The columns that part only cells that agree in everything else, their seeds too."""
-    parting = [c for c in columns().values() if c.parts_repeats is not None]
-    return tuple(c.name for c in sorted(parting, key=lambda c: c.parts_repeats or 0))
+    return _in_order({c.name: c.parts_repeats for c in columns().values()})
+
+
+def _in_order(numbers: Mapping[str, int | None]) -> tuple[str, ...]:
+    """The names that have a number, by number."""
+    given = {name: n for name, n in numbers.items() if n is not None}
+    return tuple(sorted(given, key=given.__getitem__))
 
 
 RESULT_FIELDS = ("status", *(c.name for c in columns().values() if c.result))  # repeat bit for bit (see `column`)

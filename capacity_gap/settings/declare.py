@@ -11,7 +11,7 @@ as `allowed`.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import Any
 
 from capacity_gap.settings.errors import ConfigError, choose
 from capacity_gap.settings.registry import Registry
@@ -39,6 +39,8 @@ class Setting:
     parts: int | None = None  # the column parts curves, which are listed in the order of these numbers
     parts_repeats: int | None = None  # it parts only cells that agree in all else, their seeds too; in this order
     untold: str | None = None  # why neither a column nor the text of settings tells it
+    content: bool = False  # a path: the text of settings tells the content of what is there
+    only_for: str | None = None  # the one choice of its section's name that reads it
 
     @property
     def names(self) -> list[str] | None:
@@ -70,10 +72,9 @@ def default_of(field: Field) -> Any:
     return field.default_factory() if field.default_factory is not MISSING else field.default
 
 
-def section_of(f: Field, owner: type) -> type | None:
-    """The config class of a field that is a section of its own, else None."""
-    kind = get_type_hints(owner)[f.name]
-    return kind if isinstance(kind, type) and is_dataclass(kind) else None
+def type_name(field: Field) -> str:
+    """The type of a field as it is written: `int`, `float | None`."""
+    return field.type.__name__ if isinstance(field.type, type) else str(field.type)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,6 @@ class Declared:
     key: str  # with dots
     field: Field
     setting: Setting
-    owner: type
 
     @property
     def default(self) -> Any:
@@ -91,17 +91,19 @@ class Declared:
         return default_of(self.field)
 
     @property
-    def kind(self) -> str:
-        """Its type, as declared."""
-        return str(getattr(self.field.type, "__name__", self.field.type))
+    def section(self) -> type | None:
+        """The config class of a setting that is a section of its own, else None."""
+        kind = self.field.type
+        return kind if isinstance(kind, type) and is_dataclass(kind) else None
 
 
 def walk(owner: type, prefix: str = "") -> Iterator[Declared]:
     """Every setting of a config class and of its sections, in the order of declaration; sections themselves too."""
     for f, known in declared(owner):
-        yield Declared(prefix + f.name, f, known, owner)
-        if section := section_of(f, owner):
-            yield from walk(section, f"{prefix}{f.name}.")
+        here = Declared(prefix + f.name, f, known)
+        yield here
+        if here.section:
+            yield from walk(here.section, f"{here.key}.")
 
 
 def validate(section: str, config: Any) -> None:

@@ -57,6 +57,10 @@ class Entry(Generic[T]):
             return {} if self.version == 1 else {"version": self.version}
         return {"version": self.version, "source": self.source}
 
+    def identity_as(self, name: str) -> dict[str, Any]:
+        """The same under keys that begin with `name`, for a stage that has keys of its own."""
+        return {f"{name}_{key}": value for key, value in self.identity.items()}
+
 
 def source_digest(module: str) -> str:
     """SHA-256 over names and content of a user's module, or of all of the package that it is part of; else empty.
@@ -108,10 +112,10 @@ class Registry(Mapping[str, T]):
 
     def add(self, name: str, value: T, *, version: int = 1, module: str | None = None, **traits: Any) -> None:
         """What `register` does, for a value that is neither a function nor a class; `module`: that registers it."""
+        self._check(name, traits)
         self._add(name, value, module or sys._getframe(1).f_globals["__name__"], version, traits)
 
     def _add(self, name: str, value: T, module: str, version: int, traits: Mapping[str, Any]) -> None:
-        self._check(name, traits)
         taken = self._entries.get(name)
         if taken and (taken.module != module or (not callable(value) and taken.value != value)):
             raise ConfigError(f"there is a {self.kind} {name!r} already, of {taken.module}. Name yours otherwise.")

@@ -20,7 +20,7 @@ def signal_stage(cell: ResolvedCell, teacher: Stage, tokens: Stage, *, budget: i
         "tokens": seen,
         "seed": c.teacher_seed,
         **cell.arithmetic,
-        **{f"kind_{k}": v for k, v in SIGNALS.entry(c.distill.signal).identity.items()},
+        **SIGNALS.entry(c.distill.signal).identity_as("kind"),
     }
     cost = accounting.forward_flops(cell.teacher_shape, seen)
     options = {"batch_size": c.evaluate.batch_size}

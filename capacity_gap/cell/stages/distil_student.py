@@ -26,7 +26,7 @@ def distil_stage(
         "distill": identity_fields(c.distill),
         **optimizer_identity(c.train, dims(shape).hidden),
         **cell.dynamics,
-        **{f"loss_{k}": v for k, v in LOSSES.entry(c.distill.loss).identity.items()},
+        **LOSSES.entry(c.distill.loss).identity_as("loss"),
     }
     inputs = {"student": student, "tokens": tokens}
     teacher_flops = 0.0

@@ -8,7 +8,7 @@ from capacity_gap.cell.resolved import ResolvedCell
 from capacity_gap.models.axes import architecture_identity, dims
 from capacity_gap.models.defaults import frozen_rows
 from capacity_gap.models.layers import renumbered
-from capacity_gap.pruning.prune_config import SYMMETRIC
+from capacity_gap.pruning.methods import SYMMETRIC
 from capacity_gap.store.stage import Stage, StageRun
 
 

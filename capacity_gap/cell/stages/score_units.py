@@ -9,8 +9,7 @@ from capacity_gap.cell.stages.shared import ignored_in_gradients, packed_split
 from capacity_gap.data import packing
 from capacity_gap.models import accounting
 from capacity_gap.models.axes import architecture_identity, dims
-from capacity_gap.pruning.methods import LAYER_SCORES, SCORES
-from capacity_gap.pruning.prune_config import SYMMETRIC
+from capacity_gap.pruning.methods import LAYER_SCORES, SCORES, SYMMETRIC
 from capacity_gap.store.stage import Stage, StageRun
 
 
@@ -19,7 +18,7 @@ def scores_stage(cell: ResolvedCell, teacher: Stage, shape: Mapping[str, Any], t
     c = cell.config.prune
     given = {"method": c.method, "batches": c.batches, "batch_size": c.batch_size, **cell.arithmetic}
     method = SCORES.entry(c.method)
-    given |= method.identity
+    given |= method.identity_as("method")
     if method.traits["seeded"]:
         given["seed"] = cell.config.seed
     if method.traits["embedding_gradients"]:
@@ -28,7 +27,7 @@ def scores_stage(cell: ResolvedCell, teacher: Stage, shape: Mapping[str, Any], t
     passes = 3 * seen
     if c.layers != SYMMETRIC:
         layers = LAYER_SCORES.entry(c.layers)
-        given |= {"layers": c.layers} | {f"layers_{k}": v for k, v in layers.identity.items()}
+        given |= {"layers": c.layers} | layers.identity_as("layers")
         passes += seen * (layers.traits["passes"] or dims(shape).layers)
     given |= architecture_identity(shape)
     inputs = {"teacher": teacher, "tokens": tokens}
