@@ -111,7 +111,9 @@ def test_a_wheel_brings_help_sweeps_and_the_published_fit(installed, environment
     assert Path(where).is_relative_to(environment), "the checkout is out of sight"
     assert "run and watch:" in installed(SCRIPT, "--help")
     assert installed("bin/python", "-m", "capacity_gap", "--help") == installed(SCRIPT, "--help")
-    assert "teacher: 120k" in installed(SCRIPT, "run", "--help")
+    told = installed(SCRIPT, "run", "--help")
+    assert "capacity-gap run -m student=60k,90k" in told, "examples name the installed command"
+    assert "[none, record, model]" in told, "settings say what they may be"
     assert "plan: 10 cells" in installed(SCRIPT, "plan", "+sweeps=quick")
     assert "Basis: " in installed(SCRIPT, "recommend", "--student", "60k", "--family", "pico")
 
