@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from capacity_gap.models.axes import architecture, dims
-from capacity_gap.models.loading import auto_class
+from capacity_gap.models.building import auto_class
 from capacity_gap.pruning.hooks import layers_of
 
 LLAMA = {

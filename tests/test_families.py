@@ -14,9 +14,10 @@ from capacity_gap.cell.teacher_config import FamilyConfig
 from capacity_gap.commands import cli
 from capacity_gap.data.tokenizer import bytes_per_id
 from capacity_gap.models.axes import count_params
+from capacity_gap.models.building import auto_class
 from capacity_gap.models.folders import local_family
 from capacity_gap.models.ladders import FAMILIES, Family
-from capacity_gap.models.loading import auto_class, load_model
+from capacity_gap.models.loading import load_model
 from capacity_gap.runner.run_cell import run_config
 from capacity_gap.settings.errors import ConfigError, StageError
 from capacity_gap.settings.registry import Entry

@@ -10,9 +10,9 @@ from capacity_gap.cell.config import RunConfig
 from capacity_gap.cell.resolved import _check_positions
 from capacity_gap.data.corpus_config import CorpusConfig
 from capacity_gap.models.axes import count_params, dims
+from capacity_gap.models.building import auto_class
 from capacity_gap.models.defaults import ALIASES, ASSUMED, completed
 from capacity_gap.models.ladders import FAMILIES
-from capacity_gap.models.loading import auto_class
 from capacity_gap.settings.errors import ConfigError
 from tests.small_models import SMALL
 

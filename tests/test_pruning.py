@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from capacity_gap.models.axes import architecture, config_with, count_params, dims, pattern_of
+from capacity_gap.models.building import auto_class
 from capacity_gap.models.ladders import FAMILIES
-from capacity_gap.models.loading import auto_class
 from capacity_gap.pruning import choose_shape, common_shape, expressive_scores
 from capacity_gap.pruning.common_shape import student_config
 from capacity_gap.pruning.hooks import layers_of

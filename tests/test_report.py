@@ -104,6 +104,54 @@ def test_a_report_has_every_section_and_needs_nothing_else(tmp_path):
     assert {f"chart-{name}" for name in drawn} <= set(read.ids())
 
 
+def failed(frame):
+    return frame.assign(
+        status="failed", student_loss=np.nan, student_loss_stderr=np.nan, error="the loss is not finite"
+    )
+
+
+def other(frame, **settings):
+    """The same cells under other settings: other cells."""
+    return frame.assign(cell=[f"{9000 + i:032x}" for i in range(len(frame))], **settings)
+
+
+FULL = grid()
+FIRST = FULL.student == "50k"
+HOLDINGS = {
+    "nothing": FULL[:0],
+    "failures only": failed(FULL),
+    "a failed cell": pd.concat([FULL[1:], failed(FULL[:1])]),
+    "a curve of failures, by its settings": pd.concat(
+        [FULL, failed(other(FULL[:1], settings="train.learning_rate=1e+30", learning_rate=1e30))]
+    ),
+    "a curve of failures, by its student": pd.concat([FULL[~FIRST], failed(FULL[FIRST])]),
+    "a curve of failures, by its start": pd.concat([FULL.assign(init="pruned"), failed(other(FULL, init="random"))]),
+    "failures without sizes": pd.concat(
+        [FULL, failed(other(FULL[:1], student_params=np.nan, teacher_params=np.nan, data_tokens=np.nan))]
+    ),
+    "one teacher": FULL[FULL.teacher == "50k"],
+    "one cell": FULL[:1],
+    "pruning alone": FULL.assign(data_tokens=0),
+    "pruning, and failures": pd.concat([failed(FULL), other(FULL, data_tokens=0)]),
+    "pruning, and one cell": pd.concat([FULL[:1], other(FULL, data_tokens=0)]),
+    "an infinite loss": pd.concat([FULL, other(FULL[:1], student_loss=np.inf, settings="x=1")]),
+    "teachers of one size": FULL.assign(teacher_params=1e5),
+    "another status": FULL.assign(status="running"),
+    "losses without names": FULL[["student_params", "teacher_params", "student_loss"]],
+    "foreign losses": pd.DataFrame({"student_params": 1e6, "teacher_params": [1e6, 2e6, 3e6], "loss": [1, 0.9, 1]}),
+    "foreign scores": pd.DataFrame({"student_params": 1e6, "teacher_params": [1e6, 2e6], "accuracy": [0.5, 0.9]}),
+}
+
+
+@pytest.mark.parametrize("axis", ["total", "non_embedding"])
+@pytest.mark.parametrize("held", HOLDINGS)
+def test_a_report_opens_whatever_is_held(held, axis, tmp_path):
+    read = Page(report(HOLDINGS[held], tmp_path, axis=axis))
+    failures = int(HOLDINGS[held].get("status", pd.Series()).eq("failed").sum())
+    assert "run" in read.ids()
+    assert ("the loss is not finite" in read.text) == (failures > 0), "people look here for why cells failed"
+
+
 def test_scores_are_fitted_as_errors_and_named_so(tmp_path):
     """More right answers are better: the best cell is not the one with the fewest."""
     text = report(grid(**{"metrics/cloze/higher_is_better": True}), tmp_path, metric="metrics/cloze")

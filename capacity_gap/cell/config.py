@@ -5,8 +5,9 @@ sees OmegaConf. A config is never changed afterwards.
 """
 
 import functools
+import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from capacity_gap.models.ladders import FAMILIES, FOLDERS
 from capacity_gap.pruning.methods import SCORES
 from capacity_gap.pruning.prune_config import PruneConfig
 from capacity_gap.settings import extension
-from capacity_gap.settings.declare import setting, validate
-from capacity_gap.settings.errors import ConfigError
-from capacity_gap.settings.places import default_store
+from capacity_gap.settings.declare import default_of, setting, validate, walk
+from capacity_gap.settings.errors import ConfigError, nearest, shown
+from capacity_gap.settings.places import RUN_WORDS, default_store, user_path
 from capacity_gap.tracking.tracking_config import MODES, TrackingConfig
 from capacity_gap.training.train_config import TrainConfig
 
+MOST_SEED = 2**32 - 1  # numpy, torch and Python all take it
 TUNING = ("instruct", "prefer")  # sections whose settings a text of their own tells in a record
 
 
@@ -40,20 +42,32 @@ class RunConfig:
         "120k", "The teacher: a rung of the family, or a model folder.", column="teacher", computed=True
     )
     data: str = setting("1m", "Tokens that the student learns from; 0: none.", column="data_tokens", computed=True)
-    epochs: int = setting(1, "Passes of the student over its tokens.", least=1, column="epochs", parts=210)
-    seed: int = setting(0, "Decides a student's random weights and the order of its text.", least=0, column="seed")
-    teacher_seed: int = setting(0, "The same of teachers that are trained here.", least=0, column="teacher_seed")
+    epochs: int = setting(1, "Passes of the student over its tokens.", least=1, most=10_000, column="epochs", parts=210)
+    seed: int = setting(
+        0, "Decides a student's random weights and the order of its text.", least=0, most=MOST_SEED, column="seed"
+    )
+    teacher_seed: int = setting(
+        0, "The same of teachers that are trained here.", least=0, most=MOST_SEED, column="teacher_seed"
+    )
     store: str = setting("", "The store's folder; empty: $CAPACITY_GAP_STORE, else `store`.", decides=False)
     plan: bool = setting(False, "Say what would run and what it costs; start nothing.", decides=False)
     fail_fast: bool = setting(False, "Of a grid: launch no further wave once something has failed.", decides=False)
-    retries: int = setting(0, "Of a grid: how often crashed work is started again.", least=0, decides=False)
+    retries: int = setting(0, "Of a grid: how often crashed work is started again.", least=0, most=1000, decides=False)
     budget_hours: float | None = setting(
-        None, "Of a grid: refuse it if it costs more hours of one worker than this.", above=0, decides=False
+        None,
+        "Of a grid: refuse it if it costs more hours of one worker than this.",
+        above=0,
+        most=1e9,
+        decides=False,
     )
     throughput: float | None = setting(
-        None, "FLOP/s of one worker, for plans; null: as measured in this store.", above=0, decides=False
+        None,
+        "FLOP/s of one worker, for plans; null: as measured in this store.",
+        least=1e6,
+        most=1e24,
+        decides=False,
     )
-    devices: int = setting(1, "GPUs of one worker, for plans.", least=1, decides=False)
+    devices: int = setting(1, "GPUs of one worker, for plans.", least=1, most=100_000, decides=False)
     sweep: str | None = setting(
         None, "Of one cell: the sweep of this store that it joins; of a grid: its name there.", decides=False
     )
@@ -100,7 +114,7 @@ class RunConfig:
     @property
     def store_path(self) -> Path:
         """The store's folder, absolute."""
-        return Path(self.store or default_store()).expanduser().absolute()
+        return user_path(self.store or default_store()).absolute()
 
 
 def register() -> None:
@@ -137,31 +151,90 @@ def from_hydra(composed: Any) -> RunConfig:
     """
     from omegaconf import OmegaConf
 
-    if isinstance(composed, dict) and "${" not in str(composed):
-        return from_dict(composed)
-    values = OmegaConf.to_container(OmegaConf.create(composed), resolve=True)
-    assert isinstance(values, dict)
-    return from_dict({str(key): value for key, value in values.items()})
+    plain = composed if isinstance(composed, dict) else OmegaConf.to_container(composed)
+    assert isinstance(plain, dict)
+    return from_dict(_resolved({str(key): value for key, value in plain.items()}))
 
 
-@functools.cache
-def _schema() -> Any:
+def _resolved(values: dict[str, Any]) -> dict[str, Any]:
+    """The same with every interpolation as what it stands for."""
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
-    return OmegaConf.structured(RunConfig)
+    texts = {key: str(value) for key, value in values.items()}
+    if not (found := {key for key, text in texts.items() if "${" in text}):
+        return values
+    # OmegaConf takes long over a whole cell: it gets what interpolates, and what is named there.
+    while more := {key for key in texts if key not in found and any(key in texts[f] for f in found)}:
+        found |= more
+    try:
+        part = OmegaConf.to_container(OmegaConf.create({key: values[key] for key in found}), resolve=True)
+    except OmegaConfBaseException as error:
+        given = ", ".join(f"{key}={shown(texts[key])}" for key in sorted(found) if "${" in texts[key])
+        raise ConfigError(f"{given} cannot be resolved: {str(error).splitlines()[0]}.") from error
+    assert isinstance(part, dict)
+    return values | {str(key): value for key, value in part.items()}
 
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
     """Returns the validated settings of nested plain values, such as `dataclasses.asdict` gives.
 
     Modules that the environment names are imported first, since workers start without them.
+
+    Raises:
+        ConfigError: a key is no setting, or a value is not allowed.
+        omegaconf.errors.ValidationError: a value has the wrong type.
     """
     from omegaconf import OmegaConf
 
     extension.load()
     extension.check(values.get("extend") or [])
-    known = {f.name for f in fields(RunConfig)}
-    typed = OmegaConf.merge(_schema(), {k: v for k, v in values.items() if k in known})
-    config = OmegaConf.to_object(typed)
-    assert isinstance(config, RunConfig)
-    return config
+    given = {key: value for key, value in values.items() if key != "hydra"}
+    if unknown := [key for key in given if key not in _sections() and key not in _alone()]:
+        raise ConfigError(unknown_key(unknown[0]))
+    alone = {key: value for key, value in given.items() if key in _alone()}
+    found = OmegaConf.to_container(_typed(None, json.dumps(alone)))
+    assert isinstance(found, dict)
+    for name in _sections():
+        part = OmegaConf.to_object(_typed(name, json.dumps(given.get(name, {}))))
+        assert isinstance(part, dict)
+        found |= part
+    return RunConfig(**{str(key): value for key, value in found.items()})
+
+
+@functools.cache
+def _sections() -> dict[str, type]:
+    """The settings of a cell that are sections, and their classes."""
+    return {d.key: d.section for d in walk(RunConfig) if d.section and "." not in d.key}
+
+
+@functools.cache
+def _alone() -> Any:
+    """The types and defaults of the other settings."""
+    from omegaconf import OmegaConf
+
+    found = [d for d in walk(RunConfig) if not d.section and "." not in d.key]
+    made = [(d.key, d.field.type, field(default_factory=functools.partial(default_of, d.field))) for d in found]
+    return OmegaConf.structured(make_dataclass("Alone", made))
+
+
+@functools.lru_cache(maxsize=1024)
+def _typed(section: str | None, values: str) -> Any:
+    """One section's values (JSON) merged into its types: the cells of a grid share most of them, and it takes long."""
+    from omegaconf import OmegaConf
+
+    schema, given = _alone(), json.loads(values)
+    if section is not None:
+        schema, given = OmegaConf.create({section: OmegaConf.structured(_sections()[section])}), {section: given}
+    return OmegaConf.merge(schema, given)
+
+
+def unknown_key(key: str) -> str:
+    """What to say of a key that is no setting: which there are where it stands."""
+    keys = [d.key for d in walk(RunConfig)]
+    section = key.rpartition(".")[0] if key.rpartition(".")[0] in _sections() else ""
+    siblings = [k for k in keys if k.rpartition(".")[0] == section]
+    return (
+        f"{shown(key)} is no setting{nearest(key, siblings)}. Settings {'of ' + section if section else 'at the top'}: "
+        f"{', '.join(siblings)}. `{' '.join(RUN_WORDS)} --help` lists all."
+    )

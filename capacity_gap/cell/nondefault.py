@@ -7,7 +7,6 @@ The content of a ladder of folders is left out: its rungs are told apart by name
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from capacity_gap.cell.config import TUNING, RunConfig
@@ -20,6 +19,7 @@ from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.pruning.methods import LAYER_SCORES, SCORES
 from capacity_gap.settings.declare import NOTHING, declared, default_of
 from capacity_gap.settings.hashing import files_digest, fingerprint, identity_fields
+from capacity_gap.settings.places import user_path
 
 
 def setting_columns(config: RunConfig) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def tuning_text(config: RunConfig) -> str:
         if given.wanted:
             found |= dict(_nondefault(section, given, {}))
             if given.path:
-                found[f"{section}.content"] = files_digest([Path(given.path).expanduser()])[:12]
+                found[f"{section}.content"] = files_digest([user_path(given.path)])[:12]
     return _text(found)
 
 

@@ -22,6 +22,7 @@ from capacity_gap.pruning.common_shape import common_rows
 from capacity_gap.records import RECORD
 from capacity_gap.settings.errors import UserError
 from capacity_gap.settings.hashing import plain
+from capacity_gap.settings.places import user_path
 from capacity_gap.settings.scales import parse_scale
 from capacity_gap.store.files import META, is_store, write_json
 from capacity_gap.store.stage import Store
@@ -233,7 +234,7 @@ def _common(family: str, scale: int) -> tuple[int, tuple[int, bool]]:
 
 def without_outdated(frame: "pd.DataFrame", source: str | Path) -> "tuple[pd.DataFrame, list[str]]":
     """The records of `source` without stale cells where that is a store, and a note of how many were left out."""
-    if str(source).startswith("wandb:") or not is_store(folder := Path(source).expanduser()) or frame.empty:
+    if str(source).startswith("wandb:") or not is_store(folder := user_path(source)) or frame.empty:
         return frame, []
     keys = "record/" + frame["cell"]
     found = outdated(Store(folder), keys[frame["status"] == "done"])

@@ -144,7 +144,7 @@ class ResolvedCell:
         """The rung that the student is cut from: its own teacher, or the reference that all share."""
         return self.rung if self.config.prune.reference is None else self.family.rung(self.config.prune.reference)
 
-    @property
+    @cached_property
     def shapes_between(self) -> list[Mapping[str, Any]]:
         """The shapes between teacher and student when pruning goes in steps."""
         origin = self.family.rungs[self.origin]

@@ -35,7 +35,7 @@ class FamilyConfig:
         column="teacher_data",
         computed=True,
     )
-    teacher_epochs: int = setting(1, "Passes over them.", least=1)
+    teacher_epochs: int = setting(1, "Passes over them.", least=1, most=10_000)
     pretrain: PretrainConfig = setting(PretrainConfig, "How teachers are pre-trained.")
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class AdaptConfig:
     """
 
     data: str = setting("0", "Tokens of continued pre-training; 0: none.", column="adapt_tokens", computed=True)
-    epochs: int = setting(1, "Passes over them.", least=1)
+    epochs: int = setting(1, "Passes over them.", least=1, most=10_000)
     parts: list[SourceConfig] = setting(
         [], "Sources by weight, such as [{name:embedded,weight:3},{name:code,weight:1}]."
     )

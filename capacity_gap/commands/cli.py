@@ -7,8 +7,8 @@ from typing import Any
 
 from capacity_gap import __version__
 from capacity_gap.commands import fit_commands, model_commands, report_commands, run_commands, store_commands
+from capacity_gap.commands.options import Parser
 from capacity_gap.settings import extension
-from capacity_gap.settings.errors import UserError
 
 GROUPS = {
     "run and watch": run_commands,
@@ -23,7 +23,7 @@ QUESTION = "From which teacher should a student of N parameters be distilled?"
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    root = argparse.ArgumentParser(
+    root = Parser(
         prog="capacity-gap",
         usage="%(prog)s [-h] [--version] COMMAND ...",
         description=QUESTION,
@@ -59,6 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         extension.load()
         return given.run(given)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        from capacity_gap.commands.explain import paragraph
+
+        if (said := paragraph(error)) is None:
+            raise
+        print(f"error: {said}", file=sys.stderr)
         return 2

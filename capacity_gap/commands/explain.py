@@ -4,16 +4,16 @@ import contextlib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
-from typing import get_type_hints
 
-from capacity_gap.cell.config import RunConfig
+from capacity_gap.cell.config import unknown_key
 from capacity_gap.runtime.process import Interrupted, in_pool
-from capacity_gap.settings.errors import Stopped, UserError, nearest
+from capacity_gap.settings.errors import Stopped, UserError, nearest, shown
 from capacity_gap.settings.places import RUN_WORDS
 
 RUN = " ".join(RUN_WORDS)
+READERS = ("hydra", "omegaconf", "antlr4", "yaml")
 
 
 @contextlib.contextmanager
@@ -24,14 +24,18 @@ def ends_single_run() -> Iterator[list[str] | None]:
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     single = HydraConfig.get().mode == RunMode.RUN
+    given = OmegaConf.to_container(HydraConfig.get().overrides.task)  # as typed: `${…}` stays
+    assert isinstance(given, list)
     try:
-        yield list(HydraConfig.get().overrides.task) if single else None
-    except UserError as error:
+        yield given if single else None
+    except (UserError, OmegaConfBaseException) as error:
         if not single:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {paragraph(error)}", file=sys.stderr)
         raise SystemExit(2) from error
     except (Interrupted, KeyboardInterrupt) as error:
         if single or not in_pool():
@@ -42,64 +46,76 @@ def ends_single_run() -> Iterator[list[str] | None]:
 def explained(main: Callable[[], object]) -> int:
     """Runs `main`; prints a user's error as one paragraph and returns the exit status."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, so that we can say more
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
     try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # whoever read our output has had enough: `python run.py --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (Interrupted, KeyboardInterrupt) as error:
         print(
             "interrupted: finished work and checkpoints are kept; the same command goes on from there", file=sys.stderr
         )
         return error.exit_status if isinstance(error, Interrupted) else 130
-    except (HydraException, OmegaConfBaseException) as error:
-        print(f"error: {_plain(error)}", file=sys.stderr)
+    except Exception as error:
+        if (said := paragraph(error)) is None:
+            raise
+        print(f"error: {said}", file=sys.stderr)
         return 2
     return 0
 
 
+def paragraph(error: BaseException) -> str | None:
+    """What a user did wrong, in one paragraph; None for an error of ours, whose traceback is wanted."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{shown(error.filename)}: {error.strerror}."
+    if not _is_hydras(error):
+        return None
+    return f"a config file is no UTF-8 text: {error}." if isinstance(error, UnicodeError) else _plain(error)
+
+
+def _is_hydras(error: BaseException) -> bool:
+    """Whether Hydra, OmegaConf or YAML raised it: they read nothing but what the user gave."""
+    tops = [
+        frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    known = [top for top in tops if top in (*READERS, "capacity_gap", "hydra_plugins")]
+    return bool(known) and known[-1] in READERS
+
+
 def _plain(error: BaseException) -> str:
     """Hydra's and OmegaConf's own errors, with what is allowed and what to do."""
-    text = f"{error}\n{error.__cause__ or ''}"
-    if found := re.search(r"Key '(\S+)' (?:is )?not in", text) or re.search(r"Could not override '(\S+?)'", text):
+    cause = str(error.__cause__ or "")
+    text = f"{error}\n{cause}"
+    override = re.search(r"(?:Error merging|Could not) override '?([^\n']+)", text)
+    if unknown := re.search(r"Key '(\S+)' (?:is )?not in", text):
         full = re.search(r"full_key: (\S+)", text)
-        return _unknown_key(full[1] if full else found[1])
+        key = full[1] if full else unknown[1]
+        if override and not override[1].startswith(key):  # inside a list: its own key is not said
+            return f"{override[1]} has no {shown(key)}. `{RUN} --help` says what it takes."
+        return unknown_key(key)
+    if override and "Could not override" in text:
+        return unknown_key(override[1])
     if found := re.search(r"Could not find '(\S+)/(\S+)'.*?Available options in '\S+':\n((?:\t.*\n)+)", text, re.S):
         options = found[3].split("Config search path")[0].split()
         return f"{found[1]}={found[2]} is not known{nearest(found[2], options)}. Allowed: {', '.join(options)}."
     if found := re.search(r"Ambiguous value for argument '(.+?)'", text):
         return f"{found[1]} gives several values: a grid wants -m, `{RUN} -m {found[1]} …`."
+    if found := re.search(r"Sweep parameters '(.+?)' requires --multirun", text):
+        return f"{found[1]} stands for several values: a grid wants -m, `{RUN} -m {found[1]} …`."
+    if type(error).__name__ == "OverrideParseException":
+        given = str(getattr(error, "override", None) or "what was given")
+        return (
+            f"{shown(given)} cannot be read. Write KEY=VALUE, with quotes inside the shell's around a value that has "
+            f"spaces or other signs than letters, digits and -_./:, such as \"sweep='my sweep'\"."
+        )
     if found := re.search(r"Value '(.*?)' .*?(?:could not be converted to|is not a valid) (\w+)", text, re.S):
         key = re.search(r"full_key: (\S+)", text)
-        where = f"{key[1]}={found[1]}" if key else f"the value {found[1]!r}"
+        where = f"{key[1]}={shown(found[1])}" if key else f"the value {shown(found[1])!r}"
         kind = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}.get(found[2], found[2])
         return f"{where} has the wrong type: it should be {kind}."
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
-
-
-def _unknown_key(key: str) -> str:
-    keys = list(setting_names(RunConfig))
-    section = key.rpartition(".")[0]
-    siblings = [k for k in keys if k.rpartition(".")[0] == section] or [k for k in keys if "." not in k]
-    return (
-        f"{key} is no setting{nearest(key, siblings)}. Settings {'of ' + section if section else 'at the top'}: "
-        f"{', '.join(siblings)}. `{RUN} --help` lists all."
-    )
-
-
-def setting_names(kind: type, prefix: str = "") -> Iterator[str]:
-    """Every key of a config dataclass, nested ones with dots."""
-    hints = get_type_hints(kind)
-    for f in fields(kind):
-        name = prefix + f.name
-        if is_dataclass(hints[f.name]):
-            yield name
-            yield from setting_names(hints[f.name], f"{name}.")
-        else:
-            yield name
+    if override:
+        why = "it may not be null" if "is not Optional" in cause else shown(cause.partition("\n")[0].rstrip("."))
+        return f"{shown(override[1])} has the wrong type: {why}. `{RUN} --help` says what it takes."
+    return shown(" ".join(line.strip() for line in str(error).splitlines() if line.strip()))

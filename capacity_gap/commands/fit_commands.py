@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from capacity_gap.commands.options import out_folder
 from capacity_gap.settings.errors import UserError
 
 
@@ -28,7 +29,9 @@ def _add_fit(commands: Any) -> None:
     )
     fit.add_argument("--sweep", metavar="NAME", help="of a store: only the cells of this sweep (`store ls` names them)")
     fit.add_argument("--surface", action="store_true", help="also the additive loss surface (docs/surfaces.md)")
-    fit.add_argument("--out", type=Path, help="folder for law.json, optima.csv and the figures; without it, only text")
+    fit.add_argument(
+        "--out", type=out_folder, help="folder for law.json, optima.csv and the figures; without it, only text"
+    )
     fit.set_defaults(run=run_fit)
 
 
@@ -98,12 +101,13 @@ def _of_sweep(source: str, name: str):  # type: ignore[no-untyped-def]
 def _write_fit(law, located, out: Path, metric: str | None) -> None:  # type: ignore[no-untyped-def]
     import pandas as pd
 
+    from capacity_gap.records.tables import write_csv
     from capacity_gap.report.plots import plot_curves, plot_law, save_figure
 
     out.mkdir(parents=True, exist_ok=True)
     law.save(out / "law.json")
-    pd.DataFrame([o.to_dict() for o in law.optima]).to_csv(out / "optima.csv", index=False)
-    located.residuals().to_csv(out / "residuals.csv", index=False, float_format="%.6g")
+    write_csv(pd.DataFrame([o.to_dict() for o in law.optima]), out / "optima.csv")
+    write_csv(located.residuals(), out / "residuals.csv", float_format="%.6g")
     drawn = {"curves": plot_curves(located, metric=metric), "law": plot_law(law)}
     figures = [path for name, figure in drawn.items() for path in save_figure(figure, out / name)]
     tables = (out / "law.json", out / "optima.csv", out / "residuals.csv")

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from capacity_gap.commands.options import amount, out_file, out_folder, whole
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.settings.places import default_store
 
@@ -23,13 +24,15 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument("--tasks", help="name or name:shots, with commas (default: the paper's, or the folder's)")
     evaluate.add_argument("--task-folder", type=Path, help="task files of your own, or a suite of a store")
     evaluate.add_argument("--tokenizer", help="where the model's tokenizer is, if not beside it")
-    evaluate.add_argument("--limit", type=int, help="only so many questions of each task")
-    evaluate.add_argument("--batch-size", type=int, default=8, help="sequences at once (default: %(default)s)")
+    evaluate.add_argument("--limit", type=whole(), help="only so many questions of each task")
+    evaluate.add_argument(
+        "--batch-size", type=whole(most=2**20), default=8, help="sequences at once (default: %(default)s)"
+    )
     evaluate.add_argument("--device", default="auto", help="default: %(default)s")
     evaluate.add_argument("--dtype", default="fp32", help="fp32 (default) or bf16")
     evaluate.add_argument("--allow-code-execution", action="store_true", help="let tasks run what the model writes")
     evaluate.add_argument("--train-tokens", help="tokens it was trained on, such as 300b: its FLOPs go into the CSV")
-    evaluate.add_argument("--out", type=Path, help="CSV to which the scores are added (`compare` reads it)")
+    evaluate.add_argument("--out", type=out_file, help="CSV to which the scores are added (`compare` reads it)")
     evaluate.set_defaults(run=run_evaluate)
 
 
@@ -37,7 +40,7 @@ def _add_compare(commands: Any) -> None:
     told = "Show models beside one another, from the tables of `evaluate --out`."
     compare = commands.add_parser("compare", description=told)
     compare.add_argument("tables", nargs="+", type=Path, help="CSV files of `evaluate --out`")
-    compare.add_argument("--out", type=Path, help="CSV: one row a model, columns metrics/<task> as records have")
+    compare.add_argument("--out", type=out_file, help="CSV: one row a model, columns metrics/<task> as records have")
     compare.set_defaults(run=run_compare)
 
 
@@ -47,11 +50,15 @@ def _add_judge(commands: Any) -> None:
     judge.add_argument("answers", nargs="+", help="one (single grades) or two (pairs): model folders or answers .jsonl")
     judge.add_argument("--endpoint", required=True, help="base URL, such as http://localhost:8000/v1")
     judge.add_argument("--model", required=True, help="the judge's name there")
-    judge.add_argument("--out", type=Path, required=True, help="folder for answers, judgements (the cache) and summary")
+    judge.add_argument(
+        "--out", type=out_folder, required=True, help="folder for answers, judgements (the cache) and summary"
+    )
     judge.add_argument("--questions", type=Path, help="questions .jsonl of your own (default: those of this package)")
     judge.add_argument("--key-env", default="OPENAI_API_KEY", help="variable that holds the key (default: %(default)s)")
-    judge.add_argument("--price", type=float, nargs=2, default=(0.0, 0.0), metavar=("IN", "OUT"), help="a million")
-    judge.add_argument("--max-tokens", type=int, default=512, help="of one judgement (default: %(default)s)")
+    judge.add_argument("--price", type=amount, nargs=2, default=(0.0, 0.0), metavar=("IN", "OUT"), help="a million")
+    judge.add_argument(
+        "--max-tokens", type=whole(most=2**20), default=512, help="of one judgement (default: %(default)s)"
+    )
     judge.add_argument("--device", default="auto", help="where model folders answer (default: %(default)s)")
     judge.add_argument("--yes", action="store_true", help="answer and ask the judge; without it only the cost is shown")
     judge.set_defaults(run=run_judge)
@@ -61,7 +68,7 @@ def _add_export(commands: Any) -> None:
     told = "Write a cell's model to a folder: sharded safetensors, tokenizer, model card."
     export = commands.add_parser("export", description=told)
     export.add_argument("cell", help="the beginning of a recorded cell's digest (column `cell` of the records)")
-    export.add_argument("out", type=Path, help="a folder that is empty or not there yet")
+    export.add_argument("out", type=out_folder, help="a folder that is empty or not there yet")
     export.add_argument("--store", default=default_store(), help="default: %(default)s")
     export.add_argument("--shard", default="2GB", help="largest size of one file (default: %(default)s)")
     export.set_defaults(run=run_export)

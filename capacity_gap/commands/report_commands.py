@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from capacity_gap.commands.options import out_file
+
 
 def add(commands: Any) -> None:
     """Adds the three commands to the command line's parser."""
@@ -16,7 +18,7 @@ def _add_report(commands: Any) -> None:
     told = "Write one HTML file with curves, law, dynamics and costs; it needs no network."
     report = commands.add_parser("report", description=told)
     report.add_argument("source", help="a store, or anything else that `fit` reads")
-    report.add_argument("--out", type=Path, default=Path("report.html"), help="default: %(default)s")
+    report.add_argument("--out", type=out_file, default=Path("report.html"), help="default: %(default)s")
     report.add_argument("--sweep", metavar="NAME", help="of a store: only this sweep (`store ls` names them)")
     report.add_argument("--axis", choices=("total", "non_embedding"), default="total", help="which parameters count")
     report.add_argument("--metric", help="column to minimise (default: student_loss, or loss in foreign tables)")
@@ -29,7 +31,7 @@ def _add_frontier(commands: Any) -> None:
     frontier.add_argument("source", nargs="?", help="as for fit; without it, the published models alone")
     frontier.add_argument("--metric", default="average", help="a benchmark or recorded column (default: %(default)s)")
     frontier.add_argument("--compute", default="distillation", help="student, distillation (default) or total")
-    frontier.add_argument("--out", type=Path, help="stem of the .png, .svg and .csv; without it, only text")
+    frontier.add_argument("--out", type=out_file, help="stem of the .png, .svg and .csv; without it, only text")
     frontier.set_defaults(run=run_frontier)
 
 
@@ -37,7 +39,7 @@ def _add_dashboard(commands: Any) -> None:
     board = commands.add_parser("dashboard", description="Make a W&B workspace for the runs of a project.")
     board.add_argument("project", metavar="ENTITY/PROJECT")
     board.add_argument("--sweep", metavar="NAME", help="only the runs of this sweep")
-    board.add_argument("--out", type=Path, help="write the workspace as JSON; W&B is not asked")
+    board.add_argument("--out", type=out_file, help="write the workspace as JSON; W&B is not asked")
     board.set_defaults(run=run_dashboard)
 
 
@@ -55,6 +57,7 @@ def run_frontier(given: argparse.Namespace) -> int:
     """Prints the points of the figure, cheapest first, and writes it if asked."""
     from capacity_gap import records
     from capacity_gap.cell.outdated import without_outdated
+    from capacity_gap.records.tables import write_csv
     from capacity_gap.report.frontier import better_up, frontier_points, plot_frontier
     from capacity_gap.report.plots import save_figure
 
@@ -68,7 +71,7 @@ def run_frontier(given: argparse.Namespace) -> int:
         up = better_up(frame, given.metric)
         drawn = plot_frontier(points, given.metric, given.compute, higher_is_better=up)
         files = save_figure(drawn, given.out)
-        points.to_csv(given.out.with_suffix(".csv"), index=False)
+        write_csv(points, given.out.with_suffix(".csv"))
         print("\nwritten: " + ", ".join(map(str, [*files, given.out.with_suffix(".csv")])))
     return 0
 

@@ -1,5 +1,6 @@
 """What `python run.py` and `capacity-gap run` do: one cell, or with -m a grid of cells, through Hydra."""
 
+import re
 import sys
 from collections.abc import Sequence
 
@@ -15,9 +16,13 @@ from hydra.core.config_store import ConfigStore
 
 from capacity_gap.cell import config
 from capacity_gap.commands.explain import ends_single_run, explained
+from capacity_gap.commands.hydra_guard import guard
 from capacity_gap.commands.settings_help import settings_help
 from capacity_gap.settings import extension
+from capacity_gap.settings.errors import ConfigError, shown
 from capacity_gap.settings.places import CONF, RUN_WORDS
+
+MULTIRUN = ("-m", "--multirun")
 
 
 def job(composed: object) -> str:
@@ -34,7 +39,9 @@ def main(arguments: Sequence[str]) -> int:
     """Runs Hydra on these words of a command line; returns the exit status."""
     if {"--help", "-h"} & set(arguments):
         return explained(lambda: _help(arguments))
-    sys.argv = [sys.argv[0], *arguments]  # where Hydra reads them
+    several = [word for word in arguments if word in MULTIRUN]
+    ordered = [*several, *(word for word in arguments if word not in MULTIRUN)]  # Hydra knows it before overrides only
+    sys.argv = [sys.argv[0], *ordered]  # where Hydra reads them
     # Hydra copies its sources for every question it asks of them, and with them all our settings: 90 ms each time, 90
     # times for a help text. What the store loads is a copy anyhow.
     ConfigStore.__deepcopy__ = lambda store, memo: store
@@ -42,9 +49,18 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str]) -> None:
+    check_words(arguments)
     extension.load_named_on(arguments)
     config.register()
+    guard()
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+
+
+def check_words(arguments: Sequence[str]) -> None:
+    """Raises `ConfigError` for a number that no parser reads."""
+    for word in arguments:
+        if found := re.search(r"\d{1000,}", word):
+            raise ConfigError(f"{shown(word)} holds a number of {len(found[0]):,} digits. No setting takes that.")
 
 
 def _help(arguments: Sequence[str]) -> None:

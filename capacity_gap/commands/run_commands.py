@@ -2,9 +2,9 @@
 
 import argparse
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from capacity_gap.commands.options import out_folder
 from capacity_gap.settings.places import RUN_WORDS, TOOL_WORDS, default_store
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
 def _add_init(commands: Any) -> None:
     told = "Write a commented sweep for your own checkpoints, and how to run it."
     init = commands.add_parser("init", description=told)
-    init.add_argument("folder", type=Path, help="where sweeps/NAME.yaml and README.md go; nothing is overwritten")
+    init.add_argument("folder", type=out_folder, help="where sweeps/NAME.yaml and README.md go; nothing is overwritten")
     init.add_argument("--name", default="mine", help="of the sweep: letters, digits, _ and - (default: %(default)s)")
     init.set_defaults(run=run_init)
 

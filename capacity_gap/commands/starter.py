@@ -7,7 +7,7 @@ from pathlib import Path
 from string import Template
 
 from capacity_gap.settings.errors import UserError
-from capacity_gap.settings.places import IN_CHECKOUT, ROOT, RUN_WORDS, TOOL_WORDS
+from capacity_gap.settings.places import IN_CHECKOUT, ROOT, RUN_WORDS, TOOL_WORDS, user_path
 
 SWEEP = Path(__file__).with_name("starter_sweep.yaml")
 README = Path(__file__).with_name("starter_readme.md")
@@ -21,7 +21,7 @@ def write_starter(folder: Path, name: str) -> tuple[Path, Path]:
     """
     if not re.fullmatch(r"[A-Za-z_][\w-]*", name, re.ASCII):
         raise UserError(f"--name={name} is no name of a sweep: a letter, then letters, digits, _ and -.")
-    folder = folder.expanduser().absolute()
+    folder = user_path(folder).absolute()
     texts = {folder / "sweeps" / f"{name}.yaml": SWEEP, folder / "README.md": README}
     if there := [str(file) for file in texts if file.exists()]:
         raise UserError(f"already there: {', '.join(there)}. `init` overwrites nothing: name another folder.")

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from capacity_gap.commands.options import amount
 from capacity_gap.settings.places import default_store
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def _add_store(commands: Any) -> None:
 def _add_sync(commands: Any) -> None:
     sync = commands.add_parser("sync", description="Upload to W&B what was tracked offline.")
     sync.add_argument("store", nargs="?", default=default_store(), help="default: %(default)s")
-    sync.add_argument("--limit", type=float, default=SYNC_S, metavar="SECONDS", help="give up then (%(default)s)")
+    sync.add_argument("--limit", type=amount, default=SYNC_S, metavar="SECONDS", help="give up then (%(default)s)")
     sync.add_argument("--entity", help="another than the runs were made for")
     sync.add_argument("--project", help="another than the runs were made for")
     sync.set_defaults(run=run_sync)

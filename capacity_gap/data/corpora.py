@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.data.documents import LEAST_CHARACTERS, Document, strip_html, text_documents, text_files
-from capacity_gap.settings.errors import ConfigError, StageError
+from capacity_gap.data.documents import LEAST_CHARACTERS, Document, readable, strip_html, text_documents, text_files
+from capacity_gap.settings.errors import ConfigError, StageError, UserError, shown
 from capacity_gap.settings.hashing import files_digest
+from capacity_gap.settings.places import user_path
 from capacity_gap.settings.registry import Registry
 
 MIXTURE = "mixture"  # of several sources
@@ -120,11 +121,11 @@ class OwnText:
 
     def identity(self, source: Any) -> dict[str, Any]:
         """The content of the files."""
-        return {"content": files_digest(text_files(Path(str(source.path)).expanduser()))}
+        return {"content": files_digest(text_files(user_path(str(source.path))))}
 
     def documents(self, source: Any) -> Iterator[Document]:
         """The documents of the files, in their order."""
-        return text_documents(Path(str(source.path)).expanduser())
+        return text_documents(user_path(str(source.path)))
 
 
 @CORPORA.register("hub")
@@ -141,6 +142,7 @@ class HubDataset:
 
         Raises:
             StageError: the extra is not installed, or the dataset cannot be read.
+            ConfigError: a row is no text.
         """
         try:
             from datasets import load_dataset
@@ -160,11 +162,15 @@ class HubDataset:
                         f"corpus.dataset={source.dataset} has no column {source.column!r}. It has: {', '.join(row)}. "
                         "Name one with corpus.column=."
                     )
-                yield Document(row[source.column].strip(), f"{i // GROUP}")
-        except (OSError, ValueError) as error:
+                text = readable(row[source.column], f"corpus.dataset={source.dataset}, row {i + 1}, {source.column}")
+                yield Document(text.strip(), f"{i // GROUP}")
+        except UserError:
+            raise
+        except Exception as error:  # `datasets` and what it reads with raise errors of many libraries
+            said = shown((str(error) or type(error).__name__).splitlines()[0])
             raise StageError(
-                f"corpus.dataset={source.dataset} cannot be read: {str(error).splitlines()[0]} Check its name, "
-                "corpus.subset, corpus.dataset_split and the network; a folder of .jsonl or .parquet files does."
+                f"corpus.dataset={source.dataset} cannot be read: {said} Check its name, corpus.subset, "
+                "corpus.dataset_split and the network; a folder of .jsonl or .parquet files does."
             ) from error
 
 

@@ -7,6 +7,7 @@ from capacity_gap.data.corpora import CORPORA, MIXTURE
 from capacity_gap.settings.checks import need
 from capacity_gap.settings.declare import declared, default_of, setting, validate
 from capacity_gap.settings.errors import ConfigError
+from capacity_gap.settings.places import user_path
 
 
 @dataclass
@@ -33,9 +34,16 @@ class SourceConfig:
     dataset_split: str = setting("train", "corpus=hub: the dataset's split.", only_for="hub")
     column: str = setting("text", "corpus=hub: the column that holds the text.", only_for="hub")
     revision: str | None = setting(None, "corpus=hub: the commit of the dataset.", only_for="hub")
-    documents: int | None = setting(None, "corpus=hub: take this many documents, streaming.", only_for="hub", least=1)
+    documents: int | None = setting(
+        None, "corpus=hub: take this many documents, streaming.", only_for="hub", least=1, most=10**12
+    )
     weight: float = setting(
-        1.0, "In a mixture: share of the bytes, relative to the other parts.", above=0, column="corpus", computed=True
+        1.0,
+        "In a mixture: share of the bytes, relative to the other parts.",
+        least=1e-6,
+        most=1e6,
+        column="corpus",
+        computed=True,
     )
 
     def __post_init__(self) -> None:
@@ -67,7 +75,7 @@ class SourceConfig:
 def _check_path(path: str | None) -> None:
     if path is None:
         raise ConfigError("corpus=text needs corpus.path=FILE_OR_FOLDER (.txt, .jsonl with a `text` field).")
-    if not Path(path).expanduser().exists():
+    if not user_path(path).exists():
         raise ConfigError(
             f"corpus.path={path} does not exist (seen from {Path.cwd()}). "
             "Give a .txt or .jsonl file, or a folder of them."
@@ -84,9 +92,9 @@ class CorpusConfig(SourceConfig):
     parts: list[SourceConfig] = setting(
         [], "corpus=mixture: sources by weight, such as [{name:embedded,weight:3},{name:code,weight:1}]."
     )
-    validation: float = setting(0.05, "Share of the bytes that is held out for validation.", above=0)
-    test: float = setting(0.05, "Share of the bytes that held-out losses are taken on.", above=0)
-    sequence_length: int = setting(128, "Tokens of one packed sequence.", least=1)
+    validation: float = setting(0.05, "Share of the bytes that is held out for validation.", least=1e-4, most=0.5)
+    test: float = setting(0.05, "Share of the bytes that held-out losses are taken on.", least=1e-4, most=0.5)
+    sequence_length: int = setting(128, "Tokens of one packed sequence.", least=1, most=2**17)
 
     def __post_init__(self) -> None:
         if (self.name == MIXTURE) != bool(self.parts):

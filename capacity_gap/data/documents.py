@@ -1,9 +1,11 @@
 """Documents, and how they are read from files of the user's own; sources of text are in `corpora.py`."""
 
+import codecs
 import gzip
 import html
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +58,17 @@ def text_documents(path: Path) -> Iterator[Document]:
 
 
 def text_files(path: Path) -> list[Path]:
-    """The files that `corpus.path` means, sorted; none is an error."""
+    """The files that `corpus.path` means, sorted.
+
+    Raises:
+        ConfigError: there is none, or what is there is a pipe, a device or the like.
+    """
     suffixes = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+    if path.exists() and not path.is_dir() and not path.is_file():
+        raise ConfigError(
+            f"corpus.path={path} is no file but a pipe, a socket or a device, which cannot be read twice. Write its "
+            "text to a file first."
+        )
     inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     files = [p for p in inside if p.name.endswith(suffixes)]
     if not files:
@@ -66,19 +77,75 @@ def text_files(path: Path) -> list[Path]:
 
 
 def _texts(file: Path) -> Iterator[str]:
+    """The texts of one file.
+
+    Raises:
+        ConfigError: it cannot be read; the message says where and why.
+    """
     opener = gzip.open if file.suffix == ".gz" else open
-    with opener(file, "rt", encoding="utf-8") as lines:
-        if ".jsonl" in file.name:
-            yield from (_json_text(line, file, i) for i, line in enumerate(lines, 1) if line.strip())
-        else:
-            yield from (p.strip() for p in re.split(r"\n\s*\n", lines.read()) if p.strip())
+    try:
+        with opener(file, "rt", encoding="utf-8") as lines:
+            if ".jsonl" in file.name:
+                yield from (_json_text(line, file, i) for i, line in enumerate(lines, 1) if line.strip())
+            else:
+                yield from (p.strip() for p in re.split(r"\n\s*\n", lines.read()) if p.strip())
+    except UnicodeDecodeError as error:
+        raise ConfigError(_not_utf8(file)) from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ConfigError(
+            f"{file} is no whole .gz file ({str(error).rstrip('.')}). Copy or download it again; `gzip --test` says "
+            "whether it is whole."
+        ) from error
+
+
+def _not_utf8(file: Path) -> str:
+    """Where a file stops being UTF-8, and what to do."""
+    opener = gzip.open if file.suffix == ".gz" else open
+    with opener(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                wide = number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+                byte, encoding = line[error.start], "UTF-16" if wide else "WINDOWS-1252"
+                return (
+                    f"{file}, line {number}: no UTF-8 text (byte 0x{byte:02x} after {error.start} others). If it is "
+                    f"{encoding}, `iconv -f {encoding} -t UTF-8 {file.name} > new-{file.name}` converts it."
+                )
+    return f"{file}: it ends in the middle of a character. Copy or download it again."
 
 
 def _json_text(line: str, file: Path, number: int) -> str:
+    if number == 1 and line.startswith("\ufeff"):
+        raise ConfigError(
+            f"{file}, line 1: it begins with a byte order mark, which JSON may not. Save the file as UTF-8 without it, "
+            f"such as by `sed -i '1s/^\\xEF\\xBB\\xBF//' {file.name}`."
+        )
     try:
-        return json.loads(line)["text"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{file}, line {number}: not a JSON object with a field `text`. "
             'Each line of a .jsonl corpus looks like {"text": "..."}.'
         ) from error
+    return readable(text, f"{file}, line {number}")
+
+
+def readable(text: object, where: str) -> str:
+    """A document's text as it was given.
+
+    Raises:
+        ConfigError: it is no text, or holds half a character; the message begins with `where`.
+    """
+    if not isinstance(text, str):
+        kind = {"NoneType": "null", "dict": "an object", "list": "a list", "bool": "a truth value"}
+        said = kind.get(type(text).__name__, "a number")
+        raise ConfigError(f"{where}: the text is {said}. Leave such documents out, or give them a text.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{where}: half a surrogate pair ({text[error.start]!a}), so no character. A longer text was cut in the "
+            "middle of one: cut it elsewhere, or leave the document out."
+        ) from error
+    return text

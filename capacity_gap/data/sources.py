@@ -1,7 +1,6 @@
 """Which documents a corpus is made of: one source, or a mixture of several by weight; and what identifies them."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from capacity_gap.data.corpora import CORPORA, MIXTURE
@@ -9,6 +8,7 @@ from capacity_gap.data.corpus_config import CorpusConfig, SourceConfig
 from capacity_gap.data.documents import Document
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.settings.hashing import files_digest
+from capacity_gap.settings.places import user_path
 
 
 def documents(source: SourceConfig) -> Iterator[Document]:
@@ -31,7 +31,7 @@ def identity(source: SourceConfig) -> dict[str, Any]:
 
 def tokenizer_identity(tokenizer: str, revision: str | None) -> dict[str, Any]:
     """What identifies a second tokenizer: a local one's content, or a name on the hub and a commit."""
-    folder = Path(tokenizer).expanduser()
+    folder = user_path(tokenizer)
     if not folder.is_dir():
         if revision is None:
             raise ConfigError(

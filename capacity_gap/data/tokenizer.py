@@ -44,7 +44,7 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer saved in `folder`."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def bytes_per_id(tokenizer: Any) -> list[int | None]:

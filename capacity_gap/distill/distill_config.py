@@ -24,7 +24,7 @@ class DistillConfig:
         0.5, "Weight of distillation; 0 trains on the text alone.", least=0, most=1, column="kd_weight", parts=110
     )
     temperature: float = setting(
-        1.0, "Divides the logits of both models in KD.", above=0, column="temperature", parts=120
+        1.0, "Divides the logits of both models in KD.", least=0.01, most=1000, column="temperature", parts=120
     )
     tau_squared: bool = setting(True, "Multiply KD by the temperature squared, which keeps its gradients' scale.")
     signal: str = setting(
@@ -57,6 +57,7 @@ class DistillConfig:
         0.0,
         "Weight of 1 − cos(last hidden states), added to the objective.",
         least=0,
+        most=1e6,
         later=True,
         column="hidden_weight",
         if_set=True,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from capacity_gap.evaluate.other_models import SETTINGS, score_rows
 from capacity_gap.evaluate.task_scores import Score, as_metrics
 from capacity_gap.records.load import BESIDE_SCORES
-from capacity_gap.records.tables import PLAIN, boolean
+from capacity_gap.records.tables import PLAIN, boolean, write_csv
 from capacity_gap.settings.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def compare(files: Sequence[Path], out: Path | None = None) -> int:
     found = table(files)
     print(_shown(found).to_string(index=False, na_rep="–"))
     if out:
-        found.to_csv(out, index=False)
+        write_csv(found, out)
         print(f"\nwritten: {out}")
     return 0
 

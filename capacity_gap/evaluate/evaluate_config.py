@@ -6,17 +6,20 @@ from pathlib import Path
 from capacity_gap.evaluate.tasks import Task, folder_tasks, forbid_code, parse_tasks
 from capacity_gap.settings.declare import setting, validate
 from capacity_gap.settings.errors import ConfigError
+from capacity_gap.settings.places import user_path
 
 
 @dataclass
 class EvaluateConfig:
     """How much held-out text every model is scored on, and on which benchmarks (`evaluate/tasks.py`)."""
 
-    tokens: int = setting(200_000, "Tokens of the test split.", least=1, column="held_out_tokens", computed=True)
-    ood_tokens: int = setting(
-        100_000, "Tokens of out-of-domain text.", least=1, untold="the same quantity, sampled otherwise"
+    tokens: int = setting(
+        200_000, "Tokens of the test split.", least=1, most=10**12, column="held_out_tokens", computed=True
     )
-    batch_size: int = setting(32, "Sequences in one forward pass of an evaluation.", least=1, decides=False)
+    ood_tokens: int = setting(
+        100_000, "Tokens of out-of-domain text.", least=1, most=10**12, untold="the same quantity, sampled otherwise"
+    )
+    batch_size: int = setting(32, "Sequences in one forward pass of an evaluation.", least=1, most=2**20, decides=False)
     tasks: list[str] = setting([], "Benchmarks, `name` or `name:shots`.", later=True, column="metrics", computed=True)
     code_tasks: list[str] = setting(
         [],
@@ -28,9 +31,11 @@ class EvaluateConfig:
     task_folder: str | None = setting(
         None, "A folder of task files of your own; their content is what counts.", decides=False
     )
-    limit: int | None = setting(None, "Only so many questions of each benchmark.", least=1, later=True)
+    limit: int | None = setting(None, "Only so many questions of each benchmark.", least=1, most=10**9, later=True)
     allow_code_execution: bool = setting(
-        False, "Let benchmarks run code that the model wrote, without a sandbox.", decides=False
+        False,
+        "Let benchmarks run code, the model's or that of task files, without a sandbox.",
+        decides=False,
     )
 
     def __post_init__(self) -> None:
@@ -43,7 +48,7 @@ class EvaluateConfig:
     @property
     def folder(self) -> Path | None:
         """The folder of task files, absolute."""
-        return Path(self.task_folder).expanduser().absolute() if self.task_folder else None
+        return user_path(self.task_folder).absolute() if self.task_folder else None
 
     @property
     def benchmarks(self) -> list[Task]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from capacity_gap.evaluate.task_scores import Score
-from capacity_gap.evaluate.tasks import Task, place
+from capacity_gap.evaluate.tasks import Task, foreign_metrics, place
 from capacity_gap.settings.errors import StageError
 
 SEED = 1234  # of the harness: numpy, torch and the choice of few-shot examples; Python's own generator gets 0
@@ -51,12 +51,15 @@ def score_tasks(
     Raises:
         StageError: a task, or its data, cannot be loaded; it runs code and may not; or it scores nothing.
     """
+    import jinja2
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     hook = model.register_forward_pre_hook(lambda *_: on_forward())
     try:
         with _harness_manners(allow_code):
+            if folder is not None and not allow_code:
+                _forbid_foreign_metrics(folder)
             loaded = load_tasks(tasks, folder)
             for task, part in zip(tasks, loaded, strict=True):
                 _forbid_code(task, part, allowed=allow_code)
@@ -68,6 +71,11 @@ def score_tasks(
                 )
                 for call in calls
             ]
+    except jinja2.TemplateError as error:
+        raise StageError(
+            f"a template of {', '.join(task.name for task in tasks)} cannot be filled in: {error}. Templates may read "
+            "the fields of a question, and nothing else unless code is allowed."
+        ) from error
     finally:
         hook.remove()
     each = zip(tasks, loaded, home, strict=True)
@@ -149,6 +157,19 @@ def _forbid_code(task: Task, part: Mapping[str, Any], *, allowed: bool) -> None:
         )
 
 
+def _forbid_foreign_metrics(folder: Path) -> None:
+    """A metric that the harness does not know is looked for in other libraries, on the hub and in files: as code."""
+    import lm_eval.api.metrics  # noqa: F401 (registers them)
+    from lm_eval.api.registry import METRIC_REGISTRY
+
+    if found := foreign_metrics(folder, METRIC_REGISTRY):
+        raise StageError(
+            f"{folder} names the metrics {', '.join(found)}, which the lm-evaluation-harness does not have: it would "
+            "load code for them. Allow it with evaluate.allow_code_execution=true (or --allow-code-execution), or take "
+            f"one of its own: {', '.join(sorted(METRIC_REGISTRY))}."
+        )
+
+
 def _set_shots(task: Any, shots: int | None) -> None:
     """As the command line does: a task file that says 0 means it; one that says nothing means 0 unless asked."""
     default = task.get_config("num_fewshot")
@@ -175,16 +196,26 @@ def _loading(task: Task) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _harness_manners(allow_code: bool) -> Iterator[None]:
-    """The harness's seeds for as long as it runs, its chatter off, and everything as it was afterwards."""
+    """The harness's seeds for as long as it runs, its chatter off, templates without access to Python; then all as it
+    was before.
+    """
+    import lm_eval.utils
     import numpy as np
     import torch
+    from jinja2.sandbox import SandboxedEnvironment
 
     logger = logging.getLogger("lm_eval")
+    templates = lm_eval.utils.env
     level, python, numpy_state = logger.level, random.getstate(), np.random.get_state()
     added = {"HF_ALLOW_CODE_EVAL": "1"} if allow_code else {}
     before = {name: os.environ.get(name) for name in added}
     logger.setLevel(logging.ERROR)
     os.environ.update(added)
+    if not allow_code:  # a template may reach into Python; in this environment it may not
+        lm_eval.utils.env = SandboxedEnvironment(
+            loader=templates.loader, undefined=templates.undefined, keep_trailing_newline=True
+        )
+        lm_eval.utils.env.filters.update(templates.filters)
     try:
         with (
             torch.random.fork_rng(),
@@ -199,6 +230,7 @@ def _harness_manners(allow_code: bool) -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy_state)
         logger.setLevel(level)
+        lm_eval.utils.env = templates
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 

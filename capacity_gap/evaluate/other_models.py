@@ -9,8 +9,8 @@ from typing import Any
 
 from capacity_gap.evaluate.task_scores import Score
 from capacity_gap.evaluate.tasks import Task, check_tasks, folder_tasks, forbid_code, paper_tasks, parse_tasks
-from capacity_gap.records.tables import cells
-from capacity_gap.settings.errors import UserError, choose
+from capacity_gap.records.tables import as_given, cells, no_formula
+from capacity_gap.settings.errors import UserError, choose, shown
 
 # Of a table of scores: which model, how it was scored, what came out.
 SETTINGS = ("model", "params", "train_flops", "dtype", "batch_size", "limit", "lm_eval")
@@ -78,17 +78,19 @@ def _load(model: str, tokenizer: str, *, device: str, dtype: Any) -> tuple[Any, 
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    from capacity_gap.models.loading import whole_model
+    from capacity_gap.models.loading import NO_CODE, whole_model
 
     logging.disable_progress_bar()
     try:
-        found = whole_model(AutoModelForCausalLM, model, dtype=dtype)
-        return found.to(device).eval(), AutoTokenizer.from_pretrained(tokenizer)
-    except (OSError, ValueError) as error:
+        found = whole_model(AutoModelForCausalLM, model, dtype=dtype, **NO_CODE)
+        return found.to(device).eval(), AutoTokenizer.from_pretrained(tokenizer, **NO_CODE)
+    except UserError:
+        raise
+    except Exception as error:  # a broken folder raises errors of many libraries
+        said = shown(str(error).splitlines()[0] if str(error) else type(error).__name__)
         raise UserError(
-            f"{model} cannot be loaded as a causal language model with the tokenizer of {tokenizer}: "
-            f"{str(error).splitlines()[0]} Give a model folder or a repository of the hub, and --tokenizer if the "
-            "tokenizer lies elsewhere."
+            f"{model} cannot be loaded as a causal language model with the tokenizer of {tokenizer}: {said} Give a "
+            "model folder or a repository of the hub, and --tokenizer if the tokenizer lies elsewhere."
         ) from error
 
 
@@ -119,7 +121,7 @@ def score_rows(file: Path) -> list[tuple[int, dict[str, str]]]:
             f"{file} is another table (columns {', '.join(header)}), not one of `evaluate --out` (columns "
             f"{', '.join(COLUMNS)}). Name another file."
         )
-    return [(line, dict(zip(header, row, strict=True))) for line, row in rows if any(row)]
+    return [(line, dict(zip(header, map(as_given, row), strict=True))) for line, row in rows if any(row)]
 
 
 def add_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -133,4 +135,4 @@ def add_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(stream, fieldnames=COLUMNS)
         if fresh:
             writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: no_formula(value) for name, value in row.items()} for row in rows)

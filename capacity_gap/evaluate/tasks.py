@@ -7,7 +7,7 @@ folder of task files, or one of `GENERATED`, which are made from the corpus.
 import functools
 import importlib.util
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,13 +77,13 @@ def paper_tasks(*, allow_code: bool) -> list[Task]:
 
 
 def forbid_code(tasks: Iterable[Task], *, allowed: bool, flag: str, folder: Path | None = None) -> None:
-    """Raises if a task, of the harness or of a folder, would execute what the model wrote and nobody allowed it."""
+    """Raises if a task, of the harness or of a folder, would execute code of others and nobody allowed it."""
     own = unsafe_names(folder) if folder and not allowed else set()
     for task in tasks:
         if (task.runs_code or task.name in own) and not allowed:
             raise ConfigError(
-                f"{task.name} executes code that the model writes, on this machine and without a sandbox. Allow it "
-                f"with {flag}, or leave the task out."
+                f"{task.name} executes code (what the model writes, or a function that its task file names), on this "
+                f"machine and without a sandbox. Allow it with {flag}, or leave the task out."
             )
 
 
@@ -121,9 +121,9 @@ def folder_names(folder: Path) -> set[str]:
 
 
 def unsafe_names(folder: Path) -> set[str]:
-    """The tasks of a folder that say `unsafe_code: true`, and the tags and groups that hold one."""
+    """The tasks of a folder that say `unsafe_code: true` or name a function, and the tags and groups that hold one."""
     entries = _entries(folder)
-    unsafe = [entry for entry in entries if entry.get("unsafe_code")]
+    unsafe = [entry for entry in entries if entry.get("unsafe_code") or _names_function(entry)]
     names = {entry["task"] for entry in unsafe if isinstance(entry.get("task"), str)}
     names.update(*(_tags_of(entry) for entry in unsafe))
     groups = [entry for entry in entries if isinstance(entry.get("group"), str)]
@@ -133,7 +133,31 @@ def unsafe_names(folder: Path) -> set[str]:
 
 
 def _unsafe_member(member: Any, names: set[str]) -> bool:
-    return _name_of(member) in names or (isinstance(member, dict) and bool(member.get("unsafe_code")))
+    inside = isinstance(member, dict) and (bool(member.get("unsafe_code")) or _names_function(member))
+    return _name_of(member) in names or inside
+
+
+class Function(str):
+    """The name of a Python function that a task file wants called (`!function`)."""
+
+
+def _names_function(value: Any) -> bool:
+    """Whether there is a function's name in an entry, however deep."""
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return isinstance(value, Function) or any(map(_names_function, inside))
+
+
+def foreign_metrics(folder: Path, known: Container[str]) -> list[str]:
+    """The metrics that task files of a folder name and the harness does not know: it would load code for them."""
+    listed = [m for entry in _entries(folder) for m in _listed(entry.get("metric_list"))]
+    named = [m.get("metric") for m in listed if isinstance(m, Mapping)]
+    fetched = [m.get("metric") for m in listed if isinstance(m, Mapping) and m.get("hf_evaluate")]
+    unknown = [name for name in named if not isinstance(name, Function) and name not in known]
+    return sorted({str(name) for name in (*unknown, *fetched)})
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _tags_of(entry: Mapping[str, Any]) -> list[str]:
@@ -160,15 +184,19 @@ def _read_yaml(file: Path, before: frozenset[Path] = frozenset()) -> dict[str, A
     class Loader(yaml.SafeLoader):
         """Reads `!function` as the text it is: nothing of a user's is imported to find out names."""
 
-    Loader.add_multi_constructor("!", lambda loader, suffix, node: str(node.value))
+    installed = importlib.util.find_spec("lm_eval")
+    harness = Path(installed.origin).parent if installed and installed.origin else None
+    # Functions of the harness's own files came with it: whoever includes one of those runs nothing new.
+    named = str if harness is not None and harness in file.resolve().parents else Function
+    Loader.add_multi_constructor("!", lambda loader, suffix, node: named(node.value))
     try:
         read = yaml.load(file.read_text(encoding="utf-8"), Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{file} is no YAML file: {str(error).splitlines()[0]}.") from error
     if not isinstance(read, dict):
         return {}
-    named = read.pop("include", [])
-    bases = [file.parent / base for base in (named if isinstance(named, list) else [named])]
+    included = read.pop("include", [])
+    bases = [file.parent / str(base) for base in (included if isinstance(included, list) else [included])]
     found: dict[str, Any] = {}
     for base in bases:
         if base.is_file() and base.resolve() not in before:

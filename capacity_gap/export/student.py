@@ -13,7 +13,7 @@ from capacity_gap.cell.stages.shared import RESULT
 from capacity_gap.data.corpora import CORPORA
 from capacity_gap.models.ladders import licence_of
 from capacity_gap.records import RECORD
-from capacity_gap.settings.errors import UserError
+from capacity_gap.settings.errors import UserError, shown
 from capacity_gap.store.files import META, check_sizes, let_others_read, read_json, write_json
 from capacity_gap.store.stage import Store
 
@@ -53,13 +53,16 @@ class Lineage:
     @staticmethod
     def of(store: Store, cell: str) -> "Lineage":
         """The recorded cell whose digest begins with `cell`; none, or several, is an error that lists what there is."""
-        found = sorted(p.parent for p in store.root.glob(f"record/{cell.removeprefix('record/')}*/{RECORD}"))
+        asked = cell.removeprefix("record/")
+        if not re.fullmatch("[0-9a-f]{1,40}", asked):
+            raise UserError(f"{shown(cell)!r} is no cell: give the beginning of its digest, hexadecimal digits.")
+        found = sorted(p.parent for p in store.root.glob(f"record/{asked}*/{RECORD}"))
         if len(found) != 1:
             known = sorted(p.parent.name for p in store.root.glob(f"record/*/{RECORD}"))
-            shown = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
+            listed = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
             raise UserError(
                 f"{cell} names {len(found)} recorded cells of {store.root}. Give the beginning of one digest: "
-                f"{shown or 'none is recorded yet'}."
+                f"{listed or 'none is recorded yet'}."
             )
         return Lineage(store, found[0])
 

@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from capacity_gap.settings.errors import ConfigError
+from capacity_gap.settings.places import user_path
 
 TALK = ("messages",)
 PAIR = ("messages", "chosen", "rejected")
@@ -20,7 +22,7 @@ def read_rows(file: Path, key: str, fields: Iterable[str]) -> list[dict[str, Any
     Raises:
         ConfigError: a row that nothing can be learnt from; the message names its line.
     """
-    with file.expanduser().open("rb") as lines:
+    with user_path(file).open("rb") as lines:
         return [_row(line, f"{key}={file}, line {number}", fields) for number, line in enumerate(lines, 1)]
 
 
@@ -28,7 +30,7 @@ def rows_in(file: str | None) -> int:
     """How many rows a file holds, one a line; none without a file."""
     if file is None:
         return 0
-    with Path(file).expanduser().open("rb") as lines:
+    with user_path(file).open("rb") as lines:
         return sum(1 for _ in lines)
 
 
@@ -37,7 +39,7 @@ def _row(line: bytes, place: str, fields: Iterable[str]) -> dict[str, Any]:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{place} is not UTF-8: {error}. Save the file as UTF-8.") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"{place} is no JSON: {error}. Each line is one object.") from error
     if not isinstance(row, dict) or (lacking := [f for f in fields if f not in row]):
         said = ", ".join(lacking) if isinstance(row, dict) else "fields"
@@ -72,7 +74,7 @@ def _check_answers(row: Mapping[str, Any], place: str) -> None:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    return isinstance(value, str) and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
 
 
 def constant_hits(train: Iterable[Mapping[str, Any]], held_out: Iterable[Mapping[str, Any]]) -> list[bool]:

@@ -51,7 +51,7 @@ def _load(folder: Path, device: str) -> tuple[Any, Any]:
 
     from capacity_gap.models.loading import whole_model
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if tokenizer.chat_template is None:
         raise UserError(
             f"{folder} has a tokenizer without a chat template, so it is no instructed model. Instruct it first, or "

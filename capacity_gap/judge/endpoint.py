@@ -1,11 +1,15 @@
 """A judge behind an OpenAI-compatible endpoint. The key is read from the environment and goes nowhere but there."""
 
+import ipaddress
 import os
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
-from capacity_gap.settings.errors import UserError
+from capacity_gap.settings.errors import UserError, shown
 
 MAX_TOKENS = 512  # of a judgement
 SHOWN = 300  # characters of what an endpoint says when it refuses
@@ -28,13 +32,18 @@ def endpoint(url: str, model: str, key_env: str, *, max_tokens: int = MAX_TOKENS
     """A function that asks the judge; greedy where the endpoint allows it, so that it says the same again.
 
     Raises:
-        UserError: the client is not installed.
+        UserError: the client is not installed, or the URL is none.
     """
     try:
         import openai
     except ImportError as error:
         raise UserError("judging needs the openai client: pip install 'capacity_gap[judge]'.") from error
     key = os.environ.get(key_env) or ""
+    check_url(url)
+    if key and is_open(url):
+        print(
+            f"note: the key in ${key_env} goes to {redacted(url)} over http, unencrypted. Use https.", file=sys.stderr
+        )
     client: Any = openai.OpenAI(base_url=url, api_key=key or "none", max_retries=3, timeout=120.0)
     options: dict[str, Any] = {"temperature": 0.0, "max_tokens": max_tokens}
 
@@ -47,8 +56,9 @@ def endpoint(url: str, model: str, key_env: str, *, max_tokens: int = MAX_TOKENS
                 other = _accepted(options, error)
                 if other is None:
                     raise UserError(
-                        f"the judge {model} at {url} does not answer: {_said(error, key)} What it has said so far is "
-                        f"kept; check --endpoint, --model and the key in ${key_env}, and start the same command again."
+                        f"the judge {model} at {redacted(url)} does not answer: {_said(error, key, url)} What it has "
+                        f"said so far is kept; check --endpoint, --model and the key in ${key_env}, and start the same "
+                        "command again."
                     ) from None  # the client's own traceback may quote the key
                 options = other
 
@@ -68,10 +78,39 @@ def _accepted(options: dict[str, Any], error: Exception) -> dict[str, Any] | Non
     return None
 
 
-def _said(error: Exception, key: str) -> str:
-    """Kind, status and words of an error, without the key."""
-    words = " ".join(str(error).split())
+def check_url(url: str) -> None:
+    """Raises `UserError` unless a URL can be asked."""
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        sound = False
+    if not sound:
+        raise UserError(f"--endpoint={shown(redacted(url))} is no URL. Write one such as http://localhost:8000/v1.")
+
+
+def redacted(url: str) -> str:
+    """A URL without the name and the password in it."""
+    return re.sub(r"//[^/?#]*@", "//[redacted]@", url)
+
+
+def is_open(url: str) -> bool:
+    """Whether what is sent can be read on its way: plain http to another machine."""
+    parts = urlsplit(url)
+    if parts.scheme != "http":
+        return False
+    try:
+        return not ipaddress.ip_address(parts.hostname or "").is_loopback
+    except ValueError:
+        return parts.hostname != "localhost"
+
+
+def _said(error: Exception, key: str, url: str) -> str:
+    """Kind, status and words of an error, without the key and what is secret in the URL."""
+    words = " ".join(str(error).split()).replace(url, redacted(url))
     words = words.replace(key, "[key]") if key else words
+    if password := urlsplit(url).password:
+        words = words.replace(password, "[redacted]")
     return f"{type(error).__name__}: {words[:SHOWN].rstrip('.')}."
 
 

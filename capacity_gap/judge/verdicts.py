@@ -213,10 +213,7 @@ def run(given: Any) -> int:
 
     if len(given.answers) > 2:
         raise UserError(f"{len(given.answers)} models are given. Allowed: one (single grades) or two (pairs).")
-    if given.max_tokens < 1:
-        raise UserError(f"--max-tokens={given.max_tokens} is out of range. Allowed: 1 or more.")
     questions = read_questions(given.questions or QUESTIONS)
-    given.out.mkdir(parents=True, exist_ok=True)
     cache = Cache(given.out / "judgements.jsonl")
     said = {"judge": given.model, "cache": cache, "max_tokens": given.max_tokens}
     known = [_known(Path(a), questions, given.out) for a in given.answers]
@@ -226,6 +223,7 @@ def run(given: Any) -> int:
     if not given.yes:
         print("Nothing was asked: add --yes.")
         return 0
+    given.out.mkdir(parents=True, exist_ok=True)
     ask = endpoint(given.endpoint, given.model, given.key_env, max_tokens=given.max_tokens)
     asked = requests(questions, [_answers(Path(a), questions, given) for a in given.answers])
     if left:

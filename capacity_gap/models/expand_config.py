@@ -17,8 +17,8 @@ class ExpandConfig:
     They are learnt from the text that teachers are adapted to, or taken from a second tokenizer.
     """
 
-    vocab: int = setting(0, "Tokens in all; 0: the family's own.", least=0)
-    multiple: int = setting(64, "Rows of the matrices are a multiple of this.", least=1)
+    vocab: int = setting(0, "Tokens in all; 0: the family's own.", least=0, most=10**7)
+    multiple: int = setting(64, "Rows of the matrices are a multiple of this.", least=1, most=2**16)
     tokenizer: str | None = setting(None, "A saved tokenizer's folder, or its name on the hub.", untold=CONTENT)
     revision: str | None = setting(None, "The commit that such a name means.", later=True, untold=CONTENT)
 

@@ -10,7 +10,8 @@ from functools import cached_property
 from typing import Any
 
 from capacity_gap.models.axes import count_params
-from capacity_gap.settings.errors import ConfigError
+from capacity_gap.settings.errors import ConfigError, ImpossibleCell
+from capacity_gap.settings.places import user_path
 from capacity_gap.settings.registry import Registry
 from capacity_gap.settings.scales import format_scale, parse_scale
 
@@ -29,6 +30,7 @@ class Family:
     multiple: int
     published: Mapping[str, str] = field(default_factory=dict)
     licences: Mapping[str, str] = field(default_factory=dict)  # beginning of a repository's name → licence; first wins
+    left_out: Mapping[str, str] = field(default_factory=dict)  # name or path of a folder that cannot be used → why
 
     @cached_property
     def params(self) -> dict[str, int]:
@@ -49,8 +51,11 @@ class Family:
     def rung(self, given: str) -> str:
         """The rung that `given` names, in any spelling of its scale; an unknown one raises and lists what there is."""
         by_folder = {path: rung for rung, path in self.published.items()} | {rung: rung for rung in self.rungs}
-        if given in by_folder:
-            return by_folder[given]
+        for name in (given, str(user_path(given).absolute())):
+            if name in by_folder:
+                return by_folder[name]
+            if name in self.left_out:
+                raise ImpossibleCell(self.left_out[name])
         wanted = parse_scale(given, key="teacher")
         if wanted in self.scales:
             return self.scales[wanted]

@@ -11,13 +11,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from capacity_gap.models.axes import count_params
+from capacity_gap.models.building import auto_class
+from capacity_gap.models.config_files import read_object
 from capacity_gap.models.defaults import frozen_rows
+from capacity_gap.models.folders import named_by_config
 from capacity_gap.models.quiet import quiet
-from capacity_gap.settings.errors import StageError
+from capacity_gap.settings.errors import StageError, UserError, shown
+from capacity_gap.settings.places import user_path
 from capacity_gap.store.checkpoint import whole
 from capacity_gap.store.files import write_json
 
 POINTER = "published.json"  # a stage folder that holds this instead of weights points to a checkpoint elsewhere
+NO_CODE = {"trust_remote_code": False}  # said: unsaid, transformers asks at a terminal
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -40,13 +45,6 @@ def new_model(shape: Mapping[str, Any], seed: int) -> Any:
     return quiet(model)
 
 
-def auto_class(config: Any) -> Any:
-    """The class of transformers that makes a language model of this config."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-
-
 def load_model(folder: Path, *, device: str = "cpu") -> Any:
     """The model saved in `folder`, or that it points to; evaluation mode, from safetensors, without remote code.
 
@@ -56,12 +54,12 @@ def load_model(folder: Path, *, device: str = "cpu") -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    source, where = folder, {"local_files_only": True}
+    source, where = folder, {"local_files_only": True, **NO_CODE}
     options: dict[str, Any] = {"dtype": torch.float32}
     if (folder / POINTER).exists():
         pointer = json.loads((folder / POINTER).read_text())
         source = pointer["repository"]
-        where, options = {"revision": pointer["revision"]}, {"dtype": DTYPES[pointer["dtype"]]}
+        where, options = {"revision": pointer["revision"], **NO_CODE}, {"dtype": DTYPES[pointer["dtype"]]}
         if pointer["quantization"] == "8bit":
             from transformers import BitsAndBytesConfig
 
@@ -69,7 +67,34 @@ def load_model(folder: Path, *, device: str = "cpu") -> Any:
     config = AutoConfig.from_pretrained(source, **where)
     options |= {**where, "config": config}
     model = whole_model(auto_class(config), source, **options)
+    with_generation_config_that_saves(model)
     return quiet(model if "quantization_config" in options else model.to(device)).eval()
+
+
+def with_generation_config_that_saves(model: Any) -> None:
+    """Mends a generation_config.json that transformers loads but would not save: the model is copied later.
+
+    Older folders give sampling values without `do_sample`: then sampling is meant. What cannot be saved even so is left
+    out, but for the special tokens.
+    """
+    from transformers import GenerationConfig
+
+    given = getattr(model, "generation_config", None)
+    if given is None or _saves(given):
+        return
+    mended = GenerationConfig(**{**given.to_diff_dict(), "do_sample": True})
+    if not _saves(mended):
+        tokens = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+        mended = GenerationConfig(**{name: getattr(given, name, None) for name in tokens})
+    model.generation_config = mended
+
+
+def _saves(config: Any) -> bool:
+    try:
+        config.validate(strict=True)
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 def whole_model(kind: Any, source: str | Path, **options: Any) -> Any:
@@ -136,7 +161,7 @@ def point_to(repository: str, out: Path, *, shape: Mapping[str, Any], dtype: str
 
     from capacity_gap.models.weights import check_weights
 
-    config = _from_hub(AutoConfig.from_pretrained, repository)
+    config = _from_hub(partial(AutoConfig.from_pretrained, **NO_CODE), repository)
     found, expected = count_params(config.to_dict()), count_params(shape)
     if found != expected:
         raise StageError(
@@ -155,13 +180,23 @@ def copy_tokenizer(repository: str, out: Path) -> None:
 
 
 def published_tokenizer(repository: str, revision: str | None = None) -> Any:
-    """A tokenizer on the hub, at one commit if it is named, or in a folder."""
+    """A tokenizer on the hub, at one commit if it is named, or in a folder.
+
+    Where it names no token that ends a text, it gets the one that the model's config.json names.
+
+    Raises:
+        StageError: it cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
-    folder = Path(repository).expanduser()
-    if folder.is_dir():
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return _from_hub(partial(AutoTokenizer.from_pretrained, revision=revision or "main"), repository)
+    folder = user_path(repository)
+    where: dict[str, Any] = {"local_files_only": True} if folder.is_dir() else {"revision": revision or "main"}
+    found = _from_hub(
+        partial(AutoTokenizer.from_pretrained, **where, **NO_CODE), str(folder if folder.is_dir() else repository)
+    )
+    if found.eos_token is None and (folder / "config.json").is_file():
+        found.eos_token = named_by_config(read_object(folder / "config.json"), found.get_vocab())
+    return found
 
 
 def check_tokenizer(repository: str, folder: Path) -> None:
@@ -170,10 +205,8 @@ def check_tokenizer(repository: str, folder: Path) -> None:
     Raises:
         StageError: they differ.
     """
-    from transformers import AutoTokenizer
-
-    theirs = _from_hub(AutoTokenizer.from_pretrained, repository).get_vocab()
-    ours = AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
+    theirs = published_tokenizer(repository).get_vocab()
+    ours = published_tokenizer(str(folder)).get_vocab()
     if theirs != ours:
         changed = sorted(set(theirs.items()) ^ set(ours.items()))[:3]
         raise StageError(
@@ -189,10 +222,7 @@ def check_roles(repository: str, folder: Path) -> None:
     Raises:
         StageError: they differ. Texts were packed with the copy, and its roles are no part of a folder's identity.
     """
-    from transformers import AutoTokenizer
-
-    theirs = _from_hub(AutoTokenizer.from_pretrained, repository)
-    ours = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    theirs, ours = published_tokenizer(repository), published_tokenizer(str(folder))
     now, before = ((t.eos_token, sorted(t.all_special_tokens)) for t in (theirs, ours))
     if now != before:
         raise StageError(
@@ -203,12 +233,21 @@ def check_roles(repository: str, folder: Path) -> None:
 
 
 def _from_hub(load: Any, repository: str) -> Any:
-    """Loads something from the hub or a folder; what is missing or gated says what to accept or fetch."""
+    """Loads something from the hub or a folder; what is missing or gated says what to accept or fetch.
+
+    Raises:
+        StageError: it cannot be loaded.
+    """
     try:
         return load(repository)
-    except OSError as error:  # the hub's own errors (gated, not found, offline) are all reported as this
+    except UserError:
+        raise
+    except Exception as error:  # a broken file raises errors of many libraries; the hub's own are OSErrors
+        said = shown(str(error).splitlines()[0] if str(error) else type(error).__name__)
+        if Path(repository).is_dir():
+            raise StageError(f"{repository} cannot be loaded: {said} Copy or download the folder again.") from error
         raise StageError(
-            f"{repository} cannot be loaded: {str(error).splitlines()[0]} If it is gated, accept its licence on its "
+            f"{repository} cannot be loaded: {said} If it is gated, accept its licence on its "
             "page and log in with `hf auth login`. If this machine has no network, run `python -m capacity_gap fetch "
             f"{repository}` on one that shares its cache (HF_HOME)."
         ) from error

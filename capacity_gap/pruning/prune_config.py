@@ -42,9 +42,9 @@ class PruneConfig:
         column="shape",
         computed=True,
     )
-    batches: int = setting(32, "Batches that scores are taken over.", least=1)
+    batches: int = setting(32, "Batches that scores are taken over.", least=1, most=10**6)
     # The expressive score depends on the batch: its absolute value comes after the batch's sum.
-    batch_size: int = setting(8, "Sequences of one such batch.", least=1)
+    batch_size: int = setting(8, "Sequences of one such batch.", least=1, most=2**20)
     fixed: str | None = setting(
         None,
         "shape=fixed: layers x hidden x heads x neurons, such as 24x3072x24x8192.",
@@ -67,9 +67,15 @@ class PruneConfig:
         if_set=True,
         parts=80,
     )
-    depth: int | None = setting(None, "Layers of the student; null: the shape policy's.", least=1)
+    depth: int | None = setting(None, "Layers of the student; null: the shape policy's.", least=1, most=10_000)
     iterative: int = setting(
-        1, "Steps of pruning, with new scores before each.", least=1, column="prune_steps", if_set=True, parts=90
+        1,
+        "Steps of pruning, with new scores before each.",
+        least=1,
+        most=100,
+        column="prune_steps",
+        if_set=True,
+        parts=90,
     )
     step_data: str = setting("0", "Tokens of distillation between two steps.")
 

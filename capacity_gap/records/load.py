@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from capacity_gap.records.record import NESTED, columns
 from capacity_gap.records.tables import read_csv, read_parquet
 from capacity_gap.settings.errors import UserError, choose
+from capacity_gap.settings.places import user_path
 from capacity_gap.store.contents import sweeps
 from capacity_gap.store.files import CHECKSUM, RECORD, is_store, read_all
 from capacity_gap.store.stage import Store
@@ -83,7 +84,7 @@ def load(source: str | Path) -> "pd.DataFrame":
         from capacity_gap.records.wandb_rows import load_rows
 
         return to_frame(load_rows(str(source)))
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_file():
         return read_parquet(path, **COLUMNS) if path.suffix == ".parquet" else read_csv(path, **COLUMNS)
     if is_store(path):

@@ -17,7 +17,24 @@ if TYPE_CHECKING:
 IsNumber = Callable[[str, "pd.DataFrame"], bool]
 AS_CSV = "Save it as `CSV UTF-8`, with commas between values and points in decimals"
 PLAIN = "Write a plain number, such as 400000, 3.5 or 0.05, without units, thousands separators or %, or leave it empty"
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with which spreadsheets let a formula begin
 MISSING = ("", "-", "–", "nan", "-nan", "na", "n/a", "<na>", "null", "none")
+
+
+def no_formula(value: Any) -> Any:
+    """A cell as it is written to a CSV file: text that a spreadsheet would take for a formula begins with `'`."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
+
+
+def as_given(text: str) -> str:
+    """The text of a cell that `no_formula` wrote."""
+    return text[1:] if text.startswith("'") and text[1:].startswith(FORMULA) else text
+
+
+def write_csv(frame: "pd.DataFrame", file: Path, **options: Any) -> None:
+    """Writes a table for spreadsheets, without its index; `options` are those of `DataFrame.to_csv`."""
+    texts = [c for c in frame if frame[c].dtype == object or str(frame[c].dtype).startswith("str")]
+    frame.assign(**{str(c): frame[c].map(no_formula) for c in texts}).to_csv(file, index=False, **options)
 
 
 def boolean(value: Any) -> bool | None:

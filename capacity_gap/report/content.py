@@ -26,7 +26,7 @@ from capacity_gap.records.tables import numbers
 from capacity_gap.report.plots import LOSSES
 from capacity_gap.report.products import products
 from capacity_gap.settings.errors import Damaged
-from capacity_gap.settings.places import RUN_WORDS, TOOL_WORDS
+from capacity_gap.settings.places import RUN_WORDS, TOOL_WORDS, user_path
 from capacity_gap.settings.scales import short_scale
 from capacity_gap.store.contents import open_store, sweeps
 from capacity_gap.store.files import is_store, name_left_out, read_all
@@ -145,7 +145,7 @@ class Content:
 
 def gather(source: str, *, sweep: str | None = None, axis: str = "total", metric: str | None = None) -> Content:
     """Reads a store, or any other source of records, and fits it; what cannot be fitted is told, not raised."""
-    store = open_store(source) if sweep or is_store(Path(source).expanduser()) else None
+    store = open_store(source) if sweep or is_store(user_path(source)) else None
     frame = sweep_frame(store, sweep) if store and sweep else records.load(source)
     frame, stale = without_outdated(frame, source)
     frame, metric = as_loss(_numeric(frame.reset_index(drop=True), axis, metric), metric)
@@ -161,6 +161,7 @@ def gather(source: str, *, sweep: str | None = None, axis: str = "total", metric
     labels = arm_labels([c.key for c in found])
     drawn = once(frame, metric or default_metric(frame))
     panels = [Panel(c, o, rows_of(drawn, c, axis), label) for c, o, label in zip(found, optima, labels, strict=True)]
+    panels = [panel for panel in panels if len(panel.rows)]
     panels.sort(key=lambda p: (p.rows["data_tokens"].max() if "data_tokens" in p.rows else 0, p.curve.student_params))
     known = {k: v for k, v in sweeps(store).items() if sweep in (None, k)} if store else {}
     return Content(
@@ -317,8 +318,8 @@ def _value(column: str, value: Any) -> str:
 
 
 def once(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Rows with a known `metric`, each trained student once: cells that only differ in what else was asked share it."""
-    known = frame[frame[metric].notna()] if metric in frame else frame
+    """Rows with a finite `metric`, each trained student once: cells that differ in what else was asked share it."""
+    known = frame[np.isfinite(frame[metric].astype(float))] if metric in frame else frame
     if "trained" not in known:
         return known
     return known[known["trained"].isna() | ~known.duplicated(["trained", metric, "teacher_params"])]

@@ -15,12 +15,22 @@ def check_budgets(cell: Cell, store: Store, runtime: Runtime) -> None:
     from capacity_gap.data.packing import Packed, subset
 
     check_tasks(cell.config.evaluate.benchmarks, cell.config.evaluate.folder)
+    _check_models(cell)
     for stage, budget, epochs, key in cell.budgets:
         packed = Packed(store.compute(stage, runtime) / "train", cell.config.corpus.sequence_length)
         subset(packed, budget, epochs=epochs, key=key)
     _check_vocabularies(cell, store, len(Packed(store.path(cell.tokens) / "train", 1).bytes_per_id))
     _check_tuning(cell, store, runtime)
     _check_loss(cell, store)
+
+
+def _check_models(cell: Cell) -> None:
+    """Whoever made the teacher, transformers must be able to make it, and the student that is cut from it."""
+    from capacity_gap.models.building import check_builds
+
+    for rung in {cell.rung, cell.origin} & set(cell.base.published):
+        check_builds(cell.base.published[rung], cell.base.rungs[rung])
+    check_builds(f"the student of {cell.config.student}", cell.student_shape)
 
 
 def _check_loss(cell: Cell, store: Store) -> None:

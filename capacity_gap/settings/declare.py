@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any
 
-from capacity_gap.settings.errors import ConfigError, choose
+from capacity_gap.settings.checks import check_text
+from capacity_gap.settings.errors import ConfigError, choose, shown
 from capacity_gap.settings.registry import Registry
 
 KEY = "setting"
@@ -117,18 +118,21 @@ def validate(section: str, config: Any) -> None:
         key = f"{section}.{f.name}" if section else f.name
         if value is None and f.default is None:
             continue
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                check_text(key, text)
         if isinstance(known.allowed, Registry):
             known.allowed.entry(value)  # whose message says what to do about an entry of one's own
         elif (names := known.names) is not None:
             choose(key, value, names)
         elif isinstance(value, int | float) and not isinstance(value, bool) and not _within(value, known):
             null = ", or null" if f.default is None else ""
-            raise ConfigError(f"{key}={value} is out of range. Allowed: {_range(known)}{null}.")
+            raise ConfigError(f"{key}={shown(value)} is out of range. Allowed: {_range(known)}{null}.")
 
 
 def _within(value: float, known: Setting) -> bool:
     return (
-        math.isfinite(value)
+        (isinstance(value, int) or math.isfinite(value))
         and (known.above is None or value > known.above)
         and (known.least is None or value >= known.least)
         and (known.below is None or value < known.below)
@@ -142,15 +146,20 @@ def _range(known: Setting) -> str:
     high = known.most if known.below is None else known.below
     if low is None and high is None:
         return "a finite number"
-    if high is None:
-        name = "zero" if low == 0 else f"{low:,g}"
+    if low is None or high is None:
+        name = "zero" if not low and not high else _number(high if low is None else low)
+        if low is None:
+            return f"less than {name}" if known.below is not None else f"{name} or less"
         return f"more than {name}" if known.above is not None else f"{name} or more"
-    if low is None:
-        return f"less than {high:,g}" if known.below is not None else f"{high:,g} or less"
     if known.above is not None and known.below is not None:
-        return f"between {low:g} and {high:g}"
+        return f"between {_number(low)} and {_number(high)}"
     more = "more than " if known.above is not None else ""
-    return f"{more}{low:g} to {'less than ' if known.below is not None else ''}{high:,g}"
+    return f"{more}{_number(low)} to {'less than ' if known.below is not None else ''}{_number(high)}"
+
+
+def _number(value: float | None) -> str:
+    """A bound as it is read: whole numbers in full, others short."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def allowed_text(known: Setting) -> str:

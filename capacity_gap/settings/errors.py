@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+SHOWN = 120  # characters of what was given that an error repeats
 
 
 class UserError(Exception):
@@ -35,8 +38,17 @@ class StageError(UserError, RuntimeError):
     """A stage could not be computed; the store holds nothing of it but its checkpoints."""
 
 
+def shown(given: Any) -> str:
+    """What a user gave, short enough for an error and with nothing in it that a terminal would act on."""
+    text = str(given)
+    text = text if len(text) <= SHOWN else f"{text[: SHOWN // 2]}…{text[-SHOWN // 4 :]}"
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def nearest(given: str, allowed: Iterable[str]) -> str:
     """Returns " (did you mean 'x'?)" for the allowed name closest to the given one, or nothing."""
+    if len(str(given)) > SHOWN:
+        return ""
     close = difflib.get_close_matches(str(given), [str(a) for a in allowed], n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
@@ -45,7 +57,8 @@ def choose(kind: str, given: str, allowed: Iterable[str]) -> None:
     """Raises a `ConfigError` that lists what is allowed, unless `given` is."""
     allowed = list(allowed)
     if given not in allowed:
-        raise ConfigError(f"{kind}={given!r} is not known{nearest(given, allowed)}. Allowed: {', '.join(allowed)}.")
+        known = f"Allowed: {', '.join(allowed)}." if allowed else "There is none yet."
+        raise ConfigError(f"{kind}={shown(given)!r} is not known{nearest(given, allowed)}. {known}")
 
 
 class ImpossibleCell(ConfigError):

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from capacity_gap.settings.errors import ConfigError
+from capacity_gap.settings.errors import ConfigError, shown
 
 VARIABLE = "CAPACITY_GAP_EXTEND"
 
@@ -42,6 +42,8 @@ def load(names: Iterable[str] = ()) -> None:
 
 
 def _import(name: str) -> None:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ConfigError(f"extend={shown(name)} is no name of a module. Give one such as my_module, without .py.")
     try:
         importlib.import_module(name)
     except ConfigError:
@@ -54,7 +56,7 @@ def _import(name: str) -> None:
             ".py, and run in its folder or add that to PYTHONPATH."
         ) from error
     except Exception as error:
-        raise ConfigError(f"extend={name} fails when it is imported: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"extend={name} fails when it is imported: {type(error).__name__}: {shown(error)}") from error
 
 
 def _tell_children(folder: str) -> None:
@@ -75,7 +77,7 @@ def load_named_on(arguments: Sequence[str]) -> None:
     for argument in arguments:
         key, _, value = argument.lstrip("+").partition("=")
         if key == "extend" and not (value.startswith("[") and value.endswith("]") and value.count("[") == 1):
-            raise ConfigError(f"extend={value}: it takes one list for all cells, such as extend=[my_module].")
+            raise ConfigError(f"extend={shown(value)}: it takes one list for all cells, such as extend=[my_module].")
         if key == "extend":
             names += [name.strip(" '\"") for name in value.strip("[] ").split(",")]
     load(name for name in names if name)
@@ -85,6 +87,6 @@ def check(names: Sequence[str]) -> None:
     """Raises `ConfigError` if a module is named that neither the command line nor the environment named."""
     if unasked := [name for name in names if name not in named()]:
         raise ConfigError(
-            f"extend={unasked[0]} is named in a config file. It is code that would run: only the command line "
-            f"(extend=[{unasked[0]}]) and the environment ({VARIABLE}) may name it."
+            f"extend={shown(unasked[0])} is named in a config file. It is code that would run: only the command line "
+            f"(extend=[{shown(unasked[0])}]) and the environment ({VARIABLE}) may name it."
         )

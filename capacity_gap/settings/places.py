@@ -19,6 +19,11 @@ RUN_WORDS = ("python", "run.py") if IN_CHECKOUT else ("capacity-gap", "run")
 TOOL_WORDS = ("python", "-m", "capacity_gap") if IN_CHECKOUT else ("capacity-gap",)
 
 
+def user_path(given: str | os.PathLike) -> Path:
+    """A path as a user wrote it, with `~` for a home; that of a user nobody knows stays as it is."""
+    return Path(os.path.expanduser(given))
+
+
 def run_command() -> list[str]:
     """What starts a run from another process, in any working directory and without a PATH."""
     script = [str(ROOT / "run.py")] if IN_CHECKOUT else ["-m", "capacity_gap", "run"]

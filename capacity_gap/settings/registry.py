@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from capacity_gap.settings.errors import ConfigError, nearest
+from capacity_gap.settings.errors import ConfigError, nearest, shown
 
 T = TypeVar("T")
 PACKAGE = __name__.split(".")[0]
@@ -138,7 +138,7 @@ class Registry(Mapping[str, T]):
         """
         if name not in self._entries:
             raise ConfigError(
-                f"{self.setting}={name!r} is not known{nearest(name, self._entries)}. "
+                f"{self.setting}={shown(name)!r} is not known{nearest(name, self._entries)}. "
                 f"Allowed: {', '.join(self._entries)}. One of your own needs extend=[MODULE]."
             )
         return self._entries[name]

@@ -4,8 +4,10 @@ import math
 import re
 from decimal import Decimal
 
-from capacity_gap.settings.errors import ConfigError
+from capacity_gap.settings.errors import ConfigError, shown
 
+LONGEST = 40  # characters
+LARGEST = 10**18  # parameters or tokens: beyond every model and every text
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _SCALE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmbt]?)", re.IGNORECASE)
 _PER_PARAMETER = re.compile(r"(\d+(?:\.\d+)?)x", re.IGNORECASE)
@@ -15,17 +17,23 @@ def parse_scale(given: str | int | float, *, key: str, allow_zero: bool = False)
     """Returns a count of parameters or tokens from `0.5b`, `350m`, `40k` or a whole number.
 
     Raises:
-        ConfigError: if it cannot be read, is negative, not whole, or zero where zero means nothing.
+        ConfigError: if it cannot be read, is negative, not whole, too large, or zero where zero means nothing.
     """
-    match = _SCALE.fullmatch(str(given).strip())
+    match = _SCALE.fullmatch(str(given).strip()) if len(str(given)) <= LONGEST else None
     value = Decimal(match[1]) * SUFFIXES[match[2].lower()] if match else Decimal(0)
     if not match or value != int(value) or (value == 0 and not allow_zero):
         least = "zero or more" if allow_zero else "more than zero"
         raise ConfigError(
-            f"{key}={given} cannot be read as a scale. Write a whole number, {least}, or one with a suffix: "
+            f"{key}={shown(given)} cannot be read as a scale. Write a whole number, {least}, or one with a suffix: "
             "k (thousand), m (million), b (billion), t (trillion), such as 40k, 350m or 0.5b."
         )
-    return int(value)
+    return _within(int(value), key, given)
+
+
+def _within(value: int, key: str, given: str | int | float) -> int:
+    if value > LARGEST:
+        raise ConfigError(f"{key}={shown(given)} is too large. Allowed: up to {format_scale(LARGEST)}.")
+    return value
 
 
 def format_scale(count: int) -> str:
@@ -47,7 +55,7 @@ def short_scale(count: float) -> str:
 
 def parse_tokens(given: str | int, *, params: int, key: str) -> int:
     """Returns a token budget: a scale (`1.5m`), or `20x`, that many tokens per parameter."""
-    match = _PER_PARAMETER.fullmatch(str(given).strip())
+    match = _PER_PARAMETER.fullmatch(str(given).strip()) if len(str(given)) <= LONGEST else None
     if match and float(match[1]) > 0:
-        return round(float(match[1]) * params)
+        return _within(round(float(match[1]) * params), key, given)
     return parse_scale(given, key=key)

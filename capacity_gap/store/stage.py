@@ -103,9 +103,14 @@ class Stage:
 def closure(stage: Stage) -> dict[str, Stage]:
     """Every stage that `stage` needs and itself, by key, inputs before those that use them."""
     found: dict[str, Stage] = {}
-    for parent in stage.inputs.values():
-        found.update(closure(parent))
-    found[stage.key] = stage
+
+    def add(one: Stage) -> None:
+        if one.key not in found:  # many ways lead to one stage
+            for parent in one.inputs.values():
+                add(parent)
+            found[one.key] = one
+
+    add(stage)
     return found
 
 

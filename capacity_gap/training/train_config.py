@@ -11,6 +11,10 @@ SCHEDULES = ("cosine", "wsd", "constant")
 PRECISIONS = ("fp32", "bf16")
 SHARDINGS = ("none", "fsdp")
 DEVICES = r"auto|cpu|mps|(cuda|xpu)(:\d+)?"
+MOST_SEQUENCES = 2**20
+MOST_THREADS = 1024
+MOST_FLOPS = 1e21  # a second
+HIGHEST_RATE = 1e30  # it diverges long before: a cell that fails says so in its record
 WARM_UP = "Share of all steps in which the learning rate rises from zero."
 
 
@@ -22,20 +26,20 @@ class OptimConfig:
     best rate falls in proportion to the width, so one number serves a whole ladder.
     """
 
-    batch_size: int = setting(16, "Sequences in one optimiser step, over all devices.", least=1)
+    batch_size: int = setting(16, "Sequences in one optimiser step, over all devices.", least=1, most=MOST_SEQUENCES)
     learning_rate: float | None = setting(
-        None, "Peak learning rate; null: learning_rate_times_width / hidden size.", above=0
+        None, "Peak learning rate; null: learning_rate_times_width / hidden size.", above=0, most=HIGHEST_RATE
     )
-    learning_rate_times_width: float = setting(0.4, "Peak learning rate times hidden size.", above=0)
+    learning_rate_times_width: float = setting(0.4, "Peak learning rate times hidden size.", above=0, most=HIGHEST_RATE)
     schedule: str = setting("cosine", "How the learning rate falls after the warm-up.", allowed=SCHEDULES)
     warmup: float = setting(0.01, WARM_UP, least=0, most=1)
     decay: float = setting(0.2, "Share of all steps in which `wsd` falls to its end.", least=0, most=1)
     final: float = setting(0.1, "Learning rate at the end, as a share of the peak (cosine, wsd).", least=0, most=1)
     beta1: float = setting(0.9, "AdamW's decay of the mean of gradients.", least=0, below=1)
     beta2: float = setting(0.95, "AdamW's decay of the mean of squared gradients.", least=0, below=1)
-    epsilon: float = setting(1e-8, "AdamW's ε.", above=0)
-    weight_decay: float = setting(0.1, "Weight decay, on matrices only.", least=0)
-    clip: float = setting(1.0, "Largest norm of the gradient; larger ones are scaled down.", above=0)
+    epsilon: float = setting(1e-8, "AdamW's ε.", least=1e-16, most=1)
+    weight_decay: float = setting(0.1, "Weight decay, on matrices only.", least=0, most=100)
+    clip: float = setting(1.0, "Largest norm of the gradient; larger ones are scaled down.", above=0, most=1e30)
 
     def __post_init__(self) -> None:
         validate(self._section, self)
@@ -55,7 +59,7 @@ class PretrainConfig(OptimConfig):
 
     # At pico budgets more steps are worth more than larger ones, and without the warm-up the wider rungs do not bear
     # the rate that suits the narrow ones (docs/decisions.md).
-    batch_size: int = setting(4, "Sequences in one optimiser step, over all devices.", least=1)
+    batch_size: int = setting(4, "Sequences in one optimiser step, over all devices.", least=1, most=MOST_SEQUENCES)
     warmup: float = setting(0.1, WARM_UP, least=0, most=1)
 
     @property
@@ -81,7 +85,12 @@ class TrainConfig(OptimConfig):
     """
 
     batch_size: int = setting(
-        4, "Sequences in one optimiser step of the student, over all devices.", least=1, column="batch", parts=220
+        4,
+        "Sequences in one optimiser step of the student, over all devices.",
+        least=1,
+        most=MOST_SEQUENCES,
+        column="batch",
+        parts=220,
     )
     warmup: float = setting(0.1, WARM_UP, least=0, most=1)
     precision: str = setting(
@@ -91,6 +100,7 @@ class TrainConfig(OptimConfig):
         1,
         "CPU threads of one process; part of a result's identity, because sums depend on it.",
         least=1,
+        most=MOST_THREADS,
         untold="the same quantities, rounded otherwise; the column `threads` says what was used",
     )
     device: str = setting("auto", "Where models run: auto, cpu, cuda, cuda:N, mps, xpu or xpu:N.", decides=False)
@@ -101,9 +111,9 @@ class TrainConfig(OptimConfig):
         decides=False,
     )
     micro_batch_size: int | None = setting(
-        None, "Sequences on one device at once; null: the whole batch.", least=1, decides=False
+        None, "Sequences on one device at once; null: the whole batch.", least=1, most=MOST_SEQUENCES, decides=False
     )
-    checkpoint_minutes: float = setting(1.0, "Minutes between checkpoints.", above=0, decides=False)
+    checkpoint_minutes: float = setting(1.0, "Minutes between checkpoints.", above=0, most=100_000, decides=False)
     activation_checkpointing: bool = setting(
         False, "Keep each layer's input only: less memory, a third more time.", decides=False
     )
@@ -112,7 +122,11 @@ class TrainConfig(OptimConfig):
         "0", "Tokens between held-out losses on the way; 0: none.", later=True, untold="only adds to the history"
     )
     peak_flops: float | None = setting(
-        None, "Peak FLOP/s of one device, for the MFU; null: by the device's name.", above=0, decides=False
+        None,
+        "Peak FLOP/s of one device, for the MFU; null: by the device's name.",
+        least=1e6,
+        most=MOST_FLOPS,
+        decides=False,
     )
 
     def __post_init__(self) -> None:

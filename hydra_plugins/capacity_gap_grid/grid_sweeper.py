@@ -2,9 +2,11 @@
 
 import copy
 import functools
+import itertools
 import os
 import sys
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -13,6 +15,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import OmegaConf
 
+MOST_CELLS = 100_000  # in one grid
+MOST_WORKERS = 4096  # on one machine
+
 
 @dataclass
 class GridSweeperConf:
@@ -20,7 +25,7 @@ class GridSweeperConf:
 
     _target_: str = "hydra_plugins.capacity_gap_grid.grid_sweeper.GridSweeper"
     params: dict[str, Any] | None = field(default_factory=dict)
-    max_batch_size: int | None = None  # jobs given to the launcher at once
+    max_batch_size: int | None = None  # jobs given to the launcher at once: 1 or more
 
 
 ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridSweeperConf, provider="capacity_gap")
@@ -62,8 +67,37 @@ class Composer:
         return override.type is OverrideType.CHANGE and not self.groups[key]
 
 
+def _check_sizes(launcher: Any, max_batch_size: int | None) -> None:
+    """Raises `ConfigError` for numbers of jobs that mean nothing; launchers would fail with errors of their own."""
+    from capacity_gap.settings.checks import need
+
+    batch = max_batch_size is None or 1 <= max_batch_size <= MOST_CELLS
+    need(batch, "hydra.sweeper.max_batch_size", max_batch_size, f"1 to {MOST_CELLS:,}, or null")
+    if _is_joblib(launcher):
+        jobs = launcher.n_jobs
+        need(jobs == -1 or 1 <= jobs <= MOST_WORKERS, "hydra.launcher.n_jobs", jobs, f"1 to {MOST_WORKERS:,}, or -1")
+
+
 def _is_joblib(launcher: Any) -> bool:
     return launcher.get("_target_", "").endswith("JoblibLauncher")
+
+
+def check_count(overrides: list[Override]) -> None:
+    """Refuses a grid of so many combinations that composing them would take hours.
+
+    Raises:
+        ConfigError: there are more than `MOST_CELLS`.
+    """
+    from capacity_gap.settings.errors import ConfigError
+
+    swept = {o.input_line: o.sweep_iterator() for o in overrides if o.is_sweep_override()}
+    counts = {line: sum(1 for _ in itertools.islice(values, MOST_CELLS + 1)) for line, values in swept.items()}
+    if prod(counts.values()) > MOST_CELLS:
+        largest = max(counts, key=lambda line: counts[line])
+        raise ConfigError(
+            f"this grid has more than {MOST_CELLS:,} combinations, which is the most that one grid may have. The axis "
+            f"with most values: {largest}. Split the grid."
+        )
 
 
 def _cores() -> int:
@@ -81,6 +115,7 @@ class GridSweeper(BasicSweeper):
         from capacity_gap.runtime.process import gpus
 
         launcher = config.hydra.launcher
+        _check_sizes(launcher, self.max_batch_size)
         asked = any(o.startswith("hydra.launcher.n_jobs=") for o in config.hydra.overrides.hydra)
         if _is_joblib(launcher) and not asked:
             launcher.n_jobs = gpus() or _cores()
@@ -95,6 +130,7 @@ class GridSweeper(BasicSweeper):
         parsed = OverridesParser.create(config_loader=self.hydra_context.config_loader).parse_overrides(
             [*self._parse_config(), *arguments]
         )
+        check_count(parsed)
         cells = [list(overrides) for batch in self.split_arguments(parsed, None) for overrides in batch]
         self.validate_batch_is_legal(cells[:1])
         compose = Composer(self.config, self.hydra_context.config_loader)

@@ -12,6 +12,7 @@ from capacity_gap.instruct.rows import PAIR, PAIRS, TALK, TEST, TRAIN, by_task, 
 from capacity_gap.instruct.templates import instructions as from_templates
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.settings.hashing import files_digest
+from capacity_gap.settings.places import user_path
 from capacity_gap.store.files import write_json
 from capacity_gap.store.stage import Stage, StageRun
 
@@ -24,7 +25,7 @@ def instructions_stage(cell: ResolvedCell, corpus: Stage) -> Stage:
     given: dict[str, Any] = {"count": tune.count, "pairs": pairs.count, "held_out": tune.held_out}
     for name, path in (("rows", tune.path), ("pair_rows", pairs.path)):
         if path:
-            given[name] = files_digest([Path(path).expanduser()])
+            given[name] = files_digest([user_path(path)])
     options = {"path": tune.path, "pairs_path": pairs.path}
     return Stage("instructions", 2, given, {"corpus": corpus}, make_instructions, options=options)
 

@@ -1,0 +1,83 @@
+"""Types of command-line options: what cannot be is refused before a command computes anything."""
+
+import argparse
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from capacity_gap.settings.checks import check_text
+from capacity_gap.settings.errors import ConfigError, shown
+from capacity_gap.settings.places import user_path
+
+MOST = 10**9
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one paragraph, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with status 2."""
+        self.exit(2, f"error: {message.rstrip('.')}. `{self.prog} --help` says what it takes.\n")
+
+
+def out_file(given: str) -> Path:
+    """A file that can be written."""
+    path = _path(given)
+    if path.exists() and not path.is_file():
+        raise argparse.ArgumentTypeError(f"{shown(given)} is no file: name one to be written")
+    _writable(path, given)
+    return path
+
+
+def out_folder(given: str) -> Path:
+    """A folder that can be made, or be written to."""
+    path = _path(given)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{shown(given)} is a file: name a folder")
+    _writable(path, given)
+    return path
+
+
+def whole(least: int = 1, most: int = MOST) -> Callable[[str], int]:
+    """A whole number in a range."""
+
+    def number(given: str) -> int:
+        if not given.isascii() or not given.isdigit() or len(given) > 20 or not least <= int(given) <= most:
+            raise argparse.ArgumentTypeError(f"{shown(given)} is out of range; allowed: {least:,} to {most:,}")
+        return int(given)
+
+    return number
+
+
+def amount(given: str) -> float:
+    """A finite number, zero or more."""
+    try:
+        value = float(given)
+    except ValueError:
+        value = -1.0
+    if not math.isfinite(value) or not 0 <= value <= MOST:
+        raise argparse.ArgumentTypeError(f"{shown(given)} is out of range; allowed: 0 to {MOST:,}")
+    return value
+
+
+def _path(given: str) -> Path:
+    try:
+        check_text("path", given)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if not given:
+        raise argparse.ArgumentTypeError("an empty name; name a place to write to")
+    return user_path(given)
+
+
+def _writable(path: Path, given: str) -> None:
+    """Whether the nearest thing that is there can hold what is written."""
+    there = path.absolute()
+    while not there.exists() and there.parent != there:
+        there = there.parent
+    if there != path.absolute() and not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{shown(given)} lies inside {there}, which is no folder")
+    if not os.access(there, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{shown(given)} cannot be written: {there} is not yours to write to")

@@ -1,0 +1,222 @@
+"""Files of the user's own that cannot be read: text, tables of rows, model folders. Each error names file and place."""
+
+import codecs
+import gzip
+import json
+import os
+
+import pytest
+
+from capacity_gap.cell import pipeline
+from capacity_gap.data.documents import text_documents, text_files
+from capacity_gap.instruct.rows import TALK, read_rows
+from capacity_gap.models.building import check_builds
+from capacity_gap.models.config_files import read_config
+from capacity_gap.models.folders import end_of_text, local_family
+from capacity_gap.settings.errors import ConfigError, ImpossibleCell
+from tests.conftest import run_here
+
+LINE = json.dumps({"text": "A line of text."}).encode() + b"\n"
+TEXTS = {
+    "latin.txt": (
+        "Ein schöner Tag.\n\n".encode("latin-1") * 2,
+        r"line 1: no UTF-8 text \(byte 0xf6 .*iconv -f WIN",
+    ),
+    "late.jsonl": (LINE * 3 + LINE.replace(b"A", b"\xff"), "line 4: no UTF-8 text"),
+    "wide.txt": (codecs.BOM_UTF16_LE + "text".encode("utf-16-le"), "line 1: no UTF-8 text .*iconv -f UTF-16"),
+    "half.txt": ("text é".encode()[:-1], "no UTF-8 text"),
+    "null.jsonl": (LINE + b'{"text": null}\n', "line 2: the text is null"),
+    "number.jsonl": (LINE + b'{"text": 3}\n', "line 2: the text is a number"),
+    "list.jsonl": (LINE + b'{"text": ["a"]}\n', "line 2: the text is a list"),
+    "pair.jsonl": (LINE + b'{"text": "cut \\ud83d"}\n', "line 2: half a surrogate pair"),
+    "mark.jsonl": (codecs.BOM_UTF8 + LINE, "line 1: it begins with a byte order mark"),
+    "field.jsonl": (LINE + b'{"txt": "a"}\n', "line 2: not a JSON object with a field `text`"),
+    "deep.jsonl": (b"[" * 100_000 + b"\n", "line 1: not a JSON object"),
+    "cut.jsonl.gz": (gzip.compress(LINE * 1000)[:60], "is no whole .gz file"),
+    "plain.txt.gz": (b"no gzip at all", "is no whole .gz file"),
+    "flipped.txt.gz": (gzip.compress(os.urandom(500))[:-9] + b"123456789", "is no whole .gz file|no UTF-8"),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_text_that_cannot_be_read_is_named_with_its_place(name, tmp_path):
+    content, said = TEXTS[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=said) as error:
+        list(text_documents(tmp_path / name))
+    assert str(tmp_path / name) in str(error.value)
+
+
+def test_pipes_and_devices_are_no_text_and_never_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(ConfigError, match="a pipe, a socket or a device"):
+        text_files(tmp_path / "pipe.txt")
+    with pytest.raises(ConfigError, match="holds no text"):
+        text_files(tmp_path)
+    (tmp_path / "link.txt").symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match="a pipe, a socket or a device"):
+        text_files(tmp_path / "link.txt")
+
+
+@pytest.mark.parametrize(
+    "line", [b"[" * 100_000, b'{"messages": [{"role": "user", "content": "\\ud83d"}]}', b"\xff", b"3"]
+)
+def test_rows_that_cannot_be_read_are_named(line, tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(line + b"\n")
+    with pytest.raises(ConfigError, match=r"rows\.jsonl, line 1"):
+        read_rows(tmp_path / "rows.jsonl", "instruct.path", TALK)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_cell, tmp_path_factory):
+    """A tiny model folder as save_pretrained writes it."""
+    from capacity_gap.data.tokenizer import load_tokenizer
+    from capacity_gap.models.loading import load_model
+    from capacity_gap.store.stage import Store
+
+    store, cell = Store(tiny_cell.store_path), pipeline.resolve(tiny_cell)
+    folder = tmp_path_factory.mktemp("folders") / "model"
+    load_model(store.path(cell.teacher)).save_pretrained(folder)
+    load_tokenizer(store.path(cell.tokenizer)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(model, tmp_path):
+    """Copies of it, each with another file changed."""
+    import shutil
+
+    def made(name="m", **changes):
+        folder = tmp_path / name
+        shutil.copytree(model, folder)
+        for file, change in changes.items():
+            path = folder / file.replace("_json", ".json")
+            if callable(change):
+                path.write_text(json.dumps(change(json.loads(path.read_text()))))
+            else:
+                path.write_bytes(change)
+        return folder
+
+    return made
+
+
+CONFIGS = {
+    "no JSON": (b"{'model_type': 'llama'}", "is no JSON"),
+    "no UTF-8": (b"\xff{}", "is no JSON"),
+    "marked": (codecs.BOM_UTF8 + b"{}", "is no JSON"),
+    "empty": (b"", "is no JSON"),
+    "a list": (b"[]", "holds no JSON object"),
+    "deep": (b"[" * 100_000, "is no JSON"),
+    "no type": (lambda c: {k: v for k, v in c.items() if k != "model_type"}, "model_type is None"),
+    "a type that is a list": (lambda c: c | {"model_type": ["llama"]}, r"model_type is \['llama'\]"),
+    "own code": (lambda c: c | {"model_type": "mine", "auto_map": {"AutoConfig": "x.C"}}, r"auto_map.*never run"),
+    "several inputs": (lambda c: {"model_type": "llava", "text_config": c}, "several kinds of input"),
+    "quantised": (lambda c: c | {"quantization_config": {"bits": 4}}, "quantised checkpoint"),
+    "a size of text": (lambda c: c | {"hidden_size": "24"}, "hidden_size='24' is no size"),
+    "no size": (lambda c: c | {"hidden_size": None}, "hidden_size=None is no size"),
+    "zero": (lambda c: c | {"num_attention_heads": 0}, "num_attention_heads=0 is no size"),
+    "negative": (lambda c: c | {"vocab_size": -5}, "vocab_size=-5 is no size"),
+    "true": (lambda c: c | {"intermediate_size": True}, "intermediate_size=True is no size"),
+    "fraction": (lambda c: c | {"intermediate_size": 1.5}, "intermediate_size=1.5 is no size"),
+    "endless layers": (lambda c: c | {"num_hidden_layers": 10**15}, "num_hidden_layers=1000000000000000 is no number"),
+    "endless width": (lambda c: c | {"hidden_size": 10**15}, "hidden_size=1000000000000000 is no size"),
+    "heads that do not divide": (lambda c: c | {"num_key_value_heads": 2, "num_attention_heads": 3}, "do not divide"),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_config_that_describes_no_model_is_refused_by_name(kind, copy):
+    change, said = CONFIGS[kind]
+    folder = copy(config_json=change)
+    with pytest.raises(ConfigError, match=said) as error:
+        read_config(folder)
+    assert str(folder) in str(error.value)
+
+
+UNBUILT = {
+    "activation": {"hidden_act": "nonsense"},
+    "rope": {"rope_scaling": {"rope_type": "nonsense", "factor": 2.0}},
+    "eps": {"rms_norm_eps": "x"},
+    "type": {"dtype": "nonsense"},
+}
+
+
+@pytest.mark.parametrize("kind", UNBUILT)
+def test_what_transformers_cannot_make_is_refused_before_anything_is_computed(kind, copy):
+    config = read_config(copy(config_json=lambda c: c | UNBUILT[kind]))
+    with pytest.raises(ConfigError, match="describes no model that transformers can make"):
+        check_builds("here", config)
+
+
+TOKENIZERS = {
+    "no JSON": b"{",
+    "marked": codecs.BOM_UTF8 + b"{}",
+    "no model": b"{}",
+    "no vocabulary": b'{"model": {"type": "BPE"}}',
+    "a vocabulary of lists": b'{"model": {"vocab": [[1, 2, 3]]}}',
+    "ids of text": b'{"model": {"vocab": {"a": "b"}}}',
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_tokenizer_that_cannot_be_read_is_refused_by_name(kind, copy):
+    folder = copy(tokenizer_json=TOKENIZERS[kind])
+    with pytest.raises(ConfigError, match=r"tokenizer\.json is no"):
+        local_family([str(folder)])
+
+
+def test_the_end_of_texts_is_the_configs_where_the_tokenizer_names_none(copy):
+    bare = dict.fromkeys(("eos_token", "bos_token", "pad_token"))
+    folder = copy(tokenizer_config_json=lambda c: {k: v for k, v in c.items() if k not in bare})
+    assert end_of_text(folder) == "<|endoftext|>"
+    local_family([str(folder)])
+    silent = copy("n", tokenizer_config_json=lambda c: {}, config_json=lambda c: c | {"eos_token_id": None})
+    with pytest.raises(ConfigError, match="names no token that ends a text"):
+        local_family([str(silent)])
+
+
+def test_one_bad_folder_is_left_out_by_name_and_its_cells_are_skipped(copy, tiny, capsys):
+    good, bad = copy("good"), copy("bad", config_json=b"{")
+    ladder = local_family([str(good), str(bad)])
+    assert list(ladder.rungs) == ["good"]
+    assert "bad is left out of the ladder" in capsys.readouterr().err
+    for name in ("bad", str(bad)):
+        with pytest.raises(ImpossibleCell, match="is no JSON"):
+            ladder.rung(name)
+    grid = [
+        *tiny,
+        "-m",
+        "family=folders",
+        f"family.folders=[{good},{bad}]",
+        "teacher=good,bad",
+        "student=40k",
+        "plan=true",
+    ]
+    done = run_here(*grid, f"store={good.parent / 'store'}", cwd=good.parent)
+    assert done.returncode == 0, done.stderr
+    assert "plan: 1 cells" in done.stdout and "skipped" in done.stdout and "config.json is no JSON" in done.stdout
+    with pytest.raises(ConfigError, match="is no JSON"):
+        local_family([str(bad)])
+
+
+def test_a_generation_config_that_would_not_save_is_mended_in_copies(copy):
+    from capacity_gap.models.loading import load_model, save_model
+
+    given = {"bos_token_id": 0, "eos_token_id": 0, "temperature": 0.7, "top_p": 0.8}
+    folder = copy(generation_config_json=json.dumps(given).encode())
+    save_model(load_model(folder), folder.parent / "saved")
+    saved = json.loads((folder.parent / "saved/generation_config.json").read_text())
+    assert saved["temperature"] == 0.7 and saved["do_sample"] is True
+    worse = copy("w", generation_config_json=json.dumps(given | {"temperature": -1.0, "num_beams": "x"}).encode())
+    save_model(load_model(worse), folder.parent / "again")
+    assert json.loads((folder.parent / "again/generation_config.json").read_text())["eos_token_id"] == 0
+
+
+def test_code_of_a_folder_is_never_run(copy):
+    from capacity_gap.models.loading import load_model, published_tokenizer
+
+    folder = copy(config_json=lambda c: c | {"auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}})
+    (folder / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
+    load_model(folder)
+    published_tokenizer(str(folder))
+    assert not (folder / "ran").exists()
