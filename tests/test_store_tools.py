@@ -13,9 +13,11 @@ import pytest
 from capacity_gap.commands import cli
 from capacity_gap.runner.progress import failure_file
 from capacity_gap.runtime.process import Runtime
+from capacity_gap.settings.errors import Damaged
 from capacity_gap.store import lease
 from capacity_gap.store.collect import Waste, delete, waste
 from capacity_gap.store.contents import disk_use, list_sweeps, needed, note_sweep, size, sweep_id, sweeps, sweeps_of
+from capacity_gap.store.files import write_checked
 from capacity_gap.store.lease import Lease
 from capacity_gap.store.stage import Stage, Store
 from capacity_gap.store.verify import verify
@@ -252,17 +254,33 @@ def test_a_damaged_note_keeps_whatever_its_cells_may_need(unfinished, capsys, da
     content = note.read_text()
     damage(note)
     assert list(waste(store)) == []
-    assert f"{note.relative_to(store.root)} may need is kept: the note is damaged" in capsys.readouterr().err
+    assert f"{note.relative_to(store.root)} may name is kept: it is damaged" in capsys.readouterr().err
     assert cli.main(["store", "verify", "--repair", str(store.root)]) == 0
     capsys.readouterr()
     assert not note.exists()
     assert cli.main(["store", "gc", "--yes", str(store.root)]) == 0
     told = capsys.readouterr()
     assert "0 items" in told.out
-    assert "may need is kept: the note was set aside as damaged. Run its sweep again" in told.err
+    assert "may name is kept: it was set aside as damaged. Run its sweep or cell again" in told.err
     assert len(list(store.damaged.iterdir())) == 1
     note_sweep(store, "mine", json.loads(content)["cells"])
     assert kinds_of_waste(store) == {".damaged"}, "what is noted again is no longer needed twice"
+
+
+@pytest.mark.parametrize("repair", [False, True])
+@pytest.mark.parametrize("damage", ["", "a key"])
+def test_what_a_damaged_stage_that_no_note_names_was_made_from_is_kept(store, repair, damage):
+    """Of single records in a store whose notes are gone: a chain with a missing link does not make its start waste."""
+    (teacher,), (middle,) = store.root.glob("teacher/*"), store.root.glob("scores/*")
+    (record,) = store.root.glob("record/*")
+    meta = json.loads((record / "stage.json").read_text())
+    meta["inputs"] = {"base": f"scores/{middle.name}"}
+    write_checked(record / "stage.json", meta)
+    (middle / "stage.json").write_text(damage and (middle / "stage.json").read_text().replace('"inputs"', '"inputt"'))
+    if repair:
+        store.set_aside(middle, Damaged(middle / "stage.json", "is damaged"))
+    assert "teacher" not in kinds_of_waste(store)
+    assert teacher.exists()
 
 
 def test_other_damaged_files_that_were_set_aside_are_waste(store):

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.store.contents import SIGNAL, Entry, entries, needed, note_files, read_notes, size
-from capacity_gap.store.files import META, tell
+from capacity_gap.store.contents import SIGNAL, Entry, entries, needed, note_files, read_notes, size, stage_folders
+from capacity_gap.store.files import META, read_json, tell
 from capacity_gap.store.lease import LEASE, at_work, needs_of, owner_of, taking
 from capacity_gap.store.stage import Store
 
@@ -37,20 +37,21 @@ class Waste:
 
 
 class Kept:
-    """What must stay. It is looked up again when a note, a lease or something damaged has come or gone."""
+    """What must stay, as it was when `look` was called last."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        folders = {f"{f.parent.name}/{f.name}": f for f in stage_folders(store)}
         self.found = entries(store)
+        self.blind = {k: f for k, f in folders.items() if k not in self.found and f.exists()}  # stages nobody can read
         places = list(store.work.iterdir()) if store.work.is_dir() else []
         alive = at_work(places)
         self.dead = {place: owner_of(place) for place in places if place not in alive}
         self._seen: Any = None
-        self._look()
+        self.look()
 
     def holds_work(self, place: Path) -> bool:
         """Whether an unfinished cell may go on from the work in `place`."""
-        self._look()
         return bool(self.unreadable) or place.name in self._unfinished
 
     def is_at_work(self, place: Path) -> bool:
@@ -59,15 +60,14 @@ class Kept:
 
     def holds_signal(self, key: str) -> bool:
         """Whether an unfinished cell or running work may read a cached signal."""
-        self._look()
         return bool(self.unreadable) or key in self._wanted
 
     def holds(self, key: str) -> bool:
         """Whether a record, a cell of a sweep or running work may need a stage."""
-        self._look()
         return bool(self.unreadable) or key in self._kept
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Looks again, which costs much only if a note, a lease or something damaged has come or gone."""
         reads = {key for place in self._at_work() for key in needs_of(place)}
         seen = (_listing(self.store.root / "sweeps"), _listing(self.store.damaged), frozenset(reads))
         if seen == self._seen:
@@ -83,10 +83,13 @@ class Kept:
             if record not in self.found or not lost.isdisjoint(stages)
             for key in (record, *stages)
         }
-        self.unreadable = [*(error.file for error in damaged), *_notes_aside(self.store)]
+        inputs, unknown = self._inputs_aside({key.replace("/", "-") for key in planned})
+        unknown += [folder for key, folder in self.blind.items() if key not in planned]
+        self.unreadable = [*(error.file for error in damaged), *_notes_aside(self.store), *unknown]
         self._unfinished = {key.replace("/", "-") for key in unfinished}
         self._wanted = needed([*unfinished, *reads], self.found)
-        self._kept = self._wanted | needed([*planned, *(k for k in self.found if k.startswith("record/"))], self.found)
+        records = [key for key in self.found if key.startswith("record/")]
+        self._kept = self._wanted | needed([*planned, *inputs, *records], self.found)
 
     def _lost(self, keys: Iterable[str]) -> set[str]:
         """The stages that were set aside, or lie there damaged: a recorded cell makes them again."""
@@ -96,6 +99,20 @@ class Kept:
             for key in keys
             if key not in self.found and (key.replace("/", "-") in aside or (self.store.root / key).exists())
         }
+
+    def _inputs_aside(self, planned: set[str]) -> tuple[list[str], list[Path]]:
+        """What set-aside stages were made from, and those that do not tell it, neither themselves nor by a note."""
+        there = {key.replace("/", "-") for key in self.found}
+        inputs: list[str] = []
+        unknown = []
+        for path in _inside(self.store.damaged):
+            match = ASIDE.fullmatch(path.name)
+            if match and path.is_dir() and match["name"] not in there | planned:
+                try:
+                    inputs += read_json(path / META, {"inputs": dict})["inputs"].values()
+                except OSError:
+                    unknown.append(path)
+        return inputs, unknown
 
     def _at_work(self) -> set[Path]:
         """Where a live process may be at work: wherever there is a lease, but for those whose owner was found dead."""
@@ -127,7 +144,7 @@ def waste(store: Store) -> Iterator[Waste]:
     """What can be deleted, the cheapest to lose first: dead work, cached signals, stages that no record needs.
 
     Stages that an unfinished cell of a sweep needs stay, and so do those that running work reads. While a note of a
-    sweep cannot be read, nothing goes that it may name.
+    sweep cannot be read, or a stage that no note names, nothing goes that it may need.
     """
     kept = Kept(store)
     yield from _half_deleted(store)
@@ -135,26 +152,33 @@ def waste(store: Store) -> Iterator[Waste]:
     yield from _set_aside(store, kept)
     for key, e in kept.found.items():
         if key.split("/")[0] == SIGNAL and not kept.holds_signal(key):
-            yield _stage(store, e, "cached teacher outputs, made again when needed", kept.holds_signal)
+            yield _stage(kept, e, "cached teacher outputs, made again when needed", kept.holds_signal)
     for key, e in kept.found.items():
         if key.split("/")[0] != SIGNAL and not kept.holds(key):
-            yield _stage(store, e, "no record and no cell of a sweep was made from it", kept.holds)
-    for file in kept.unreadable:
-        tell(f"whatever the cells of {file.relative_to(store.root)} may need is kept: {_mend(store, file)}")
+            yield _stage(kept, e, "no record and no cell of a sweep was made from it", kept.holds)
+    for path in kept.unreadable:
+        if path not in kept.blind.values():  # they were named as left out
+            tell(f"whatever {path.relative_to(store.root)} may name is kept: {_mend(store, path)}")
 
 
-def _mend(store: Store, file: Path) -> str:
-    if file.parent == store.damaged:
-        return "the note was set aside as damaged. Run its sweep again, or delete the file if no cell of it is wanted."
-    return f"the note is damaged. `python -m capacity_gap store verify {store.root} --repair` sets it aside."
+def _mend(store: Store, path: Path) -> str:
+    if path.parent == store.damaged:
+        return "it was set aside as damaged. Run its sweep or cell again, or delete it if nothing of it is wanted."
+    return f"it is damaged. `python -m capacity_gap store verify {store.root} --repair` sets it aside."
 
 
-def _stage(store: Store, entry: Entry, reason: str, holds: Callable[[str], bool]) -> Waste:
-    return Waste(entry.path, entry.bytes, reason, store.place(entry.key), _unless(holds, entry.key))
+def _stage(kept: Kept, entry: Entry, reason: str, holds: Callable[[str], bool]) -> Waste:
+    return Waste(entry.path, entry.bytes, reason, kept.store.place(entry.key), _unless(kept, holds, entry.key))
 
 
-def _unless(holds: Callable[[Any], bool], what: Any) -> Callable[[], bool]:
-    return lambda: not holds(what)
+def _unless(kept: Kept, holds: Callable[[Any], bool], what: Any) -> Callable[[], bool]:
+    """The question that is asked again before something is deleted."""
+
+    def is_waste() -> bool:
+        kept.look()
+        return not holds(what)
+
+    return is_waste
 
 
 def _half_deleted(store: Store) -> Iterator[Waste]:
@@ -176,7 +200,7 @@ def _dead_work(store: Store, kept: Kept) -> Iterator[Waste]:
                 size(place),
                 "checkpoints and halves of work that nobody is at",
                 place,
-                _unless(kept.holds_work, place),
+                _unless(kept, kept.holds_work, place),
                 kept.dead.get(place),
             )
 
@@ -190,7 +214,7 @@ def _set_aside(store: Store, kept: Kept) -> Iterator[Waste]:
         if again is not None:
             yield Waste(path, size(path), "set aside as damaged, and made again", is_waste=again.exists)
         elif not path.is_dir() and path not in kept.unreadable:
-            free = _unless(lambda path: path in _notes_aside(store), path)
+            free = _unless(kept, lambda file: file in kept.unreadable, path)
             yield Waste(path, size(path), "set aside as damaged", is_waste=free)
 
 

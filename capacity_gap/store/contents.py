@@ -11,6 +11,7 @@ from typing import Any
 from capacity_gap.settings.errors import Damaged, StoreError, choose
 from capacity_gap.settings.hashing import fingerprint
 from capacity_gap.store.files import (
+    DIGEST,
     RECORD,
     is_store,
     name_left_out,
@@ -54,6 +55,12 @@ def open_store(folder: str) -> Store:
 def failure_file(store: Store, record_key: str) -> Path:
     """Where the failed record of a cell is, until the cell is done."""
     return store.root / "failed" / f"{record_key.partition('/')[2]}.json"
+
+
+def stage_folders(store: Store) -> list[Path]:
+    """Every folder that holds a stage, or should; what has no digest for its name is somebody else's."""
+    kinds = [p for p in sorted(store.root.iterdir()) if p.is_dir() and p.name not in OUTSIDE and p.name[0] != "."]
+    return [p for kind in kinds for p in sorted(kind.iterdir()) if p.is_dir() and DIGEST.fullmatch(p.name)]
 
 
 def entries(store: Store) -> dict[str, Entry]:

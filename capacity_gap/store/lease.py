@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 from capacity_gap.settings.errors import Busy
+from capacity_gap.store.files import tell
 
 BEAT_S = 5.0
 PATIENCE_S = 40.0  # eight missed beats
@@ -191,6 +192,10 @@ def at_work(places: Iterable[Path]) -> dict[Path, str]:
     leases = {place: lease for place in places if (lease := _read(place / LEASE)) is not None}
     alive = {place for place, lease in leases.items() if _alive_here(lease)}
     watched = {place: Pulse(place) for place in leases.keys() - alive}
+    if watched:
+        tell(
+            f"waiting at most {PATIENCE_S:.0f} s for a heartbeat of {len(watched)} owners that are not of this machine"
+        )
     while watched:
         states = {place: pulse.state() for place, pulse in watched.items()}
         alive |= {place for place, state in states.items() if state == "alive"}

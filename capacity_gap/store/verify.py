@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +17,8 @@ from typing import Any
 
 from capacity_gap.settings.errors import Damaged
 from capacity_gap.settings.hashing import fingerprint
-from capacity_gap.store.contents import OUTSIDE, check_cells, note_files, size
+from capacity_gap.store.contents import check_cells, note_files, size, stage_folders
 from capacity_gap.store.files import (
-    DIGEST,
     META,
     check_sizes,
     is_whole_file,
@@ -68,7 +67,7 @@ def verify(store: Store, *, repair: bool = False, say: Callable[[str], None] = l
     for note in _notes(store):
         found.notes += 1
         _take(store, note, _fault_of_note(note), found, repair)
-    folders = list(_stages(store))
+    folders = stage_folders(store)
     sizes = {folder: size(folder) for folder in folders}
     total = sum(sizes.values())
     with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
@@ -109,13 +108,6 @@ def _take(store: Store, path: Path, fault: Damaged | None, found: Verified, repa
             except FileNotFoundError:
                 return
         found.damaged.append(now)
-
-
-def _stages(store: Store) -> Iterator[Path]:
-    """Every folder that holds a stage, or should; what has no digest for its name is somebody else's."""
-    for kind in sorted(store.root.iterdir()):
-        if kind.is_dir() and kind.name not in OUTSIDE and not kind.name.startswith("."):
-            yield from sorted(p for p in kind.iterdir() if p.is_dir() and DIGEST.fullmatch(p.name))
 
 
 def _notes(store: Store) -> list[Path]:
