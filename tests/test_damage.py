@@ -1,17 +1,23 @@
 """Damage in a store: it is named, moved to `.damaged/` and made again; what can be read goes on being read."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from capacity_gap import records
+from capacity_gap.cell.pipeline import resolve
 from capacity_gap.commands import cli
+from capacity_gap.runner.plan import make_plan
 from capacity_gap.runner.run_cell import run_config
 from capacity_gap.runtime.process import Runtime
 from capacity_gap.settings.errors import Damaged
@@ -19,6 +25,7 @@ from capacity_gap.store import files
 from capacity_gap.store.contents import note_sweep, sweeps
 from capacity_gap.store.stage import Stage, Store
 from capacity_gap.store.verify import verify
+from tests.conftest import compose
 
 
 def writing(calls, content="x" * 1000):
@@ -137,7 +144,7 @@ def test_a_stage_of_an_older_version_stays_valid_and_gets_its_list(chain, capsys
 def test_verify_finds_one_flipped_byte_in_any_file_and_repair_sets_it_aside(chain, capsys):
     store, base, end, _ = chain
     note_sweep(store, "mine", {"record/r": {"name": "r", "overrides": ["student=60k"], "stages": {base.key: 1.0}}})
-    (note,) = store.root.glob("sweeps/mine.json")
+    (note,) = store.root.glob("sweeps/mine.*.json")
     everything = [store.marker, note, *(p for s in (base, end) for p in store.path(s).rglob("*") if p.is_file())]
     for file in everything:
         content = file.read_bytes()
@@ -198,7 +205,7 @@ def used(tiny_cell, tmp_path):
 @pytest.mark.parametrize("damage", [zero, halve])
 @pytest.mark.parametrize(
     "pattern",
-    ["store.json", "record/*/record.json", "record/*/stage.json", "sweeps/mine.json", "failed/*.json"],
+    ["store.json", "record/*/record.json", "record/*/stage.json", "sweeps/mine.*.json", "failed/*.json"],
 )
 def test_a_damaged_file_costs_itself_and_every_command_goes_on(used, tmp_path, capsys, damage, pattern, monkeypatch):
     file = min(used.root.glob(pattern))
@@ -246,3 +253,171 @@ def test_the_same_command_makes_again_what_verify_set_aside(tiny_cell, tmp_path)
     run_config(config)
     assert weights.read_bytes() == content
     assert cli.main(["store", "verify", config.store]) == 0
+
+
+def rename_key(file: Path, key: str) -> None:
+    """Changes one byte of one name."""
+    file.write_text(file.read_text().replace(f'"{key}":', f'"{key[:-1]}{chr(ord(key[-1]) ^ 1)}":', 1))
+
+
+def keys_of(file: Path) -> list[str]:
+    """Every name in a JSON file that is no name of a file."""
+    return sorted({key for key in re.findall(r'"([^"]*[a-z_0-9])":', file.read_text()) if "." not in key})
+
+
+JSON = ["store.json", "sweeps/mine.*.json", "failed/*.json", "record/*/stage.json", "distil/*/stage.json"]
+
+
+@pytest.mark.parametrize("pattern", JSON)
+def test_a_changed_byte_in_any_key_is_named_and_stops_no_command(used, capsys, monkeypatch, tiny, pattern):
+    file = min(used.root.glob(pattern))
+    content = file.read_text()
+    where = str(file.relative_to(used.root))
+    cell = resolve(compose([*tiny, "student=40k", "teacher=55k", f"store={used.root}"]))
+    for key in keys_of(file):
+        rename_key(file, key)
+        assert file.read_text() != content, key
+        monkeypatch.setattr(files, "_named", set())
+        for command in (["status", "--failed"], ["store", "ls"], ["store", "gc"]):
+            assert cli.main([*command, str(used.root)]) in (0, 1)
+        make_plan([cell], used)
+        said = capsys.readouterr()
+        assert where in said.err + said.out, key
+        assert cli.main(["store", "verify", str(used.root)]) == 1
+        assert f"damaged: {where} " in capsys.readouterr().out, key
+        file.write_text(content)
+
+
+OLDER = {
+    "record": ["name", "version", "config", "inputs", "digest", "cost_flops", "passes", "wall_s", "created", "device"],
+    "distil": ["inputs", "student", "seed", "float"],
+}
+
+
+@pytest.mark.parametrize("kind", OLDER)
+def test_a_changed_key_in_a_stage_of_an_older_version_stops_no_command(used, capsys, tiny, kind):
+    """It has no checksum: what is missed is named, the rest goes unseen but for the identity of the stage."""
+    folder = min(used.root.glob(f"{kind}/*"))
+    without_list(folder)
+    content = (folder / "stage.json").read_text()
+    cell = resolve(compose([*tiny, "student=40k", "teacher=55k", f"store={used.root}"]))
+    for key in OLDER[kind]:
+        rename_key(folder / "stage.json", key)
+        for command in (["status", "--failed"], ["store", "ls"], ["store", "gc"], ["store", "verify"]):
+            assert cli.main([*command, str(used.root)]) in (0, 1)
+        make_plan([cell], used)
+        (folder / "stage.json").write_text(content)
+    capsys.readouterr()
+
+
+def test_a_changed_key_in_the_list_of_files_is_damage(chain):
+    store, base, *_ = chain
+    rename_key(store.path(base) / "stage.json", "bytes")
+    assert not store.is_sound(base)
+    meta = json.loads((store.path(base) / "stage.json").read_text())
+    files.write_checked(store.path(base) / "stage.json", meta)
+    with pytest.raises(Damaged, match="holds something else"):
+        files.check_sizes(store.path(base))
+
+
+@pytest.mark.parametrize("key", ["dtype", "shape", "data_offsets"])
+def test_a_changed_key_in_the_header_of_tensors_is_found_in_older_stages(chain, key):
+    store, base, *_ = chain
+    weights = store.path(base) / "w.safetensors"
+    save_file({"a": torch.zeros(3)}, weights)
+    without_list(store.path(base))
+    weights.write_bytes(weights.read_bytes().replace(key[:-1].encode() + key[-1:].encode(), f"{key[:-1]}X".encode()))
+    assert not files.is_whole_file(weights)
+    assert [error.file for error in verify(store).damaged] == [weights]
+
+
+def test_a_record_whose_scores_have_changed_keys_is_left_out_and_named(used, capsys):
+    file = min(used.root.glob("record/*/record.json"))
+    row = json.loads(file.read_text())
+    for metrics in ({"arc": {"valud": 1.0}}, {"arc": 1.0}, [1]):
+        changed = {**row, "metrics": metrics}
+        file.write_text(json.dumps(changed))
+        files._named.clear()
+        assert len(records.load(used.root)) == 2
+        assert str(file.relative_to(used.root)) in capsys.readouterr().err
+
+
+def test_what_has_been_made_again_since_it_was_hashed_stays(chain, monkeypatch):
+    from capacity_gap.store import verify as module
+
+    store, base, end, _ = chain
+    note_sweep(store, "mine", {"record/r": {"name": "r", "overrides": [], "stages": {}}})
+    real = {name: getattr(module, name) for name in ("_fault_of_stage", "_fault_of_note")}
+
+    def old_verdict(name):
+        seen = set()
+
+        def fault(path):
+            if path in seen:
+                return real[name](path)
+            seen.add(path)
+            return Damaged(path, "was damaged an hour ago")
+
+        return fault
+
+    for name in real:
+        monkeypatch.setattr(module, name, old_verdict(name))
+    found = verify(store, repair=True)
+    assert (found.damaged, found.repaired) == ([], [])
+    assert store.has(base)
+    assert store.has(end)
+    assert not store.damaged.exists()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_bad_sector_costs_the_file_and_not_the_verification(chain, monkeypatch, number):
+    store, base, *_ = chain
+    real = files.sha256
+
+    def sha256(file):
+        if file == store.path(base) / "inner" / "x.txt":
+            raise OSError(number, os.strerror(number), str(file))
+        return real(file)
+
+    monkeypatch.setattr("capacity_gap.store.verify.sha256", sha256)
+    found = verify(store)
+    assert [(error.file.name, error.why) for error in found.damaged] == [
+        ("x.txt", f"cannot be read ({os.strerror(number)})")
+    ]
+    assert found.stages == 2
+
+
+def test_older_stages_are_verified_where_nothing_can_be_written(chain, monkeypatch):
+    store, base, *_ = chain
+    without_list(store.path(base))
+
+    def refuse(path, value):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr("capacity_gap.store.verify.write_checked", refuse)
+    found = verify(store)
+    assert (found.damaged, found.listed) == ([], 0)
+
+
+def test_a_stage_that_is_deleted_while_it_is_listed_is_passed_over(chain, monkeypatch):
+    store, base, *_ = chain
+    without_list(store.path(base))
+    real = files.listed
+
+    def listed(folder):
+        shutil.rmtree(folder)
+        return real(folder)
+
+    monkeypatch.setattr("capacity_gap.store.verify.listed", listed)
+    found = verify(store)
+    assert (found.damaged, found.listed) == ([], 0)
+
+
+def test_what_could_not_be_repaired_names_who_is_at_it(chain, capsys):
+    from capacity_gap.store.lease import Lease
+
+    store, base, *_ = chain
+    flip(store.path(base) / "y.json")
+    with Lease(store.place(base.key), lambda: False) as held:
+        assert cli.main(["store", "verify", "--repair", str(store.root)]) == 1
+    assert f"{base.key}: {held.owner} is at it ({held.file})" in capsys.readouterr().out

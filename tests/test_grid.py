@@ -1,15 +1,19 @@
 """The grid against launchers that break: a failure costs only what needs it."""
 
+import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 
+from capacity_gap.cell.pipeline import resolve
 from capacity_gap.runner import grid
+from capacity_gap.runner.run_cell import run_config
 from capacity_gap.runtime.process import Runtime
-from capacity_gap.settings.errors import Busy, ConfigError
+from capacity_gap.settings.errors import Busy, ConfigError, Damaged
 from capacity_gap.store.stage import Stage, Store
 from tests.conftest import ROOT, compose, run_py
 
@@ -123,6 +127,54 @@ def test_what_another_grid_is_at_is_waited_for_not_counted(wave):
     launch, log = launcher(store, stages, {"1": [Busy("another is at it"), Busy("still"), None]})
     assert grid._launch_wave(jobs, store, launch, retries=0) == {}
     assert log.count("1") == 3
+
+
+def halve(store, stage):
+    file = store.path(stage) / "x.txt"
+    file.write_text("")
+
+
+def test_a_damaged_stage_that_its_job_did_not_make_again_has_failed(wave):
+    store, stages, jobs = wave
+    for stage in stages:
+        store.compute(stage, Runtime())
+    halve(store, stages[1])
+
+    def launch(overrides, initial_job_idx):
+        return [SimpleNamespace(_return_value=None)] * len(overrides)
+
+    assert grid._launch_wave(jobs, store, launch, retries=0) == {stages[1].key: grid.DIED}
+
+
+def test_a_damaged_shared_stage_is_made_again_once_in_its_own_wave(wave):
+    store, (shared, *_), _ = wave
+    store.compute(shared, Runtime())
+    ends = [Stage("record", 1, {"n": n}, {"shared": shared}, write) for n in range(2)]
+    cells = [(SimpleNamespace(record=end), [str(n)]) for n, end in enumerate(ends)]
+    assert grid._wave(cells, [[shared], [shared]], store, {}) == {}
+    halve(store, shared)
+    assert list(grid._wave(cells, [[shared], [shared]], store, {})) == [shared.key]
+
+
+@pytest.mark.parametrize("remakes", [True, False])
+def test_a_grid_whose_damage_could_not_be_made_again_has_failed(tiny_cell, tmp_path, monkeypatch, capsys, remakes):
+    """The record is there, and the weights behind it were set aside: success is both of them."""
+    config = dataclasses.replace(tiny_cell, store=str(shutil.copytree(tiny_cell.store_path, tmp_path / "s")))
+    store, cell = Store(config.store), resolve(config)
+    store.set_aside(store.path(cell.distilled), Damaged(store.path(cell.distilled) / "model.safetensors", "is halved"))
+
+    def launch(jobs, initial_job_idx):
+        if not remakes:
+            return [SimpleNamespace(_return_value=OSError("no disk")) for _ in jobs]
+        return [SimpleNamespace(_return_value=run_config(config)) for _ in jobs]
+
+    monkeypatch.setattr(grid, "from_hydra", lambda composed: composed)
+    assert grid.run_grid([grid.Job(["student=40k"], config)], launch) == remakes
+    told = capsys.readouterr()
+    assert ("1 done" if remakes else "1 failed") in told.out
+    assert ("no disk" in told.err) != remakes
+    assert store.has(cell.record)
+    assert list(store.root.glob("failed/*")) == [], "the record stays as it is"
 
 
 def test_batches_limit_what_a_launcher_is_given_at_once():

@@ -2,7 +2,10 @@
 
 import os
 import signal
+import socket
 import subprocess
+import sys
+import textwrap
 import time
 
 import psutil
@@ -87,3 +90,59 @@ def test_two_ranks_stop_and_go_on(tiny, tmp_path, sharding):
     (row,) = records.read(tmp_path)
     run_py(*tiny, *CELL, f"store={tmp_path}/alone", "data=60k", "epochs=2")
     assert row["student_loss"] == pytest.approx(records.read(tmp_path / "alone")[0]["student_loss"], abs=1e-4)
+
+
+RANK = """
+    import errno, sys
+    from capacity_gap.runtime.process import Runtime
+    from capacity_gap.settings.errors import StageError
+    from capacity_gap.store.stage import Stage, Store
+
+    def train(run):
+        run.runtime.ranks.any(False)  # a step of all ranks
+        if run.runtime.ranks.leads:  # it alone writes the checkpoint
+            raise OSError(errno.ENOSPC, "No space left on device")
+        run.runtime.ranks.any(False)  # the next step
+        print("the other rank came", flush=True)
+
+    stage, runtime = Stage("s", 1, {}, {}, train, collective=True), Runtime()
+    store, ranks = Store(sys.argv[1]), runtime.ranks
+    if ranks.leads:
+        try:
+            store.compute(stage, runtime)
+        except StageError as error:
+            print(error, flush=True)
+            status = 2
+        finally:
+            ranks.tell(None)
+            ranks.part()
+        sys.exit(status)
+    store.follow({stage.key: stage}, runtime)
+"""
+
+
+def test_a_disk_that_is_full_under_the_first_rank_alone_ends_both(tmp_path):
+    """The other one waits in the next step, where no word reaches it: it is not waited for."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(RANK), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **world, "RANK": str(n), "LOCAL_RANK": str(n)},
+        )
+        for n in range(2)
+    ]
+    try:
+        told = [rank.communicate(timeout=90)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert ranks[0].returncode == 2, told[0]
+    assert "the disk is full: stage s/" in told[0]
+    assert ranks[1].returncode != 0
+    assert "the other rank came" not in told[1]

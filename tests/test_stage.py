@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,10 +21,11 @@ import torch
 from safetensors.torch import save_file
 
 from capacity_gap.runtime.process import Runtime
-from capacity_gap.settings.errors import Damaged, StageError, StoreError
+from capacity_gap.settings.errors import Damaged, Lost, StageError, StoreError
 from capacity_gap.store.files import read_json, write_json
-from capacity_gap.store.lease import Lease
-from capacity_gap.store.stage import Stage, Store, adopt_checkpoint, closure
+from capacity_gap.store.lease import Lease, Pulse
+from capacity_gap.store.stage import Stage, Store, closure
+from capacity_gap.store.takeover import adopt_checkpoint
 
 
 def counting(calls):
@@ -206,6 +209,168 @@ def test_a_living_owner_elsewhere_keeps_its_lease(tmp_path, monkeypatch):
     with Lease(tmp_path, done) as lease:
         assert not lease.owned
     assert json.loads((tmp_path / "lease.json").read_text())["owner"] == "other-machine"
+
+
+def kept_steps(place):
+    return sorted(str(p.relative_to(place)) for p in place.glob("*/checkpoint/step-*"))
+
+
+def test_a_checkpoint_is_moved_so_that_restarts_leave_one(tmp_path):
+    leave_checkpoint(tmp_path / "one" / "checkpoint" / "step-9")
+    for owner in ("two", "three", "four", "four"):
+        assert adopt_checkpoint(tmp_path, tmp_path / owner / "checkpoint")
+    assert kept_steps(tmp_path) == ["four/checkpoint/step-9"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_checkpoint_that_cannot_be_taken_over_is_named_and_the_next_one_is_tried(
+    tmp_path, monkeypatch, capsys, number
+):
+    for owner, step in (("one", 9), ("two", 10)):
+        leave_checkpoint(tmp_path / owner / "checkpoint" / f"step-{step}")
+
+    def failing(real):
+        def rename(old, new, *more):
+            if "step-10" in str(old) or "step-10" in str(new):
+                raise OSError(number, os.strerror(number))
+            return real(old, new, *more)
+
+        return rename
+
+    monkeypatch.setattr(os, "rename", failing(os.rename))
+    assert adopt_checkpoint(tmp_path, tmp_path / "me" / "checkpoint")
+    assert kept_steps(tmp_path) == ["me/checkpoint/step-9", "two/checkpoint/step-10"]
+    assert "two/checkpoint/step-10 cannot be taken over" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_user_is_copied(tmp_path, monkeypatch):
+    leave_checkpoint(tmp_path / "one" / "checkpoint" / "step-9")
+    real = os.rename
+
+    def rename(old, new):
+        if "one" in str(old):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        real(old, new)
+
+    monkeypatch.setattr(os, "rename", rename)
+    assert adopt_checkpoint(tmp_path, tmp_path / "me" / "checkpoint")
+    assert kept_steps(tmp_path) == ["me/checkpoint/step-9", "one/checkpoint/step-9"]
+
+
+def test_what_an_owner_that_comes_back_was_writing_does_not_come_along(tmp_path):
+    """It may still hold the file open, and write into it beside its successor."""
+    blocks = tmp_path / "one" / "checkpoint" / "step-0"
+    blocks.mkdir(parents=True)
+    (blocks / "block-00000-entropy.npy").write_bytes(b"x")
+    (blocks / ".1-ids.tmp.npy").write_bytes(b"half")
+    assert adopt_checkpoint(tmp_path, tmp_path / "me" / "checkpoint")
+    assert [p.name for p in (tmp_path / "me" / "checkpoint" / "step-0").iterdir()] == ["block-00000-entropy.npy"]
+
+
+@pytest.mark.parametrize("lacking", ["state.json", "state.safetensors"])
+def test_a_checkpoint_that_lacks_a_file_is_none(tmp_path, lacking):
+    for owner, step in (("one", 9), ("two", 10)):
+        leave_checkpoint(tmp_path / owner / "checkpoint" / f"step-{step}")
+    (tmp_path / "two" / "checkpoint" / "step-10" / lacking).unlink()
+    assert adopt_checkpoint(tmp_path, tmp_path / "me" / "checkpoint")
+    assert [p.name for p in (tmp_path / "me" / "checkpoint").iterdir()] == ["step-9"]
+
+
+def test_stray_names_among_checkpoints_are_none(tmp_path):
+    from capacity_gap.store import checkpoint
+
+    leave_checkpoint(tmp_path / "one" / "checkpoint" / "step-9")
+    for stray in ("step-9.bak", "step-x", "step-"):
+        leave_checkpoint(tmp_path / "one" / "checkpoint" / stray)
+    assert adopt_checkpoint(tmp_path, tmp_path / "me" / "checkpoint")
+    assert [p.name for p in (tmp_path / "me" / "checkpoint").iterdir()] == ["step-9"]
+    (tmp_path / "own" / "step-3.bak").mkdir(parents=True)
+    assert checkpoint.load(tmp_path / "own", *after_one_step()) == (0, [])
+
+
+def test_an_overtaken_owner_leaves_its_checkpoints_to_its_successor(tmp_path):
+    """Until the stage is there: then it removes what it left."""
+    seen = []
+
+    def work(run):
+        seen.append(sorted(p.name for p in run.checkpoint.iterdir()))
+        if len(seen) == 1:
+            leave_checkpoint(run.checkpoint / "step-5")
+            raise Lost
+        (run.out / "x").write_text("x")
+
+    store, stage = Store(tmp_path), Stage("s", 1, {}, {}, work)
+    store.compute(stage, Runtime())
+    assert seen == [[], ["step-5"]]
+    assert list(store.work.iterdir()) == []
+
+
+def test_an_error_of_an_owner_that_was_overtaken_is_not_one_of_the_stage(tmp_path):
+    """Its successor has moved the checkpoint away that it was writing to."""
+    calls = []
+
+    def work(run):
+        calls.append(1)
+        if len(calls) == 1:
+            lease = run.out.parent.parent / "lease.json"
+            lease.write_text(json.dumps({"owner": "other-1-a", "boot": "elsewhere", "pid": 1}))
+            threading.Timer(0.2, lease.unlink).start()  # the successor ends without a result
+            raise FileNotFoundError(errno.ENOENT, "step-0 is gone")
+        (run.out / "x").write_text("x")
+
+    store, stage = Store(tmp_path), Stage("s", 1, {}, {}, work)
+    store.compute(stage, Runtime())
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
+def test_a_file_server_that_does_not_answer_costs_no_waiting_process(tmp_path, monkeypatch, number):
+    """For a moment the lease cannot be read, nor can it be said whether the stage is there."""
+    monkeypatch.setattr("capacity_gap.store.lease.POLL_S", 0.01)
+    real, looks = Path.read_text, []
+
+    def read_text(self, *args, **kwargs):
+        if self.name == "lease.json" and self.parent == tmp_path:
+            looks.append(self)
+            if len(looks) in (2, 4):
+                raise OSError(number, os.strerror(number))
+        return real(self, *args, **kwargs)
+
+    def done():
+        if len(looks) == 6:
+            looks.append(None)
+            raise OSError(number, os.strerror(number))
+        return len(looks) > 8
+
+    (tmp_path / "lease.json").write_text(json.dumps({"owner": "other-1-a", "boot": "elsewhere", "pid": 1}))
+    monkeypatch.setattr(Path, "read_text", read_text)
+    with Lease(tmp_path, done) as lease:
+        assert not lease.owned
+    assert (tmp_path / "lease.json").exists()
+
+
+def test_a_lease_that_cannot_be_read_is_no_heartbeat(tmp_path, monkeypatch):
+    monkeypatch.setattr("capacity_gap.store.lease.PATIENCE_S", 0.2)
+    (tmp_path / "lease.json").write_text(json.dumps({"owner": "other-1-a", "boot": "elsewhere", "pid": 1}))
+    pulse = Pulse(tmp_path)
+    (tmp_path / "lease.json").write_text("{")
+    assert pulse.state() == "silent"
+    time.sleep(0.3)
+    assert pulse.state() == "dead"
+
+
+def test_files_beside_are_named_by_chance_and_not_by_the_process(tmp_path, monkeypatch):
+    """In containers every process is number 1: two of them would write one file beside."""
+    names = []
+
+    def replace(old, new):
+        names.append(Path(old).name)
+        shutil.move(old, new)
+
+    monkeypatch.setattr(os, "replace", replace)
+    for _ in range(2):
+        write_json(tmp_path / "x.json", {})
+    assert len(set(names)) == 2
 
 
 WORKER = """

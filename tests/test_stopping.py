@@ -7,15 +7,18 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from capacity_gap.runner import stopping
-from capacity_gap.runner.stopping import UntilAsked, ending_workers
+from capacity_gap.runner.stopping import Asked, UntilAsked, ending_workers, noting_signals
 from capacity_gap.runner.worker import Jobs, run_children
 from capacity_gap.runtime.process import PARENT, STOP_FILE, Interrupted, Runtime
-from hydra_plugins.capacity_gap_launchers.ray_launcher import _start
+from hydra_plugins.capacity_gap_launchers import slurm_launcher
+from hydra_plugins.capacity_gap_launchers.ray_launcher import _end, _start
+from hydra_plugins.capacity_gap_launchers.slurm_launcher import SlurmLauncher
 from tests.conftest import ROOT
 
 ENDED_S = 30
@@ -190,3 +193,124 @@ def test_a_request_to_end_while_ray_starts_is_one():
     with pytest.raises(Interrupted) as caught:
         _start(RayThatSetsAHandler(asked=True), None)
     assert caught.value.exit_status == 143
+
+
+def test_the_handler_of_a_pool_starts_no_thread_and_takes_no_lock(tmp_path, monkeypatch):
+    """What it interrupts may hold the very lock, and would never give it back."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a lock is taken inside a signal handler")
+
+    asked = Asked(tmp_path / "stop")
+    asked.in_pool = True
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(threading.Event, "set", refuse)
+    asked(signal.SIGTERM, None)
+    assert (tmp_path / "stop").exists()
+
+
+def test_a_worker_of_a_pool_that_never_returns_is_killed(monkeypatch):
+    monkeypatch.setattr(stopping, "GRACE_S", 0.2)
+    ignoring = "import signal; signal.signal(15, signal.SIG_IGN); print(1, flush=True); signal.pause()"
+    with subprocess.Popen([sys.executable, "-c", ignoring], stdout=subprocess.PIPE) as stubborn:
+        stubborn.stdout.readline()
+
+        def launch(jobs, initial_job_idx):
+            signal.raise_signal(signal.SIGTERM)
+            return [stubborn.wait(timeout=10)]
+
+        with pytest.raises(Interrupted), ending_workers() as asked:
+            asked.telling(launch)([1], initial_job_idx=0)
+        assert stubborn.returncode == -signal.SIGKILL
+
+
+class RayThatIsGone:
+    """Its cluster does not answer, and none of its tasks ends."""
+
+    def cancel(self, task):
+        raise ConnectionError("the cluster is gone")
+
+    def wait(self, tasks, num_returns, timeout):
+        signal.raise_signal(signal.SIGTERM)
+        return [], tasks
+
+    def shutdown(self):
+        raise ConnectionError("the cluster is gone")
+
+
+def test_a_ray_grid_that_was_asked_to_end_ends_so_and_a_second_signal_does_not_wait():
+    started = time.monotonic()
+    with noting_signals() as noted:
+        signal.raise_signal(signal.SIGINT)
+        _end(RayThatIsGone(), ["task"], noted)
+        with pytest.raises(Interrupted) as caught:
+            noted()
+    assert caught.value.exit_status == 130
+    assert time.monotonic() - started < stopping.GRACE_S / 2
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A scancel that notes what it was given; a launcher whose two jobs are in one array."""
+    command = tmp_path / "bin" / "scancel"
+    command.parent.mkdir()
+    command.write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/cancelled\n. {tmp_path}/more\n")
+    command.chmod(0o755)
+    (tmp_path / "more").write_text("")
+    monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
+    config = SimpleNamespace(store_path=tmp_path / "store", train=SimpleNamespace(threads=1))
+    monkeypatch.setattr("capacity_gap.cell.config.from_hydra", lambda composed: config)
+    monkeypatch.setattr("capacity_gap.runner.worker.handed_out", lambda given: {})
+    launcher = SlurmLauncher()
+    launcher.config, launcher.loader = None, SimpleNamespace(load_sweep_config=lambda config, overrides: None)
+    monkeypatch.setattr(launcher, "_check", lambda: None)
+    monkeypatch.setattr(launcher, "_submit", lambda jobs, packs, threads: ["12_0", "12_1"])
+    return launcher
+
+
+def test_a_signal_while_slurm_jobs_are_submitted_cancels_their_array(slurm, tmp_path, monkeypatch):
+    def submit(jobs, packs, threads):
+        slow = [sys.executable, "-c", "import time; time.sleep(0.3); print('submitted')"]  # shells clear their masks
+        with subprocess.Popen(slow, stdout=subprocess.PIPE, text=True) as sbatch:
+            for process in (sbatch.pid, os.getpid()):  # as Ctrl-C does
+                os.kill(process, signal.SIGINT)
+            assert sbatch.stdout.read() == "submitted\n"
+        return ["12_0", "12_1"]
+
+    monkeypatch.setattr(slurm, "_submit", submit)
+    with pytest.raises(Interrupted) as caught:
+        slurm.launch([["a"], ["b"]], 0)
+    assert caught.value.exit_status == 130
+    assert (tmp_path / "cancelled").read_text() == "12\n"
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+
+
+def test_a_second_signal_does_not_end_the_cancelling(slurm, tmp_path, monkeypatch):
+    script = f"import os; os.kill({os.getpid()}, 2); os.kill(os.getpid(), 2); print('whole')"
+    (tmp_path / "more").write_text(f'exec {sys.executable} -c "{script}" >> {tmp_path}/cancelled')
+
+    def watch(jobs, packs, submitted):
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(slurm, "_watch", watch)
+    with pytest.raises(Interrupted) as caught:
+        slurm.launch([["a"], ["b"]], 0)
+    assert caught.value.exit_status == 143
+    assert (tmp_path / "cancelled").read_text() == "12\nwhole\n"
+
+
+@pytest.mark.parametrize("more", ["exec sleep 60", "echo no controller >&2; exit 1"])
+def test_what_slurm_did_not_cancel_is_told_with_the_command(slurm, tmp_path, monkeypatch, capsys, more):
+    (tmp_path / "more").write_text(more)
+    monkeypatch.setattr(slurm_launcher, "ANSWER_S", 0.5)
+    slurm_launcher._cancel(["12_0", "12_1", "13_0"])
+    assert "They may still run. Type: scancel 12 13" in capsys.readouterr().err
+
+
+def test_a_queue_that_does_not_answer_is_asked_again(tmp_path, monkeypatch):
+    command = tmp_path / "squeue"
+    command.write_text("#!/bin/sh\nexec sleep 60\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(slurm_launcher, "ANSWER_S", 0.2)
+    assert slurm_launcher._squeue(["12_0"]) is None

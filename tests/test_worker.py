@@ -36,6 +36,7 @@ def test_outcomes_come_back_as_what_a_launcher_returns(store):
     assert [type(v) for v in values[1:4]] == [UserError, Busy, RuntimeError]
     assert values[4] is None
     assert jobs.open() == [4]
+    assert Jobs.handed_out_in(jobs.folder) == jobs, "outcomes are no jobs"
 
 
 def test_workers_compute_jobs_and_report_what_is_wrong(tiny, store):

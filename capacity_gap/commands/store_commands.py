@@ -79,12 +79,12 @@ def _du(store: "Store", given: argparse.Namespace) -> int:
 
 
 def _gc(store: "Store", given: argparse.Namespace) -> int:
-    from capacity_gap.store.contents import delete, waste
+    from capacity_gap.store.collect import delete, waste
 
     items, total = 0, 0
     for item in list(waste(store)):
-        left = given.yes and not delete(item)
-        why = "not deleted: somebody is at it, or it is gone" if left else item.reason
+        left = delete(item) if given.yes else ""
+        why = f"not deleted: {left}" if left else item.reason
         print(f"{item.bytes / 1e6:>9.1f} MB  {item.path}  ({why})")
         items, total = items + (not left), total + item.bytes * (not left)
     ending = "deleted" if given.yes else "could go; `--yes` deletes it. Nothing was changed"
@@ -115,7 +115,10 @@ def _advice(store: "Store", found: "Verified", repair: bool) -> Sequence[str]:
     if not repair:
         return ["`--repair` moves what is damaged to .damaged/; the run.py commands that made it then make it again."]
     if not found.is_sound:
-        return ["Some of it is being worked on: verify again when that has ended."]
+        return [
+            "Some of it is being worked on: verify again when that has ended.",
+            *(f"  {line}" for line in found.left),
+        ]
     again = _commands(store, [fault.file for fault in found.damaged])
     shown = [f"  {line}" for line in again[:SHOWN]]
     more = [f"  and {len(again) - SHOWN} more cells"] if len(again) > SHOWN else []

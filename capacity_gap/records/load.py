@@ -29,9 +29,17 @@ def read(folder: str | Path) -> list[dict[str, Any]]:
     """Every record of a store, finished cells and failed ones, ordered by cell; damaged ones are left out and named."""
     root = Path(folder)
     files = [*root.glob(f"record/[!.]*/{RECORD}"), *root.glob("failed/[!.]*.json")]
-    rows = (row for _, row in read_all(root, files, ["cell", "status"]))
+    rows = (row for _, row in read_all(root, files, {"cell": str, "status": str}, check=_check_nested))
     kept = ({k: v for k, v in row.items() if k != CHECKSUM} for row in rows)
     return sorted(kept, key=lambda r: (r["cell"], r["status"]))
+
+
+def _check_nested(file: Path, row: dict[str, Any]) -> None:
+    """Raises where the scores or versions of a record have not the form that tables are made from."""
+    for kind in ("metrics", "teacher_metrics"):
+        for score in (row.get(kind) or {}).values():
+            _ = score["value"], score.get("stderr")
+    (row.get("versions") or {}).items()
 
 
 def to_frame(records: Iterable[dict[str, Any]]) -> "pd.DataFrame":

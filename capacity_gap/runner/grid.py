@@ -96,17 +96,18 @@ def run_grid(
         store.create()
         note_sweep(store, name, noted)
     # A recorded cell runs again if a stage behind it was set aside as damaged.
-    todo = {digest: c for digest, c in cells.items() if not store.is_sound(c[0].record) or store.lost(c[0].record)}
+    todo = {digest: c for digest, c in cells.items() if not store.finished(c[0].record)}
     for cell, _ in todo.values():
         failure_file(store, cell.record.key).unlink(missing_ok=True)
     with ending_workers() as asked, Watch(View(store, noted), reused=len(cells) - len(todo)) as watch:
         launch = _in_batches(asked.telling(launch) if pool else launch, max_batch_size)
         causes = _run_waves(list(todo.values()), store, launch, watch)
     for digest, (cell, _) in cells.items():
-        done = store.has(cell.record)
+        done = store.finished(cell.record)
         status = ("done" if digest in todo else "reused") if done else "failed"
         outcome.add(cell.name, status, "" if done else causes.get(cell.record.key, DIED))
-        if not done:
+        # A record stays as it is where only something behind it could not be made again.
+        if not done and not store.is_sound(cell.record):
             fail(cell, store, causes.get(cell.record.key, DIED))
     _print_outcome(outcome, store)
     mirror_sweep(store, name, first.tracking, changed=bool(todo))
@@ -188,11 +189,11 @@ def _launch_wave(wave: Wave, store: Store, launch: Launch, retries: int) -> dict
         ordered = sorted(pending.values(), key=lambda job: -_effort(job[0], store))  # longest first
         jobs = [job for job in ordered if job[0].key not in suspects] or ordered[:1]
         errors, broken = _launch(launch, jobs)
-        idle = 1 + idle if broken and not any(store.has(s) or store.started(s) for s, _ in jobs) else 0
+        idle = 1 + idle if broken and not any(store.finished(s) or store.started(s) for s, _ in jobs) else 0
         if broken and idle == 2:
             raise broken  # the launcher itself does not work: twice nothing was even started
         for (stage, _), error in zip(jobs, errors, strict=True):
-            if store.has(stage):
+            if store.finished(stage):
                 del pending[stage.key]
             elif broken and len(jobs) > 1:
                 suspects |= {stage.key} if store.started(stage) else set()
@@ -247,7 +248,7 @@ def _wave(cells: list[tuple[Cell, list[str]]], stages: list[list[Stage]], store:
         for stage in wanted:
             if stage is cell.record:
                 wave[stage.key] = (stage, overrides)
-            elif not store.has(stage):
+            elif not store.finished(stage):
                 wave[stage.key] = (stage, [*overrides, f"only={stage.key}"])
     return wave
 

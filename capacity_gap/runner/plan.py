@@ -7,6 +7,7 @@ however small the model. Both are fitted to what finished stages of this store t
 import heapq
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from capacity_gap.cell.pipeline import Cell, in_waves
@@ -16,12 +17,13 @@ from capacity_gap.models.defaults import training_only
 from capacity_gap.runtime.process import gpus
 from capacity_gap.settings.errors import ConfigError, Damaged
 from capacity_gap.settings.scales import format_scale
-from capacity_gap.store.files import read_all, read_json, stage_files
+from capacity_gap.store.files import NUMBER, read_all, read_json, stage_files
 from capacity_gap.store.stage import Stage, Store, closure
 
 CPU_FLOPS = 1.3e10  # of one thread, sustained on fp32 matrices of pico size: measured, two-core AVX2 machine
 GPU_FLOPS = 1.2e14  # of one device: an A100's 312 TFLOP/s in bf16 at 40 % utilisation
 CPU_SECONDS_PER_PASS = 2e-5  # measured with CPU_FLOPS
+TIMED = {"name": str, "cost_flops": NUMBER, "wall_s": NUMBER, "created": str, "device": str}  # of a finished stage
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Speed:
 
 def speed(store: Store, *, throughput: float | None, on_gpu: bool, devices: int = 1) -> Speed:
     """The speed of one worker as given (FLOP/s), else as measured in this store, else as assumed."""
-    made = list(_finished(store))
+    made = [meta for _, meta in read_all(store.root, stage_files(store.root), TIMED, check=_check_passes)]
     fixed = _fixed(made)
     if throughput:
         return Speed(1 / throughput, 0.0, f"given: {throughput:.3g} FLOP/s a worker", fixed)
@@ -60,10 +62,9 @@ def speed(store: Store, *, throughput: float | None, on_gpu: bool, devices: int 
     return Speed(1 / CPU_FLOPS, CPU_SECONDS_PER_PASS, said, fixed)
 
 
-def _finished(store: Store) -> Iterable[dict[str, Any]]:
-    for _, meta in read_all(store.root, stage_files(store.root)):
-        if "wall_s" in meta:
-            yield meta
+def _check_passes(file: Path, meta: Mapping[str, Any]) -> None:
+    if not isinstance(meta.get("passes", 0), NUMBER):
+        raise TypeError(f"passes: {meta['passes']!r}")
 
 
 def _fixed(made: Iterable[dict[str, Any]]) -> dict[str, float]:
@@ -219,7 +220,7 @@ def _texts(cells: Sequence[Cell], store: Store) -> list[str]:
             found.append(f"{said}; what the corpus holds is known once it is packed, before any model is trained")
             continue
         try:
-            packed = read_json(store.path(stage) / "train.json", ["tokens"])["tokens"]
+            packed = read_json(store.path(stage) / "train.json", {"tokens": int})["tokens"]
         except Damaged as error:
             found.append(f"{said}; {error.file} {error.why}, so the corpus will be packed again")
             continue

@@ -12,7 +12,7 @@ from typing import Any
 
 from capacity_gap.runner.plan import format_seconds
 from capacity_gap.store.contents import failure_file
-from capacity_gap.store.files import read_json
+from capacity_gap.store.files import NUMBER, read_json
 from capacity_gap.store.lease import PATIENCE_S
 from capacity_gap.store.stage import Store
 
@@ -104,7 +104,7 @@ class View:
             place = self.store.work / key.replace("/", "-")
             try:
                 lease = place / "lease.json"
-                owner = read_json(lease, ["owner"])["owner"]
+                owner = read_json(lease, {"owner": str})["owner"]
                 if now - lease.stat().st_mtime > PATIENCE_S:
                     continue  # its owner is dead
             except OSError:
@@ -115,7 +115,7 @@ class View:
 
 def _progress(key: str, file: Path, owner: str) -> Running:
     try:
-        state = read_json(file, ["done", "total", "elapsed_s"])
+        state = read_json(file, {"done": NUMBER, "total": NUMBER, "elapsed_s": NUMBER})
     except OSError:
         return Running(key, 0.0, 0.0, owner)
     return Running(key, state["done"] / max(1, state["total"]), state["elapsed_s"], owner)

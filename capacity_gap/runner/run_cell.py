@@ -66,7 +66,9 @@ def _lead(cell: Cell, store: Store, runtime: Runtime) -> str:
     runtime.check()
     check_budgets(cell, store, runtime)
     if only := cell.config.only:
-        store.compute(closure(cell.record)[only], runtime)
+        stage = closure(cell.record)[only]
+        store.compute(stage, runtime)
+        store.make_again(stage, runtime)
         return only
     return _run_cell(cell, store, runtime)
 
@@ -74,8 +76,7 @@ def _lead(cell: Cell, store: Store, runtime: Runtime) -> str:
 def _run_cell(cell: Cell, store: Store, runtime: Runtime) -> str:
     record = cell.record
     if store.is_sound(record):
-        for stage in store.lost(record):  # set aside as damaged; the record itself stays as it is
-            store.compute(stage, runtime)
+        store.make_again(record, runtime)  # the record itself stays as it is
         return record.key
     tracker = _tracker(cell, store)
     try:
@@ -84,6 +85,7 @@ def _run_cell(cell: Cell, store: Store, runtime: Runtime) -> str:
         runtime.on_log = tracker.log  # from here on only the cell's own points, not its teacher's
         store.compute(cell.distilled, runtime)
         row = read_json(store.compute(record, runtime) / RECORD)
+        store.make_again(record, runtime)
     except BaseException as error:
         if isinstance(error, Exception) and not isinstance(error, Busy):
             tracker.finish(fail(cell, store, cause_of(error)))

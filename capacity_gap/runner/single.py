@@ -13,7 +13,7 @@ from capacity_gap.runtime.process import resolve_device
 from capacity_gap.runtime.ranks import Ranks
 from capacity_gap.settings.errors import choose
 from capacity_gap.store.contents import note_sweep, sweeps
-from capacity_gap.store.files import explaining_full_disk, read_json
+from capacity_gap.store.files import explaining_full_disk, read_json, reading
 from capacity_gap.store.stage import Store
 
 SINGLE = "single"  # what the cells that were run one by one are called in the store, beside the grids
@@ -46,7 +46,9 @@ def run_alone(config: RunConfig, overrides: Sequence[str]) -> str:
     with Watch(View(store, noted), label=cell.name):
         run_cell.run(cell)
     folder = store.path(cell.record)
-    print(f"{'reused' if reused else 'done'}: {result_line(cell.name, read_json(folder / RECORD))}")
+    with reading(folder / RECORD):
+        told = result_line(cell.name, read_json(folder / RECORD))
+    print(f"{'reused' if reused else 'done'}: {told}")
     print(f"record: {folder / RECORD}")
     return cell.record.key
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.runtime.process import ENDING, PARENT, STOP_FILE, Interrupted, ignores
+from capacity_gap.runtime.process import ENDING, MIND_S, PARENT, STOP_FILE, Interrupted, ignores
 
 GRACE_S = 25.0  # for checkpoints; who is still at work then is killed, so that all has ended within half a minute
 TRACKERS = ("resource_tracker", "resource_sharer")  # helpers of multiprocessing, which end with their parent
@@ -33,15 +33,14 @@ class Asked:
         self.pools = 0  # that were started
 
     def __call__(self, number: int, _frame: Any) -> None:
-        """The signal handler. Inside joblib the first signal raises nothing; a second one does."""
+        """The signal handler. Inside joblib the first signal raises nothing; a second one does.
+
+        It starts no thread and takes no lock: the code that it interrupts may hold it.
+        """
         again, self.number = bool(self.number), self.number or number
         if again or not self.in_pool:
             raise Interrupted(number)
         self.stop_file.touch()
-        # A worker that never returns would keep joblib waiting for ever.
-        watchdog = threading.Timer(GRACE_S, kill_children)
-        watchdog.daemon = True
-        watchdog.start()
 
     def telling(self, launch: Launch) -> Launch:
         """A launcher of a pool in this machine: its workers are told, and it is waited for."""
@@ -50,14 +49,42 @@ class Asked:
             os.environ[STOP_FILE] = str(self.stop_file)  # only workers of a pool may ignore signals
             self.in_pool = True
             self.pools += 1
+            ended = threading.Event()
+            threading.Thread(target=self._limit_grace, args=(ended,), daemon=True).start()
             try:
                 return launch(UntilAsked(jobs, self), initial_job_idx=initial_job_idx)
             finally:
                 self.in_pool = False
+                ended.set()
                 if self.number:
                     raise Interrupted(self.number)
 
         return launch_all
+
+    def _limit_grace(self, ended: threading.Event) -> None:
+        """Kills a worker that never returns, which would keep joblib waiting for ever."""
+        while not self.number:
+            if ended.wait(MIND_S):
+                return
+        if not ended.wait(GRACE_S):
+            kill_children()
+
+
+class Noted:
+    """The signals that have come. Called, it raises `Interrupted` if one has."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+
+    def __call__(self) -> None:
+        """Raises once the process was asked to end."""
+        if self.numbers:
+            raise Interrupted(self.numbers[0])
+
+    @property
+    def again(self) -> bool:
+        """Whether it was asked more than once: whoever asks again does not want to wait."""
+        return len(self.numbers) > 1
 
 
 class UntilAsked(list):
@@ -96,23 +123,30 @@ def ending_workers() -> Iterator[Asked]:
 
 
 @contextlib.contextmanager
-def noting_signals() -> Iterator[Callable[[], None]]:
+def noting_signals() -> Iterator[Noted]:
     """For libraries that swallow what a signal handler raises, and set handlers of their own.
 
-    Gives a function, to be called now and then, that raises `Interrupted` once the process was asked to end.
+    What is given is to be called now and then, and raises `Interrupted` once the process was asked to end.
     """
-    asked: list[int] = []
-    before = {n: signal.signal(n, lambda number, _: asked.append(number)) for n in ENDING if not ignores(n)}
-
-    def check() -> None:
-        if asked:
-            raise Interrupted(asked[0])
-
+    noted = Noted()
+    before = {n: signal.signal(n, lambda number, _: noted.numbers.append(number)) for n in ENDING if not ignores(n)}
     try:
-        yield check
+        yield noted
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def holding_signals() -> Iterator[Noted]:
+    """The same for a short command that must come to its end: Ctrl-C reaches neither this process nor the command."""
+    with noting_signals() as noted:
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, [])  # what is held is handed on to the command
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        try:
+            yield noted
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 def _children() -> list[Any]:

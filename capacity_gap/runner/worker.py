@@ -51,10 +51,15 @@ class Jobs:
             write_json(folder / f"{n}.json", given)
         return cls(folder, len(settings))
 
+    @classmethod
+    def handed_out_in(cls, folder: Path) -> "Jobs":
+        """The hand-out of a folder."""
+        return cls(folder, sum(file.stem.isdigit() for file in folder.glob("*.json")))
+
     def outcome(self, n: int) -> dict[str, str] | None:
         """What became of job n, or None while that is open."""
         try:
-            return read_json(self.folder / f"{n}.out.json", ["kind", "message"])
+            return read_json(self.folder / f"{n}.out.json", {"kind": str, "message": str})
         except Damaged:
             return None
 
@@ -157,7 +162,7 @@ def main(arguments: Sequence[str]) -> int:
     from capacity_gap.runtime.process import Interrupted
 
     folder = Path(arguments[0])
-    jobs = Jobs(folder, len(list(folder.glob("*.out.json"))))
+    jobs = Jobs.handed_out_in(folder)
     for n in map(int, arguments[1:]):
         try:
             kind, message = run_job(json.loads((folder / f"{n}.json").read_text()))

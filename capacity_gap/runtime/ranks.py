@@ -21,6 +21,7 @@ class Ranks:
         self.rank = int(os.environ.get("RANK", "0"))
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.local = int(os.environ.get("LOCAL_RANK", "0"))
+        self.deserted = False
 
     @property
     def leads(self) -> bool:
@@ -40,7 +41,7 @@ class Ranks:
 
     def tell(self, message: Any = None) -> Any:
         """Returns on every rank what rank 0 has given; called by all of them."""
-        if self.size == 1:
+        if self.size == 1 or self.deserted:
             return message
         import torch.distributed as dist
 
@@ -59,12 +60,19 @@ class Ranks:
         dist.all_reduce(said, dist.ReduceOp.MAX, group=self._group)
         return bool(said)
 
+    def desert(self) -> None:
+        """Says that this rank alone has failed: the others are in the midst of a step, where no word reaches them.
+
+        From here on nothing is said or waited for. This process ends, and then `torchrun` ends the others.
+        """
+        self.deserted = self.size > 1
+
     def part(self) -> None:
         """Ends the groups, all ranks together: one that leaves while their threads run is aborted.
 
         Ranks that do not come within a minute have failed on their own; then `torchrun` ends everything.
         """
-        if self.size == 1:
+        if self.size == 1 or self.deserted:
             return
         import torch.distributed as dist
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from capacity_gap.settings.errors import Damaged
-from capacity_gap.store.files import let_others_read, note_crc, read_json, sync, sync_all
+from capacity_gap.store.files import checkpoints, let_others_read, note_crc, read_json, sync, sync_all
 
 log = logging.getLogger(__name__)
 STATE = ("exp_avg", "exp_avg_sq", "step")
@@ -38,14 +38,14 @@ def save(
     sync_all(beside)  # else a crash of the machine could leave the name without the content
     os.rename(beside, final)
     sync(folder)
-    for old in folder.glob("step-*"):
+    for old in checkpoints([folder]):
         if old != final:
             shutil.rmtree(old, ignore_errors=True)
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict]]:
     """Restores the furthest checkpoint below `folder`; returns the next step and the history, (0, []) without one."""
-    for found in sorted(folder.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")), reverse=True):
+    for found in checkpoints([folder]):
         try:
             tensors, state = _read(found, model)
         except (Damaged, SafetensorError, OSError) as error:
@@ -58,7 +58,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tu
 
 def _read(folder: Path, model: nn.Module) -> tuple[dict[str, Tensor], dict]:
     """The whole content of a checkpoint; raises before anything of `model` is changed."""
-    state = read_json(folder / "state.json", ["step", "history"])
+    state = read_json(folder / "state.json", {"step": int, "history": list})
     tensors = load_file(folder / "state.safetensors")
     if lacking := [n for n, _ in _named(model) for kind in ("param", *STATE) if f"{kind}/{n}" not in tensors]:
         raise Damaged(folder / "state.safetensors", f"lacks {len(lacking)} tensors, such as those of {lacking[0]}")

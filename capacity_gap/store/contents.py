@@ -1,23 +1,31 @@
-"""What is in a store, what it is for, and what can go: `python -m capacity_gap store ls | du | gc | forget`."""
+"""What is in a store and what it is for: `python -m capacity_gap store ls | du | forget`."""
 
-import contextlib
 import os
 import re
-import shutil
 import uuid
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.settings.errors import StoreError, choose
+from capacity_gap.settings.errors import Damaged, StoreError, choose
 from capacity_gap.settings.hashing import fingerprint
-from capacity_gap.store.files import RECORD, is_store, read_all, stage_files, tell, write_checked
-from capacity_gap.store.lease import held_elsewhere, needs_of, taking
+from capacity_gap.store.files import (
+    DIGEST,
+    RECORD,
+    is_store,
+    name_left_out,
+    read_all,
+    read_sound,
+    stage_files,
+    tell,
+    write_checked,
+)
 from capacity_gap.store.stage import Store
 
 OUTSIDE = (".work", ".damaged", "sweeps", "failed", "jobs", "logs", "wandb")  # folders of a store that hold no stages
 NOTED = re.compile(r"\.[0-9a-f]{20}$")  # the end of a note's name
+OF_A_CELL = {"name": str, "overrides": list, "stages": dict}  # what a note says of each of its cells
 SIGNAL = "signal"  # cached teacher outputs: large, and made again from the teacher when needed
 
 
@@ -29,16 +37,6 @@ class Entry:
     path: Path
     bytes: int
     inputs: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Waste:
-    """Something that can be deleted, and why."""
-
-    path: Path
-    bytes: int
-    reason: str
-    place: Path | None = None  # where the lease lies that must be had before it is deleted
 
 
 def open_store(folder: str) -> Store:
@@ -59,26 +57,38 @@ def failure_file(store: Store, record_key: str) -> Path:
     return store.root / "failed" / f"{record_key.partition('/')[2]}.json"
 
 
+def stage_folders(store: Store) -> list[Path]:
+    """Every folder that holds a stage, or should; what has no digest for its name is somebody else's."""
+    kinds = [p for p in sorted(store.root.iterdir()) if p.is_dir() and p.name not in OUTSIDE and p.name[0] != "."]
+    return [p for kind in kinds for p in sorted(kind.iterdir()) if p.is_dir() and DIGEST.fullmatch(p.name)]
+
+
 def entries(store: Store) -> dict[str, Entry]:
     """Every finished stage, by key."""
     found = {}
-    for file, meta in read_all(store.root, stage_files(store.root), ["inputs"]):
+    for file, meta in read_all(store.root, stage_files(store.root), {"inputs": dict}, check=_check_inputs):
         key = f"{file.parent.parent.name}/{file.parent.name}"
         found[key] = Entry(key, file.parent, size(file.parent), tuple(meta["inputs"].values()))
     return found
 
 
+def _check_inputs(file: Path, meta: dict[str, Any]) -> None:
+    if wrong := [key for key in meta["inputs"].values() if not isinstance(key, str)]:
+        raise TypeError(f"{wrong[0]!r} is no stage")
+
+
 def size(path: Path) -> int:
-    """Bytes of a file or a link, or of all files below a folder."""
+    """Bytes of a file or a link, or of all files below a folder; what goes meanwhile counts nothing."""
     if path.is_symlink() or not path.is_dir():
-        return path.lstat().st_size if path.is_symlink() or path.exists() else 0
-    total = 0
-    for file in path.rglob("*"):
-        try:
-            total += 0 if file.is_dir() else file.lstat().st_size
-        except FileNotFoundError:
-            continue  # a running stage moved it
-    return total
+        return _bytes(path)
+    return sum(_bytes(os.path.join(folder, name)) for folder, _, names in os.walk(path) for name in names)
+
+
+def _bytes(file: str | Path) -> int:
+    try:
+        return os.lstat(file).st_size
+    except OSError:
+        return 0
 
 
 def needed(keys: Iterable[str], found: dict[str, Entry]) -> set[str]:
@@ -96,25 +106,23 @@ def needed(keys: Iterable[str], found: dict[str, Entry]) -> set[str]:
 def note_sweep(store: Store, name: str, cells: dict[str, dict[str, Any]]) -> None:
     """Writes down which cells a grid is made of; a grown grid adds to what is there.
 
-    The first start writes `<store>/sweeps/<name>.json`, every start with other cells one more file,
-    `<name>.<hash of its cells>.json`. No file ever changes its cells, so that many processes may note cells of one
-    sweep at once and none loses another's.
+    Every start with other cells writes one more file, `<store>/sweeps/<name>.<hash of its cells>.json`. No file ever
+    changes its cells or its name, so that many processes may note cells of one sweep at once and none loses another's.
     """
-    first = store.root / "sweeps" / f"{name.replace('/', '-')}.json"
-    first.parent.mkdir(parents=True, exist_ok=True)
+    (store.root / "sweeps").mkdir(parents=True, exist_ok=True)
     parts = _parts(store, name)
     # Several first starts may each draw an id; the smallest is the sweep's for all readers.
     own = min([part["id"] for part in parts if part.get("id")], default=uuid.uuid4().hex[:12])
-    file = next((part["file"] for part in parts if part["cells"].keys() == cells.keys()), _note_file(first, cells))
-    write_checked(file, {"name": name, "id": own, "cells": cells})
-    if not first.exists():
-        with contextlib.suppress(FileExistsError, FileNotFoundError):  # another process was first
-            os.link(file, first)  # atomic, unlike a rename, which would replace the other's
-            file.unlink()
+    same = (part["file"] for part in parts if part["cells"].keys() == cells.keys())
+    write_checked(next(same, _note_file(store, name, cells)), {"name": name, "id": own, "cells": cells})
 
 
-def _note_file(first: Path, cells: Iterable[str]) -> Path:
-    return first.with_name(f"{first.stem}.{fingerprint(sorted(cells))}.json")
+def _note_file(store: Store, name: str, cells: Iterable[str]) -> Path:
+    return store.root / "sweeps" / f"{_in_a_name(name)}.{fingerprint(sorted(cells))}.json"
+
+
+def _in_a_name(sweep: str) -> str:
+    return sweep.replace("/", "-")
 
 
 def note_files(store: Store) -> list[Path]:
@@ -130,9 +138,24 @@ def _written(file: Path) -> float:
 
 
 def _parts(store: Store, name: str | None = None) -> list[dict[str, Any]]:
-    """What was noted of one sweep, or of all, oldest first; older versions kept one file a sweep."""
-    files = [f for f in note_files(store) if name in (None, _sweep_of(f))]
-    return [{**part, "name": _sweep_of(file), "file": file} for file, part in read_all(store.root, files, ["cells"])]
+    """What was noted of one sweep, or of all, oldest first; damaged notes are left out and named."""
+    found, damaged = read_notes(store, name)
+    name_left_out(store.root, damaged)
+    return found
+
+
+def read_notes(store: Store, name: str | None = None) -> tuple[list[dict[str, Any]], list[Damaged]]:
+    """The notes of one sweep, or of all, oldest first, and the damaged ones; older versions kept one file a sweep."""
+    files = [f for f in note_files(store) if name is None or _in_a_name(name) == _sweep_of(f)]
+    found, damaged = read_sound(files, {"cells": dict}, check=check_cells)
+    return [{**part, "name": _sweep_of(file), "file": file} for file, part in found], damaged
+
+
+def check_cells(file: Path, part: dict[str, Any]) -> None:
+    """Raises if a note of a sweep does not tell of each cell what a note tells."""
+    for key, cell in part["cells"].items():
+        if wrong := [name for name, kind in OF_A_CELL.items() if not isinstance(cell.get(name), kind)]:
+            raise Damaged(file, f"does not tell {', '.join(wrong)} of {key}")
 
 
 def _sweep_of(file: Path) -> str:
@@ -197,7 +220,7 @@ def _rewrite(store: Store, part: dict[str, Any], cells: dict[str, Any]) -> None:
     """Takes a note's place with one of fewer cells, or of none."""
     if cells:
         kept = {"name": part["name"], "id": part.get("id"), "cells": cells}
-        write_checked(_note_file(store.root / "sweeps" / f"{part['name']}.json", cells), kept)
+        write_checked(_note_file(store, part["name"], cells), kept)
     part["file"].unlink(missing_ok=True)
 
 
@@ -227,81 +250,7 @@ def disk_use(store: Store) -> list[tuple[str, int, int]]:
         folder = store.root / name
         if folder.is_dir():
             rows[name] = (sum(1 for _ in folder.iterdir()), size(folder))
+    halves = [p for p in store.root.glob("*/.deleted-*") if p.parent.name not in OUTSIDE]
+    if halves:
+        rows["half-deleted"] = (len(halves), sum(map(size, halves)))
     return sorted(((k, n, b) for k, (n, b) in rows.items()), key=lambda row: -row[2])
-
-
-def waste(store: Store) -> Iterator[Waste]:
-    """What can be deleted, the cheapest to lose first: dead work, cached signals, stages that no record needs.
-
-    Stages that an unfinished cell of a sweep needs stay, and so do those that running work reads.
-    """
-    found, known = entries(store), sweeps(store)
-    unfinished = {
-        k
-        for cells in known.values()
-        for record, c in cells.items()
-        if record not in found
-        for k in (record, *c.get("stages", ()))
-    }
-    yield from _dead_work(store, {key.replace("/", "-") for key in unfinished})
-    yield from _made_again(store, found)
-    wanted = needed([*unfinished, *_read_now(store)], found)
-    for key, e in found.items():
-        if key.split("/")[0] == SIGNAL and key not in wanted:
-            yield Waste(e.path, e.bytes, "cached teacher outputs, made again when needed", store.place(key))
-    kept = wanted | needed([k for k in found if k.startswith("record/")], found)
-    kept |= needed([k for cells in known.values() for k in _planned(cells)], found)
-    for key, e in found.items():
-        if key not in kept and key.split("/")[0] != SIGNAL:
-            yield Waste(e.path, e.bytes, "no record and no cell of a sweep was made from it", store.place(key))
-
-
-def _dead_work(store: Store, unfinished: Collection[str]) -> Iterator[Waste]:
-    """Work without a live process that no unfinished cell goes on from; stray files and links."""
-    for place in sorted(store.work.iterdir()) if store.work.is_dir() else ():
-        if place.is_symlink() or not place.is_dir():
-            yield Waste(place, size(place), "no work: a stray file or link")
-        elif place.name not in unfinished and not held_elsewhere(place):
-            yield Waste(place, size(place), "checkpoints and halves of work that nobody is at", place)
-
-
-def _made_again(store: Store, found: dict[str, Entry]) -> Iterator[Waste]:
-    """Damaged stages that are there again, and damaged files."""
-    there = {key.replace("/", "-") for key in found}
-    for aside in sorted(store.damaged.iterdir()) if store.damaged.is_dir() else ():
-        if aside.name.rpartition(".")[0] in there or not aside.is_dir():
-            yield Waste(aside, size(aside), "set aside as damaged")
-
-
-def _read_now(store: Store) -> list[str]:
-    """The stages that running work reads."""
-    places = store.work.iterdir() if store.work.is_dir() else ()
-    return [key for place in places if held_elsewhere(place) for key in needs_of(place)]
-
-
-def _planned(cells: dict[str, dict[str, Any]]) -> list[str]:
-    """The stages of a sweep's cells, those included that are not recorded yet."""
-    return [key for record, cell in cells.items() for key in (record, *cell.get("stages", ()))]
-
-
-def delete(item: Waste) -> bool:
-    """Deletes one piece of waste, with its lease in hand; returns whether it was there and nobody was at it.
-
-    It is renamed first, so that a half-deleted stage is never taken for a whole one.
-    """
-    aside = item.path.with_name(f".deleted-{item.path.name}-{uuid.uuid4().hex[:6]}")
-    try:
-        if item.place is None:
-            item.path.rename(aside)
-        else:
-            with taking(item.place) as had:
-                if not had:
-                    return False
-                item.path.rename(aside)
-    except FileNotFoundError:
-        return False
-    if aside.is_symlink() or not aside.is_dir():
-        aside.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(aside, ignore_errors=True)
-    return True

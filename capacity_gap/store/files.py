@@ -1,7 +1,8 @@
 """Files that are written whole or not at all, listed with size and hash, and read with their damage named.
 
 A finished stage lists its files in its `stage.json`: `files: {name: {bytes, sha256}}`. Sizes are compared whenever the
-stage is read, hashes by `store verify`. JSON files of the store that no list names carry a `checksum` of themselves.
+stage is read, hashes by `store verify`. JSON files of the store that no list names carry a `checksum` of themselves,
+which is compared whenever they are read.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import re
 import shutil
 import struct
 import sys
+import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,7 +25,11 @@ from capacity_gap.settings.errors import Damaged, StageError
 META = "stage.json"  # of a finished stage
 RECORD = "record.json"  # the row of a finished cell, in the stage `record`
 CHECKSUM = "checksum"
+NUMBER = int | float
+STATE = ("state.json", "state.safetensors")  # what a checkpoint of training holds
 CRC = ".crc32"  # end of the name of what is written beside each file of a checkpoint
+DIGEST = re.compile(r"[0-9a-f]{20}")  # the name of a stage's folder
+STEP = re.compile(r"step-(\d+)")
 # How libraries that know no errno say that the disk is full: safetensors and tokenizers (Rust), numpy, torch.
 FULL = re.compile(
     r"os error (28|122)\b|No space left on device|Disk quota exceeded|Not enough free space"
@@ -42,7 +48,8 @@ def write_checked(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _replace(path: Path, value: Any, *, durable: Callable[[TextIO], None]) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not the process id: in containers every process is number 1.
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with beside.open("w", encoding="utf-8") as file:
             json.dump(value, file, indent=1, allow_nan=False, ensure_ascii=False)
@@ -66,23 +73,54 @@ def with_checksum(value: Mapping[str, Any]) -> dict[str, Any]:
     return {**value, CHECKSUM: checksum(value)}
 
 
-def read_json(path: Path, needs: Iterable[str] = ()) -> dict[str, Any]:
+def read_json(path: Path, needs: Iterable[str] | Mapping[str, Any] = ()) -> dict[str, Any]:
     """The JSON object in a file.
 
+    Args:
+        path: the file.
+        needs: the keys that it must have; as a mapping, with the type of each value.
+
     Raises:
-        Damaged: there is none, it is no JSON object, or it lacks a key of `needs`.
+        Damaged: there is none, it is no JSON object, has not its checksum, or lacks something of `needs`.
     """
     try:
         value = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise Damaged(path, "is missing") from error
-    except ValueError as error:  # JSON and UTF-8 errors are its kinds
+    except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are kinds of ValueError
         raise Damaged(path, "is no JSON" if path.stat().st_size else "is empty") from error
     if not isinstance(value, dict):
         raise Damaged(path, f"holds a {type(value).__name__} and no JSON object")
-    if lacking := [key for key in needs if key not in value]:
+    if not has_its_checksum(value):
+        raise Damaged(path, "does not have its checksum")
+    types = needs if isinstance(needs, Mapping) else dict.fromkeys(needs, object)
+    if lacking := [key for key in types if key not in value]:
         raise Damaged(path, f"lacks {', '.join(lacking)}")
+    if wrong := [key for key, kind in types.items() if not isinstance(value[key], kind)]:
+        raise Damaged(path, f"holds something else under {', '.join(wrong)} than was written there")
     return value
+
+
+def has_its_checksum(value: Mapping[str, Any]) -> bool:
+    """Whether a JSON object is as it was written; True of one that was written without a checksum."""
+    if CHECKSUM in value:
+        return value[CHECKSUM] == checksum(value)
+    # Where a byte of the word itself has changed, the rest still has the sum that stands under another key.
+    sums = (key for key, v in value.items() if isinstance(v, str) and len(v) == 64)
+    return not any(value[key] == checksum({k: v for k, v in value.items() if k != key}) for key in sums)
+
+
+@contextlib.contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Turns the errors of a reader that finds other keys or types than it expects into damage of the file.
+
+    Raises:
+        Damaged: instead of them.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise Damaged(file, f"holds something else than was written there ({type(error).__name__}: {error})") from error
 
 
 def is_store(folder: Path) -> bool:
@@ -91,26 +129,59 @@ def is_store(folder: Path) -> bool:
 
 
 def stage_files(root: Path) -> list[Path]:
-    """The `stage.json` of every finished stage of a store; what is being deleted or was set aside has hidden names."""
-    found = root.glob(f"[!.]*/[!.]*/{META}")
-    return sorted(found)
+    """The `stage.json` of every finished stage of a store; what has no digest for its name is none of its stages."""
+    return sorted(f for f in root.glob(f"[!.]*/*/{META}") if DIGEST.fullmatch(f.parent.name))
 
 
 _named: set[Path] = set()  # what this process has told of already
 
 
-def read_all(root: Path, files: Iterable[Path], needs: Iterable[str] = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The JSON objects in many files of the store at `root`; the damaged ones are left out, and named in one line."""
-    left_out = []
+def read_all(
+    root: Path,
+    files: Iterable[Path],
+    needs: Iterable[str] | Mapping[str, Any] = (),
+    *,
+    check: Callable[[Path, dict[str, Any]], None] = lambda file, value: None,
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The JSON objects in many files of the store at `root`; the damaged ones are left out, and named in one line.
+
+    Args:
+        root: the store.
+        files: which files.
+        needs: see `read_json`.
+        check: raises `Damaged` where more is wrong than `needs` tells.
+    """
+    found, left_out = read_sound(files, needs, check=check)
+    name_left_out(root, left_out)
+    yield from found
+
+
+def read_sound(
+    files: Iterable[Path],
+    needs: Iterable[str] | Mapping[str, Any] = (),
+    *,
+    check: Callable[[Path, dict[str, Any]], None] = lambda file, value: None,
+) -> tuple[list[tuple[Path, dict[str, Any]]], list[Damaged]]:
+    """The JSON objects in many files, and the damage of those that cannot be read."""
+    found, left_out = [], []
     for file in files:
         try:
-            yield file, read_json(file, needs)
+            value = read_json(file, needs)
+            with reading(file):
+                check(file, value)
         except Damaged as error:
             if file.exists():  # else another process has just deleted it
                 left_out.append(error)
         except OSError as error:
-            left_out.append(Damaged(file, f"cannot be read ({error.strerror})"))
-    name_left_out(root, left_out)
+            left_out.append(unreadable(file, error))
+        else:
+            found.append((file, value))
+    return found, left_out
+
+
+def unreadable(file: Path, error: OSError) -> Damaged:
+    """What a file is that is there and cannot be read, as on a bad sector."""
+    return error if isinstance(error, Damaged) else Damaged(file, f"cannot be read ({error.strerror or error})")
 
 
 def name_left_out(root: Path, found: Iterable[Damaged]) -> None:
@@ -166,18 +237,19 @@ def check_sizes(folder: Path) -> None:
     Raises:
         Damaged: a file is missing, has another size, or the list itself cannot be read.
     """
-    files = read_json(folder / META).get("files")
-    if files is None:
+    meta = read_json(folder / META)
+    if "files" not in meta:
         _check_for_empty_files(folder)
         return
-    for name, known in files.items():
-        file = folder / name
+    with reading(folder / META):
+        sizes = {folder / name: int(known["bytes"]) for name, known in meta["files"].items()}
+    for file, size in sizes.items():
         try:
             there = file.stat().st_size
         except (FileNotFoundError, NotADirectoryError):
             raise Damaged(file, "is missing") from None
-        if there != known["bytes"]:
-            raise Damaged(file, f"has {there:,} of {known['bytes']:,} bytes")
+        if there != size:
+            raise Damaged(file, f"has {there:,} of {size:,} bytes")
 
 
 def _check_for_empty_files(folder: Path) -> None:
@@ -210,10 +282,24 @@ def let_others_read(folder: Path) -> None:
             file.chmod(file.stat().st_mode | allowed)
 
 
+def checkpoints(folders: Iterable[Path]) -> list[Path]:
+    """The checkpoints `step-<number>` in some folders, furthest first; whatever else lies there is none."""
+    found = [(int(match[1]), p) for f in folders for p in _inside(f) if (match := STEP.fullmatch(p.name))]
+    return [path for _, path in sorted(found, key=lambda known: (-known[0], known[1]))]
+
+
+def _inside(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:  # its owner has just removed it
+        return []
+
+
 def is_whole(checkpoint: Path) -> bool:
     """Whether every file of a checkpoint is as it was written; those of older versions tell only by their format."""
-    files = [f for f in checkpoint.rglob("*") if f.is_file() and not f.name.startswith(".")]
-    return bool(files) and all(is_whole_file(f) for f in files)
+    files = [f for f in checkpoint.rglob("*") if f.is_file() and not f.name.startswith(".") and f.suffix != CRC]
+    states = [f.name for f in files if f.name in STATE]
+    return bool(files) and len(states) in (0, len(STATE)) and all(is_whole_file(f) for f in files)
 
 
 def is_whole_file(file: Path) -> bool:
@@ -227,7 +313,7 @@ def is_whole_file(file: Path) -> bool:
         elif file.suffix == ".safetensors":
             return file.stat().st_size == _tensors_end(file)
         return file.stat().st_size > 0
-    except (Damaged, OSError, ValueError, struct.error):
+    except (Damaged, OSError, ValueError, LookupError, TypeError, AttributeError, struct.error):
         return False
 
 
@@ -236,7 +322,10 @@ def _tensors_end(file: Path) -> int:
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         header = json.loads(stream.read(min(length, file.stat().st_size)))
-    return 8 + length + max((t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"), default=0)
+    tensors = [t for name, t in header.items() if name != "__metadata__"]
+    if any(t.keys() != {"dtype", "shape", "data_offsets"} for t in tensors):
+        raise ValueError(f"{file.name} describes its tensors by other keys than safetensors do")
+    return 8 + length + max((t["data_offsets"][1] for t in tensors), default=0)
 
 
 def is_disk_full(error: BaseException | None) -> bool:

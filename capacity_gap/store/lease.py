@@ -12,15 +12,17 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from capacity_gap.settings.errors import Busy
+from capacity_gap.store.files import tell
 
 BEAT_S = 5.0
 PATIENCE_S = 40.0  # eight missed beats
 POLL_S = 0.5
+LEASE = "lease.json"
 
 
 class Lease:
@@ -30,7 +32,7 @@ class Lease:
     """
 
     def __init__(self, place: Path, done: Callable[[], bool], *, waits: bool = True, needs: Sequence[str] = ()) -> None:
-        self.file = place / "lease.json"
+        self.file = place / LEASE
         self.done = done
         self.waits = waits
         self.needs = list(needs)  # keys of the stages that the work reads, which nobody may delete meanwhile
@@ -59,11 +61,13 @@ class Lease:
             self._thread.join()
         self.give_back()
 
-    def take_if_free(self) -> bool:
-        """Takes the lease without waiting; whether it was free, or its owner known to be dead."""
-        if held_elsewhere(self.file.parent):
-            return False
-        if dead := _read(self.file):
+    def take_unless_alive(self, known_dead: str | None = None) -> bool:
+        """Takes the lease if it is free or its owner dead, which takes `PATIENCE_S` to know of another machine's."""
+        place = self.file.parent
+        dead = _read(self.file)
+        if dead is not None:
+            if owner_of(place) != known_dead and at_work([place]):
+                return False
             self._evict(dead)
         return self._acquire()
 
@@ -78,6 +82,10 @@ class Lease:
     def is_lost(self) -> bool:
         """Whether another process has taken over, because this one was stopped and missed its heartbeats."""
         return self._lost
+
+    def is_taken(self) -> bool:
+        """The same, looked up now: a process that has just gone on may not know yet what the next beat tells it."""
+        return self._lost or self._holder() not in (None, self.owner)
 
     def _acquire(self) -> bool:
         """Creates the lease file if there is none: the one step that only one process can win."""
@@ -102,7 +110,7 @@ class Lease:
             Busy: its owner is alive, and this lease was told not to wait.
         """
         pulse = Pulse(self.file.parent)
-        while not self.done():
+        while not self._is_done():
             state = pulse.state()
             if state == "free":
                 return
@@ -110,13 +118,20 @@ class Lease:
                 self._evict(pulse.seen or {})
                 return
             if state == "alive" and not self.waits:
-                raise Busy(f"{self.file.parent.name} is being computed by {self._holder()}")
+                raise Busy(f"{self.file.parent.name} is being computed by {self.holder()}")
             time.sleep(POLL_S)
+
+    def _is_done(self) -> bool:
+        """A file server that does not answer for a moment (ESTALE, EIO) costs a look and not the waiting process."""
+        try:
+            return self.done()
+        except OSError:
+            return False
 
     def _evict(self, dead: dict) -> None:
         """Removes the lease of a dead owner; a rename first, so that of several observers one succeeds."""
         aside = self.file.with_name(f".evicted-{self.owner}")
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.rename(self.file, aside)
             if (_read(aside) or {}).get("owner") != dead.get("owner"):
                 with contextlib.suppress(FileExistsError):
@@ -139,6 +154,10 @@ class Lease:
         lease = {"owner": self.owner, "counter": self._counter, "boot": _boot_id(), "pid": os.getpid()}
         file.write_text(json.dumps({**lease, "needs": self.needs}))
 
+    def holder(self) -> str:
+        """Who has the lease, in words."""
+        return self._holder() or "an unknown owner"
+
     def _holder(self) -> str | None:
         return (_read(self.file) or {}).get("owner")
 
@@ -147,7 +166,7 @@ class Pulse:
     """Somebody else's lease, watched by this process's own clock."""
 
     def __init__(self, place: Path) -> None:
-        self.file = place / "lease.json"
+        self.file = place / LEASE
         self.seen = _read(self.file)
         self.since = time.monotonic()
         self.beaten = False
@@ -157,32 +176,56 @@ class Pulse:
         now = _read(self.file)
         if now is None:
             return "free"
-        if now != self.seen:
-            self.beaten = self.beaten or self.seen is not None
+        if now and now != self.seen:  # one that cannot be read tells nothing
+            self.beaten = self.beaten or bool(self.seen)
             self.seen, self.since = now, time.monotonic()
         if time.monotonic() - self.since > PATIENCE_S or _dead_here(now):
             return "dead"
         return "alive" if self.beaten else "silent"
 
 
-def held_elsewhere(place: Path) -> bool:
-    """Whether a live process may be at work in `place`: its lease is there, and its owner not known to be dead."""
-    lease = _read(place / "lease.json")
-    return lease is not None and not _dead_here(lease)
+def at_work(places: Iterable[Path]) -> dict[Path, str]:
+    """Where a live process may be at work, and which one: those of this machine at once, others once they beat.
+
+    Returns after `PATIENCE_S` at most: by then an owner elsewhere that has not beaten is dead.
+    """
+    leases = {place: lease for place in places if (lease := _read(place / LEASE)) is not None}
+    alive = {place for place, lease in leases.items() if _alive_here(lease)}
+    watched = {place: Pulse(place) for place in leases.keys() - alive}
+    if watched:
+        tell(
+            f"waiting at most {PATIENCE_S:.0f} s for a heartbeat of {len(watched)} owners that are not of this machine"
+        )
+    while watched:
+        states = {place: pulse.state() for place, pulse in watched.items()}
+        alive |= {place for place, state in states.items() if state == "alive"}
+        watched = {place: watched[place] for place, state in states.items() if state == "silent"}
+        if watched:
+            time.sleep(POLL_S)
+    return {place: leases[place].get("owner", "an unknown owner") for place in alive}
+
+
+def owner_of(place: Path) -> str | None:
+    """Who has the lease of `place`; None where there is none, nothing where it cannot be read."""
+    lease = _read(place / LEASE)
+    return None if lease is None else str(lease.get("owner", ""))
 
 
 def needs_of(place: Path) -> list[str]:
     """The stages that the process at work in `place` reads."""
-    return list((_read(place / "lease.json") or {}).get("needs", ()))
+    return list((_read(place / LEASE) or {}).get("needs", ()))
 
 
 @contextlib.contextmanager
-def taking(place: Path) -> Iterator[bool]:
-    """Takes the lease of `place` for a moment, unless a process that may be alive has it; yields success."""
+def taking(place: Path, *, dead: str | None = None) -> Iterator[str]:
+    """Takes the lease of `place` for a moment; yields nothing, or who is at work there and will not be disturbed.
+
+    `dead`: an owner that has been watched already.
+    """
     lease = Lease(place, lambda: False)
-    lease.owned = lease.take_if_free()
+    lease.owned = lease.take_unless_alive(dead)
     try:
-        yield lease.owned
+        yield "" if lease.owned else f"{lease.holder()} is at it ({lease.file})"
     finally:
         lease.give_back()
 
@@ -194,12 +237,12 @@ def lives_here(owner: str) -> bool:
 
 
 def _read(file: Path) -> dict | None:
-    """A lease: None where there is none, nothing known where a crash of its machine left it torn."""
+    """A lease: None where there is none, nothing known where it is torn or the file server does not give it."""
     try:
         found = json.loads(file.read_text())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError:
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -230,6 +273,13 @@ def _boot_id() -> str:
 
 def _dead_here(lease: dict) -> bool:
     """Whether the owner ran on this very machine and is gone, which needs no patience to know."""
-    if lease.get("boot") != _boot_id():
-        return False
-    return str(lease.get("pid")).isdigit() and not _runs(int(lease["pid"]))
+    return _is_from_here(lease) and not _runs(int(lease["pid"]))
+
+
+def _alive_here(lease: dict) -> bool:
+    """Whether the owner exists on this very machine, running or stopped."""
+    return _is_from_here(lease) and _runs(int(lease["pid"]))
+
+
+def _is_from_here(lease: dict) -> bool:
+    return lease.get("boot") == _boot_id() and str(lease.get("pid")).isdigit()

@@ -6,7 +6,8 @@ whole; `stage.json` lists its files, and whoever reads the stage compares their 
 the same stage is never computed twice, whichever process needs it. Work in progress lives in
 `<store>/.work/<name>-<digest>/<owner>/`, where it leaves checkpoints that the next owner takes over. Two processes may
 compute one stage at once (the lease makes that rare); the first rename wins and both results are equal. A process
-deletes its own folder and those that lay there before it, never one of a later owner.
+deletes its own folder and those that lay there before it, never one of a later owner, and no checkpoint before the
+stage is there.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +33,6 @@ from capacity_gap.store.files import (
     disk_full,
     explaining_full_disk,
     is_disk_full,
-    is_whole,
     let_others_read,
     listed,
     name_left_out,
@@ -44,10 +44,12 @@ from capacity_gap.store.files import (
     write_checked,
     write_json,
 )
-from capacity_gap.store.lease import Lease, lives_here
+from capacity_gap.store.lease import Lease
+from capacity_gap.store.takeover import CHECKPOINT, adopt_checkpoint, clear_up, leave
 
 log = logging.getLogger(__name__)
 SCHEMA = 1
+TOGETHER = (Interrupted, StageError)  # what a collective stage raises on all ranks at once
 
 
 @dataclass(frozen=True)
@@ -212,20 +214,29 @@ class Store:
 
     def lost(self, stage: Stage) -> list[Stage]:
         """The stages behind `stage`, itself included, that were set aside as damaged and not made again yet."""
-        aside = {p.name.rpartition(".")[0] for p in self.damaged.iterdir()} if self.damaged.is_dir() else ()
+        if not self.damaged.is_dir():
+            return []
+        aside = {p.name.rpartition(".")[0] for p in self.damaged.iterdir()}
         return [s for key, s in closure(stage).items() if key.replace("/", "-") in aside and not self.has(s)]
+
+    def finished(self, stage: Stage) -> bool:
+        """Whether nothing is to be done for `stage`: it is whole, and so is all behind it that was once damaged."""
+        return self.is_sound(stage) and not self.lost(stage)
 
     def started(self, stage: Stage) -> bool:
         """Whether work on the stage, or on something that it still needs, was begun and not ended."""
         return any(self.place(key).exists() for key in self.missing(stage))
 
     def missing(self, stage: Stage) -> dict[str, Stage]:
-        """The stages that must still run before `stage` is there, itself included, inputs first."""
-        if self.has(stage):
+        """The stages that must still run before `stage` is finished, inputs first."""
+        return {**{s.key: s for s in self.lost(stage)}, **self._not_there(stage)}
+
+    def _not_there(self, stage: Stage) -> dict[str, Stage]:
+        if self.is_sound(stage):
             return {}
         found: dict[str, Stage] = {}
         for parent in stage.inputs.values():
-            found.update(self.missing(parent))
+            found.update(self._not_there(parent))
         found[stage.key] = stage
         return found
 
@@ -235,21 +246,32 @@ class Store:
         self._need(stage, runtime)
         return self.path(stage)
 
+    def make_again(self, stage: Stage, runtime: Runtime) -> None:
+        """Computes what was set aside as damaged behind a stage that is there."""
+        for lost in self.lost(stage):
+            self.compute(lost, runtime)
+
     def _need(self, stage: Stage, runtime: Runtime) -> None:
         """Returns once the stage is there; inputs that are deleted in the meantime are made again."""
+        left: list[Path] = []  # folders of this process, from which it was overtaken
         while not self.is_sound(stage):
             for parent in stage.inputs.values():
                 self._need(parent, runtime)
             runtime.check()
-            self._compute_one(stage, runtime)
+            self._compute_one(stage, runtime, left)
+        for mine in left:
+            shutil.rmtree(mine, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                mine.parent.rmdir()  # unless others are there
 
-    def _compute_one(self, stage: Stage, runtime: Runtime) -> None:
+    def _compute_one(self, stage: Stage, runtime: Runtime, left: list[Path]) -> None:
         place, needs = self.place(stage.key), [s.key for s in stage.inputs.values()]
         with (
             explaining_full_disk(self.root, f"stage {stage.key}"),
             Lease(place, lambda: self.is_sound(stage), waits=runtime.waits, needs=needs) as lease,
         ):
             if lease.owned:
+                left.append(place / lease.owner)
                 self._clear(stage)
                 self._run(stage, place, lease, runtime)
 
@@ -269,32 +291,33 @@ class Store:
             with runtime.following(stage.key, mine / "progress.json", stage.cost, lease.is_lost):
                 self._make(stage, place, mine, runtime)
         except Lost:
-            log.info("%s: another process took over while this one was stopped", stage.key)
-            shutil.rmtree(mine, ignore_errors=True)
+            self._leave(stage, mine)
         except Exception as error:
-            if not self._is_overtaken(stage, runtime):
+            if runtime.ranks.size > 1 and stage.collective:
+                raise  # else ranks would wait for one another for ever
+            if lease.is_taken():
+                self._leave(stage, mine)
+            elif self.is_sound(stage) or not all(map(self.is_sound, stage.inputs.values())):
+                log.warning("%s: begins again, because what it needs is gone (%s)", stage.key, error)
+            else:
                 raise
-            log.warning("%s: begins again, because what it needs is gone (%s)", stage.key, error)
         if self.has(stage):
             shutil.rmtree(mine, ignore_errors=True)
-            _remove_leftovers(before)
+            clear_up(before)
 
-    def _is_overtaken(self, stage: Stage, runtime: Runtime) -> bool:
-        """Whether an error came of what other processes did: they finished the stage, or deleted its inputs."""
-        alone = runtime.ranks.size == 1 or not stage.collective  # else ranks would wait for one another for ever
-        return alone and (self.is_sound(stage) or not all(map(self.is_sound, stage.inputs.values())))
+    def _leave(self, stage: Stage, mine: Path) -> None:
+        log.info("%s: another process took over while this one was stopped", stage.key)
+        leave(mine)
 
     def _make(self, stage: Stage, place: Path, mine: Path, runtime: Runtime) -> None:
-        out, checkpoint = mine / "out", mine / "checkpoint"
+        out, checkpoint = mine / "out", mine / CHECKPOINT
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         resumed = adopt_checkpoint(place, checkpoint)
         started = time.monotonic()
         log.info("%s: %s", stage.key, "goes on from a checkpoint" if resumed else "starts")
         inputs = {k: self.path(s) for k, s in stage.inputs.items()}
-        if stage.collective:
-            runtime.ranks.tell((stage.key, str(checkpoint)))
-        stage.fn(StageRun(stage.digest, stage.config, inputs, out, checkpoint, runtime, stage.options))
+        _call(stage, StageRun(stage.digest, stage.config, inputs, out, checkpoint, runtime, stage.options))
         meta = self._meta(stage, runtime, time.monotonic() - started, resumed)
         write_json(out / META, with_checksum({**meta, "files": listed(out)}))
         publish(out, self.path(stage))
@@ -308,7 +331,7 @@ class Store:
         try:
             while told := runtime.ranks.tell():
                 self._share(stages[told[0]], Path(told[1]), runtime)
-        except (Interrupted, StageError):  # raised on all ranks at once: rank 0 still says that it ends
+        except TOGETHER:  # rank 0 still says that it ends
             runtime.ranks.tell()
             runtime.ranks.part()
             raise
@@ -334,27 +357,18 @@ class Store:
         }
 
 
-def adopt_checkpoint(place: Path, checkpoint: Path) -> bool:
-    """Copies the furthest whole checkpoint that an earlier owner left to this owner's folder; whether there is one.
-
-    Checkpoints are folders `step-<number>`, each written whole (`checkpoint.save` renames them into place); one that a
-    crash of the machine left empty or torn, or of which a byte has changed, is passed over.
-    """
-    left = sorted(place.glob("*/checkpoint/step-*"), key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
-    checkpoint.mkdir(parents=True, exist_ok=True)
-    furthest = next(filter(_is_sound_checkpoint, left), None)
-    if furthest and furthest.parent != checkpoint:
-        # Another owner may do the same at this moment: whoever comes second starts from its own, or from nothing.
-        with contextlib.suppress(OSError):
-            shutil.copytree(furthest, checkpoint / f".{furthest.name}.tmp")
-            os.rename(checkpoint / f".{furthest.name}.tmp", checkpoint / furthest.name)
-    return furthest is not None and (checkpoint / furthest.name).is_dir()
-
-
-def _is_sound_checkpoint(folder: Path) -> bool:
-    if not (whole := is_whole(folder)):
-        log.warning("%s is damaged: it is passed over", folder)
-    return whole
+def _call(stage: Stage, run: StageRun) -> None:
+    ranks = run.runtime.ranks
+    if stage.collective:
+        ranks.tell((stage.key, str(run.checkpoint)))
+    try:
+        stage.fn(run)
+    except TOGETHER:
+        raise
+    except BaseException:  # such as a disk that is full under the checkpoint that only this rank writes
+        if stage.collective:
+            ranks.desert()
+        raise
 
 
 def publish(out: Path, final: Path) -> None:
@@ -370,16 +384,3 @@ def publish(out: Path, final: Path) -> None:
             raise
         check_sizes(final)
     sync(final.parent)
-
-
-def _remove_leftovers(before: Iterable[Path]) -> None:
-    """Removes what earlier owners of a finished stage left, but for those that are stopped here: they clear up
-    themselves when they go on.
-    """
-    for path in before:
-        if lives_here(path.name):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)

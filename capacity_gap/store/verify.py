@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,18 +17,17 @@ from typing import Any
 
 from capacity_gap.settings.errors import Damaged
 from capacity_gap.settings.hashing import fingerprint
-from capacity_gap.store.contents import OUTSIDE, note_files, size
+from capacity_gap.store.contents import check_cells, note_files, size, stage_folders
 from capacity_gap.store.files import (
-    CHECKSUM,
     META,
     check_sizes,
-    checksum,
     is_whole_file,
     listed,
     read_json,
+    reading,
     sha256,
-    with_checksum,
-    write_json,
+    unreadable,
+    write_checked,
 )
 from capacity_gap.store.lease import taking
 from capacity_gap.store.stage import Store
@@ -47,6 +46,7 @@ class Verified:
     listed: int = 0  # stages of older versions that got their list
     damaged: list[Damaged] = field(default_factory=list)  # one a stage or note
     repaired: list[Path] = field(default_factory=list)  # where what was damaged lies now
+    left: list[str] = field(default_factory=list)  # what was not repaired, and why
     seconds: float = 0.0
 
     @property
@@ -67,7 +67,7 @@ def verify(store: Store, *, repair: bool = False, say: Callable[[str], None] = l
     for note in _notes(store):
         found.notes += 1
         _take(store, note, _fault_of_note(note), found, repair)
-    folders = list(_stages(store))
+    folders = stage_folders(store)
     sizes = {folder: size(folder) for folder in folders}
     total = sum(sizes.values())
     with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
@@ -91,22 +91,23 @@ def _take(store: Store, path: Path, fault: Damaged | None, found: Verified, repa
     """Counts one stage or note, and sets it aside if it is damaged and that was asked for."""
     if fault is None or not path.exists():  # deleted by another process meanwhile
         return
-    found.damaged.append(fault)
     if not repair:
+        found.damaged.append(fault)
         return
-    if path.is_dir():
-        with taking(store.place(f"{path.parent.name}/{path.name}")) as had:
-            if had:
-                found.repaired.append(store.set_aside(path, fault))
-    else:
-        found.repaired.append(store.set_aside(path, fault))
-
-
-def _stages(store: Store) -> Iterator[Path]:
-    """Every folder that holds a stage, or should."""
-    for kind in sorted(store.root.iterdir()):
-        if kind.is_dir() and kind.name not in OUTSIDE and not kind.name.startswith("."):
-            yield from sorted(p for p in kind.iterdir() if p.is_dir() and not p.name.startswith("."))
+    is_stage = path.is_dir()
+    with taking(store.place(f"{path.parent.name}/{path.name}")) if is_stage else contextlib.nullcontext("") as busy:
+        # The hashes may be an hour old by now, and another process may have made it again.
+        now = fault if busy else (_fault_of_stage if is_stage else _fault_of_note)(path)
+        if now is None:
+            return
+        if busy:
+            found.left.append(f"{path.relative_to(store.root)}: {busy}")
+        else:
+            try:
+                found.repaired.append(store.set_aside(path, now))
+            except FileNotFoundError:
+                return
+        found.damaged.append(now)
 
 
 def _notes(store: Store) -> list[Path]:
@@ -116,29 +117,27 @@ def _notes(store: Store) -> list[Path]:
 
 def _fault_of_note(file: Path) -> Damaged | None:
     try:
-        _check_sum(file, read_json(file))
-    except Damaged as error:
-        return error
+        value = read_json(file)
+        if file.parent.name == "sweeps":
+            with reading(file):
+                check_cells(file, value)
+    except OSError as error:  # `Damaged` is a kind of it
+        return unreadable(file, error)
     return None
 
 
 def _fault_of_stage(folder: Path) -> Damaged | None:
     try:
         check_sizes(folder)
-        meta = read_json(folder / META, ["name", "version", "config", "inputs", "digest"])
-        _check_sum(folder / META, meta)
-        _check_identity(folder, meta)
-        _check_content(folder, meta)
-    except Damaged as error:
-        return error
+        meta = read_json(folder / META, {"name": str, "version": int, "config": dict, "inputs": dict, "digest": str})
+        with reading(folder / META):
+            _check_identity(folder, meta)
+            _check_content(folder, meta)
     except FileNotFoundError as error:
         return Damaged(Path(error.filename or folder), "is missing")
+    except OSError as error:  # a bad sector costs the stage and not the verification
+        return unreadable(Path(error.filename or folder), error)
     return None
-
-
-def _check_sum(file: Path, value: dict[str, Any]) -> None:
-    if value.get(CHECKSUM, checksum(value)) != checksum(value):
-        raise Damaged(file, "does not have its checksum")
 
 
 def _check_identity(folder: Path, meta: dict[str, Any]) -> None:
@@ -162,12 +161,11 @@ def _check_content(folder: Path, meta: dict[str, Any]) -> None:
 
 def _add_list(folder: Path) -> bool:
     """Gives a stage of an older version its list of files; returns whether it was one, and could be written."""
-    meta = read_json(folder / META)
-    if "files" in meta:
-        return False
-    with contextlib.suppress(PermissionError):
-        write_json(folder / META, with_checksum({**meta, "files": listed(folder)}))
-        return True
+    with contextlib.suppress(OSError):  # a store that may only be read, or a stage that has just been deleted
+        meta = read_json(folder / META)
+        if "files" not in meta:
+            write_checked(folder / META, {**meta, "files": listed(folder)})
+            return True
     return False
 
 

@@ -1,12 +1,17 @@
 """hydra/launcher=ray: one wave of a grid as tasks of a Ray cluster, running or local. Imports no torch."""
 
+import contextlib
 import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.plugins.launcher import Launcher
+
+if TYPE_CHECKING:
+    from capacity_gap.runner.stopping import Noted
 
 POLL_S = 0.5  # how often a grid that waits looks whether it was asked to end
 
@@ -67,7 +72,7 @@ class RayLauncher(Launcher):
             try:
                 _note_outcomes(ray, running, jobs, check)
             except BaseException:
-                _end(ray, list(running))
+                _end(ray, list(running), check)
                 raise
         return jobs.returns()
 
@@ -98,11 +103,20 @@ def _note_outcomes(ray: Any, running: dict[Any, int], jobs: Any, check: Callable
                 jobs.note(n, "died", f"its process died ({type(error).__name__})")
 
 
-def _end(ray: Any, tasks: Sequence[Any]) -> None:
-    """Interrupts every task, which then leaves a checkpoint, and waits for them as long as any grid does."""
+def _end(ray: Any, tasks: Sequence[Any], noted: "Noted") -> None:
+    """Interrupts every task, which then leaves a checkpoint, and waits for them as long as any grid does.
+
+    A second signal does not wait. Whatever Ray says meanwhile is not heard: the grid ends by what ended it.
+    """
     from capacity_gap.runner.stopping import GRACE_S
 
+    end = time.monotonic() + GRACE_S
     for task in tasks:
-        ray.cancel(task)
-    ray.wait(tasks, num_returns=len(tasks), timeout=GRACE_S)
-    ray.shutdown()  # of a cluster on this machine, which would take half a minute to end by itself
+        with contextlib.suppress(Exception):
+            ray.cancel(task)
+    with contextlib.suppress(Exception):
+        left = list(tasks)
+        while left and time.monotonic() < end and not noted.again:
+            _, left = ray.wait(left, num_returns=len(left), timeout=POLL_S)
+    with contextlib.suppress(Exception):
+        ray.shutdown()  # of a cluster on this machine, which would take half a minute to end by itself

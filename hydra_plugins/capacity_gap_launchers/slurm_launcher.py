@@ -3,11 +3,13 @@
 import contextlib
 import logging
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,8 @@ from hydra.core.config_store import ConfigStore
 from hydra.plugins.launcher import Launcher
 
 log = logging.getLogger(__name__)
+ANSWER_S = 60.0  # for squeue and scancel, which wait long for a controller that is away
+UNKNOWN = "Invalid job id"  # what they say of a job that ended long ago
 GONE_S = 10.0  # a job that squeue has not named for so long is over, whatever became of it
 
 
@@ -124,6 +128,7 @@ class SlurmLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
         """Runs one wave; returns an outcome a job."""
         from capacity_gap.cell.config import from_hydra
+        from capacity_gap.runner.stopping import holding_signals
         from capacity_gap.runner.worker import Jobs, handed_out
         from capacity_gap.store.stage import Store
 
@@ -132,11 +137,13 @@ class SlurmLauncher(Launcher):
         jobs = Jobs.hand_out(Store(configs[0].store_path), [handed_out(c) for c in configs])
         packs = self._packs(jobs.count)
         threads = self.settings.cpus or configs[0].train.threads * max(1, self.settings.gpus)
-        submitted = self._submit(jobs, packs, threads)
+        with holding_signals() as check:  # else one that comes while sbatch runs leaves an array that nobody knows
+            submitted = self._submit(jobs, packs, threads)
         try:
+            check()
             self._watch(jobs, packs, submitted)
         except BaseException:
-            subprocess.run(["scancel", *submitted], check=False)  # SIGTERM first: checkpoints are written
+            _cancel(submitted)
             raise
         return jobs.returns()
 
@@ -239,7 +246,7 @@ class SlurmLauncher(Launcher):
         """Submits the whole command of the grid as a small CPU job, and says how to follow it."""
         self._check()
         s = self.settings
-        folder = store / "jobs" / f"detached-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        folder = store / "jobs" / f"detached-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
         executor = self._executor(folder)
         executor.update_parameters(
             **self._site(partition=s.detach_partition or s.partition, time=s.detach_time_min),
@@ -253,15 +260,39 @@ class SlurmLauncher(Launcher):
         )
 
 
+def _arrays(ids: Sequence[str]) -> list[str]:
+    """The arrays that tasks are of: one id for thousands of tasks."""
+    return sorted({i.split("_")[0] for i in ids})
+
+
+def _ask(command: Sequence[str]) -> subprocess.CompletedProcess | None:
+    """Runs a command of Slurm's; None if it does not answer in time."""
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=ANSWER_S, start_new_session=True
+        )
+    except (subprocess.TimeoutExpired, OSError):
+        return None
+
+
+def _cancel(ids: Sequence[str]) -> None:
+    """Cancels what was submitted. Slurm sends SIGTERM first, so checkpoints are written."""
+    from capacity_gap.runner.stopping import holding_signals
+
+    command = ["scancel", *_arrays(ids)]
+    with holding_signals():
+        done = _ask(command)
+    if done is None or (done.returncode and UNKNOWN not in done.stderr):
+        why = f" ({done.stderr.strip()})" if done else f" within {ANSWER_S:.0f} s"
+        print(f"Slurm did not cancel the jobs{why}. They may still run. Type: {shlex.join(command)}", file=sys.stderr)
+
+
 def _squeue(ids: Sequence[str]) -> set[str] | None:
     """Which array tasks Slurm still knows as pending or running; None if it does not answer."""
-    base = sorted({i.split("_")[0] for i in ids})
-    done = subprocess.run(
-        ["squeue", "-h", "-r", "-o", "%i|%A|%T", "-j", ",".join(base)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        # A job that ended long ago is an "Invalid job id", which is an answer too.
-        return set() if "Invalid job id" in done.stderr else None
+    done = _ask(["squeue", "-h", "-r", "-o", "%i|%A|%T", "-j", ",".join(_arrays(ids))])
+    if done is None or done.returncode:
+        # A job that ended long ago is an answer too.
+        return set() if done and UNKNOWN in done.stderr else None
     over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
     rows = (line.split("|") for line in done.stdout.split())
     return {row[0] for row in rows if row[2] not in over}
