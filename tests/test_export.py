@@ -13,6 +13,7 @@ from capacity_gap.commands import cli
 from capacity_gap.export.student import export, public
 from capacity_gap.runner.run_cell import run_config
 from capacity_gap.settings.errors import UserError
+from capacity_gap.store.files import CHECKSUM, write_checked
 from capacity_gap.store.stage import Store
 from tests.conftest import compose
 
@@ -129,7 +130,7 @@ def test_published_parents_are_named_where_the_hub_looks_for_them(tiny_cell, tmp
     for stage in (cell.corpus, cell.base_corpus):
         meta = json.loads((store.path(stage) / "stage.json").read_text())
         meta["config"] = {"name": "hub", "dataset": "meta-llama/Llama-2-text"}
-        (store.path(stage) / "stage.json").write_text(json.dumps(meta))
+        write_checked(store.path(stage) / "stage.json", {k: v for k, v in meta.items() if k != CHECKSUM})
     lineage = Lineage.of(store, cell.record.digest)
     assert lineage.parents == [
         ("meta-llama/Llama-2-7b-hf", "Llama 2 Community License"),
@@ -169,3 +170,10 @@ def test_an_export_writes_over_nothing(tiny_cell, tmp_path):
     assert len(list(out.glob("*.safetensors"))) > 1
     assert sum(len(load_file(f)) for f in out.glob("*.safetensors")) > 10
     assert os.listdir(tmp_path / "out") and sorted(os.listdir(tmp_path)) == ["file", "out"]
+
+
+@pytest.mark.parametrize("cell", ["", "*", "../..", "[a-f]", "record/", "xyz", "A" * 300])
+def test_only_a_digest_names_a_cell(cell, tiny_cell, tmp_path):
+    with pytest.raises(UserError, match="is no cell: give the beginning of its digest"):
+        export(Store(tiny_cell.store_path), cell, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -220,6 +220,44 @@ def test_own_tasks_that_run_code_are_stopped_before_anything_is_loaded(tmp_path)
         _ = given.evaluate.benchmarks
 
 
+def test_functions_of_task_files_are_code(tmp_path):
+    pytest.importorskip("lm_eval")
+    (tmp_path / "a.yaml").write_text("task: a\ntag: mine\ndoc_to_text: !function own.text\n")
+    (tmp_path / "b.yaml").write_text("task: b\nmetric_list:\n  - metric: acc\n    aggregation: !function own.mean\n")
+    (tmp_path / "c.yaml").write_text("task: c\ninclude: deep/base.yaml\n")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/base.yaml").write_text("process_docs: !function own.docs\n")
+    (tmp_path / "d.yaml").write_text("group: d\ntask:\n  - task: e\n    doc_to_target: !function own.text\n")
+    (tmp_path / "plain.yaml").write_text("task: plain\n")
+    assert unsafe_names(tmp_path) == {"a", "b", "c", "d", "mine"}
+    for name in ("a", "b", "c", "d", "mine"):
+        with pytest.raises(ConfigError, match=rf"{name} executes code"):
+            chosen(name, tmp_path, allow_code=False)
+    assert chosen("plain", tmp_path, allow_code=False) == [Task("plain")]
+    inside = next(f for f in (harness_folder() / "gsm8k").glob("*.yaml"))
+    (tmp_path / "theirs.yaml").write_text(f"task: theirs\ninclude: {inside}\n")
+    assert chosen("theirs", tmp_path, allow_code=False), "functions of the harness came with it"
+
+
+def test_templates_do_not_reach_into_python(checkpoint, tmp_path):
+    pytest.importorskip("lm_eval")
+    mark = tmp_path / "ran"
+    reach = "{{ cycler.__init__.__globals__.os.system('touch MARK') }}".replace("MARK", str(mark))
+    write_choice(tmp_path, "sly", f'doc_to_text: "{reach}"\n')
+    with pytest.raises(StageError, match=r"access to attribute '__init__'"):
+        score(checkpoint, tmp_path, Task("sly"))
+    assert not mark.exists()
+    write_choice(tmp_path, "fair", 'doc_to_text: "{{ q | upper }}"\n')
+    assert score(checkpoint, tmp_path, Task("fair"))
+
+
+def test_metrics_that_would_be_fetched_as_code_are_refused(checkpoint, tmp_path):
+    pytest.importorskip("lm_eval")
+    write_choice(tmp_path, "far", "metric_list: [{metric: someone/their_metric}]\n")
+    with pytest.raises(StageError, match="names the metrics someone/their_metric"):
+        score(checkpoint, tmp_path, Task("far"))
+
+
 def test_teachers_are_scored_once_and_scores_leave_old_identities_alone(tiny):
     base = pipeline.resolve(compose([*tiny, "student=40k", "teacher=55k"]))
     scored = pipeline.resolve(compose([*tiny, "student=40k", "teacher=55k", "evaluate=pico"]))
@@ -381,7 +419,7 @@ def test_a_task_that_scores_nothing_or_runs_code_unasked_is_an_error(checkpoint,
     write_choice(tmp_path, "mute", "process_results: !function own.nothing\n")
     (tmp_path / "own.py").write_text("def nothing(doc, results):\n    return {}\n")
     with pytest.raises(StageError, match="the benchmark mute scored nothing"):
-        score(checkpoint, tmp_path, Task("mute"))
+        score(checkpoint, tmp_path, Task("mute"), allow_code=True)
     write_choice(tmp_path, "sly", "unsafe_code: true\n")
     with pytest.raises(StageError, match=r"sly executes code .* evaluate.allow_code_execution=true"):
         score(checkpoint, tmp_path, Task("sly"))

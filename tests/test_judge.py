@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from capacity_gap.commands import cli
+from capacity_gap.judge import endpoint
 from capacity_gap.judge.endpoint import Reply
 from capacity_gap.judge.questions import Question, read_answers, read_questions
 from capacity_gap.judge.verdicts import Cache, cost, grade, judge_all, requests, summarise, verdict
@@ -512,3 +513,39 @@ def _wait_for(url, process, log, seconds=400):
             process.wait(0.2)
             pytest.fail(f"the server ended: {log.read_text()[-2000:]}")
     pytest.fail(f"the server did not start: {log.read_text()[-2000:]}")
+
+
+@pytest.mark.parametrize(
+    "url", ["", "x", "localhost:80", "ftp://a/b", "http://", "http://a:99999", "file:///etc/passwd"]
+)
+def test_what_is_no_url_is_refused(url):
+    with pytest.raises(UserError, match="is no URL"):
+        endpoint.check_url(url)
+
+
+def test_a_password_in_a_url_is_never_shown(monkeypatch):
+    pytest.importorskip("openai")
+    monkeypatch.setenv("JUDGE_KEY", "secret-key")
+    url = "http://me:pass-word@127.0.0.1:9/v1"
+    assert endpoint.redacted(url) == "http://[redacted]@127.0.0.1:9/v1"
+    ask = endpoint.endpoint(url, "judge", "JUDGE_KEY")
+    with pytest.raises(UserError) as error:
+        ask([{"role": "user", "content": "x"}])
+    assert "pass-word" not in str(error.value) and "secret-key" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("http://example.org/v1", True),
+        ("https://example.org/v1", False),
+        ("http://localhost:1", False),
+        ("http://[::1]:1", False),
+    ],
+)
+def test_a_key_over_plain_http_is_warned_of(url, told, monkeypatch, capsys):
+    pytest.importorskip("openai")
+    monkeypatch.setenv("JUDGE_KEY", "secret-key")
+    endpoint.endpoint(url, "judge", "JUDGE_KEY")
+    said = capsys.readouterr().err
+    assert ("over http" in said) is told and "secret-key" not in said

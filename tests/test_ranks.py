@@ -1,5 +1,7 @@
 """Two processes at one cell: the loss of one process with the same global batch."""
 
+import contextlib
+import ipaddress
 import os
 import signal
 import socket
@@ -29,6 +31,17 @@ def torchrun(*arguments):
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+def listening(process):
+    """The addresses at which the ranks and what started them listen, as long as they run."""
+    found = set()
+    while process.poll() is None:
+        with contextlib.suppress(psutil.Error):
+            for each in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
+                found |= {c.laddr.ip for c in each.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+        time.sleep(0.5)
+    return found
 
 
 def ended(process):
@@ -62,7 +75,11 @@ def agrees(row, alone, within=1e-4):
 def test_two_ranks_agree_with_one_process(tiny, tmp_path, precision, alone, sharding):
     """In bf16 sums in another order round otherwise."""
     given = [*tiny, *CELL, precision, f"train.sharding={sharding}", "train.micro_batch_size=1"]
-    ended(torchrun(*given, f"store={tmp_path}"))
+    process = torchrun(*given, f"store={tmp_path}")
+    heard = listening(process)
+    ended(process)
+    assert heard, "ranks meet somewhere"
+    assert all(ipaddress.ip_address(where).is_loopback for where in heard), "no other machine can reach them"
     (row,) = records.read(tmp_path)
     agrees(row, alone, 1e-4 if precision.endswith("fp32") else 1e-3)
 

@@ -14,6 +14,7 @@ from capacity_gap.evaluate.other_models import COLUMNS, add_rows, check_table
 from capacity_gap.evaluate.task_scores import as_loss, metric_direction
 from capacity_gap.fit import fit_law, locate_optima, student_growth
 from capacity_gap.fit.fitting import fit_surface
+from capacity_gap.records import tables
 from capacity_gap.report.frontier import record_points
 from capacity_gap.settings.errors import ConfigError, UserError
 
@@ -251,3 +252,12 @@ def test_records_of_the_study_are_read_as_pandas_reads_them():
     for file in sorted((Path(__file__).parents[1] / "results/pico").glob("*.csv")):
         pd.testing.assert_frame_equal(records.load(file), pd.read_csv(file))
         assert np.isfinite(records.load(file)["student_loss"].dropna()).all()
+
+
+def test_text_that_begins_a_formula_is_written_as_text(tmp_path):
+    names = ["=1+1", "+x", "-y", "@z", "\tq", "plain", "'quoted"]
+    tables.write_csv(pd.DataFrame({"model": names, "value": [-1.5] * len(names)}), tmp_path / "t.csv")
+    lines = (tmp_path / "t.csv").read_text().splitlines()[1:]
+    assert [line.rpartition(",")[0].strip('"') for line in lines] == [*(f"'{n}" for n in names[:5]), *names[5:]]
+    assert all(line.endswith(",-1.5") for line in lines), "numbers stay numbers"
+    assert [tables.as_given(str(tables.no_formula(n))) for n in names] == names

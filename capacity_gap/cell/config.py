@@ -188,13 +188,13 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
     from omegaconf import OmegaConf
 
     extension.load()
-    extension.check(values.get("extend") or [])
     given = {key: value for key, value in values.items() if key != "hydra"}
     if unknown := [key for key in given if key not in _sections() and key not in _alone()]:
         raise ConfigError(unknown_key(unknown[0]))
     alone = {key: value for key, value in given.items() if key in _alone()}
     found = OmegaConf.to_container(_typed(None, json.dumps(alone)))
     assert isinstance(found, dict)
+    extension.check(found["extend"])
     for name in _sections():
         part = OmegaConf.to_object(_typed(name, json.dumps(given.get(name, {}))))
         assert isinstance(part, dict)

@@ -18,6 +18,7 @@ from capacity_gap.runner.plan import check_budget, make_plan, noted_cell
 from capacity_gap.runner.progress import View, Watch
 from capacity_gap.runner.run_cell import fail
 from capacity_gap.runner.stopping import ending_workers
+from capacity_gap.runtime.process import check_threads
 from capacity_gap.settings.errors import Busy, ConfigError, ImpossibleCell, UserError
 from capacity_gap.settings.hashing import fingerprint
 from capacity_gap.store.contents import failure_file, note_sweep
@@ -64,7 +65,13 @@ def check_grid(jobs: Sequence[Job]) -> Store:
 
 
 def run_grid(
-    jobs: Sequence[Job], launch: Launch, *, workers: int = 1, max_batch_size: int | None = None, pool: bool = False
+    jobs: Sequence[Job],
+    launch: Launch,
+    *,
+    workers: int = 1,
+    max_batch_size: int | None = None,
+    pool: bool = False,
+    here: bool = False,
 ) -> bool:
     """Runs every cell of a grid; returns whether none failed.
 
@@ -74,6 +81,7 @@ def run_grid(
         workers: how many jobs the launcher runs at once.
         max_batch_size: how many jobs it is given at once; None: a whole wave.
         pool: whether the launcher is joblib's, whose workers must not be interrupted from outside.
+        here: whether its workers run on this machine.
 
     Raises:
         ConfigError: a setting is wrong, no cell is possible, or all cost too much (raised before anything is run).
@@ -89,6 +97,9 @@ def run_grid(
     check_budget(plan, first.budget_hours)
     if first.plan:
         return True
+    if here:
+        for threads in {cell.config.train.threads for cell, _ in cells.values()}:
+            check_threads(threads)
     settled(first.tracking)  # says once, for all workers, if W&B cannot be had
     name = first.sweep or _name(jobs)
     noted = {c.record.key: noted_cell(c, overrides, plan.speed) for c, overrides in cells.values()}

@@ -10,7 +10,7 @@ from capacity_gap.cell.stages.shared import METRICS, read_history
 from capacity_gap.records import RECORD, SCHEMA_VERSION, Record
 from capacity_gap.runner.plan import make_plan
 from capacity_gap.runner.preflight import check_budgets
-from capacity_gap.runtime.process import Runtime, resolve_device, take
+from capacity_gap.runtime.process import Runtime, check_threads, resolve_device, take
 from capacity_gap.settings.errors import Busy, UserError
 from capacity_gap.store.contents import failure_file, sweeps_of
 from capacity_gap.store.files import explaining_full_disk, read_json, write_checked
@@ -44,6 +44,7 @@ def run(cell: Cell, *, waits: bool = True) -> str:
         waits,
         sharding=config.train.sharding,
     )
+    check_threads(runtime.threads)
     take(runtime.device)
     if not runtime.ranks.leads:
         with runtime.catching_signals():

@@ -9,7 +9,7 @@ from capacity_gap.records import RECORD
 from capacity_gap.runner import run_cell
 from capacity_gap.runner.plan import check_budget, make_plan, noted_cell
 from capacity_gap.runner.progress import View, Watch
-from capacity_gap.runtime.process import resolve_device
+from capacity_gap.runtime.process import check_threads, resolve_device
 from capacity_gap.runtime.ranks import Ranks
 from capacity_gap.settings.errors import choose
 from capacity_gap.store.contents import note_sweep, sweeps
@@ -37,7 +37,9 @@ def run_alone(config: RunConfig, overrides: Sequence[str]) -> str:
         return cell.record.key if config.plan else run_cell.run(cell)
     if config.sweep:
         choose("sweep", config.sweep, sweeps(store))
-    resolve_device(config.train.device)  # one that is not here is refused before anything is written
+    # What is not here is refused before anything is written.
+    resolve_device(config.train.device)
+    check_threads(config.train.threads)
     with explaining_full_disk(store.root, "the note of what is to run"):
         store.create()
         noted = {cell.record.key: noted_cell(cell, overrides, plan.speed)}

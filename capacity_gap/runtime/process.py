@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import tempfile
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from capacity_gap.runtime.ranks import Ranks
+from capacity_gap.settings.checks import need
 from capacity_gap.settings.errors import ConfigError, Lost
 from capacity_gap.settings.places import IN_CHECKOUT, ROOT
 
@@ -191,12 +193,19 @@ def pass_over(number: int, _frame: Any) -> None:
         raise SystemExit(128 + number)
 
 
+def check_device_name(device: str) -> None:
+    """Raises `ConfigError` if a text names no kind of device."""
+    known = re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d{1,6})?", device) is not None
+    need(known, "train.device", device, "auto, cpu, cuda, cuda:N, mps, xpu or xpu:N")
+
+
 def resolve_device(device: str) -> str:
     """The torch device that `auto` (a CUDA device, else the CPU) or a bare `cuda` means here; a named one is checked.
 
     Raises:
         ConfigError: there is no such device here, or several ranks were given the same one.
     """
+    check_device_name(device)
     ranks, (kind, _, index) = Ranks(), device.partition(":")
     if kind == "auto":
         kind = "cuda" if _devices("cuda") else "cpu"
@@ -220,6 +229,15 @@ def resolve_device(device: str) -> str:
         raise ConfigError(f"rank {ranks.local} of this machine has no device: torch finds {there} of {kind} here.")
     own = _own_gpu(there) if kind == "cuda" and ranks.size == 1 else ranks.local
     return f"{kind}:{own}"
+
+
+def check_threads(threads: int) -> None:
+    """Raises `ConfigError` if this machine has fewer cores than threads are asked for."""
+    if threads > (cores := os.cpu_count() or threads):
+        raise ConfigError(
+            f"train.threads={threads}, but this machine has {cores} cores: more threads than cores only wait for one "
+            f"another. Allowed here: 1 to {cores}."
+        )
 
 
 def _devices(kind: str) -> int:

@@ -7,9 +7,14 @@ training stage comes next, and take their share of every step. Everything else t
 import contextlib
 import datetime
 import os
+import socket
+import sys
 from functools import cached_property
 from typing import Any
 
+ALONE = "CAPACITY_GAP_ONE_MACHINE"  # set by `one_machine.py`: all ranks are on this machine
+LOOPBACK = "127.0.0.1"
+MEETING = datetime.timedelta(minutes=10)  # until all ranks have come
 PARTING = datetime.timedelta(minutes=1)
 PATIENCE = datetime.timedelta(days=14)  # of a rank that has nothing to do but wait
 
@@ -36,8 +41,25 @@ class Ranks:
         if not dist.is_initialized():
             import torch
 
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+            given = self._on_one_machine() if os.environ.get(ALONE) else {}
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE, **given)
         return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+    def _on_one_machine(self) -> dict[str, Any]:
+        """Where ranks of one machine meet: on its loopback, where no other machine can join or listen.
+
+        torch's own server would listen on every network, so rank 0 hands it a socket.
+        """
+        import torch.distributed as dist
+
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, "lo" if sys.platform == "linux" else "lo0")
+        port, more = int(os.environ["MASTER_PORT"]), dict[str, Any]()
+        if self.leads:
+            listening = socket.create_server((LOOPBACK, port))
+            more["master_listen_fd"] = listening.detach()
+        store = dist.TCPStore(LOOPBACK, port, self.size, self.leads, timeout=MEETING, **more)
+        return {"store": store, "rank": self.rank, "world_size": self.size}
 
     def tell(self, message: Any = None) -> Any:
         """Returns on every rank what rank 0 has given; called by all of them."""

@@ -27,6 +27,7 @@ from typing import Any
 from capacity_gap.runtime.process import Interrupted, Runtime, provenance
 from capacity_gap.settings.errors import Damaged, Lost, StageError, StoreError
 from capacity_gap.settings.hashing import canonical, fingerprint
+from capacity_gap.settings.places import user_path
 from capacity_gap.store.files import (
     META,
     check_sizes,
@@ -120,7 +121,7 @@ class Store:
     """A folder of finished stages, shared by processes and machines."""
 
     def __init__(self, root: str | os.PathLike) -> None:
-        self.root = Path(root).expanduser().absolute()
+        self.root = user_path(root).absolute()
         self.work = self.root / ".work"
         self.damaged = self.root / ".damaged"
         self.marker = self.root / "store.json"
@@ -229,15 +230,18 @@ class Store:
 
     def missing(self, stage: Stage) -> dict[str, Stage]:
         """The stages that must still run before `stage` is finished, inputs first."""
-        return {**{s.key: s for s in self.lost(stage)}, **self._not_there(stage)}
+        found = {s.key: s for s in self.lost(stage)}
+        asked: set[str] = set()
 
-    def _not_there(self, stage: Stage) -> dict[str, Stage]:
-        if self.is_sound(stage):
-            return {}
-        found: dict[str, Stage] = {}
-        for parent in stage.inputs.values():
-            found.update(self._not_there(parent))
-        found[stage.key] = stage
+        def add(one: Stage) -> None:
+            if one.key in asked or self.is_sound(one):  # many ways lead to one stage
+                return
+            asked.add(one.key)
+            for parent in one.inputs.values():
+                add(parent)
+            found[one.key] = one
+
+        add(stage)
         return found
 
     def compute(self, stage: Stage, runtime: Runtime) -> Path:

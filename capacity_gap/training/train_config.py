@@ -1,16 +1,14 @@
 """Settings of training: optimiser, schedule, precision, and where and how everything is run."""
 
-import re
 from dataclasses import dataclass
 
-from capacity_gap.settings.checks import need
+from capacity_gap.runtime.process import check_device_name
 from capacity_gap.settings.declare import setting, validate
 from capacity_gap.settings.scales import parse_scale
 
 SCHEDULES = ("cosine", "wsd", "constant")
 PRECISIONS = ("fp32", "bf16")
 SHARDINGS = ("none", "fsdp")
-DEVICES = r"auto|cpu|mps|(cuda|xpu)(:\d+)?"
 MOST_SEQUENCES = 2**20
 MOST_THREADS = 1024
 MOST_FLOPS = 1e21  # a second
@@ -131,6 +129,5 @@ class TrainConfig(OptimConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = re.fullmatch(DEVICES, self.device)
-        need(known is not None, "train.device", self.device, "auto, cpu, cuda, cuda:N, mps, xpu or xpu:N")
+        check_device_name(self.device)
         parse_scale(self.evaluate_every, key="train.evaluate_every", allow_zero=True)

@@ -141,5 +141,7 @@ class GridSweeper(BasicSweeper):
             return
         workers = launcher.get("n_jobs") or launcher.get("max_jobs") or 1
         batch, pool = self.max_batch_size, _is_joblib(launcher)
-        if not run_grid(jobs, self.launcher.launch, workers=max(1, workers), max_batch_size=batch, pool=pool):
+        launch = self.launcher.launch
+        here = pool or launcher.get("_target_", "").startswith("hydra._internal.")  # joblib, or one after another
+        if not run_grid(jobs, launch, workers=max(1, workers), max_batch_size=batch, pool=pool, here=here):
             raise SystemExit(1)

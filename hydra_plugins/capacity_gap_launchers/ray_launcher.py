@@ -1,6 +1,7 @@
 """hydra/launcher=ray: one wave of a grid as tasks of a Ray cluster, running or local. Imports no torch."""
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from hydra.plugins.launcher import Launcher
 if TYPE_CHECKING:
     from capacity_gap.runner.stopping import Noted
 
+LOOPBACK = "127.0.0.1"
 POLL_S = 0.5  # how often a grid that waits looks whether it was asked to end
 
 
@@ -84,7 +86,9 @@ def _start(ray: Any, address: str | None) -> None:
 
     with noting_signals() as check:
         try:
-            ray.init(address=address, log_to_driver=False, include_dashboard=False)
+            # A cluster of one machine listens there alone; one that was named has its own address.
+            here = None if address or os.environ.get("RAY_ADDRESS") else LOOPBACK
+            ray.init(address=address, log_to_driver=False, include_dashboard=False, _node_ip_address=here)
         except SystemExit as error:
             raise Interrupted(signal.SIGTERM) from error
         check()

@@ -189,15 +189,18 @@ class SlurmLauncher(Launcher):
         s = self.settings
         if s.gpus * s.nodes <= 1:
             return []
-        where = ["--standalone"] if s.nodes == 1 else ["--rdzv-backend=c10d", "--rdzv-endpoint={head}:29400"]
+        deaf = ["sh", "-c", 'trap "" USR2; exec "$@"', "sh"]  # Slurm's warning would end torchrun; ranks catch it
+        if s.nodes == 1:
+            return [*deaf, sys.executable, "-m", "capacity_gap.runtime.one_machine", str(s.gpus)]
         return [
-            *("sh", "-c", 'trap "" USR2; exec "$@"', "sh"),  # Slurm's warning would end torchrun; ranks catch it
+            *deaf,
             sys.executable,
             "-m",
             "torch.distributed.run",
             f"--nnodes={s.nodes}",
             f"--nproc-per-node={s.gpus}",
-            *where,
+            "--rdzv-backend=c10d",
+            "--rdzv-endpoint={head}:29400",
         ]
 
     def _executor(self, folder: Path) -> Any:
