@@ -153,10 +153,10 @@ def from_hydra(composed: Any) -> RunConfig:
 
     plain = composed if isinstance(composed, dict) else OmegaConf.to_container(composed)
     assert isinstance(plain, dict)
-    return from_dict(_resolved({str(key): value for key, value in plain.items()}))
+    return from_dict({str(key): value for key, value in plain.items()})
 
 
-def _resolved(values: dict[str, Any]) -> dict[str, Any]:
+def _resolved(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """The same with every interpolation as what it stands for."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -173,7 +173,7 @@ def _resolved(values: dict[str, Any]) -> dict[str, Any]:
         given = ", ".join(f"{key}={shown(texts[key])}" for key in sorted(found) if "${" in texts[key])
         raise ConfigError(f"{given} cannot be resolved: {str(error).splitlines()[0]}.") from error
     assert isinstance(part, dict)
-    return values | {str(key): value for key, value in part.items()}
+    return {**values, **{str(key): value for key, value in part.items()}}
 
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
@@ -188,7 +188,7 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
     from omegaconf import OmegaConf
 
     extension.load()
-    given = {key: value for key, value in values.items() if key != "hydra"}
+    given = _resolved({key: value for key, value in values.items() if key != "hydra"})
     if unknown := [key for key in given if key not in _sections() and key not in _alone()]:
         raise ConfigError(unknown_key(unknown[0]))
     alone = {key: value for key, value in given.items() if key in _alone()}

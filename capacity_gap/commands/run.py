@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 try:
     import hydra
@@ -12,6 +13,7 @@ except ModuleNotFoundError as error:
         "`source .venv/bin/activate`, or `.venv/bin/python run.py …`."
     ) from None
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 
 from capacity_gap.cell import config
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     # Hydra copies its sources for every question it asks of them, and with them all our settings: 90 ms each time, 90
     # times for a help text. What the store loads is a copy anyhow.
     ConfigStore.__deepcopy__ = lambda store, memo: store
-    return explained(lambda: _run(arguments))
+    return explained(lambda: _run(ordered))
 
 
 def _run(arguments: Sequence[str]) -> None:
@@ -57,10 +59,17 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 def check_words(arguments: Sequence[str]) -> None:
-    """Raises `ConfigError` for a number that no parser reads."""
+    """Raises `ConfigError` for an option that Hydra does not have, and for a number that no parser reads."""
+    parser = get_args_parser()
+    parser.error = _refuse  # Hydra's own prints its usage
+    parser.parse_args(arguments)
     for word in arguments:
         if found := re.search(r"\d{1000,}", word):
             raise ConfigError(f"{shown(word)} holds a number of {len(found[0]):,} digits. No setting takes that.")
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ConfigError(f"{shown(message)}. `{' '.join(RUN_WORDS)} --help` says what it takes.")
 
 
 def _help(arguments: Sequence[str]) -> None:
