@@ -20,6 +20,7 @@ def saved(folder, name="llama", **changes):
     model = small_model(name, **changes).float()
     loading.save_model(model, folder)
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "a"}))
     return json.loads((folder / "config.json").read_text())
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from capacity_gap.commands.options import out_folder
-from capacity_gap.settings.errors import UserError
+from capacity_gap.settings.errors import UserError, shown
 
 
 def add(commands: Any) -> None:
@@ -123,5 +123,12 @@ def run_recommend(given: argparse.Namespace) -> int:
     ladder, student = family(given.family), parse_scale(given.student, key="--student")
     tokens = parse_tokens(given.data, params=student, key="--data")
     law, surface = read_fit(given.fit)
-    print(recommend(ladder, student, tokens, law, surface).summary())
+    try:
+        told = recommend(ladder, student, tokens, law, surface).summary()
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        if given.fit is None or isinstance(error, UserError):
+            raise
+        why = f"{type(error).__name__}: {shown(error)}"
+        raise UserError(f"--fit={given.fit} was not written by `fit`, or changed since ({why}). Fit again.") from error
+    print(told)
     return 0

@@ -111,7 +111,13 @@ def whole_model(kind: Any, source: str | Path, **options: Any) -> Any:
         tensors_of(Path(source))
     options |= {"attn_implementation": "sdpa", "use_safetensors": True}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what does not match is said below
-    model, info = kind.from_pretrained(source, **options)
+    try:
+        model, info = kind.from_pretrained(source, **options)
+    except (UserError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a broken file raises errors of many libraries
+        said = shown(str(error).splitlines()[0] if str(error) else type(error).__name__)
+        raise StageError(f"{source} cannot be loaded ({said}). Copy or download it again.") from error
     wrong = {what: sorted(map(str, info[f"{what}_keys"])) for what in ("missing", "unexpected", "mismatched")}
     if getattr(model, "_hf_peft_config_loaded", False):
         wrong["adapter"] = [name for name, _ in model.named_parameters() if "lora" in name] or ["its weights"]
@@ -191,9 +197,13 @@ def published_tokenizer(repository: str, revision: str | None = None) -> Any:
 
     folder = user_path(repository)
     where: dict[str, Any] = {"local_files_only": True} if folder.is_dir() else {"revision": revision or "main"}
-    found = _from_hub(
-        partial(AutoTokenizer.from_pretrained, **where, **NO_CODE), str(folder if folder.is_dir() else repository)
-    )
+
+    def load(name: str) -> Any:
+        made = AutoTokenizer.from_pretrained(name, **where, **NO_CODE)
+        made("a text")  # what is wrong in its settings shows when it is used
+        return made
+
+    found = _from_hub(load, str(folder if folder.is_dir() else repository))
     if found.eos_token is None and (folder / "config.json").is_file():
         found.eos_token = named_by_config(read_object(folder / "config.json"), found.get_vocab())
     return found

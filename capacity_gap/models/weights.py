@@ -109,7 +109,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise ConfigError(_no_files(folder))
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ConfigError(f"{index} is no index of shards: it needs a JSON object with weight_map.") from error
     if outside := [n for n in names if Path(n).name != n]:
         raise ConfigError(f"{index} lists files of other folders: {_few(outside)}. Move them beside it.")
@@ -147,12 +147,22 @@ def stored_tensors(file: Path, size: int, changed: int) -> dict[str, Stored]:
             for name, t in json.loads(header).items()
             if name != "__metadata__"
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{file} is no safetensors file: its header cannot be read. Copy or download it again."
         ) from error
     if found and max(t.end for t in found.values()) > size:
         raise ConfigError(f"{file} is cut short: {size:,} bytes of {max(t.end for t in found.values()):,}.")
+    # Readers refuse a file with bytes of no tensor, or of two: here it is said before anything is computed.
+    at = 8 + length
+    for tensor in sorted(found.values(), key=lambda t: (t.start, t.end)):
+        if tensor.start != at or tensor.end < at:
+            break
+        at = tensor.end
+    if at != size:
+        raise ConfigError(
+            f"{file} is no whole safetensors file: its tensors do not cover it. Copy or download it again."
+        )
     return found
 
 

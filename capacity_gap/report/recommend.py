@@ -120,7 +120,7 @@ def read_fit(file: Path | None) -> tuple[dict[str, Any] | None, SurfaceFit | Non
         if "form" in given:
             return None, SurfaceFit.from_json(path.read_text())
         law = {key: given[key] for key in ("status", "axis", "optima")} | given
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"--fit={path} is neither a law.json nor a surface.json of `python -m capacity_gap fit` ({error!r})."
         ) from error
