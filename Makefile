@@ -46,6 +46,7 @@ bench: $(VENV)/.installed  ## every claim of speed, one script each
 evidence: $(VENV)/.installed  ## the long runs whose tables are in results/
 	$(BIN)/python -m benchmarks.chaos --out results/chaos.csv
 	$(BIN)/python -m benchmarks.damage --out results/damage.csv
+	$(BIN)/python -m benchmarks.fuzz --minutes 10 --out results/fuzz.csv
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[instruct,ray,slurm]'
 	$(BIN)/python -m benchmarks.store_races --out results/store_races.csv
 	$(BIN)/python -m benchmarks.stop_signals --out results/stop_signals.csv

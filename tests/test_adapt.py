@@ -130,7 +130,7 @@ def test_fewer_tokens_than_there_is_room_for_stop_before_any_model_is_trained(ad
     assert not (tmp_path / "teacher").exists()
 
 
-def test_a_tokenizer_on_the_hub_is_identified_and_loaded_by_its_commit(adapted, monkeypatch):
+def test_a_tokenizer_on_the_hub_is_identified_and_loaded_by_its_commit(adapted, qwen_like, monkeypatch):
     """What a name stands for may change; what a commit holds may not."""
     from transformers import AutoTokenizer
 
@@ -142,10 +142,15 @@ def test_a_tokenizer_on_the_hub_is_identified_and_loaded_by_its_commit(adapted, 
     )
     assert one.tokenizer.config["second"] == {"repository": "a/b", "revision": COMMIT}
     assert one.tokenizer.digest != other.tokenizer.digest
-    asked = []
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **given: asked.append((name, given)))
+    asked, load = [], AutoTokenizer.from_pretrained
+
+    def from_hub(name, **given):
+        asked.append((name, given))
+        return load(qwen_like)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_hub)
     published_tokenizer("a/b", COMMIT)
-    assert asked == [("a/b", {"revision": COMMIT})]
+    assert asked == [("a/b", {"revision": COMMIT, "trust_remote_code": False})]
 
 
 @pytest.fixture(scope="session")

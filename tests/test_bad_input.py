@@ -31,8 +31,8 @@ VALUES = st.one_of(st.sampled_from([*NUMBERS, *WORDS, *PARTS]), st.text(), st.in
 ALONE = [d for d in walk(RunConfig) if not d.section]
 NUMERIC = [d for d in ALONE if any(kind in str(d.field.type) for kind in ("int", "float"))]
 TEXTS = [d for d in ALONE if d not in NUMERIC and d.field.type is not bool]
-OFTEN = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-ONCE = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+OFTEN = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ONCE = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def with_value(key, value):

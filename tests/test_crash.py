@@ -74,6 +74,7 @@ def test_sigterm_leaves_a_checkpoint_and_a_free_lease(tiny, tmp_path, calm):
     assert outcome(tmp_path) == calm
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_its_checkpoint_not_from_the_start(tiny, tmp_path, monkeypatch):
     config = compose([*tiny, *CELL, f"store={tmp_path}"])
     seen = []

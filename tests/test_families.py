@@ -148,6 +148,7 @@ def folders(tiny, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_grid_over_ones_own_folders(folders, tiny, tmp_path):
     both = f"family.folders=[{folders}/small,{folders}/large]"
     given = [g for g in tiny if not g.startswith("family.")]

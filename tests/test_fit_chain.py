@@ -309,6 +309,7 @@ def test_a_level_of_which_only_bounds_are_known_gives_no_number():
     assert not law.effects
 
 
+@pytest.mark.slow
 def test_budgets_of_one_student_are_no_replicates_of_it():
     """Students differ by 25 % in their true ratio; four budgets each must not make four times as many students."""
     covered = []

@@ -217,6 +217,7 @@ def test_prune_only_records_the_start(tiny, tmp_path):
     assert not (tmp_path / "distil").exists()
 
 
+@pytest.mark.slow
 def test_a_shared_start_is_one_for_all_teachers(tiny, tmp_path):
     shared = [*tiny, "student=40k", "prune.init=shared", "prune.reference=55k"]
     cells = [pipeline.resolve(compose([*shared, f"teacher={t}", f"store={tmp_path}"])) for t in ("55k", "80k")]
@@ -306,7 +307,7 @@ def test_a_stage_that_fails_costs_only_the_cells_that_need_it(tiny, tmp_path):
 
 def test_fit_takes_one_sweep_of_a_store(grid, capsys):
     folder, _, _ = grid
-    name = sorted((folder / "grid/sweeps").iterdir())[0].stem
+    (name,) = sweeps(Store(folder / "grid"))
     assert cli.main(["fit", str(folder / "grid"), "--sweep", name]) == 0
     assert "status: too_few" in capsys.readouterr().out
     assert cli.main(["fit", str(folder / "grid"), "--sweep", "nope"]) == 2

@@ -109,6 +109,7 @@ def test_every_entry_says_what_it_is(kind):
     assert [n for n in registry if len(registry.entry(n).meaning) < 20] == []
 
 
+@pytest.mark.slow
 def test_every_choice_can_be_composed():
     for group, name, _ in config.choices():
         if name in ("hub", "mixture", "local", "text"):

@@ -117,7 +117,7 @@ def test_a_sequence_that_is_not_there_is_an_error(teacher, tmp_path):
         written(teacher, tmp_path).targets(np.array([7, 5]))
 
 
-@pytest.mark.parametrize("signal", ["topk", "sampled"])
+@pytest.mark.parametrize("signal", [pytest.param("topk", marks=pytest.mark.slow), "sampled"])
 def test_cells_share_one_signal_and_come_near_the_online_result(tiny, tmp_path, signal):
     given = [*tiny, "teacher=80k", f"store={tmp_path}", "epochs=2", "data=8k"]
     cached = [f"distill.signal={signal}", "distill.signal_size=128"]

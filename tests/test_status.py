@@ -88,6 +88,7 @@ def test_a_log_keeps_lines_warnings_and_the_traceback(store):
     assert tail(store, ["record/none"]) is None
 
 
+@pytest.mark.slow
 def test_status_of_a_grid_with_a_failure_says_why_and_how_to_rerun(tiny, tmp_path, capsys):
     store = tmp_path / "store"
     given = [*tiny, "student=40k", "teacher=55k", f"store={store}"]

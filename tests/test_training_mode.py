@@ -97,7 +97,7 @@ def cell_of(folder, tiny, store, *more):
     return compose([*given, *local, f"store={store}", *more])
 
 
-@pytest.mark.parametrize("name", ["drop", "pad"])
+@pytest.mark.parametrize("name", ["drop", pytest.param("pad", marks=pytest.mark.slow)])
 def test_a_cell_repeats_and_its_wrong_predecessor_is_not_reused(folders, tiny, tmp_path, monkeypatch, capsys, name):
     first, again, old = (tmp_path / n for n in ("first", "again", "old"))
     for store in (first, again):

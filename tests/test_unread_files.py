@@ -4,6 +4,8 @@ import codecs
 import gzip
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -14,7 +16,7 @@ from capacity_gap.models.building import check_builds
 from capacity_gap.models.config_files import read_config
 from capacity_gap.models.folders import end_of_text, local_family
 from capacity_gap.settings.errors import ConfigError, ImpossibleCell
-from tests.conftest import run_here
+from tests.conftest import ROOT, run_here
 
 LINE = json.dumps({"text": "A line of text."}).encode() + b"\n"
 TEXTS = {
@@ -220,3 +222,12 @@ def test_code_of_a_folder_is_never_run(copy):
     load_model(folder)
     published_tokenizer(str(folder))
     assert not (folder / "ran").exists()
+
+
+@pytest.mark.slow
+def test_a_sample_of_the_fuzz_is_read_or_refused():
+    """The whole is `python -m benchmarks.fuzz`, whose table is results/fuzz.csv."""
+
+    command = [sys.executable, "-m", "benchmarks.fuzz", "--rounds", "15", "--seed", "7"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout

@@ -48,6 +48,7 @@ def test_workers_compute_jobs_and_report_what_is_wrong(tiny, store):
     assert "no longer finite" in jobs.outcome(1)["message"]
 
 
+@pytest.mark.slow
 def test_a_job_that_kills_its_process_costs_only_itself(tiny, store, tmp_path):
     jobs = Jobs.hand_out(store, [settings(tiny, store), settings(tiny, store, "seed=1")])
     fatal = tmp_path / "fatal.py"  # stands for a worker whose first job takes the process down

@@ -51,6 +51,9 @@ def _grouped(commands: Any) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; a user's error is one paragraph and exit status 2."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if any("\ud800" <= sign <= "\udfff" for word in words for sign in word):
+        print("error: what was given holds bytes that are no UTF-8. Rename such files.", file=sys.stderr)
+        return 2
     if words[:1] in ([name] for name in HYDRAS):
         given = parser().parse_args(words[:1])
         given.overrides = words[1:]
