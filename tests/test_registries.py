@@ -171,9 +171,12 @@ GRID = [
 
 
 @pytest.mark.slow
-def test_a_module_of_the_users_adds_a_loss_a_score_a_corpus_and_a_family(tmp_path):
+@pytest.mark.parametrize("launcher", ["joblib", "ray"])
+def test_a_module_of_the_users_adds_a_loss_a_score_a_corpus_and_a_family(launcher, tmp_path):
+    if launcher == "ray":
+        pytest.importorskip("ray", reason="the extra [ray] is not installed")
     (tmp_path / "my_entries.py").write_text(MINE)
-    workers = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    workers = [f"hydra/launcher={launcher}"] + ["hydra.launcher.n_jobs=2"] * (launcher == "joblib")
     done = run_py(*GRID, "extend=[my_entries]", f"store={tmp_path / 'store'}", *workers, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = records.read(tmp_path / "store")

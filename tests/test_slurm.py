@@ -13,6 +13,7 @@ import pytest
 from capacity_gap import records
 from tests import slurm
 from tests.conftest import ROOT
+from tests.test_registries import MINE
 
 pytestmark = [
     pytest.mark.slurm,
@@ -132,6 +133,14 @@ def test_a_detached_grid(cluster, tiny, tmp_path):
         assert job in cluster.run("squeue", "-h", "-o", "%i") or len(grid.done) == 2
         time.sleep(0.5)
     assert len(grid.done) == 2
+
+
+def test_a_grid_with_entries_of_the_users_own(cluster, tiny, tmp_path):
+    (tmp_path / "my_entries.py").write_text(MINE)
+    own = ["extend=[my_entries]", "distill.loss=jeffreys", "prune.method=mine"]
+    grid = Grid(cluster, tmp_path, tiny, "student=40k", "teacher=55k", *own)
+    assert grid.end() == 0, grid.output
+    assert [(r["loss"], r["prune_method"]) for r in grid.done] == [("jeffreys", "mine")]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
