@@ -122,7 +122,8 @@ def test_one_calibration_cell_foretells_a_grid(tiny, tmp_path):
     grid = [*given, "student=40k,50k", "teacher=120k,180k"]
     foretold = run_py("-m", *grid, "plan=true").stdout
     run_py("-m", *grid)
-    said = float(re.search(r"FLOPs, (\d+) s of one worker", foretold)[1])
+    count, unit = re.search(r"FLOPs, ([\d.]+) (s|min|h) of one worker", foretold).groups()
+    said = float(count) * {"s": 1, "min": 60, "h": 3600}[unit]
     took = sum(json.loads(f.read_text())["wall_s"] for f in tmp_path.glob("*/*/stage.json") if f not in calibration)
     assert 0.3 < said / took < 3
 
