@@ -187,9 +187,9 @@ def test_what_is_wrong_is_said(overrides, said, tmp_path):
 
 
 FILES = {
-    "broken": ("a: [b\n", "while parsing a flow sequence"),
+    "broken": ("a: [b\n", "line 3: expected"),
     "bytes": (b"\xff\xfe", "no UTF-8 text"),
-    "tagged": ("student: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
+    "tagged": ("student: !!python/object/apply:os.getcwd []\n", "line 2: could not determine a constructor"),
     "unknown": ("studnet: 60k\n", "studnet is no setting (did you mean 'student'?)"),
     "callback": ("hydra: {callbacks: {x: {_target_: evil.X}}}\n", "hydra.callbacks.x._target_ names code to run"),
     "params": ("hydra: {sweeper: {params: {x: {_target_: evil.X}}}}\n", "hydra.sweeper.params.x._target_ names code"),

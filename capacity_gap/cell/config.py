@@ -231,6 +231,11 @@ def _typed(section: str | None, values: str) -> Any:
 
 def unknown_key(key: str) -> str:
     """What to say of a key that is no setting: which there are where it stands."""
+    if key == "sweeps":
+        return (
+            f"sweeps is no setting: a named grid is `{' '.join(RUN_WORDS)} -m +sweeps=NAME`, with the +, and its file "
+            "begins with the line `# @package _global_`."
+        )
     keys = [d.key for d in walk(RunConfig)]
     section = key.rpartition(".")[0] if key.rpartition(".")[0] in _sections() else ""
     siblings = [k for k in keys if k.rpartition(".")[0] == section]

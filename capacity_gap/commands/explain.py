@@ -86,6 +86,11 @@ def _is_hydras(error: BaseException) -> bool:
 
 def _plain(error: BaseException) -> str:
     """Hydra's and OmegaConf's own errors, with what is allowed and what to do."""
+    if (mark := getattr(error, "problem_mark", None)) is not None:  # YAML's
+        return (
+            f"{mark.name}, line {mark.line + 1}: {getattr(error, 'problem', 'it is no YAML')}. Check the indentation, "
+            "which is of spaces, and the brackets and quotes up to there."
+        )
     cause = str(error.__cause__ or "")
     text = f"{error}\n{cause}"
     override = re.search(r"(?:Error merging|Could not) override '?([^\n']+)", text)

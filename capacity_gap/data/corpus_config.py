@@ -73,7 +73,7 @@ class SourceConfig:
 
 
 def _check_path(path: str | None) -> None:
-    if path is None:
+    if not path:
         raise ConfigError("corpus=text needs corpus.path=FILE_OR_FOLDER (.txt, .jsonl with a `text` field).")
     if not user_path(path).exists():
         raise ConfigError(

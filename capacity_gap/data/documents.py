@@ -107,10 +107,11 @@ def _not_utf8(file: Path) -> str:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
                 wide = number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+                new = file.with_name(f"utf8-{file.name}")
                 byte, encoding = line[error.start], "UTF-16" if wide else "WINDOWS-1252"
                 return (
                     f"{file}, line {number}: no UTF-8 text (byte 0x{byte:02x} after {error.start} others). If it is "
-                    f"{encoding}, `iconv -f {encoding} -t UTF-8 {file.name} > new-{file.name}` converts it."
+                    f"{encoding}, `iconv -f {encoding} -t UTF-8 {file} > {new}` converts it."
                 )
     return f"{file}: it ends in the middle of a character. Copy or download it again."
 

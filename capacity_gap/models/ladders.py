@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from capacity_gap.models.axes import count_params
-from capacity_gap.settings.errors import ConfigError, ImpossibleCell
+from capacity_gap.settings.errors import ConfigError, ImpossibleCell, nearest, shown
 from capacity_gap.settings.places import user_path
 from capacity_gap.settings.registry import Registry
 from capacity_gap.settings.scales import format_scale, parse_scale
@@ -56,9 +56,17 @@ class Family:
                 return by_folder[name]
             if name in self.left_out:
                 raise ImpossibleCell(self.left_out[name])
-        wanted = parse_scale(given, key="teacher")
+        try:
+            wanted = parse_scale(given, key="teacher")
+        except ConfigError:
+            if self.name != FOLDERS:
+                raise
+            wanted = 0
         if wanted in self.scales:
             return self.scales[wanted]
+        if self.name == FOLDERS:
+            close = nearest(given, self.rungs)
+            raise ConfigError(f"teacher={shown(given)} is none of these folders{close}: {', '.join(self.rungs)}.")
         elsewhere = [f.name for f in FAMILIES.values() if wanted in f.scales]
         known = ", ".join(f"family={name}" for name in elsewhere)
         scale = format_scale(wanted)
