@@ -80,7 +80,7 @@ def test_an_offline_sweep_read_back_by_wandb_is_the_records(sweep):
     assert {r["status"] for r in rows.values()} == {"done", "failed"} and len(rows) == 4, done.stderr
     runs = {s["run_id"]: (s, folder) for folder in offline(store) for s in [json.loads(inspect(folder, "--summary"))]}
     assert len(offline(store)) == len(runs) == 5, "one run a cell, and one for the sweep"
-    (name,) = [f.stem for f in (store / "sweeps").iterdir()]
+    (name,) = sweeps(Store(store))
     for cell, row in rows.items():
         summary = {k: v for k, v in runs[cell][0]["summary"].items() if k in row}
         assert summary == {k: v for k, v in row.items() if v is not None}
