@@ -24,20 +24,12 @@ class Parser(argparse.ArgumentParser):
 
 def out_file(given: str) -> Path:
     """A file that can be written."""
-    path = _path(given)
-    if path.exists() and not path.is_file():
-        raise argparse.ArgumentTypeError(f"{shown(given)} is no file: name one to be written")
-    _writable(path, given)
-    return path
+    return _out(given, Path.is_file, "is no file: name one to be written")
 
 
 def out_folder(given: str) -> Path:
     """A folder that can be made, or be written to."""
-    path = _path(given)
-    if path.exists() and not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{shown(given)} is a file: name a folder")
-    _writable(path, given)
-    return path
+    return _out(given, Path.is_dir, "is a file: name a folder")
 
 
 def whole(least: int = 1, most: int = MOST) -> Callable[[str], int]:
@@ -60,6 +52,15 @@ def amount(given: str) -> float:
     if not math.isfinite(value) or not 0 <= value <= MOST:
         raise argparse.ArgumentTypeError(f"{shown(given)} is out of range; allowed: 0 to {MOST:,}")
     return value
+
+
+def _out(given: str, is_kind: Callable[[Path], bool], said: str) -> Path:
+    """A place of one kind that is there or can be made."""
+    path = _path(given)
+    if path.exists() and not is_kind(path):
+        raise argparse.ArgumentTypeError(f"{shown(given)} {said}")
+    _writable(path, given)
+    return path
 
 
 def _path(given: str) -> Path:

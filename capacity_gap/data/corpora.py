@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from capacity_gap.data.documents import LEAST_CHARACTERS, Document, readable, strip_html, text_documents, text_files
-from capacity_gap.settings.errors import ConfigError, StageError, UserError, shown
+from capacity_gap.settings.errors import ConfigError, StageError, UserError, first_line
 from capacity_gap.settings.hashing import files_digest
 from capacity_gap.settings.places import user_path
 from capacity_gap.settings.registry import Registry
@@ -167,7 +167,7 @@ class HubDataset:
         except UserError:
             raise
         except Exception as error:  # `datasets` and what it reads with raise errors of many libraries
-            said = shown((str(error) or type(error).__name__).splitlines()[0])
+            said = first_line(error)
             raise StageError(
                 f"corpus.dataset={source.dataset} cannot be read: {said} Check its name, corpus.subset, "
                 "corpus.dataset_split and the network; a folder of .jsonl or .parquet files does."

@@ -10,7 +10,7 @@ from typing import Any
 from capacity_gap.evaluate.task_scores import Score
 from capacity_gap.evaluate.tasks import Task, check_tasks, folder_tasks, forbid_code, paper_tasks, parse_tasks
 from capacity_gap.records.tables import as_given, cells, no_formula
-from capacity_gap.settings.errors import UserError, choose, shown
+from capacity_gap.settings.errors import UserError, choose, first_line
 
 # Of a table of scores: which model, how it was scored, what came out.
 SETTINGS = ("model", "params", "train_flops", "dtype", "batch_size", "limit", "lm_eval")
@@ -87,7 +87,7 @@ def _load(model: str, tokenizer: str, *, device: str, dtype: Any) -> tuple[Any, 
     except UserError:
         raise
     except Exception as error:  # a broken folder raises errors of many libraries
-        said = shown(str(error).splitlines()[0] if str(error) else type(error).__name__)
+        said = first_line(error)
         raise UserError(
             f"{model} cannot be loaded as a causal language model with the tokenizer of {tokenizer}: {said} Give a "
             "model folder or a repository of the hub, and --tokenizer if the tokenizer lies elsewhere."

@@ -16,7 +16,7 @@ from capacity_gap.models.config_files import read_object
 from capacity_gap.models.defaults import frozen_rows
 from capacity_gap.models.folders import named_by_config
 from capacity_gap.models.quiet import quiet
-from capacity_gap.settings.errors import StageError, UserError, shown
+from capacity_gap.settings.errors import StageError, UserError, first_line
 from capacity_gap.settings.places import user_path
 from capacity_gap.store.checkpoint import whole
 from capacity_gap.store.files import write_json
@@ -116,7 +116,7 @@ def whole_model(kind: Any, source: str | Path, **options: Any) -> Any:
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a broken file raises errors of many libraries
-        said = shown(str(error).splitlines()[0] if str(error) else type(error).__name__)
+        said = first_line(error)
         raise StageError(f"{source} cannot be loaded ({said}). Copy or download it again.") from error
     wrong = {what: sorted(map(str, info[f"{what}_keys"])) for what in ("missing", "unexpected", "mismatched")}
     if getattr(model, "_hf_peft_config_loaded", False):
@@ -253,7 +253,7 @@ def _from_hub(load: Any, repository: str) -> Any:
     except UserError:
         raise
     except Exception as error:  # a broken file raises errors of many libraries; the hub's own are OSErrors
-        said = shown(str(error).splitlines()[0] if str(error) else type(error).__name__)
+        said = first_line(error)
         if Path(repository).is_dir():
             raise StageError(f"{repository} cannot be loaded: {said} Copy or download the folder again.") from error
         raise StageError(

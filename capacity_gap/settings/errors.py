@@ -45,6 +45,11 @@ def shown(given: Any) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says first, or what kind it is if it says nothing."""
+    return shown((str(error) or type(error).__name__).splitlines()[0])
+
+
 def nearest(given: str, allowed: Iterable[str]) -> str:
     """Returns " (did you mean 'x'?)" for the allowed name closest to the given one, or nothing."""
     if len(str(given)) > SHOWN:
