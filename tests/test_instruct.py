@@ -24,6 +24,7 @@ from capacity_gap.models.loading import load_model, new_model
 from capacity_gap.runner.run_cell import run_config
 from capacity_gap.runtime.process import Runtime
 from capacity_gap.settings.errors import ConfigError, StageError
+from capacity_gap.store.files import write_checked
 from capacity_gap.store.stage import Store
 from tests.conftest import compose
 from tests.test_export import use_as_the_card_says
@@ -517,7 +518,7 @@ def test_export_writes_a_model_that_plain_transformers_loads(chat_cell, tmp_path
     for file in ("config.json", "generation_config.json"):
         assert json.loads((out / file).read_text()).get("use_cache") is not False, "generation would be slow"
     assert "[|Assistant|]" in use_as_the_card_says(out)
-    assert cli.main(["export", "zzz", str(tmp_path / "other"), "--store", str(store)]) == 2
+    assert cli.main(["export", "0" * 64, str(tmp_path / "other"), "--store", str(store)]) == 2
     assert "names 0 recorded cells" in capsys.readouterr().err
     assert cli.main(["export", chat_cell.record.digest, str(out), "--store", str(store)]) == 2
     assert "is not empty" in capsys.readouterr().err
@@ -545,7 +546,7 @@ def test_a_users_instruction_files_are_among_the_parents(chat_cell, tmp_path):
     file = store.path(chat_cell.instructions) / "stage.json"
     meta = json.loads(file.read_text())
     meta["config"] |= {"rows": "0" * 64, "pair_rows": "1" * 64}  # as with instruct.path= and prefer.path=
-    file.write_text(json.dumps(meta))
+    write_checked(file, meta)
     parents = dict(Lineage.of(store, chat_cell.record.digest).parents)
     assert {"the user's file of conversations", "the user's file of preferences"} < set(parents)
 
