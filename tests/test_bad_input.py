@@ -15,6 +15,7 @@ from capacity_gap.cell.config import RunConfig, from_dict
 from capacity_gap.cell.pipeline import resolve
 from capacity_gap.commands import cli
 from capacity_gap.commands.explain import paragraph
+from capacity_gap.commands.run import options_first
 from capacity_gap.runner.plan import make_plan
 from capacity_gap.settings.checks import LONGEST_TEXT
 from capacity_gap.settings.declare import walk
@@ -173,6 +174,8 @@ GIVEN = [
     (["-m", "student=range(1,10000000000)"], "more than 100,000 combinations"),
     (["-m", "hydra.sweeper.max_batch_size=0"], "hydra.sweeper.max_batch_size=0 is out of range. Allowed: 1 to 100,000"),
     (["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=0"], "hydra.launcher.n_jobs=0 is out of range"),
+    (["+sweeps=quick"], "gives student, teacher several values: a grid wants -m"),
+    (["student='60k,90k'"], "or a sweep file with them under `hydra.sweeper.params`"),
     (["+hydra.callbacks.x._target_=os.getcwd"], "hydra.callbacks.x._target_ names code to run"),
 ]
 
@@ -191,6 +194,7 @@ FILES = {
     "bytes": (b"\xff\xfe", "no UTF-8 text"),
     "tagged": ("student: !!python/object/apply:os.getcwd []\n", "line 2: could not determine a constructor"),
     "unknown": ("studnet: 60k\n", "studnet is no setting (did you mean 'student'?)"),
+    "lists": ("student: [60k, 90k]\n", "student takes one value. Several values want a grid"),
     "callback": ("hydra: {callbacks: {x: {_target_: evil.X}}}\n", "hydra.callbacks.x._target_ names code to run"),
     "params": ("hydra: {sweeper: {params: {x: {_target_: evil.X}}}}\n", "hydra.sweeper.params.x._target_ names code"),
     "logging": (
@@ -211,6 +215,17 @@ def test_a_sweep_file_names_no_code_and_breaks_nothing(name, tmp_path):
     done = run_here(f"--config-dir={tmp_path}", "-m", f"+sweeps={name}", "plan=true", cwd=tmp_path)
     assert_told(done.returncode, done.stdout, done.stderr)
     assert done.returncode == 2 and said in done.stderr
+
+
+def test_options_stand_anywhere(tmp_path):
+    given = ["student=60k", "--config-dir", "somewhere", "teacher=120k", "-m"]
+    assert options_first(given) == ["--config-dir", "somewhere", "-m", "student=60k", "teacher=120k"]
+    assert options_first(["student=60k", "--config-dir=x", "+sweeps=quick"])[0] == "--config-dir=x"
+
+
+def test_evaluate_says_first_that_there_is_no_model(capsys):
+    assert cli.main(["evaluate", "./nowhere", "--tasks", "arc_easy"]) == 2
+    assert "MODEL ./nowhere: there is no such folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["fit TABLE", "report TABLE", "frontier", "compare TABLE", "evaluate x", "init"])

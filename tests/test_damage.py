@@ -156,9 +156,20 @@ def test_verify_finds_one_flipped_byte_in_any_file_and_repair_sets_it_aside(chai
     assert cli.main(["store", "verify", "--repair", str(store.root)]) == 0
     out = capsys.readouterr().out
     assert f"python run.py student=60k store={store.root}" in out
+    assert f"set aside and not made again: {base.key}\n" in out
     assert not store.has(base)
     assert [s.key for s in store.lost(end)] == [base.key]
     assert verify(store).damaged == []
+    flip(note)
+    assert cli.main(["store", "verify", "--repair", str(store.root)]) == 0
+    out = capsys.readouterr().out
+    assert f"not made again: {base.key}\n" in out and f"not made again: sweeps/{note.name}\n" in out
+    assert f"`status` does not know the cells of {note.name} until" in out
+    cli.main(["status", str(store.root)])
+    assert f"{base.key}, sweeps/{note.name}" in capsys.readouterr().out
+    store.compute(base, Runtime())
+    cli.main(["status", str(store.root)])
+    assert base.key not in capsys.readouterr().out
 
 
 def test_verify_leaves_what_somebody_is_at(chain):
@@ -238,6 +249,14 @@ def test_export_names_what_is_damaged(used, tmp_path, capsys):
     assert cli.main(["export", record.name[:6], str(tmp_path / "out"), "--store", str(used.root)]) == 2
     assert f"{weights} is damaged: it has" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_export_compares_hashes(used, tmp_path, capsys):
+    (weights,) = used.root.glob("distil/*/model.safetensors")
+    flip(weights)
+    record = min(used.root.glob("record/*"))
+    assert cli.main(["export", record.name[:6], str(tmp_path / "out"), "--store", str(used.root)]) == 2
+    assert f"{weights} is damaged: it has the right size and another content" in capsys.readouterr().err
 
 
 def test_the_same_command_makes_again_what_verify_set_aside(tiny_cell, tmp_path):
@@ -347,7 +366,7 @@ def test_what_has_been_made_again_since_it_was_hashed_stays(chain, monkeypatch):
 
     store, base, end, _ = chain
     note_sweep(store, "mine", {"record/r": {"name": "r", "overrides": [], "stages": {}}})
-    real = {name: getattr(module, name) for name in ("_fault_of_stage", "_fault_of_note")}
+    real = {name: getattr(module, name) for name in ("fault_of_stage", "_fault_of_note")}
 
     def old_verdict(name):
         seen = set()

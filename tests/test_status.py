@@ -11,7 +11,7 @@ from capacity_gap.runtime.process import Runtime
 from capacity_gap.store.lease import Lease
 from capacity_gap.store.logs import log_file, logging_to, tail
 from capacity_gap.store.stage import Stage, Store
-from tests.conftest import run_py
+from tests.conftest import run_here, run_py
 
 
 def write(run):
@@ -112,3 +112,15 @@ def test_plan_is_a_command_too(tiny, tmp_path, capfd):
     assert cli.main(["plan", *tiny, "student=40k,60k", "teacher=80k", f"store={tmp_path}"]) == 0
     assert "plan: 2 cells" in capfd.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_single_cell_that_fails_before_its_work_has_failed(tmp_path, capsys):
+    store, text = tmp_path / "store", tmp_path / "text.txt"
+    text.write_bytes("Ein schöner Tag.".encode("latin-1"))
+    words = ["student=60k", "teacher=120k", "data=0", "corpus=text", f"corpus.path={text}", f"store={store}"]
+    done = run_here(*words, cwd=tmp_path)
+    assert done.returncode == 2 and "no UTF-8 text" in done.stderr
+    assert cli.main(["status", str(store), "--failed"]) == 1
+    assert f"cause: {text}, line 1: no UTF-8 text" in capsys.readouterr().out
+    assert cli.main(["store", "forget", str(store), "--failed"]) == 0
+    assert cli.main(["status", str(store)]) == 0

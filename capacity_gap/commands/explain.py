@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 
 from capacity_gap.cell.config import unknown_key
 from capacity_gap.runtime.process import Interrupted, in_pool
-from capacity_gap.settings.errors import Stopped, UserError, nearest, shown
+from capacity_gap.settings.errors import Stopped, UserError, nearest, several_values, shown
 from capacity_gap.settings.places import RUN_WORDS
 
 RUN = " ".join(RUN_WORDS)
+MESSAGE = 400  # characters of a message of Hydra's that none of ours replaces
 READERS = ("hydra", "omegaconf", "antlr4", "yaml")
 
 
@@ -115,6 +116,8 @@ def _plain(error: BaseException) -> str:
             f"{shown(given)} cannot be read. Write KEY=VALUE, with quotes inside the shell's around a value that has "
             f"spaces or other signs than letters, digits and -_./:, such as \"sweep='my sweep'\"."
         )
+    if found := re.search(r"Cannot convert '(?:List|Dict)Config'.*?full_key: (\S+)", text, re.S):
+        return f"{found[1]} takes one value. {several_values(found[1])}"
     if found := re.search(r"Value '(.*?)' .*?(?:could not be converted to|is not a valid) (\w+)", text, re.S):
         key = re.search(r"full_key: (\S+)", text)
         where = f"{key[1]}={shown(found[1])}" if key else f"the value {shown(found[1])!r}"
@@ -123,4 +126,4 @@ def _plain(error: BaseException) -> str:
     if override:
         why = "it may not be null" if "is not Optional" in cause else shown(cause.partition("\n")[0].rstrip("."))
         return f"{shown(override[1])} has the wrong type: {why}. `{RUN} --help` says what it takes."
-    return shown(" ".join(line.strip() for line in str(error).splitlines() if line.strip()))
+    return shown(" ".join(line.strip() for line in str(error).splitlines() if line.strip()), most=MESSAGE)

@@ -1,5 +1,6 @@
 """What `python run.py` and `capacity-gap run` do: one cell, or with -m a grid of cells, through Hydra."""
 
+import itertools
 import re
 import sys
 from collections.abc import Sequence
@@ -24,8 +25,6 @@ from capacity_gap.settings import extension
 from capacity_gap.settings.errors import ConfigError, shown
 from capacity_gap.settings.places import CONF, RUN_WORDS
 
-MULTIRUN = ("-m", "--multirun")
-
 
 def job(composed: object) -> str:
     """One job of Hydra's: everything it does is in `capacity_gap.cell.pipeline`. Workers import it by its name."""
@@ -33,6 +32,8 @@ def job(composed: object) -> str:
     from capacity_gap.runner.run_cell import run_config
 
     with ends_single_run() as overrides:
+        if overrides is not None:
+            check_is_no_grid()
         settings = config.from_hydra(composed)
         return run_config(settings) if overrides is None else single.run_alone(settings, overrides)
 
@@ -41,8 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     """Runs Hydra on these words of a command line; returns the exit status."""
     if {"--help", "-h"} & set(arguments):
         return explained(lambda: _help(arguments))
-    several = [word for word in arguments if word in MULTIRUN]
-    ordered = [*several, *(word for word in arguments if word not in MULTIRUN)]  # Hydra knows it before overrides only
+    ordered = options_first(arguments)
     sys.argv = [sys.argv[0], *ordered]  # where Hydra reads them
     # Hydra copies its sources for every question it asks of them, and with them all our settings: 90 ms each time, 90
     # times for a help text. What the store loads is a copy anyhow.
@@ -58,6 +58,17 @@ def _run(arguments: Sequence[str]) -> None:
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
 
 
+def options_first(arguments: Sequence[str]) -> list[str]:
+    """The words with all options, each with its value, before all overrides: Hydra reads them in this order only."""
+    known = get_args_parser()._actions
+    takes_value = {name for action in known if action.nargs is None for name in action.option_strings}
+    options: list[str] = []
+    overrides: list[str] = []
+    for before, word in itertools.pairwise(["", *arguments]):
+        (options if word.startswith("-") or before in takes_value else overrides).append(word)
+    return [*options, *overrides]
+
+
 def check_words(arguments: Sequence[str]) -> None:
     """Raises `ConfigError` for an option that Hydra does not have, and for a number that no parser reads."""
     parser = get_args_parser()
@@ -66,6 +77,17 @@ def check_words(arguments: Sequence[str]) -> None:
     for word in arguments:
         if found := re.search(r"\d{1000,}", word):
             raise ConfigError(f"{shown(word)} holds a number of {len(found[0]):,} digits. No setting takes that.")
+
+
+def check_is_no_grid() -> None:
+    """Raises `ConfigError` if one cell was asked for with a sweep file that stands for several."""
+    from hydra.core.hydra_config import HydraConfig
+
+    params = HydraConfig.get().sweeper.get("params")
+    if params:
+        raise ConfigError(
+            f"the sweep file gives {', '.join(params)} several values: a grid wants -m, `{' '.join(RUN_WORDS)} -m …`."
+        )
 
 
 def _refuse(message: str) -> NoReturn:

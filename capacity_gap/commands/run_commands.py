@@ -92,6 +92,8 @@ def run_status(given: argparse.Namespace) -> int:
             "\nWith other settings a rerun is another cell: `sweep=NAME` adds it to a sweep, and "
             f"`{' '.join(TOOL_WORDS)} store forget {store.root} --failed NAME` forgets those of the sweep that failed."
         )
+    if aside := contents.not_made_again(store):
+        print(f"set aside as damaged and not made again: {', '.join(aside)}")
     made = known[given.sweep] if given.sweep else contents.recorded(store)
     print("".join(f"{line}\n" for line in said(outdated(store, made))), end="")
     return 1 if failed else 0

@@ -73,8 +73,10 @@ def _ls(store: "Store", given: argparse.Namespace) -> int:
 def _du(store: "Store", given: argparse.Namespace) -> int:
     from capacity_gap.store.contents import disk_use
 
-    for kind, count, size in disk_use(store):
-        print(f"{kind:<12} {count:>6} {size / 1e6:>10.1f} MB")
+    rows = disk_use(store)
+    total = ("total", sum(count for _, count, _ in rows), sum(size for *_, size in rows))
+    for kind, count, size in [*rows, total]:
+        print(f"{kind:<16} {count:>6} {size / 1e6:>10.1f} MB")
     return 0
 
 
@@ -93,6 +95,7 @@ def _gc(store: "Store", given: argparse.Namespace) -> int:
 
 
 def _verify(store: "Store", given: argparse.Namespace) -> int:
+    from capacity_gap.store.contents import not_made_again
     from capacity_gap.store.verify import ProgressLine, verify
 
     line = ProgressLine()
@@ -105,6 +108,8 @@ def _verify(store: "Store", given: argparse.Namespace) -> int:
         f"{len(found.damaged)} damaged"
         + (f", {found.listed} of an older version got their list of files" if found.listed else "")
     )
+    for name in not_made_again(store):
+        print(f"set aside and not made again: {name}")
     if found.damaged:
         print("\n".join(_advice(store, found, given.repair)))
     return 0 if found.is_sound else 1
@@ -123,7 +128,15 @@ def _advice(store: "Store", found: "Verified", repair: bool) -> Sequence[str]:
     shown = [f"  {line}" for line in again[:SHOWN]]
     more = [f"  and {len(again) - SHOWN} more cells"] if len(again) > SHOWN else []
     told = "Moved to .damaged/. Made again when needed, or now by:" if again else "Moved to .damaged/."
-    return [told, *shown, *more]
+    return [told, *shown, *more, *_lost_notes(found)]
+
+
+def _lost_notes(found: "Verified") -> list[str]:
+    lost = [fault.file.name for fault in found.damaged if fault.file.parent.name == "sweeps"]
+    return [
+        f"`status` does not know the cells of {name} until the command of its sweep is given again; their results stay."
+        for name in lost
+    ]
 
 
 def _commands(store: "Store", files: "Sequence[Path]") -> list[str]:

@@ -10,7 +10,8 @@ from typing import Any
 from capacity_gap.evaluate.task_scores import Score
 from capacity_gap.evaluate.tasks import Task, check_tasks, folder_tasks, forbid_code, paper_tasks, parse_tasks
 from capacity_gap.records.tables import as_given, cells, no_formula
-from capacity_gap.settings.errors import UserError, choose, first_line
+from capacity_gap.settings.errors import UserError, choose, first_line, shown
+from capacity_gap.settings.places import ON_HUB
 
 # Of a table of scores: which model, how it was scored, what came out.
 SETTINGS = ("model", "params", "train_flops", "dtype", "batch_size", "limit", "lm_eval")
@@ -22,6 +23,7 @@ def score_other(given: argparse.Namespace) -> int:
     from capacity_gap.models.loading import DTYPES
     from capacity_gap.runtime.process import resolve_device
 
+    _check_names(given.model, given.tokenizer)
     tasks = chosen(given.tasks, given.task_folder, allow_code=given.allow_code_execution)
     choose("--dtype", given.dtype, DTYPES)
     for name, value in (("--limit", given.limit), ("--batch-size", given.batch_size)):
@@ -49,6 +51,13 @@ def score_other(given: argparse.Namespace) -> int:
     if given.out:
         add_rows(given.out, [same | score.to_dict() for score in scores])
     return 0
+
+
+def _check_names(model: str, tokenizer: str | None) -> None:
+    """Raises for a path where no folder is; what could be a name on the hub is looked for there."""
+    for option, name in (("MODEL", model), ("--tokenizer", tokenizer)):
+        if name and not Path(name).is_dir() and not ON_HUB.fullmatch(name):
+            raise UserError(f"{option} {shown(name)}: there is no such folder, and no name on the hub looks like it.")
 
 
 def _spent(model: Any, tokens: str | None, params: int) -> float | None:

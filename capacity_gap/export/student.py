@@ -14,8 +14,10 @@ from capacity_gap.data.corpora import CORPORA
 from capacity_gap.models.ladders import licence_of
 from capacity_gap.records import RECORD
 from capacity_gap.settings.errors import UserError, shown
-from capacity_gap.store.files import META, check_sizes, let_others_read, read_json, write_json
+from capacity_gap.settings.places import ON_HUB
+from capacity_gap.store.files import META, let_others_read, read_json, write_json
 from capacity_gap.store.stage import Store
+from capacity_gap.store.verify import fault_of_stage
 
 SHARD = "2GB"
 POINTER = "published.json"
@@ -40,7 +42,6 @@ HUB_LICENCES = {  # as the hub spells them in a card's head
     "BSD-3-Clause": "bsd-3-clause",
     "Llama 2 Community License": "llama2",
 }
-_ON_HUB = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Lineage:
     @property
     def base_models(self) -> list[str]:
         """Published checkpoints on the hub behind the model."""
-        return sorted({name for name in self._checkpoints if _ON_HUB.fullmatch(name)})
+        return sorted({name for name in self._checkpoints if ON_HUB.fullmatch(name)})
 
     @property
     def _checkpoints(self) -> Iterator[str]:
@@ -161,7 +162,7 @@ class Lineage:
 
 def public(name: str, of_folder: str = "") -> str:
     """A name on the hub as it is; of a path its last part alone: where it lies is its owner's affair."""
-    return name if _ON_HUB.fullmatch(name) else of_folder + re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+    return name if ON_HUB.fullmatch(name) else of_folder + re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
 def _licence(name: str) -> str:
@@ -240,7 +241,8 @@ def _write(lineage: Lineage, out: Path, shard: str) -> None:
     from capacity_gap.models.loading import load_model
 
     for folder in {lineage.model, lineage.tokenizer}:
-        check_sizes(folder)
+        if fault := fault_of_stage(folder):  # every byte is read anyhow
+            raise fault
     model = load_model(lineage.model)
     model.config.use_cache = model.generation_config.use_cache = True  # trainers switch it off for themselves
     model.save_pretrained(out, max_shard_size=shard)

@@ -11,7 +11,7 @@ from capacity_gap.runner.plan import check_budget, make_plan, noted_cell
 from capacity_gap.runner.progress import View, Watch
 from capacity_gap.runtime.process import check_threads, resolve_device
 from capacity_gap.runtime.ranks import Ranks
-from capacity_gap.settings.errors import choose
+from capacity_gap.settings.errors import UserError, choose
 from capacity_gap.store.contents import note_sweep, sweeps
 from capacity_gap.store.files import explaining_full_disk, read_json, reading
 from capacity_gap.store.stage import Store
@@ -46,7 +46,11 @@ def run_alone(config: RunConfig, overrides: Sequence[str]) -> str:
         note_sweep(store, config.sweep or SINGLE, noted)
     reused = store.is_sound(cell.record)
     with Watch(View(store, noted), label=cell.name):
-        run_cell.run(cell)
+        try:
+            run_cell.run(cell)
+        except UserError as error:  # before its work began too: `status` then says that it failed
+            run_cell.fail(cell, store, str(error))
+            raise
     folder = store.path(cell.record)
     with reading(folder / RECORD):
         told = result_line(cell.name, read_json(folder / RECORD))

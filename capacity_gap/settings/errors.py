@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from capacity_gap.settings.places import RUN_WORDS
+
 SHOWN = 120  # characters of what was given that an error repeats
 
 
@@ -38,16 +40,22 @@ class StageError(UserError, RuntimeError):
     """A stage could not be computed; the store holds nothing of it but its checkpoints."""
 
 
-def shown(given: Any) -> str:
-    """What a user gave, short enough for an error and with nothing in it that a terminal would act on."""
+def shown(given: Any, most: int = SHOWN) -> str:
+    """What a user gave, in `most` characters and with nothing in it that a terminal would act on."""
     text = str(given)
-    text = text if len(text) <= SHOWN else f"{text[: SHOWN // 2]}…{text[-SHOWN // 4 :]}"
+    text = text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 4 :]}"
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def first_line(error: BaseException) -> str:
     """What an error of a library says first, or what kind it is if it says nothing."""
     return shown((str(error) or type(error).__name__).splitlines()[0])
+
+
+def several_values(key: str) -> str:
+    """How a grid gives a setting several values."""
+    command = f"{' '.join(RUN_WORDS)} -m {key}=A,B"
+    return f"Several values want a grid: `{command}`, or a sweep file with them under `hydra.sweeper.params`."
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:

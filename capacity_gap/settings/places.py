@@ -4,6 +4,7 @@ In a checkout they lie beside the package. An installed wheel holds copies of th
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ ROOT = PACKAGE.parent if IN_CHECKOUT else PACKAGE  # holds conf, sweeps and resu
 CONF = ROOT / "conf"
 SWEEPS = ROOT / "sweeps"
 RESULTS = ROOT / "results"
+
+ON_HUB = re.compile(r"\w[\w.-]*(/[\w.-]+)?")  # how a name on the Hugging Face hub is written
 
 # What a user types before overrides, and before any other command.
 RUN_WORDS = ("python", "run.py") if IN_CHECKOUT else ("capacity-gap", "run")

@@ -4,7 +4,7 @@ import math
 import re
 from decimal import Decimal
 
-from capacity_gap.settings.errors import ConfigError, shown
+from capacity_gap.settings.errors import ConfigError, several_values, shown
 
 LONGEST = 40  # characters
 LARGEST = 10**18  # parameters or tokens: beyond every model and every text
@@ -26,6 +26,7 @@ def parse_scale(given: str | int | float, *, key: str, allow_zero: bool = False)
         raise ConfigError(
             f"{key}={shown(given)} cannot be read as a scale. Write a whole number, {least}, or one with a suffix: "
             "k (thousand), m (million), b (billion), t (trillion), such as 40k, 350m or 0.5b."
+            + (f" {several_values(key)}" if "," in str(given) else "")
         )
     return _within(int(value), key, given)
 

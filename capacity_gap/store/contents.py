@@ -239,6 +239,11 @@ def list_sweeps(store: Store) -> list[tuple[str, int, int, int]]:
     return rows
 
 
+def not_made_again(store: Store) -> list[str]:
+    """What was set aside as damaged and is not back in its place, by its path below the store."""
+    return sorted(name for name in store.aside() if not (store.root / name).exists())
+
+
 def disk_use(store: Store) -> list[tuple[str, int, int]]:
     """Kind of stage, how many, and bytes, largest first; with what is at work and what is mirrored."""
     rows: dict[str, tuple[int, int]] = {}

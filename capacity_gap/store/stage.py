@@ -215,10 +215,13 @@ class Store:
 
     def lost(self, stage: Stage) -> list[Stage]:
         """The stages behind `stage`, itself included, that were set aside as damaged and not made again yet."""
-        if not self.damaged.is_dir():
-            return []
-        aside = {p.name.rpartition(".")[0] for p in self.damaged.iterdir()}
-        return [s for key, s in closure(stage).items() if key.replace("/", "-") in aside and not self.has(s)]
+        aside = self.aside()
+        return [s for key, s in closure(stage).items() if key in aside and not self.has(s)] if aside else []
+
+    def aside(self) -> set[str]:
+        """What was ever set aside as damaged: stages by key, other files by their path below the store."""
+        found = self.damaged.iterdir() if self.damaged.is_dir() else ()
+        return {p.name.rpartition(".")[0].replace("-", "/", 1) for p in found}
 
     def finished(self, stage: Stage) -> bool:
         """Whether nothing is to be done for `stage`: it is whole, and so is all behind it that was once damaged."""

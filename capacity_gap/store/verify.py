@@ -71,7 +71,7 @@ def verify(store: Store, *, repair: bool = False, say: Callable[[str], None] = l
     sizes = {folder: size(folder) for folder in folders}
     total = sum(sizes.values())
     with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
-        for folder, fault in zip(folders, pool.map(_fault_of_stage, folders), strict=True):
+        for folder, fault in zip(folders, pool.map(fault_of_stage, folders), strict=True):
             found.stages += 1
             found.bytes += sizes[folder]
             found.listed += fault is None and _add_list(folder)
@@ -97,7 +97,7 @@ def _take(store: Store, path: Path, fault: Damaged | None, found: Verified, repa
     is_stage = path.is_dir()
     with taking(store.place(f"{path.parent.name}/{path.name}")) if is_stage else contextlib.nullcontext("") as busy:
         # The hashes may be an hour old by now, and another process may have made it again.
-        now = fault if busy else (_fault_of_stage if is_stage else _fault_of_note)(path)
+        now = fault if busy else (fault_of_stage if is_stage else _fault_of_note)(path)
         if now is None:
             return
         if busy:
@@ -126,7 +126,8 @@ def _fault_of_note(file: Path) -> Damaged | None:
     return None
 
 
-def _fault_of_stage(folder: Path) -> Damaged | None:
+def fault_of_stage(folder: Path) -> Damaged | None:
+    """What of a stage is not what was written there, hashes included; None if it is sound."""
     try:
         check_sizes(folder)
         meta = read_json(folder / META, {"name": str, "version": int, "config": dict, "inputs": dict, "digest": str})
