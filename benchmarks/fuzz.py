@@ -30,7 +30,7 @@ from capacity_gap.data.documents import text_documents
 from capacity_gap.evaluate.tasks import folder_tasks
 from capacity_gap.instruct.rows import PAIR, TALK, read_rows
 from capacity_gap.models.building import check_builds
-from capacity_gap.models.folders import local_family
+from capacity_gap.models.folders import checkpoint_family
 from capacity_gap.records.load import load
 
 HANG_S = 20
@@ -139,7 +139,7 @@ def examples(folder: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
     train_tokenizer(texts, 512, model)
 
     def read_model() -> None:
-        ladder = local_family([str(model)])
+        ladder = checkpoint_family([str(model)])
         check_builds(model, ladder.rungs["model"])
         tokenizer = published_tokenizer(str(model))
         tokenizer("some text")

@@ -15,7 +15,7 @@ from capacity_gap.commands import cli
 from capacity_gap.data.tokenizer import bytes_per_id
 from capacity_gap.models.axes import count_params
 from capacity_gap.models.building import auto_class
-from capacity_gap.models.folders import local_family
+from capacity_gap.models.folders import checkpoint_family
 from capacity_gap.models.ladders import FAMILIES, Family
 from capacity_gap.models.loading import load_model
 from capacity_gap.runner.run_cell import run_config
@@ -194,12 +194,12 @@ def test_a_teacher_held_in_bf16_is_adapted_in_fp32(folders, tiny, tmp_path):
 
 def test_folders_that_cannot_serve_are_named(folders, tmp_path):
     with pytest.raises(ConfigError, match="is no model folder: it has no config.json"):
-        local_family([str(tmp_path)])
+        checkpoint_family([str(tmp_path)])
     pickled = tmp_path / "pickled"
     shutil.copytree(folders / "small", pickled)
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     with pytest.raises(ConfigError, match=r"no \.safetensors weights; pickled ones"):
-        local_family([str(pickled)])
+        checkpoint_family([str(pickled)])
     other = tmp_path / "other"
     shutil.copytree(folders / "large", other)
     content = json.loads((other / "tokenizer.json").read_text())
@@ -208,7 +208,7 @@ def test_folders_that_cannot_serve_are_named(folders, tmp_path):
     del vocab[token]
     (other / "tokenizer.json").write_text(json.dumps(content | {"model": content["model"] | {"vocab": vocab}}))
     with pytest.raises(ConfigError, match=r"different vocabularies \(1023 and 1024 tokens; the first differences"):
-        local_family([str(folders / "small"), str(other)])
+        checkpoint_family([str(folders / "small"), str(other)])
 
 
 def test_a_bad_folder_stops_before_compute(tmp_path):

@@ -14,7 +14,7 @@ from capacity_gap.data.documents import text_documents, text_files
 from capacity_gap.instruct.rows import TALK, read_rows
 from capacity_gap.models.building import check_builds
 from capacity_gap.models.config_files import read_config
-from capacity_gap.models.folders import end_of_text, local_family
+from capacity_gap.models.folders import checkpoint_family, end_of_text
 from capacity_gap.settings.errors import ConfigError, ImpossibleCell
 from tests.conftest import ROOT, run_here
 
@@ -164,22 +164,22 @@ TOKENIZERS = {
 def test_a_tokenizer_that_cannot_be_read_is_refused_by_name(kind, copy):
     folder = copy(tokenizer_json=TOKENIZERS[kind])
     with pytest.raises(ConfigError, match=r"tokenizer\.json is no"):
-        local_family([str(folder)])
+        checkpoint_family([str(folder)])
 
 
 def test_the_end_of_texts_is_the_configs_where_the_tokenizer_names_none(copy):
     bare = dict.fromkeys(("eos_token", "bos_token", "pad_token"))
     folder = copy(tokenizer_config_json=lambda c: {k: v for k, v in c.items() if k not in bare})
     assert end_of_text(folder) == "<|endoftext|>"
-    local_family([str(folder)])
+    checkpoint_family([str(folder)])
     silent = copy("n", tokenizer_config_json=lambda c: {}, config_json=lambda c: c | {"eos_token_id": None})
     with pytest.raises(ConfigError, match="names no token that ends a text"):
-        local_family([str(silent)])
+        checkpoint_family([str(silent)])
 
 
 def test_one_bad_folder_is_left_out_by_name_and_its_cells_are_skipped(copy, tiny, capsys):
     good, bad = copy("good"), copy("bad", config_json=b"{")
-    ladder = local_family([str(good), str(bad)])
+    ladder = checkpoint_family([str(good), str(bad)])
     assert list(ladder.rungs) == ["good"]
     assert "bad is left out of the ladder" in capsys.readouterr().err
     for name in ("bad", str(bad)):
@@ -198,7 +198,7 @@ def test_one_bad_folder_is_left_out_by_name_and_its_cells_are_skipped(copy, tiny
     assert done.returncode == 0, done.stderr
     assert "plan: 1 cells" in done.stdout and "skipped" in done.stdout and "config.json is no JSON" in done.stdout
     with pytest.raises(ConfigError, match="is no JSON"):
-        local_family([str(bad)])
+        checkpoint_family([str(bad)])
 
 
 def test_a_generation_config_that_would_not_save_is_mended_in_copies(copy):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from capacity_gap.judge.answers import _load as load_answerer
 from capacity_gap.models import loading
-from capacity_gap.models.folders import local_family
+from capacity_gap.models.folders import checkpoint_family
 from capacity_gap.models.weights import INDEX, SINGLE, check_names, check_weights
 from capacity_gap.settings.errors import ConfigError, StageError, UserError
 from tests.small_models import SMALL, small_model
@@ -72,7 +72,7 @@ def test_what_is_wrong_is_named(tmp_path, kind, sharded):
     if sharded:
         shard(tmp_path)
     with pytest.raises(ConfigError) as error:
-        local_family([str(tmp_path)])
+        checkpoint_family([str(tmp_path)])
     assert all(words in str(error.value) for words in said), error.value
     with pytest.raises(ConfigError):
         check_weights(tmp_path, config)
@@ -131,7 +131,7 @@ def test_buffers_of_older_releases_and_shorter_names_are_fine(tmp_path):
 def test_an_adapter_beside_the_model_is_refused_wherever_models_are_read(tmp_path, file):
     saved(tmp_path)
     (tmp_path / file).write_text("{}")
-    for read in (lambda: local_family([str(tmp_path)]), lambda: loading.load_model(tmp_path)):
+    for read in (lambda: checkpoint_family([str(tmp_path)]), lambda: loading.load_model(tmp_path)):
         with pytest.raises(ConfigError, match=f"holds an adapter \\({file}\\)"):
             read()
 
@@ -157,7 +157,7 @@ def test_files_that_cannot_be_read_say_why(tmp_path, kind):
     saved(tmp_path)
     change(tmp_path)
     with pytest.raises(ConfigError) as error:
-        local_family([str(tmp_path)])
+        checkpoint_family([str(tmp_path)])
     assert said in str(error.value)
 
 
@@ -192,15 +192,15 @@ def test_what_says_which_file_is_meant_is_part_of_the_folder_or_refused(tmp_path
     copy = tmp_path / "other.safetensors"
     tensors = load_file(tmp_path / listing["weight_map"][first])
     save_file({k: v + 1 for k, v in tensors.items()}, copy, metadata={"format": "pt"})
-    for read in (lambda: local_family([str(tmp_path)]), lambda: loading.load_model(tmp_path)):
+    for read in (lambda: checkpoint_family([str(tmp_path)]), lambda: loading.load_model(tmp_path)):
         with pytest.raises(ConfigError, match=r"in other.safetensors and in model-0000"):
             read()
     save_file({"consolidated." + k: v for k, v in tensors.items()}, copy, metadata={"format": "pt"})
-    local_family([str(tmp_path)])
+    checkpoint_family([str(tmp_path)])
     listing["weight_map"][first] = "../elsewhere.safetensors"
     (tmp_path / INDEX).write_text(json.dumps(listing))
     with pytest.raises(ConfigError, match="lists files of other folders"):
-        local_family([str(tmp_path)])
+        checkpoint_family([str(tmp_path)])
 
 
 def test_a_shape_that_does_not_match_is_named_when_a_model_is_loaded(tmp_path):

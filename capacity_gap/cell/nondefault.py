@@ -26,7 +26,7 @@ def setting_columns(config: RunConfig) -> dict[str, Any]:
     """The columns that tell a setting's own value; those that are computed are `ResolvedCell.description`'s."""
     found = _columns(config) | _columns(config.train) | _columns(config.distill)
     pruned = _columns(config.prune)
-    if config.prune.init == "random":  # nothing was cut
+    if not config.prune.cuts:
         pruned = {"init": pruned["init"], "prune_method": None}
     for name in TUNING:
         if getattr(config, name).wanted:
@@ -63,7 +63,7 @@ def settings_text(
         found |= dict(_nondefault(section, getattr(config, section), usual, told=told))
     if not pretrained:
         found = {k: v for k, v in found.items() if not k.startswith(("family.pretrain", "family.teacher_epochs"))}
-    if config.prune.init == "random" and config.prune.depth is not None:
+    if not config.prune.cuts and config.prune.depth is not None:
         found["prune.depth"] = config.prune.depth
     found |= {**dict(_entries(config)), **(architecture or {})}
     if config.expand.tokenizer:
@@ -76,7 +76,7 @@ def _entries(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Version and source of the registered entries that this cell uses, where they are not the package's first ones."""
     parts = {f"corpus.parts.{i}": part for i, part in enumerate(config.text.parts)} or {"corpus": config.text}
     used = [(path, CORPORA, part.name) for path, part in parts.items()]
-    if config.prune.init != "random":
+    if config.prune.cuts:
         used += [(r.setting, r, n) for r, n in ((SCORES, config.prune.method), (LAYER_SCORES, config.prune.layers))]
     if config.distill.kd_weight:
         used += [(r.setting, r, n) for r, n in ((LOSSES, config.distill.loss), (SIGNALS, config.distill.signal))]
@@ -111,7 +111,7 @@ def _sections(config: RunConfig) -> Iterator[str]:
         yield "expand"
     if config.adapt.parts or config.adapt.data != "0":
         yield "adapt"
-    if config.prune.init != "random":
+    if config.prune.cuts:
         yield "prune"
     if config.distill.kd_weight:
         yield "distill"

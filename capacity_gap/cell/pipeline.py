@@ -20,9 +20,9 @@ from capacity_gap.cell.stages.build_tokenizer import tokenizer_stage, vocabulary
 from capacity_gap.cell.stages.collect_text import corpus_stage
 from capacity_gap.cell.stages.distil_student import distil_stage
 from capacity_gap.cell.stages.evaluate_model import evaluate_stage
-from capacity_gap.cell.stages.get_teacher import adapted_stage, expanded_stage, pretrained_stage
+from capacity_gap.cell.stages.get_teacher import adapted_stage, expanded_stage, pretrained_stage, start_stage
 from capacity_gap.cell.stages.make_instructions import instructions_stage
-from capacity_gap.cell.stages.make_student import cut_student_stage, random_student_stage
+from capacity_gap.cell.stages.make_student import cut_student_stage, random_student_stage, trained_student_stage
 from capacity_gap.cell.stages.pack_tokens import tokens_stage
 from capacity_gap.cell.stages.run_benchmark import benchmark_stages
 from capacity_gap.cell.stages.score_units import scores_stage
@@ -86,9 +86,13 @@ class Cell(ResolvedCell):
 
     @cached_property
     def student(self) -> Stage:
-        """The student before training: random weights, or cut from its teacher, at once or in steps."""
+        """The student before training: random weights, a trained model, or cut from a teacher, at once or in steps."""
         if self.config.prune.init == "random":
             return random_student_stage(self)
+        if self.start is not None:
+            return trained_student_stage(self, self.start)
+        if self.config.prune.init == "pretrained":
+            return start_stage(self, self.base_tokens)
         model, scores, before = self.ready(self.origin), self.scores, self.family.rungs[self.origin]
         for shape in self.shapes_between:
             model = cut_student_stage(self, model, scores, before, shape)
@@ -164,6 +168,8 @@ class Cell(ResolvedCell):
         found = [(text, self.data_tokens, c.epochs, "data"), (text, self.adapt_tokens, c.adapt.epochs, "adapt.data")]
         if tokens := self.teacher_tokens:
             found += [(self.base_tokens, tokens, c.family.teacher_epochs, "family.teacher_data")]
+        if tokens := self.start_tokens:
+            found += [(self.base_tokens, tokens, c.family.teacher_epochs, "prune.init_data")]
         return found
 
     @property
@@ -176,7 +182,7 @@ class Cell(ResolvedCell):
         start = [self.scored(self.student, self.student_shape)]
         scored = [self.scored(self.teacher, self.teacher_shape), *self.benchmarks(self.teacher)]
         teachers = [self.teacher]
-        if self.config.prune.init != "random":
+        if self.config.prune.cuts:
             teachers.append(self.ready(self.origin))
             scored.append(self.scores)
         if "signal" in self.distilled.inputs:

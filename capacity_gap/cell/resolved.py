@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any, Self
 
 from capacity_gap.cell.config import RunConfig
+from capacity_gap.cell.named_models import check_positions, check_start, ladder_of, start_of, student_size, with_init
 from capacity_gap.cell.nondefault import setting_columns, settings_text, tuning_text
 from capacity_gap.data.sources import corpus_name
 from capacity_gap.distill.distill_config import SIGNAL_SIZE
 from capacity_gap.instruct.rows import rows_in
 from capacity_gap.models import accounting
 from capacity_gap.models.axes import architecture, architecture_identity, config_with, count_params, dims, padded
-from capacity_gap.models.folders import content_digest, is_folder, local_family
-from capacity_gap.models.ladders import FOLDERS, Family, family
+from capacity_gap.models.checkpoints import Checkpoint
+from capacity_gap.models.ladders import Family
 from capacity_gap.pruning.common_shape import student_shape
 from capacity_gap.pruning.shape import Shape, between, sized
 from capacity_gap.settings.errors import ConfigError, ImpossibleCell
@@ -36,6 +37,8 @@ class ResolvedCell:
     student_target: int  # what it means: the exact size of a rung where it names one
     data_tokens: int
     teacher_tokens: int | None  # None for published teachers
+    start: Checkpoint | None = None  # the trained model that the student is, if it is a checkpoint
+    start_shape: Mapping[str, Any] | None = None  # its config.json; also where its weights are drawn anew
 
     @classmethod
     def read(cls, config: RunConfig) -> Self:
@@ -45,21 +48,22 @@ class ResolvedCell:
             ImpossibleCell: the student is larger than its teacher, or its shape does not fit into it.
             ConfigError: anything else that cannot be.
         """
-        base = _ladder(config)
+        base = ladder_of(config)
         ladder = _expanded(base, config)
-        student = parse_scale(config.student, key="student")
+        start, shape = start_of(config, base)
+        config = with_init(config, start)
         rung = ladder.rung(config.teacher)
         params = ladder.params[rung]
-        target = ladder.params[ladder.scales[student]] if student in ladder.scales else student
+        student, target = student_size(config, ladder, shape)
         if target > params * 1.005:
             raise ImpossibleCell(
-                f"student={config.student} is larger than teacher={config.teacher} ({params:,} parameters). "
-                "A student is pruned from its teacher: give a smaller student or a larger teacher; equal sizes are "
-                f"fine. Rungs of {ladder.name}: {' '.join(ladder.rungs)}."
+                f"student={config.student} ({target:,} parameters) is larger than teacher={config.teacher} "
+                f"({params:,}). Give a smaller student or a larger teacher; equal sizes are fine. Rungs of "
+                f"{ladder.name}: {' '.join(ladder.rungs)}."
             )
         data = parse_scale(config.data, key="data", allow_zero=True)
         budget = None if rung in ladder.published else teacher_tokens(config, base.params[rung])
-        _check_positions(config, ladder, ladder.rungs[rung])
+        check_positions(config, ladder, ladder.rungs[rung])
         _check_lengths(config, data, budget, target)
         if budget is not None and (config.family.dtype, config.family.quantization) != ("fp32", "none"):
             raise ConfigError(
@@ -67,12 +71,14 @@ class ResolvedCell:
                 f"published teachers are held, and those of {ladder.name} are trained here, in fp32. Leave both as "
                 "they are; train.precision=bf16 is how models are trained."
             )
-        if config.family.quantization != "none" and config.prune.init != "random":
+        if config.family.quantization != "none" and config.prune.cuts:
             raise ConfigError(
                 f"family.quantization={config.family.quantization} with prune.init={config.prune.init}: a quantised "
                 "teacher cannot be pruned. Use family.quantization=none, or prune.init=random."
             )
-        cell = cls(config, ladder, base, rung, student, target, data, budget)
+        if shape is not None:
+            check_start(config, ladder, rung, shape)
+        cell = cls(config, ladder, base, rung, student, target, data, budget, start, shape)
         if cell.adapted and config.family.quantization != "none":
             raise ConfigError("a quantised teacher cannot be expanded or adapted. Use family.quantization=none.")
         return cell
@@ -99,6 +105,8 @@ class ResolvedCell:
         Under global priority it is that of the average layer: the parameters are the same. What it says of single
         layers is right where layers are taken from both ends; where scores choose them, they are known later.
         """
+        if self.start_shape is not None:
+            return self.start_shape
         last = self.shapes_between[-1] if self.shapes_between else self.family.rungs[self.origin]
         return config_with(last, sized(dims(last), self.shape))
 
@@ -118,15 +126,20 @@ class ResolvedCell:
 
     @property
     def tokenizer_folder(self) -> Path | None:
-        """The user's own folder with the tokenizer of the ladder; None where it is not a ladder of folders."""
-        return Path(next(iter(self.family.published.values()))) if self.family.name == FOLDERS else None
+        """Where the tokenizer of the ladder lies; None where it is not a ladder of the user's own checkpoints."""
+        own = self.family.checkpoints
+        return next(iter(own.values())).folder if own else None
+
+    def tokenizer_of(self, rung: str) -> str:
+        """Where the tokenizer of a published rung is: a folder, or a repository of the hub."""
+        own = self.family.checkpoints.get(rung)
+        return str(own.folder) if own else self.family.published[rung]
 
     def source(self, rung: str) -> dict[str, Any]:
-        """What identifies a published checkpoint: its repository's name, or a local folder's content."""
-        repository = self.family.published[rung]
-        if self.family.name == FOLDERS:
-            return {"content": content_digest(Path(repository))}
-        return {"repository": repository}
+        """What identifies a published checkpoint: the name of its repository, or what the user's own is known by."""
+        if rung in self.family.checkpoints:
+            return self.family.checkpoints[rung].identity
+        return {"repository": self.family.published[rung]}
 
     @property
     def learning_rate(self) -> float:
@@ -178,7 +191,15 @@ class ResolvedCell:
     @cached_property
     def description(self) -> dict[str, Any]:
         """The part of the record that is known before anything has run: what was asked for, and what it comes to."""
-        return setting_columns(self.config) | self._asked | self._adapted | self._tuned | self._texts | self._sizes
+        return (
+            setting_columns(self.config)
+            | self._asked
+            | self._started
+            | self._adapted
+            | self._tuned
+            | self._texts
+            | self._sizes
+        )
 
     @property
     def _asked(self) -> dict[str, Any]:
@@ -212,6 +233,20 @@ class ResolvedCell:
             "teacher_flops": self.teacher_flops,
             "teacher_train_flops": pretraining,
         }
+
+    @property
+    def _started(self) -> dict[str, Any]:
+        """The trained model that the student is, or how long it was trained, if it is one."""
+        found: dict[str, Any] = {}
+        if self.config.prune.init == "pretrained":
+            found = {"start": self.start.name} if self.start else {"start_tokens": self.start_tokens}
+        return found
+
+    @property
+    def start_tokens(self) -> int:
+        """Tokens of the training of a start that is trained here."""
+        given = self.config.prune.init_data
+        return 0 if given is None else parse_tokens(given, params=self.student_target, key="prune.init_data")
 
     @property
     def objective(self) -> dict[str, Any]:
@@ -277,19 +312,6 @@ def teacher_tokens(config: RunConfig, params: int) -> int:
     return parse_tokens(config.family.teacher_data, params=params, key="family.teacher_data")
 
 
-def _ladder(config: RunConfig) -> Family:
-    """The family's ladder, or one made of the user's folders."""
-    if config.family.name == FOLDERS or is_folder(config.teacher):
-        given = config.family.folders or ([config.teacher] if is_folder(config.teacher) else [])
-        if not given:
-            raise ConfigError(
-                "family=folders needs the model folders: family.folders=[FOLDER,FOLDER,...], and teacher= one of them."
-            )
-        ladder = local_family(given)
-        return ladder
-    return family(config.family.name)
-
-
 def _expanded(ladder: Family, config: RunConfig) -> Family:
     """The ladder with the vocabulary that is asked for, in every shape: the same rungs, each a little larger."""
     wanted = config.expand
@@ -320,13 +342,3 @@ def _check_lengths(config: RunConfig, data: int, teacher: int | None, target: in
                 f"{key}={given} with {passes}={epochs} and corpus.sequence_length={length} is less than one sequence a "
                 f"pass: nothing would be trained. Give {key}={length * epochs} or more."
             )
-
-
-def _check_positions(config: RunConfig, ladder: Family, shape: Mapping[str, Any]) -> None:
-    """Learned positions end; a longer sequence would fail deep inside a forward pass."""
-    limit = dims(shape).longest
-    if limit and config.corpus.sequence_length > limit:
-        raise ConfigError(
-            f"corpus.sequence_length={config.corpus.sequence_length}, but models of {ladder.name} have learned "
-            f"positions for {limit} tokens. Give a shorter sequence_length."
-        )

@@ -1,82 +1,114 @@
-"""A ladder of the user's own model folders, checked before anything is computed. Imports no torch."""
+"""A ladder of the user's own checkpoints, checked before anything is computed. Imports no torch."""
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.models.axes import count_params
+from capacity_gap.models.axes import architecture, count_params
+from capacity_gap.models.checkpoints import Checkpoint, checkpoint
 from capacity_gap.models.config_files import AGAIN, MOST_UNITS, read_config, read_object
-from capacity_gap.models.ladders import FOLDERS, Family
+from capacity_gap.models.ladders import CHECKPOINTS, FOLDERS, Family
 from capacity_gap.models.weights import check_weights
 from capacity_gap.settings.errors import ConfigError
-from capacity_gap.settings.hashing import files_digest
 from capacity_gap.settings.places import user_path
 from capacity_gap.store.files import tell
 
 
-def is_folder(teacher: str) -> bool:
-    """Whether `teacher` names a local model folder rather than a scale."""
-    return "/" in teacher or user_path(teacher).is_dir()
+def checkpoint_family(given: Sequence[str], *, planning: bool = False) -> Family:
+    """A family whose rungs are checkpoints that a user names, by their own names, smallest first.
 
+    One that cannot be used is left out with a note, and its name says why it was when it is asked for.
 
-def local_family(folders: Sequence[str]) -> Family:
-    """A family whose rungs are model folders, named by the folders' own names, smallest first.
-
-    A folder that cannot be used is left out with a note, and its name says why it was when it is asked for.
+    Args:
+        given: folders, repositories of the hub, GGUF files.
+        planning: nothing is run, so that a folder may lack its weights and its tokenizer.
 
     Raises:
-        ConfigError: no folder can be used, two have one name, or their vocabularies differ.
+        ConfigError: none can be used, two have one name, or their vocabularies differ.
     """
-    paths = [user_path(f).absolute() for f in folders]
-    if len({path.name for path in paths}) < len(set(paths)):
-        raise ConfigError(
-            f"family.folders={list(folders)}: two folders have the same name, which is what names a rung."
-        )
-    configs, wrong = {}, {}
-    for path in paths:
+    found, wrong = {}, {}
+    for name in given:
         try:
-            configs[path] = _config(path)
+            one = checkpoint(name)
+            found[one] = config_of(one, planning=planning)
         except ConfigError as error:
-            wrong[path] = str(error)
-    if not configs:
+            wrong[name] = str(error)
+    if not found:
         raise ConfigError(next(iter(wrong.values())))
-    for path, why in wrong.items():
-        _tell_once(f"{path.name} is left out of the ladder: {why}")
-    _same_vocabulary(list(configs))
-    order = sorted(configs, key=lambda p: count_params(configs[p]))
-    left_out = {name: why for path, why in wrong.items() for name in (path.name, str(path))}
-    rungs = {p.name: configs[p] for p in order}
-    return Family(FOLDERS, rungs, 1, {p.name: str(p) for p in order}, left_out=left_out)
+    if len({one.name for one in found}) < len(found):
+        raise ConfigError(f"family.folders={list(given)}: two of them have the same name, which is what names a rung.")
+    for name, why in wrong.items():
+        _tell_once(f"{name.rstrip('/').rpartition('/')[2]} is left out of the ladder: {why}")
+    same_vocabulary(list(found))
+    order = sorted(found, key=lambda one: count_params(found[one]))
+    left_out = {alias: why for name, why in wrong.items() for alias in _aliases(name)}
+    return Family(
+        FOLDERS if all(not one.revision and not one.is_gguf for one in order) else CHECKPOINTS,
+        {one.name: found[one] for one in order},
+        1,
+        {one.name: one.source for one in order},
+        left_out=left_out,
+        checkpoints={one.name: one for one in order},
+    )
 
 
 _tell_once = lru_cache(maxsize=None)(tell)
 
 
-def _config(path: Path) -> dict[str, Any]:
-    config = read_config(path)
+def _aliases(given: str) -> tuple[str, ...]:
+    path = user_path(given).absolute()
+    return given, path.name, str(path)
+
+
+def config_of(one: Checkpoint, *, planning: bool = False) -> dict[str, Any]:
+    """The config.json of a checkpoint, once it is clear that the checkpoint can be used.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    path, config = one.folder, read_config(one.folder)
+    if planning and (lacks := _lacks(one)):
+        _tell_once(f"{one.name} has no {' and no '.join(lacks)}: it can be planned with, and not run.")
+        if "tokenizer.json" in lacks:
+            return config
     if not (path / "tokenizer.json").is_file():
-        raise ConfigError(f"{path} has no tokenizer.json: save its (fast) tokenizer there too.")
+        raise ConfigError(f"{one.source} has no tokenizer.json: save its (fast) tokenizer there too.")
     vocabulary(path)
     if end_of_text(path) is None:
         raise ConfigError(
-            f"{path} names no token that ends a text, neither in tokenizer_config.json nor in config.json "
+            f"{one.source} names no token that ends a text, neither in tokenizer_config.json nor in config.json "
             "(eos_token_id). Set one and save again: tokenizer.eos_token = '...'; tokenizer.save_pretrained(FOLDER)."
         )
-    check_weights(path, config)  # an architecture without a table says so here
+    if one.revision or one.is_gguf:  # the weights are fetched, and checked, by the stage that needs them
+        architecture(config)  # one without a table says so here
+    elif not (planning and _lacks(one)):
+        check_weights(path, config)
     return config
 
 
-def _same_vocabulary(paths: Sequence[Path]) -> None:
-    """Students are compared by loss per token and distilled on their teachers' logits: ids must mean the same."""
-    first = vocabulary(paths[0])
-    for path in paths[1:]:
-        other = vocabulary(path)
+def _lacks(one: Checkpoint) -> list[str]:
+    """What a folder does not hold at all; of other checkpoints it is fetched later."""
+    if one.revision or one.is_gguf:
+        return []
+    weights = any(one.folder.glob("*.safetensors"))
+    return ([] if (one.folder / "tokenizer.json").is_file() else ["tokenizer.json"]) + ([] if weights else ["weights"])
+
+
+def same_vocabulary(models: Sequence[Checkpoint]) -> None:
+    """Students are compared by loss per token and distilled on their teachers' logits: ids must mean the same.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    read = [one for one in models if (one.folder / "tokenizer.json").is_file()]
+    for one in read[1:]:
+        first, other = vocabulary(read[0].folder), vocabulary(one.folder)
         if other != first:
             changed = sorted(set(first.items()) ^ set(other.items()))[:3]
             raise ConfigError(
-                f"{path.name} and {paths[0].name} have different vocabularies ({len(other)} and {len(first)} tokens; "
-                f"the first differences: {changed}). Teachers of one grid must share a tokenizer."
+                f"{one.name} and {read[0].name} have different vocabularies ({len(other)} and {len(first)} tokens; "
+                f"the first differences: {changed}). Models of one grid must share a tokenizer."
             )
 
 
@@ -130,9 +162,3 @@ def in_text(path: Path, token: int) -> bool:
     content = read_object(path / "tokenizer.json")
     control = {t["id"] for t in content.get("added_tokens") or () if t.get("special")}
     return token not in control or vocabulary(path).get(end_of_text(path) or "", token) == token
-
-
-def content_digest(path: Path) -> str:
-    """SHA-256 over a model folder's config, tokenizer and weights: its identity, wherever it lies."""
-    files = [path / "config.json", path / "tokenizer.json", *sorted(path.glob("*.safetensors"))]
-    return files_digest(files)

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from capacity_gap.models.axes import count_params
+from capacity_gap.models.checkpoints import Checkpoint
 from capacity_gap.settings.errors import ConfigError, ImpossibleCell, nearest, shown
 from capacity_gap.settings.places import user_path
 from capacity_gap.settings.registry import Registry
@@ -30,7 +31,8 @@ class Family:
     multiple: int
     published: Mapping[str, str] = field(default_factory=dict)
     licences: Mapping[str, str] = field(default_factory=dict)  # beginning of a repository's name → licence; first wins
-    left_out: Mapping[str, str] = field(default_factory=dict)  # name or path of a folder that cannot be used → why
+    left_out: Mapping[str, str] = field(default_factory=dict)  # name or path of a checkpoint that cannot be used → why
+    checkpoints: Mapping[str, Checkpoint] = field(default_factory=dict)  # the rungs of a ladder of the user's own
 
     @cached_property
     def params(self) -> dict[str, int]:
@@ -59,14 +61,14 @@ class Family:
         try:
             wanted = parse_scale(given, key="teacher")
         except ConfigError:
-            if self.name != FOLDERS:
+            if not self.checkpoints:
                 raise
             wanted = 0
         if wanted in self.scales:
             return self.scales[wanted]
-        if self.name == FOLDERS:
+        if self.checkpoints:
             close = nearest(given, self.rungs)
-            raise ConfigError(f"teacher={shown(given)} is none of these folders{close}: {', '.join(self.rungs)}.")
+            raise ConfigError(f"teacher={shown(given)} is none of these{close}: {', '.join(self.rungs)}.")
         elsewhere = [f.name for f in FAMILIES.values() if wanted in f.scales]
         known = ", ".join(f"family={name}" for name in elsewhere)
         scale = format_scale(wanted)
@@ -239,8 +241,11 @@ _GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "tie_wo
 _OPT = {"model_type": "opt", "vocab_size": 50272, "max_position_embeddings": 2048, "tie_word_embeddings": True}
 
 FOLDERS = "folders"  # the family that is made of the user's own model folders
+CHECKPOINTS = "checkpoints"  # the same with repositories of the hub or GGUF files among them
 # `dtype`: in which the family's teachers are held while they teach, unless said.
-FAMILIES: Registry[Family] = Registry("family", setting="family", traits={"dtype": "fp32"}, reserved=(FOLDERS,))
+FAMILIES: Registry[Family] = Registry(
+    "family", setting="family", traits={"dtype": "fp32"}, reserved=(FOLDERS, CHECKPOINTS)
+)
 
 
 def add_family(family: Family, *, dtype: str = "fp32") -> None:

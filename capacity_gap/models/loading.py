@@ -1,6 +1,7 @@
 """Models from folders, from shapes and from seeds; and the two parts of one that training needs."""
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from capacity_gap.store.checkpoint import whole
 from capacity_gap.store.files import write_json
 
 POINTER = "published.json"  # a stage folder that holds this instead of weights points to a checkpoint elsewhere
+HERE = "."  # what it points to where the weights lie beside it after all
 NO_CODE = {"trust_remote_code": False}  # said: unsaid, transformers asks at a terminal
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -58,7 +60,7 @@ def load_model(folder: Path, *, device: str = "cpu") -> Any:
     options: dict[str, Any] = {"dtype": torch.float32}
     if (folder / POINTER).exists():
         pointer = json.loads((folder / POINTER).read_text())
-        source = pointer["repository"]
+        source = folder if pointer["repository"] == HERE else pointer["repository"]
         where, options = {"revision": pointer["revision"], **NO_CODE}, {"dtype": DTYPES[pointer["dtype"]]}
         if pointer["quantization"] == "8bit":
             from transformers import BitsAndBytesConfig
@@ -143,6 +145,8 @@ def checkpoint_folder(folder: Path) -> Path:
     if not (folder / POINTER).exists():
         return folder
     pointer = json.loads((folder / POINTER).read_text())
+    if pointer["repository"] == HERE:
+        return folder
     return _files_of(pointer["repository"], pointer["revision"])
 
 
@@ -156,7 +160,15 @@ def _files_of(repository: str, revision: str | None) -> Path:
     return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
 
 
-def point_to(repository: str, out: Path, *, shape: Mapping[str, Any], dtype: str, quantization: str) -> None:
+def point_to(
+    repository: str,
+    out: Path,
+    *,
+    shape: Mapping[str, Any],
+    dtype: str,
+    quantization: str,
+    revision: str | None = None,
+) -> None:
     """Checks that a published checkpoint is there, has its rung's size and all its weights, and writes where it is.
 
     Raises:
@@ -167,17 +179,25 @@ def point_to(repository: str, out: Path, *, shape: Mapping[str, Any], dtype: str
 
     from capacity_gap.models.weights import check_weights
 
-    config = _from_hub(partial(AutoConfig.from_pretrained, **NO_CODE), repository)
+    at = {"revision": revision} if revision else {}
+    config = _from_hub(partial(AutoConfig.from_pretrained, **at, **NO_CODE), repository)
     found, expected = count_params(config.to_dict()), count_params(shape)
     if found != expected:
         raise StageError(
             f"{repository} has {found:,} parameters, but its rung says {expected:,}: "
             "the checkpoint is not the one this ladder was written for."
         )
-    revision = getattr(config, "_commit_hash", None)
-    check_weights(_from_hub(partial(_files_of, revision=revision), repository), config.to_dict())
+    revision = revision or getattr(config, "_commit_hash", None)
+    files = _from_hub(partial(_files_of, revision=revision), repository)
+    check_weights(files, config.to_dict())
+    shutil.copyfile(files / "config.json", out / "config.json")
     pointer = {"repository": repository, "revision": revision, "dtype": dtype, "quantization": quantization}
     write_json(out / POINTER, pointer)
+
+
+def point_to_itself(out: Path, *, dtype: str, quantization: str) -> None:
+    """Says in which type the weights in `out` are held, where they are not those that we train."""
+    write_json(out / POINTER, {"repository": HERE, "revision": None, "dtype": dtype, "quantization": quantization})
 
 
 def copy_tokenizer(repository: str, out: Path) -> None:

@@ -7,23 +7,24 @@ from capacity_gap.settings.declare import setting, validate
 from capacity_gap.settings.errors import ConfigError
 
 PRIORITIES = ("local", "global")
-INITS = ("pruned", "random", "shared")
+INITS = ("pruned", "random", "shared", "pretrained")
 SHAPES = ("common", "per_teacher", "fixed")
 
 
 @dataclass
 class PruneConfig:
-    """Where a student starts: `pruned` from its teacher (docs/method.md §2, §3), from `random` weights, or `shared`.
+    """Where a student starts: `pruned` from its teacher (docs/method.md §2, §3), `random`, `shared` or `pretrained`.
 
     `shared`: one start for all teachers, pruned from the teacher named by `reference`. Like `random`, it holds the
     start fixed, so that what is left of the curve is the capacity gap and not the damage of pruning. With `random`
-    nothing is cut: of what follows only the shape counts.
+    and `pretrained` nothing is cut: of what follows only the shape counts. `pretrained`: the student is a trained
+    model, the checkpoint that `student` names, or one of its shape that is trained here on `init_data` tokens.
     """
 
     method: str = setting("expressive", "Importance score of units.", allowed=SCORES, column="prune_method", parts=60)
     init: str = setting(
         "pruned",
-        "Initial weights: cut from the teacher, random, or one start shared by all teachers.",
+        "Initial weights: cut from the teacher, random, one start shared by all teachers, or a trained model.",
         allowed=INITS,
         column="init",
         parts=30,
@@ -34,6 +35,12 @@ class PruneConfig:
         column="reference",
         if_set=True,
         parts=40,
+    )
+    init_data: str | None = setting(
+        None,
+        "init=pretrained of students that are no checkpoint: tokens, or `20x`, on which the start is trained here.",
+        column="start_tokens",
+        computed=True,
     )
     shape: str = setting(
         "common",
@@ -99,3 +106,15 @@ class PruneConfig:
                 f"prune.init={self.init} with prune.reference={self.reference}: a reference teacher is named for "
                 "init=shared, and only for it, such as prune.init=shared prune.reference=120k."
             )
+        if self.init_data is not None and self.init != "pretrained":
+            raise ConfigError(
+                f"prune.init_data={self.init_data} with prune.init={self.init}: only the start of init=pretrained is "
+                "trained. Say prune.init=pretrained too."
+            )
+        if self.init == "pretrained" and self.iterative > 1:
+            raise ConfigError(f"prune.iterative={self.iterative} with prune.init=pretrained: nothing is cut in steps.")
+
+    @property
+    def cuts(self) -> bool:
+        """Whether the start is cut from a teacher."""
+        return self.init in ("pruned", "shared")

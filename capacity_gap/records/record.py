@@ -71,6 +71,8 @@ class Record:
     teacher_params: int | None = column(None, "The teacher's parameters.", result=True)
     teacher_params_non_embedding: int | None = column(None, "The same without embeddings.", result=True)
     shape: str | None = column(None, "How the student's shape was chosen, or the fixed shape.", parts=50)
+    start: str | None = column(None, "The checkpoint that the student is before training, if it is one.", parts=35)
+    start_tokens: int | None = column(None, "Tokens on which a start of init=pretrained was trained here.", parts=36)
     expanded_vocab: int | None = column(None, "Rows of the matrices after expansion, padding included.", parts=170)
     expanded_tokens: int | None = column(None, "Tokens of the expanded tokenizer; rows beyond them are padding.")
     adapt_tokens: int | None = column(None, "Tokens of the teacher's continued pre-training.", parts=180)

@@ -286,7 +286,7 @@ def _memory(cell: Cell) -> dict[str, float]:
     found = {"distil": _training(cell, cell.student_shape, c.train.batch_size)}
     if cell.teacher_flops:
         found["distil"] += teacher
-    if c.prune.init != "random":
+    if c.prune.cuts:
         found["scores"] = 2 * teacher  # its weights and their gradients, on one device
     if cell.adapt_tokens:
         found["adapt"] = _training(cell, cell.teacher_shape, c.adapt.optim.batch_size)

@@ -5,6 +5,7 @@ from capacity_gap.distill.divergences import LOSSES
 from capacity_gap.evaluate.tasks import check_tasks
 from capacity_gap.instruct.tuning_checks import check_extras, check_rows
 from capacity_gap.models.axes import dims
+from capacity_gap.models.checkpoints import NOT_HERE
 from capacity_gap.runtime.process import Runtime
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.store.stage import Store
@@ -30,7 +31,7 @@ def _check_models(cell: Cell) -> None:
 
     for rung in {cell.rung, cell.origin} & set(cell.base.published):
         check_builds(cell.base.published[rung], cell.base.rungs[rung])
-    check_builds(f"the student of {cell.config.student}", cell.student_shape)
+    check_builds(cell.start.source if cell.start else f"the student of {cell.config.student}", cell.student_shape)
 
 
 def _check_loss(cell: Cell, store: Store) -> None:
@@ -48,9 +49,12 @@ def _check_vocabularies(cell: Cell, store: Store, tokens: int) -> None:
 
     published = cell.family.published
     for rung in {cell.rung, cell.origin} & set(published):
-        check_tokenizer(published[rung], store.path(cell.base_tokenizer))
+        check_tokenizer(cell.tokenizer_of(rung), store.path(cell.base_tokenizer))
+    if cell.start:
+        where = cell.start.source if cell.start.folder == NOT_HERE else str(cell.start.folder)
+        check_tokenizer(where, store.path(cell.base_tokenizer))
     if cell.rung in published:
-        check_roles(next(iter(published.values())), store.path(cell.base_tokenizer))
+        check_roles(cell.tokenizer_of(next(iter(published))), store.path(cell.base_tokenizer))
     for name, shape in (("teacher", cell.teacher_shape), ("student", cell.student_shape)):
         if dims(shape).vocab < tokens:
             raise ConfigError(

@@ -7,6 +7,9 @@ from capacity_gap.cell.stages.shared import RESULT
 from capacity_gap.data.corpus import read_texts
 from capacity_gap.data.sources import tokenizer_identity
 from capacity_gap.models.axes import dims
+from capacity_gap.models.folders import end_of_text
+from capacity_gap.models.ladders import FOLDERS
+from capacity_gap.settings.hashing import files_digest
 from capacity_gap.store.files import write_json
 from capacity_gap.store.stage import Stage, StageRun
 
@@ -15,10 +18,24 @@ def tokenizer_stage(cell: ResolvedCell, corpus: Stage) -> Stage:
     """Byte-level BPE with the family's vocabulary, trained on the corpus; or the published one."""
     if cell.rung in cell.family.published:
         first = next(iter(cell.family.rungs))  # one for the whole ladder, so that all share their tokens
-        options = {"repository": cell.family.published[first]}
-        return Stage("tokenizer", 1, cell.source(first), {}, copy_published, options=options)
+        options = {"repository": cell.tokenizer_of(first)}
+        return Stage("tokenizer", 1, _identity(cell, first), {}, copy_published, options=options)
     given = {"vocab_size": dims(cell.base.rungs[cell.rung]).vocab}
     return Stage("tokenizer", 1, given, {"corpus": corpus}, train_on_corpus)
+
+
+def _identity(cell: ResolvedCell, first: str) -> dict[str, Any]:
+    """What a published tokenizer is known by: of the user's own checkpoints its file, whichever model it came with.
+
+    Folders that students are cut from are known by all their content, as they always were.
+    """
+    own = cell.family.checkpoints.get(first)
+    if own is None or (cell.family.name == FOLDERS and cell.start is None):
+        return cell.source(first)
+    file = own.folder / "tokenizer.json"
+    if not file.is_file():  # in a plan
+        return {"tokenizer": None}
+    return {"tokenizer": files_digest([file]), "end": end_of_text(own.folder)}
 
 
 def vocabulary_stage(cell: ResolvedCell, corpus: Stage, tokenizer: Stage) -> Stage:

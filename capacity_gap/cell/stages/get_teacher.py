@@ -1,11 +1,14 @@
 """The stages `teacher` (pre-trained here), `published`, `expand` (rows for new tokens) and `adapt` (trained on)."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 from capacity_gap.cell.resolved import ResolvedCell, teacher_tokens
 from capacity_gap.cell.stages.run_training import optimizer_identity, run_training, training_stage
 from capacity_gap.distill.distill_config import DistillConfig
 from capacity_gap.models.axes import dims
+from capacity_gap.models.checkpoints import Checkpoint
 from capacity_gap.store.stage import Stage, StageRun
 
 ALONE = DistillConfig(kd_weight=0.0)  # a teacher has no teacher
@@ -17,8 +20,7 @@ def pretrained_stage(cell: ResolvedCell, rung: str, tokens: Stage) -> Stage:
     if rung in cell.family.published:
         given = {"shape": shape, **cell.source(rung), "dtype": c.family.dtype}
         given["quantization"] = c.family.quantization
-        options = {"repository": cell.family.published[rung]}
-        return Stage("published", 1, given, {}, point_to_published, options=options)
+        return published_stage("published", given, cell.family.published[rung], cell.family.checkpoints.get(rung))
     given = {
         "shape": shape,
         "seed": c.teacher_seed,
@@ -27,6 +29,25 @@ def pretrained_stage(cell: ResolvedCell, rung: str, tokens: Stage) -> Stage:
         **optimizer_identity(c.family.pretrain, dims(shape).hidden),
     }
     return training_stage(cell, "teacher", given, {"tokens": tokens}, pretrain, shape)
+
+
+def published_stage(name: str, given: dict[str, Any], repository: str, own: Checkpoint | None) -> Stage:
+    """A stage that points to a checkpoint, or holds the numbers of a GGUF file."""
+    options = {"repository": repository, "revision": own.revision if own else None}
+    return Stage(name, 1, given, {}, dequantise_gguf if own and own.is_gguf else point_to_published, options=options)
+
+
+def start_stage(cell: ResolvedCell, tokens: Stage) -> Stage:
+    """A student of its own shape, trained here before it has a teacher: the same under every teacher."""
+    c, shape = cell.config, cell.student_shape
+    given = {
+        "shape": shape,
+        "seed": c.seed,
+        "tokens": cell.start_tokens,
+        "epochs": c.family.teacher_epochs,
+        **optimizer_identity(c.family.pretrain, dims(shape).hidden),
+    }
+    return training_stage(cell, "start", given, {"tokens": tokens}, pretrain, shape)
 
 
 def expanded_stage(cell: ResolvedCell, rung: str, model: Stage, vocabulary: Stage) -> Stage:
@@ -51,10 +72,20 @@ def point_to_published(run: StageRun) -> None:
     point_to(
         run.options["repository"],
         run.out,
+        revision=run.options["revision"],
         shape=run.config["shape"],
         dtype=run.config["dtype"],
         quantization=run.config["quantization"],
     )
+
+
+def dequantise_gguf(run: StageRun) -> None:
+    """Turns the quantised weights of a GGUF file into ordinary ones, which the stage then holds."""
+    from capacity_gap.models.gguf_files import dequantise
+    from capacity_gap.models.loading import DTYPES, point_to_itself
+
+    dequantise(Path(run.options["repository"]), run.out, dtype=DTYPES[run.config["dtype"]])
+    point_to_itself(run.out, dtype=run.config["dtype"], quantization=run.config["quantization"])
 
 
 def pretrain(run: StageRun) -> None:

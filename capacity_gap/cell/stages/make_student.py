@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from capacity_gap.cell.resolved import ResolvedCell
+from capacity_gap.cell.stages.get_teacher import published_stage
 from capacity_gap.models.axes import architecture_identity, dims
+from capacity_gap.models.checkpoints import Checkpoint
 from capacity_gap.models.defaults import frozen_rows
 from capacity_gap.models.layers import renumbered
 from capacity_gap.pruning.methods import SYMMETRIC
@@ -18,6 +20,12 @@ def random_student_stage(cell: ResolvedCell) -> Stage:
     if ignored := frozen_rows(cell.student_shape):
         given["ignored"] = ignored
     return Stage("student", 1, given, {}, initialise_student)
+
+
+def trained_student_stage(cell: ResolvedCell, start: Checkpoint) -> Stage:
+    """A trained model: nothing is cut, so that it is the same under every teacher. It learns in fp32."""
+    given = {"init": "pretrained", "shape": cell.student_shape, **start.identity, "dtype": "fp32"}
+    return published_stage("student", {**given, "quantization": "none"}, start.source, start)
 
 
 def cut_student_stage(

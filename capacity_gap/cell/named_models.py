@@ -1,0 +1,114 @@
+"""The models that a cell names: its ladder of teachers, and the trained model that its student is. Loads no torch."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from capacity_gap.cell.config import RunConfig
+from capacity_gap.models.axes import architecture, count_params, dims
+from capacity_gap.models.checkpoints import NOT_HERE, Checkpoint, checkpoint, is_checkpoint
+from capacity_gap.models.folders import checkpoint_family, config_of, same_vocabulary
+from capacity_gap.models.ladders import FOLDERS, Family, family
+from capacity_gap.settings.errors import ConfigError
+from capacity_gap.settings.scales import parse_scale
+
+Start = tuple[Checkpoint, Mapping[str, Any]] | tuple[None, None]  # a checkpoint and its config.json
+
+
+def ladder_of(config: RunConfig) -> Family:
+    """The family's ladder, or one made of the user's checkpoints."""
+    name = config.family.name
+    if name != FOLDERS and (not is_checkpoint(config.teacher) or config.teacher in family(name).published.values()):
+        return family(name)
+    given = config.family.folders or ([config.teacher] if is_checkpoint(config.teacher) else [])
+    if not given:
+        raise ConfigError(
+            "family=folders needs checkpoints: family.folders=[FOLDER,ORG/NAME,FILE.gguf,...], and teacher= one of "
+            "them. Without family=folders, teacher=ORG/NAME alone will do."
+        )
+    return checkpoint_family(given, planning=config.plan)
+
+
+def start_of(config: RunConfig, ladder: Family) -> Start:
+    """The checkpoint that the student is: the one it names, or with init=pretrained a published rung of its scale.
+
+    Raises:
+        ConfigError: it cannot be one.
+    """
+    if not is_checkpoint(config.student):
+        return _published_start(config, ladder) if config.prune.init == "pretrained" else (None, None)
+    found = checkpoint(config.student)
+    shape = config_of(found, planning=config.plan)
+    if own := list(ladder.checkpoints.values()):
+        same_vocabulary([own[0], found])
+    if config.prune.init == "shared" or config.prune.init_data or config.prune.fixed or config.prune.depth:
+        raise ConfigError(
+            f"student={config.student} is a trained model: nothing is cut, and its shape is its own. Leave "
+            "prune.init=shared, prune.init_data, prune.fixed and prune.depth out."
+        )
+    return found, shape
+
+
+def _published_start(config: RunConfig, ladder: Family) -> Start:
+    """The published rung whose scale the student has; None where the start is trained here."""
+    rung = ladder.scales.get(parse_scale(config.student, key="student"))
+    if not ladder.published and config.prune.init_data is None:
+        raise ConfigError(
+            f"prune.init=pretrained with family={ladder.name}, whose models are trained here: say prune.init_data="
+            "TOKENS too, on which the student's start is trained."
+        )
+    if not ladder.published:
+        return None, None
+    if config.prune.init_data is not None:
+        raise ConfigError(
+            f"prune.init_data={config.prune.init_data}: the models of {ladder.name} are published, and none is trained "
+            "here. Leave it out."
+        )
+    if rung is None:
+        raise ConfigError(
+            f"prune.init=pretrained with student={config.student}: {ladder.name} has no model of this size. Its rungs: "
+            f"{' '.join(ladder.published)}. Any other checkpoint will do too: student=ORG/NAME."
+        )
+    name = ladder.published[rung]
+    return ladder.checkpoints.get(rung, Checkpoint(name, name, NOT_HERE)), ladder.rungs[rung]
+
+
+def check_start(config: RunConfig, ladder: Family, rung: str, shape: Mapping[str, Any]) -> None:
+    """Raises if a student that is a checkpoint cannot learn from this teacher on this text."""
+    check_positions(config, ladder, shape)
+    if config.expand.vocab:
+        raise ConfigError(
+            f"expand.vocab={config.expand.vocab} with student={config.student}: a student that is a trained model has "
+            "no rows for new tokens. Cut the student from an expanded teacher, or leave expand.vocab out."
+        )
+    stacks = [len(architecture(one).stacks) for one in (shape, ladder.rungs[rung])]
+    if stacks[0] != stacks[1]:
+        raise ConfigError(
+            f"student={config.student} and teacher={config.teacher}: one is an encoder-decoder and the other is not. "
+            "Their losses are over other tokens; take two of one kind."
+        )
+
+
+def with_init(config: RunConfig, start: Checkpoint | None) -> RunConfig:
+    """The settings with what a checkpoint implies: the student is a trained model, unless its weights are drawn."""
+    if start is None or config.prune.init == "random":
+        return config
+    return replace(config, prune=replace(config.prune, init="pretrained"))
+
+
+def student_size(config: RunConfig, ladder: Family, shape: Mapping[str, Any] | None) -> tuple[int, int]:
+    """The student's nominal scale, and the parameters that it means."""
+    if shape is not None and is_checkpoint(config.student):
+        return count_params(shape), count_params(shape)
+    student = parse_scale(config.student, key="student")
+    return student, ladder.params[ladder.scales[student]] if student in ladder.scales else student
+
+
+def check_positions(config: RunConfig, ladder: Family, shape: Mapping[str, Any]) -> None:
+    """Learned positions end; a longer sequence would fail deep inside a forward pass."""
+    limit = dims(shape).longest
+    if limit and config.corpus.sequence_length > limit:
+        raise ConfigError(
+            f"corpus.sequence_length={config.corpus.sequence_length}, but models of {ladder.name} have learned "
+            f"positions for {limit} tokens. Give a shorter sequence_length."
+        )

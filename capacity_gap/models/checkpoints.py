@@ -1,0 +1,81 @@
+"""Models that a user names: a model folder, a repository of the Hugging Face hub, or a GGUF file. Imports no torch.
+
+Planning reads their config.json and tokenizer only. Weights are fetched by the stage that needs them.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from capacity_gap.models.gguf_files import described
+from capacity_gap.models.hub import planning_files
+from capacity_gap.settings.errors import ConfigError, shown
+from capacity_gap.settings.hashing import files_digest
+from capacity_gap.settings.places import ON_HUB, user_path
+
+GGUF = ".gguf"
+NOT_HERE = Path()  # the folder of a rung that is published: its shape is known, and nothing was fetched
+DESCRIBES = ("config.json", "tokenizer.json")  # what a checkpoint's identity holds beside its weights
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that is there already."""
+
+    name: str  # as records call it
+    source: str  # what transformers is given: a folder, a repository, or a .gguf file
+    folder: Path  # where its config.json and tokenizer.json can be read now
+    revision: str | None = None  # of a repository: the commit
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether it is one file, of quantised weights, which are turned into numbers once."""
+        return self.source.endswith(GGUF)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a stage that reads its weights hashes: content, wherever it lies, or a commit of the hub."""
+        if self.revision:
+            return {"repository": self.source, "revision": self.revision}
+        if self.folder == NOT_HERE:
+            return {"repository": self.source}
+        if self.is_gguf:
+            return {"gguf": files_digest([Path(self.source)])}
+        return {"content": content_digest(self.folder)}
+
+
+def is_checkpoint(given: str) -> bool:
+    """Whether `given` names a checkpoint rather than a scale or a rung."""
+    return "/" in given or given.endswith(GGUF) or user_path(given).is_dir()
+
+
+def checkpoint(given: str) -> Checkpoint:
+    """The checkpoint that a user names: FOLDER, FILE.gguf or ORG/NAME[@REVISION].
+
+    Raises:
+        ConfigError: there is no such folder or file, or a repository cannot be had.
+    """
+    path = user_path(given).absolute()
+    if given.endswith(GGUF):
+        if not path.is_file():
+            raise ConfigError(f"{shown(given)}: there is no such file.")
+        return Checkpoint(path.name, str(path), _described(path, path.stat().st_size, path.stat().st_mtime_ns))
+    repository, _, revision = given.partition("@")
+    if path.is_dir() or not ON_HUB.fullmatch(repository) or (revision and not re.fullmatch(r"[\w./-]+", revision)):
+        return Checkpoint(path.name, str(path), path)
+    folder = planning_files(repository, revision or None)
+    return Checkpoint(given, repository, folder, folder.name)
+
+
+@lru_cache(maxsize=64)
+def _described(file: Path, size: int, changed: int) -> Path:
+    del size, changed
+    return described(file, files_digest([file]))
+
+
+def content_digest(path: Path) -> str:
+    """SHA-256 over a model folder's config, tokenizer and weights: its identity, wherever it lies."""
+    described_by = [path / name for name in DESCRIBES if (path / name).is_file()]
+    return files_digest([*described_by, *sorted(path.glob("*.safetensors"))])

@@ -1,0 +1,88 @@
+"""GGUF files, which hold quantised weights, a config and a tokenizer in one: read with transformers and `gguf`.
+
+Their weights become ordinary ones once, in the stage that a teacher or student is; planning needs the rest only.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from capacity_gap.settings.errors import ConfigError, StageError, first_line
+
+
+def described(file: Path, digest: str) -> Path:
+    """A folder with the config.json and tokenizer of a GGUF file, written once beside the hub's cache.
+
+    Raises:
+        ConfigError: the package `gguf` is missing, or transformers cannot read the file.
+    """
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HOME) / "capacity_gap" / "gguf" / digest[:20]
+    if not (folder / "config.json").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
+        try:
+            _describe(file, beside)
+            os.replace(beside, folder)
+        except OSError:  # another process was first
+            if not (folder / "config.json").is_file():
+                raise
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+def _describe(file: Path, out: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    _need(file)
+    where = {"gguf_file": file.name, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(file.parent, **where)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+    except Exception as error:  # a broken file raises errors of many libraries
+        raise ConfigError(f"{file} cannot be read as a GGUF file: {first_line(error)} Download it again.") from error
+    tokenizer.save_pretrained(out)
+    (out / "config.json").write_text(json.dumps(_plain(config), indent=1), encoding="utf-8")
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """A config.json of the model as it is once its weights are ordinary numbers."""
+    found = {k: v for k, v in config.to_dict().items() if k != "quantization_config"}
+    return json.loads(json.dumps(found, default=str))
+
+
+def _need(file: Path) -> None:
+    if find_spec("gguf") is None:
+        raise ConfigError(f"{file} needs the package gguf: pip install 'capacity_gap[gguf]'.")
+
+
+def dequantise(file: Path, out: Path, *, dtype: Any) -> None:
+    """Writes the model of a GGUF file to `out` as safetensors of type `dtype`, with config.json and tokenizer.
+
+    Raises:
+        StageError: transformers cannot load it.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    _need(file)
+    logging.disable_progress_bar()
+    where = {"gguf_file": file.name, "trust_remote_code": False}
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **where)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+    except Exception as error:
+        raise StageError(f"{file} cannot be loaded: {first_line(error)} Download it again.") from error
+    # What was loaded calls itself quantised and refuses to be saved: the same weights in a model that does not.
+    config = type(loaded.config).from_dict(_plain(loaded.config))
+    plain = type(loaded)(config).to(dtype)
+    plain.load_state_dict(loaded.state_dict())
+    plain.generation_config = loaded.generation_config
+    plain.save_pretrained(out)
+    tokenizer.save_pretrained(out)
