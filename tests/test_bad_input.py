@@ -176,7 +176,6 @@ GIVEN = [
     (["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=0"], "hydra.launcher.n_jobs=0 is out of range"),
     (["+sweeps=quick"], "gives student, teacher several values: a grid wants -m"),
     (["student='60k,90k'"], "or a sweep file with them under `hydra.sweeper.params`"),
-    (["+hydra.callbacks.x._target_=os.getcwd"], "hydra.callbacks.x._target_ names code to run"),
 ]
 
 
@@ -195,14 +194,20 @@ FILES = {
     "tagged": ("student: !!python/object/apply:os.getcwd []\n", "line 2: could not determine a constructor"),
     "unknown": ("studnet: 60k\n", "studnet is no setting (did you mean 'student'?)"),
     "lists": ("student: [60k, 90k]\n", "student takes one value. Several values want a grid"),
-    "callback": ("hydra: {callbacks: {x: {_target_: evil.X}}}\n", "hydra.callbacks.x._target_ names code to run"),
-    "params": ("hydra: {sweeper: {params: {x: {_target_: evil.X}}}}\n", "hydra.sweeper.params.x._target_ names code"),
-    "logging": (
-        "hydra: {job_logging: {handlers: {x: {'()': evil.X}}}}\n",
-        "handlers.x.() names code",
+    "callback": ("hydra: {callbacks: {x: {_target_: evil.X}}}\n", "names code to run (hydra.callbacks.x._target_)"),
+    "params": ("hydra: {sweeper: {params: {x: {_target_: evil.X}}}}\n", "(hydra.sweeper.params.x._target_)"),
+    "created": (
+        "hydra: {sweeper: {params: {x: '${oc.create:{_target_:evil.X}}'}}}\n",
+        "computes hydra.sweeper.params.x by",
     ),
-    "extern": ("hydra: {job_logging: {a: 'ext://evil.X'}}\n", "hydra.job_logging.a names code"),
-    "launcher": ("hydra: {launcher: {_target_: evil.X}}\n", "hydra.launcher._target_ names code"),
+    "logging": ("hydra: {job_logging: {root: {handlers: [x]}}}\n", "sets hydra.job_logging.root.handlers.0"),
+    "whole": ("hydra: {job_logging: '${store}'}\n", "sets hydra.job_logging"),
+    "environment": ("hydra: {job: {env_set: {LD_PRELOAD: evil.so}}}\n", "sets hydra.job.env_set.LD_PRELOAD"),
+    "launcher": ("hydra: {launcher: {_target_: evil.X}}\n", "names code to run (hydra.launcher._target_)"),
+    "shell": ("hydra: {launcher: {setup: [rm -r x]}}\n", "sets hydra.launcher.setup"),
+    "elsewhere": ("defaults: [{/sweeps/empty@hydra.job: empty}]\n", "places another file at"),
+    "secret": ("sweep: '${oc.env:HF_TOKEN}'\n", "reads the variable HF_TOKEN"),
+    "opt_in": ("evaluate: {allow_code_execution: true}\n", "sets evaluate.allow_code_execution"),
 }
 
 
@@ -215,6 +220,23 @@ def test_a_sweep_file_names_no_code_and_breaks_nothing(name, tmp_path):
     done = run_here(f"--config-dir={tmp_path}", "-m", f"+sweeps={name}", "plan=true", cwd=tmp_path)
     assert_told(done.returncode, done.stdout, done.stderr)
     assert done.returncode == 2 and said in done.stderr
+
+
+def test_a_folder_of_configs_may_hold_other_folders_and_settings_of_a_launcher(tmp_path):
+    for name in ("sweeps", "data", "store", "hydra/launcher"):
+        (tmp_path / "own" / name).mkdir(parents=True)
+    (tmp_path / "own/sweeps/mine.yaml").write_text(
+        "# @package _global_\nteacher_seed: ${seed}\nstore: ${oc.env:HOME}/x\n"
+        "hydra: {sweeper: {params: {student: '40k,60k'}}}\n"
+    )
+    (tmp_path / "own/hydra/launcher/site.yaml").write_text("defaults: [slurm]\nsetup: [module load cuda]\n")
+    given = [f"--config-dir={tmp_path / 'own'}", "-m", "+sweeps=mine", "data=0", "plan=true"]
+    done = run_here(*given, "hydra/launcher=site", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "plan: 2 cells" in done.stdout
+    (tmp_path / "own/sweeps/mine.yaml").write_text("# @package _global_\ndefaults: [override /hydra/launcher: site]\n")
+    done = run_here(*given, cwd=tmp_path)
+    assert done.returncode == 2 and "hydra/launcher/site sets hydra.launcher.setup" in done.stderr
 
 
 def test_options_stand_anywhere(tmp_path):

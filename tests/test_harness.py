@@ -27,6 +27,8 @@ from capacity_gap.evaluate.tasks import (
     folder_digest,
     folder_names,
     folder_tasks,
+    foreign_members,
+    foreign_metrics,
     harness_folder,
     place,
     unsafe_names,
@@ -218,6 +220,46 @@ def test_own_tasks_that_run_code_are_stopped_before_anything_is_loaded(tmp_path)
     given = compose(["evaluate=local", f"evaluate.task_folder={tmp_path}"])
     with pytest.raises(ConfigError, match="g executes code .* with evaluate.allow_code_execution=true"):
         _ = given.evaluate.benchmarks
+
+
+HIDDEN = {
+    "replaced in a file that includes it": {
+        "base": "doc_to_text: !function own.f\n",
+        "a.yaml": "include: base\ntask: a\ndoc_to_text: x\n",
+    },
+    "replaced by a second key": {"a.yaml": "task: a\ndoc_to_text: !function own.f\ndoc_to_text: x\n"},
+    "as a key": {"a.yaml": "task: a\nmetadata: {? !function own.f : 1}\n"},
+    "in pairs": {"a.yaml": "task: a\nmetadata: !!omap [x: !function own.f]\n"},
+    "in a group": {"a.yaml": "group: a\ntask: [{task: b, metadata: {x: [!function own.f]}}]\n"},
+}
+
+
+@pytest.mark.parametrize("files", HIDDEN.values(), ids=HIDDEN)
+def test_functions_are_code_wherever_the_harness_meets_them(files, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert "a" in unsafe_names(tmp_path)
+
+
+def test_task_files_that_grow_without_end_are_read(tmp_path):
+    levels = ["a0: &a0 [x, x]"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
+    (tmp_path / "bomb.yaml").write_text("task: bomb\nmetadata:\n" + "".join(f"  {line}\n" for line in levels))
+    (tmp_path / "ring.yaml").write_text("group: ring\ntask: &r [*r, {task: x, metric_list: [{metric: evil}]}]\n")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    assert unsafe_names(tmp_path) == set()
+    assert foreign_metrics(tmp_path, ["acc"]) == ["evil"]
+
+
+def test_members_of_groups_are_the_folders_or_the_harnesss(tmp_path):
+    (tmp_path / "g.yaml").write_text("group: g\ntask: [arc_easy, {group: h, task: [humaneval, own]}]\n")
+    (tmp_path / "own.yaml").write_text("task: own\n")
+    assert foreign_members(tmp_path) == {"arc_easy": False, "h": True, "humaneval": False}
+    assert "g" in unsafe_names(tmp_path)
+    pytest.importorskip("lm_eval")
+    check_tasks([Task("g")], tmp_path)
+    (tmp_path / "n.yaml").write_text("group: n\ntask: [arc_eazy]\n")
+    with pytest.raises(ConfigError, match="no task 'arc_eazy'"):
+        check_tasks([Task("g")], tmp_path)
 
 
 def test_functions_of_task_files_are_code(tmp_path):

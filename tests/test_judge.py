@@ -528,6 +528,11 @@ def test_a_password_in_a_url_is_never_shown(monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "secret-key")
     url = "http://me:pass-word@127.0.0.1:9/v1"
     assert endpoint.redacted(url) == "http://[redacted]@127.0.0.1:9/v1"
+    assert endpoint.redacted("https://host/v1?api_key=secret#x") == "https://host/v1"
+    for wrong in ("http:/u:secret@host/v1", "u:secret@host/v1", "ftp://u:secret@host"):
+        with pytest.raises(UserError) as found:
+            endpoint.check_url(wrong)
+        assert "secret" not in str(found.value)
     ask = endpoint.endpoint(url, "judge", "JUDGE_KEY")
     with pytest.raises(UserError) as error:
         ask([{"role": "user", "content": "x"}])

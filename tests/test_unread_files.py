@@ -2,6 +2,7 @@
 
 import codecs
 import gzip
+import io
 import json
 import os
 import subprocess
@@ -11,11 +12,11 @@ import pytest
 
 from capacity_gap.cell import pipeline
 from capacity_gap.data.documents import text_documents, text_files
-from capacity_gap.instruct.rows import TALK, read_rows
+from capacity_gap.instruct.rows import TALK, read_rows, rows_in
 from capacity_gap.models.building import check_builds
 from capacity_gap.models.config_files import read_config
 from capacity_gap.models.folders import checkpoint_family, end_of_text
-from capacity_gap.settings.errors import ConfigError, ImpossibleCell
+from capacity_gap.settings.errors import ConfigError, ImpossibleCell, UserError
 from tests.conftest import ROOT, run_here
 
 LINE = json.dumps({"text": "A line of text."}).encode() + b"\n"
@@ -214,14 +215,49 @@ def test_a_generation_config_that_would_not_save_is_mended_in_copies(copy):
     assert json.loads((folder.parent / "again/generation_config.json").read_text())["eos_token_id"] == 0
 
 
-def test_code_of_a_folder_is_never_run(copy):
-    from capacity_gap.models.loading import load_model, published_tokenizer
+def test_code_of_a_folder_is_never_run(copy, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    from capacity_gap.models.loading import load_model, published_tokenizer, whole_model
 
     folder = copy(config_json=lambda c: c | {"auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}})
     (folder / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
     load_model(folder)
     published_tokenizer(str(folder))
+    # A kind that transformers does not know: without our refusal it would ask, and run what the folder names.
+    own = copy("own", config_json=lambda c: c | {"model_type": "mine", "auto_map": {"AutoConfig": "own.C"}})
+    (own / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *given: "y")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    for load in (lambda: load_model(own), lambda: whole_model(AutoModelForCausalLM, own)):
+        with pytest.raises((UserError, ValueError, OSError)):
+            load()
     assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "-1.0", "0", "3"])
+def test_an_epsilon_that_is_no_small_number_is_refused(copy, value):
+    text = json.dumps(json.loads((copy() / "config.json").read_text()) | {"rms_norm_eps": 12345})
+    folder = copy("eps", config_json=text.replace("12345", value).encode())
+    with pytest.raises(ConfigError, match="no small number|no JSON"):
+        read_config(folder)
+
+
+def test_a_pipe_among_the_weights_is_passed_over(copy):
+    folder = copy()
+    os.mkfifo(folder / "other.safetensors")
+    checkpoint_family([str(folder)])
+
+
+def test_rows_with_blank_lines_and_names_that_are_none(tmp_path):
+    talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(talk) + "\n\n" + json.dumps(talk) + "\n\n")
+    assert len(read_rows(file, "instruct.path", TALK)) == 2 == rows_in(str(file))
+    for wrong in (json.dumps(talk | {"task": ["x"]}), '{"messages": 1' + "0" * 5000 + "}"):
+        file.write_text(json.dumps(talk) + "\n\n" + wrong)
+        with pytest.raises(ConfigError, match="line 3"):
+            read_rows(file, "instruct.path", TALK)
 
 
 @pytest.mark.slow

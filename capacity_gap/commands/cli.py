@@ -61,10 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = parser().parse_args(words)
     try:
         extension.load()
-        return given.run(given)
+        status = given.run(given)
+        sys.stdout.flush()  # what is wrong with the output shows here, and not after all
+        return status
     except Exception as error:
-        from capacity_gap.commands.explain import paragraph
+        from capacity_gap.commands.explain import leave_output, paragraph
 
+        if isinstance(error, BrokenPipeError):
+            leave_output()
+            return 0
         if (said := paragraph(error)) is None:
             raise
         print(f"error: {said}", file=sys.stderr)

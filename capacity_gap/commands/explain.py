@@ -1,6 +1,7 @@
 """One paragraph instead of a traceback for everything that a user can mend."""
 
 import contextlib
+import errno
 import os
 import re
 import sys
@@ -50,8 +51,8 @@ def explained(main: Callable[[], object]) -> int:
 
     try:
         main()
-    except BrokenPipeError:  # whoever read our output has had enough: `python run.py --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        leave_output()
     except (Interrupted, KeyboardInterrupt) as error:
         print(
             "interrupted: finished work and checkpoints are kept; the same command goes on from there", file=sys.stderr
@@ -65,12 +66,19 @@ def explained(main: Callable[[], object]) -> int:
     return 0
 
 
+def leave_output() -> None:
+    """What to do when whoever read our output has had enough: `python run.py --help | head`."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def paragraph(error: BaseException) -> str | None:
     """What a user did wrong, in one paragraph; None for an error of ours, whose traceback is wanted."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{shown(error.filename)}: {error.strerror}."
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of the output itself
+        return f"{error.strerror}."
     if not _is_hydras(error):
         return None
     return f"a config file is no UTF-8 text: {error}." if isinstance(error, UnicodeError) else _plain(error)

@@ -1,79 +1,121 @@
-"""What a sweep file may not do: name code. It says which cells to run, and files are passed from hand to hand.
+"""What a config file may not do: run code, set the environment, read secrets. Files are passed from hand to hand.
 
-Hydra imports and calls whatever a config names as a callback, as `_target_` or as a class of its logging. A user's own
-code comes in by `extend=[MODULE]` on the command line or by CAPACITY_GAP_EXTEND, and nowhere else.
+Hydra imports and calls whatever a config names as a callback, as `_target_`, as a class of its logging or through
+`${oc.create:…}`. So of `hydra.*` a file may set only what is listed here. The command line is the user's own: it may
+set everything, and a file that it names as `hydra/launcher=NAME` may set all of a launcher.
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from capacity_gap.settings.errors import ConfigError, shown
+from capacity_gap.settings.places import CONF
 
-OURS = "hydra_plugins."  # sweepers and launchers: Hydra itself refuses any other for these two
-PLUGINS = ("sweeper", "launcher")
-LOGGING = ("job_logging", "hydra_logging")
-CALLS = ("()", "class", "factory")  # keys by which Python's logging names something to import
+INSTALLED = ("pkg://", "structured://")  # how the places of configs begin that came with a package
+PARAMS = "hydra.sweeper.params"
+MAY_SET = ("hydra.sweeper.max_batch_size", "hydra.mode", "hydra.job.name")
+LAUNCHER = "hydra.launcher"
+COMMANDS = ("setup", "container", "srun_args", "sbatch", "address")  # of a launcher: shell lines, programs, machines
+OPT_IN = ("evaluate.allow_code_execution",)
+RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:\s*([^}]*)")
+SECRET = re.compile("token|key|secret|passw|credential", re.IGNORECASE)
+# Groups of the folder that --config-dir names. Hydra would take every folder in it for one: also a store, or `data`.
+GROUPS = ("sweeps", "hydra", "family", "corpus", "prune", "evaluate", "train", "tracking")
+ON_COMMAND_LINE = "Give it on the command line if it is meant."
 
 
-def guard() -> None:
-    """Lets Hydra compose nothing that names code; once is enough for a process."""
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+def guard(words: Sequence[str]) -> None:
+    """Lets Hydra read no file that does what a file may not.
 
-    load = ConfigLoaderImpl.load_configuration
-    if hasattr(load, "__wrapped__"):
-        return
+    Args:
+        words: of the command line.
+    """
+    from hydra._internal.config_repository import ConfigRepository
+    from hydra._internal.core_plugins.file_config_source import FileConfigSource
+
+    # Of an earlier run in this process, what it wrapped.
+    load = getattr(ConfigRepository.load_config, "__wrapped__", ConfigRepository.load_config)
+    is_group = getattr(FileConfigSource.is_group, "__wrapped__", FileConfigSource.is_group)
 
     @functools.wraps(load)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        found = load(*args, **kwargs)
-        check_names_no_code(found)
+    def checked(self: Any, config_path: str) -> Any:
+        found = load(self, config_path)
+        if found is not None and not _is_installed(found.path):
+            check_file(config_path, found, words)
         return found
 
-    ConfigLoaderImpl.load_configuration = checked
+    @functools.wraps(is_group)
+    def known_group(self: Any, config_path: str) -> bool:
+        ours = self.provider != "command-line" or config_path.partition("/")[0] in ("", *GROUPS)
+        return ours and is_group(self, config_path)
+
+    ConfigRepository.load_config = checked
+    FileConfigSource.is_group = known_group
 
 
-def check_names_no_code(composed: Any) -> None:
-    """Raises `ConfigError` if a composed config names code to import or call."""
+def _is_installed(path: str) -> bool:
+    return path.startswith(INSTALLED) or Path(path.removeprefix("file://")).resolve() == CONF.resolve()
+
+
+def check_file(config_path: str, found: Any, words: Sequence[str]) -> None:
+    """Raises `ConfigError` if a config file sets what no file may.
+
+    Args:
+        config_path: its group and name, such as `sweeps/mine`.
+        found: what Hydra read: `config`, `header` and `defaults_list`.
+        words: of the command line.
+    """
     from omegaconf import OmegaConf
 
-    values = OmegaConf.to_container(composed, resolve=False)
-    assert isinstance(values, dict)
-    hydra = values.get("hydra") or {}
-    named = list(_targets(values))
-    named += [f"hydra.callbacks.{name}" for name in hydra.get("callbacks") or {}]
-    named += [f"hydra.{kind}.{key}" for kind in LOGGING for key in _named_by_logging(hydra.get(kind) or {})]
-    if named:
-        raise ConfigError(
-            f"{shown(named[0])} names code to run, which a config may not. Code of your own is given as "
-            "extend=[MODULE] on the command line, and registers its entries."
-        )
+    group, _, name = config_path.rpartition("/")
+    named = f"{group}={name}" in words
+    placed = [str(getattr(entry, "package", None) or "") for entry in found.defaults_list or ()]
+    if elsewhere := [package for package in placed if "hydra" in package.split(".")]:
+        raise _refused(config_path, f"places another file at {elsewhere[0]}")
+    values = OmegaConf.to_container(found.config, resolve=False)
+    for key, value in _leaves(values, _package(found.header.get("package"), group)):
+        if why := _wrong(key, value, named=named):
+            raise _refused(config_path, why)
 
 
-def _targets(values: Any, where: str = "") -> Iterator[str]:
-    """Every place that holds `_target_`, but those of the sweeper and the launcher themselves."""
-    for key, value in _items(values):
-        here = f"{where}.{key}" if where else key
-        if key == "_target_" and not (
-            where in [f"hydra.{kind}" for kind in PLUGINS] and str(value).startswith((OURS, "hydra._internal."))
-        ):
-            yield here
-        yield from _targets(value, here)
+def _refused(config_path: str, why: str) -> ConfigError:
+    return ConfigError(f"{config_path} {why}, which a config file may not. {ON_COMMAND_LINE}")
 
 
-def _named_by_logging(values: Any, where: str = "") -> Iterator[str]:
-    """Places in the settings of Python's logging that name something which is not of that module."""
-    for key, value in _items(values):
-        here = f"{where}.{key}" if where else key
-        text = str(value)
-        imports = key in CALLS and not (key == "class" and text.startswith(("logging.", "colorlog.")))
-        if imports or (text.startswith("ext://") and not text.startswith("ext://sys.std")):
-            yield here
-        yield from _named_by_logging(value, here)
+def _package(header: str | None, group: str) -> str:
+    """Where in the config a file's content goes."""
+    given = group.replace("/", ".") if header in (None, "_group_") else str(header)
+    return given.removeprefix("_global_").strip(".")
 
 
-def _items(values: Any) -> Iterator[tuple[str, Any]]:
+def _wrong(key: str, value: Any, *, named: bool) -> str | None:
+    """What is wrong with one value that a file sets, if something is; `named`: the command line names the file."""
+    if "_target_" in key.split("."):
+        return f"names code to run ({key})"
+    for resolver, argument in RESOLVER.findall(str(value)):
+        if resolver != "oc.env":
+            return f"computes {key} by {resolver}"
+        if SECRET.search(argument):
+            return f"reads the variable {shown(argument)}"
+    if key in OPT_IN and value is not False:
+        return f"sets {key}"
+    if key.split(".")[0] != "hydra" or key in MAY_SET or key.startswith(f"{PARAMS}."):
+        return None
+    if key.startswith(f"{LAUNCHER}.") and (named or key.split(".")[2] not in COMMANDS):
+        return None
+    return f"sets {key}"
+
+
+def _leaves(values: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """Every value that is no section, with its key; empty sections set nothing."""
     if isinstance(values, Mapping):
-        yield from ((str(key), value) for key, value in values.items())
+        for key, value in values.items():
+            yield from _leaves(value, f"{where}.{key}" if where else str(key))
     elif isinstance(values, list):
-        yield from ((str(number), value) for number, value in enumerate(values))
+        for number, value in enumerate(values):
+            yield from _leaves(value, f"{where}.{number}")
+    else:
+        yield where, values

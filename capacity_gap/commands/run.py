@@ -54,7 +54,7 @@ def _run(arguments: Sequence[str]) -> None:
     check_words(arguments)
     extension.load_named_on(arguments)
     config.register()
-    guard()
+    guard(arguments)
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
 
 

@@ -133,9 +133,13 @@ class HubDataset:
     """A dataset of the Hugging Face hub, or a local dataset folder (needs the extra [hub])."""
 
     def identity(self, source: Any) -> dict[str, Any]:
-        """Its name, revision and what is taken of it."""
+        """Its name and revision, or the content of its folder, and what is taken of it."""
         names = ("dataset", "subset", "dataset_split", "column", "revision", "documents")
-        return {name: getattr(source, name) for name in names}
+        found = {name: getattr(source, name) for name in names}
+        if (folder := user_path(str(source.dataset))).is_dir():
+            files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+            found["dataset"] = {"content": files_digest(files)}
+        return found
 
     def documents(self, source: Any) -> Iterator[Document]:
         """The rows, streamed.

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from capacity_gap.evaluate.task_scores import Score
-from capacity_gap.evaluate.tasks import Task, foreign_metrics, place
-from capacity_gap.settings.errors import StageError
+from capacity_gap.evaluate.tasks import Task, foreign_metrics, place, places_of_members
+from capacity_gap.settings.errors import StageError, first_line
 
 SEED = 1234  # of the harness: numpy, torch and the choice of few-shot examples; Python's own generator gets 0
 
@@ -59,7 +59,7 @@ def score_tasks(
     try:
         with _harness_manners(allow_code):
             if folder is not None and not allow_code:
-                _forbid_foreign_metrics(folder)
+                forbid_foreign_metrics(folder)
             loaded = load_tasks(tasks, folder)
             for task, part in zip(tasks, loaded, strict=True):
                 _forbid_code(task, part, allowed=allow_code)
@@ -71,6 +71,11 @@ def score_tasks(
                 )
                 for call in calls
             ]
+    except AssertionError as error:  # the harness says so that a question is none
+        raise StageError(
+            f"{', '.join(task.name for task in tasks)} cannot be scored: the harness refuses a question of it "
+            f"({first_line(error)}). Look for empty answers, and for answers that repeat the question."
+        ) from error
     except jinja2.TemplateError as error:
         raise StageError(
             f"a template of {', '.join(task.name for task in tasks)} cannot be filled in: {error}. Templates may read "
@@ -119,10 +124,10 @@ def _calls(loaded: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], l
     return calls, home
 
 
-def _manager(folder: Path) -> Any:
+def _manager(*folders: Path) -> Any:
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=str(folder), include_defaults=False)
+    return TaskManager(include_path=[str(folder) for folder in folders], include_defaults=False)
 
 
 def _own_manager(folder: Path) -> Any:
@@ -130,7 +135,7 @@ def _own_manager(folder: Path) -> Any:
 
     The harness takes relative paths of data as from the working directory.
     """
-    manager = _manager(folder)
+    manager = _manager(folder, *places_of_members(folder))
     build = manager._factory.build
 
     def build_inside(entry: Any, **given: Any) -> Any:
@@ -157,8 +162,12 @@ def _forbid_code(task: Task, part: Mapping[str, Any], *, allowed: bool) -> None:
         )
 
 
-def _forbid_foreign_metrics(folder: Path) -> None:
-    """A metric that the harness does not know is looked for in other libraries, on the hub and in files: as code."""
+def forbid_foreign_metrics(folder: Path) -> None:
+    """A metric that the harness does not know is looked for in other libraries, on the hub and in files: as code.
+
+    Raises:
+        StageError: a task file of `folder` names one.
+    """
     import lm_eval.api.metrics  # noqa: F401 (registers them)
     from lm_eval.api.registry import METRIC_REGISTRY
 

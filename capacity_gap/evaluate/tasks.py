@@ -4,21 +4,24 @@ A task is written `name` or `name:shots`, such as `mmlu:5`. Its name is one of t
 folder of task files, or one of `GENERATED`, which are made from the corpus.
 """
 
+import contextlib
 import functools
 import importlib.util
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.settings.errors import ConfigError, nearest
+from capacity_gap.settings.errors import ConfigError, nearest, shown
 from capacity_gap.settings.hashing import files_digest
 
 GENERATED = ("pico_cloze", "pico_next")  # evaluate/suite.py
 # Tasks whose names begin so, and groups that hold such tasks, execute what the model wrote.
 RUNS_CODE = ("humaneval", "mbpp", "cruxeval", "longproc")
 PAPER = {"mmlu": 5, "ceval-valid": 5, "drop": 3, "humaneval": 0, "bbh": 3, "gsm8k": 8}  # the paper's six: shots
+FUNCTION = "!function"  # the key of an entry whose file names one
+DEEPEST = 8  # groups written inside groups
 PERPLEXITIES = ("wikitext", "lambada_openai")
 # Where the harness keeps the paper's tasks, so that one folder is read instead of fourteen thousand files.
 KNOWN = {
@@ -121,10 +124,10 @@ def folder_names(folder: Path) -> set[str]:
 
 
 def unsafe_names(folder: Path) -> set[str]:
-    """The tasks of a folder that say `unsafe_code: true` or name a function, and the tags and groups that hold one."""
+    """The tasks of a folder that say `unsafe_code: true`, or whose file holds a function's name, and what holds one."""
     entries = _entries(folder)
-    unsafe = [entry for entry in entries if entry.get("unsafe_code") or _names_function(entry)]
-    names = {entry["task"] for entry in unsafe if isinstance(entry.get("task"), str)}
+    unsafe = [entry for entry in entries if entry.get("unsafe_code") or FUNCTION in entry]
+    names = {entry[kind] for entry in unsafe for kind in ("task", "group") if isinstance(entry.get(kind), str)}
     names.update(*(_tags_of(entry) for entry in unsafe))
     groups = [entry for entry in entries if isinstance(entry.get("group"), str)]
     for _ in groups:  # a group may hold groups: each round reaches one level further up
@@ -133,27 +136,39 @@ def unsafe_names(folder: Path) -> set[str]:
 
 
 def _unsafe_member(member: Any, names: set[str]) -> bool:
-    inside = isinstance(member, dict) and (bool(member.get("unsafe_code")) or _names_function(member))
-    return _name_of(member) in names or inside
+    inside = list(_with_members(member)) if isinstance(member, dict) else []
+    found = [_name_of(one) for one in (member, *inside, *(m for one in inside for m in _members(one)))]
+    unsafe = any(name is not None and (name in names or Task(name).runs_code) for name in found)
+    return unsafe or any(one.get("unsafe_code") for one in inside)
 
 
 class Function(str):
-    """The name of a Python function that a task file wants called (`!function`)."""
-
-
-def _names_function(value: Any) -> bool:
-    """Whether there is a function's name in an entry, however deep."""
-    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    return isinstance(value, Function) or any(map(_names_function, inside))
+    """What stands where a task file names a Python function (`!function`)."""
 
 
 def foreign_metrics(folder: Path, known: Container[str]) -> list[str]:
     """The metrics that task files of a folder name and the harness does not know: it would load code for them."""
-    listed = [m for entry in _entries(folder) for m in _listed(entry.get("metric_list"))]
-    named = [m.get("metric") for m in listed if isinstance(m, Mapping)]
-    fetched = [m.get("metric") for m in listed if isinstance(m, Mapping) and m.get("hf_evaluate")]
-    unknown = [name for name in named if not isinstance(name, Function) and name not in known]
-    return sorted({str(name) for name in (*unknown, *fetched)})
+    inside = [one for entry in _entries(folder) for one in _with_members(entry)]
+    listed = [m for entry in inside for m in _listed(entry.get("metric_list")) if isinstance(m, Mapping)]
+    named = [m.get("metric") for m in listed if m.get("metric") not in known or m.get("hf_evaluate")]
+    return sorted({str(name) for name in named if not isinstance(name, Function)})
+
+
+def foreign_members(folder: Path) -> dict[str, bool]:
+    """The tasks that groups of a folder name and no file of it defines, and whether the group may define them."""
+    inside = [one for entry in _entries(folder) for one in _with_members(entry)]
+    members = [m for entry in inside if "group" in entry for m in _members(entry)]
+    own = folder_names(folder)
+    named = {_name_of(m): isinstance(m, dict) for m in members}
+    return {name: written for name, written in named.items() if name is not None and name not in own}
+
+
+def _with_members(entry: Mapping[str, Any], depth: int = 0) -> Iterator[Mapping[str, Any]]:
+    """An entry, and the tasks and groups that are written inside it."""
+    yield entry
+    for member in _members(entry) if depth < DEEPEST else ():
+        if isinstance(member, dict):
+            yield from _with_members(member, depth + 1)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -174,11 +189,15 @@ def _entries(folder: Path) -> tuple[Mapping[str, Any], ...]:
 @functools.lru_cache(maxsize=16)
 def _entries_of(folder: Path, _digest: str) -> tuple[Mapping[str, Any], ...]:
     """A grid asks for each of its cells, so files are read again only if they have changed."""
-    return tuple(_read_yaml(f) for f in sorted(folder.rglob("*.yaml")))
+    return tuple(_read_yaml(f) for f in sorted(folder.rglob("*.yaml")) if f.is_file())
 
 
 def _read_yaml(file: Path, before: frozenset[Path] = frozenset()) -> dict[str, Any]:
-    """One file over those that it includes; `before`: those that include it, lest files go round in a ring."""
+    """One file over those that it includes; `before`: those that include it, lest files go round in a ring.
+
+    It has the key `FUNCTION` if a function is named anywhere in them: the harness imports it as soon as it reads the
+    name, even where another line replaces it.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -187,21 +206,28 @@ def _read_yaml(file: Path, before: frozenset[Path] = frozenset()) -> dict[str, A
     installed = importlib.util.find_spec("lm_eval")
     harness = Path(installed.origin).parent if installed and installed.origin else None
     # Functions of the harness's own files came with it: whoever includes one of those runs nothing new.
-    named = str if harness is not None and harness in file.resolve().parents else Function
-    Loader.add_multi_constructor("!", lambda loader, suffix, node: named(node.value))
+    is_known = harness is not None and harness in file.resolve().parents
+    named: list[str] = []
+
+    def name_function(loader: Any, suffix: str, node: Any) -> Function:
+        named.append(suffix)
+        return Function(suffix)
+
+    Loader.add_multi_constructor("!", name_function)
     try:
         read = yaml.load(file.read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{file} is no YAML file: {str(error).splitlines()[0]}.") from error
+        raise ConfigError(f"{file} is no YAML file: {shown(error)}.") from error
     if not isinstance(read, dict):
         return {}
+    marks = {FUNCTION: True} if named and not is_known else {}
     included = read.pop("include", [])
     bases = [file.parent / str(base) for base in (included if isinstance(included, list) else [included])]
     found: dict[str, Any] = {}
     for base in bases:
         if base.is_file() and base.resolve() not in before:
             found |= _read_yaml(base, frozenset({*before, base.resolve()}))
-    return found | read
+    return found | read | marks
 
 
 def _members(group: Mapping[str, Any]) -> Sequence[Any]:
@@ -209,8 +235,9 @@ def _members(group: Mapping[str, Any]) -> Sequence[Any]:
     return members if isinstance(members, list) else [members]
 
 
-def _name_of(member: Any) -> Any:
-    return (member.get("group") or member.get("task")) if isinstance(member, dict) else member
+def _name_of(member: Any) -> str | None:
+    name = (member.get("group") or member.get("task")) if isinstance(member, dict) else member
+    return name if isinstance(name, str) else None
 
 
 def harness_folder() -> Path:
@@ -260,6 +287,15 @@ def _places(root: Path) -> dict[str, Path]:
     return found
 
 
+def places_of_members(folder: Path) -> list[Path]:
+    """Where the harness keeps the tasks that groups of a folder name and the folder does not define."""
+    found = set()
+    for name in foreign_members(folder):
+        with contextlib.suppress(ConfigError):  # the group itself defines it
+            found.add(place(name))
+    return sorted(found)
+
+
 def check_tasks(tasks: Iterable[Task], folder: Path | None) -> None:
     """Raises, before anything is computed, if the harness is missing or nobody defines a task."""
     tasks = list(tasks)
@@ -269,3 +305,6 @@ def check_tasks(tasks: Iterable[Task], folder: Path | None) -> None:
     for task in tasks:
         if task.name not in own and task.name not in GENERATED:
             place(task.name)
+    for name, written in (foreign_members(folder) if folder else {}).items():
+        if not written:
+            place(name)

@@ -23,7 +23,8 @@ def read_rows(file: Path, key: str, fields: Iterable[str]) -> list[dict[str, Any
         ConfigError: a row that nothing can be learnt from; the message names its line.
     """
     with user_path(file).open("rb") as lines:
-        return [_row(line, f"{key}={file}, line {number}", fields) for number, line in enumerate(lines, 1)]
+        numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    return [_row(line, f"{key}={file}, line {number}", fields) for number, line in numbered]
 
 
 def rows_in(file: str | None) -> int:
@@ -31,7 +32,7 @@ def rows_in(file: str | None) -> int:
     if file is None:
         return 0
     with user_path(file).open("rb") as lines:
-        return sum(1 for _ in lines)
+        return sum(1 for line in lines if line.strip())
 
 
 def _row(line: bytes, place: str, fields: Iterable[str]) -> dict[str, Any]:
@@ -39,11 +40,13 @@ def _row(line: bytes, place: str, fields: Iterable[str]) -> dict[str, Any]:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{place} is not UTF-8: {error}. Save the file as UTF-8.") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
         raise ConfigError(f"{place} is no JSON: {error}. Each line is one object.") from error
     if not isinstance(row, dict) or (lacking := [f for f in fields if f not in row]):
         said = ", ".join(lacking) if isinstance(row, dict) else "fields"
         raise ConfigError(f"{place} has no {said}. Each needs {', '.join(fields)}.")
+    if not isinstance(row.get("task", ""), str):
+        raise ConfigError(f"{place}: task is {row['task']!r}. It must be a name.")
     _check_turns(row["messages"], place, pair="chosen" in fields)
     if "chosen" in fields:
         _check_answers(row, place)

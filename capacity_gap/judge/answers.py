@@ -49,8 +49,10 @@ def answer_all(folder: Path, questions: Sequence[Question], out: Path, *, device
 def _load(folder: Path, device: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from capacity_gap.models.config_files import read_config
     from capacity_gap.models.loading import whole_model
 
+    read_config(folder)  # says what is wrong with a model whose architecture is code of its own
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if tokenizer.chat_template is None:
         raise UserError(

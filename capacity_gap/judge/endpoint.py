@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from capacity_gap.settings.errors import UserError, shown
+from capacity_gap.settings.errors import UserError
 
 MAX_TOKENS = 512  # of a judgement
 SHOWN = 300  # characters of what an endpoint says when it refuses
@@ -86,12 +86,13 @@ def check_url(url: str) -> None:
     except ValueError:
         sound = False
     if not sound:
-        raise UserError(f"--endpoint={shown(redacted(url))} is no URL. Write one such as http://localhost:8000/v1.")
+        # What was given is not repeated: where a password stands in it cannot be told.
+        raise UserError("--endpoint is no URL. Write one such as http://localhost:8000/v1.")
 
 
 def redacted(url: str) -> str:
-    """A URL without the name and the password in it."""
-    return re.sub(r"//[^/?#]*@", "//[redacted]@", url)
+    """A URL without the name, the password and the query in it."""
+    return re.sub(r"//[^/?#]*@", "//[redacted]@", re.sub(r"[?#].*", "", url, flags=re.DOTALL))
 
 
 def is_open(url: str) -> bool:

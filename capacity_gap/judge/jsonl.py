@@ -41,7 +41,7 @@ def read_whole(file: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line.decode())
-    except ValueError:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError):  # no JSON, or no UTF-8
         return None
     return row if isinstance(row, dict) else None
 

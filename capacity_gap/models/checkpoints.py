@@ -78,4 +78,4 @@ def _described(file: Path, size: int, changed: int) -> Path:
 def content_digest(path: Path) -> str:
     """SHA-256 over a model folder's config, tokenizer and weights: its identity, wherever it lies."""
     described_by = [path / name for name in DESCRIBES if (path / name).is_file()]
-    return files_digest([*described_by, *sorted(path.glob("*.safetensors"))])
+    return files_digest([*described_by, *sorted(p for p in path.glob("*.safetensors") if p.is_file())])

@@ -27,12 +27,16 @@ def read_object(file: Path) -> dict[str, Any]:
         ConfigError: it is no JSON, no object, or not UTF-8.
     """
     try:
-        found = json.loads(file.read_bytes().decode("utf-8"))
+        found = json.loads(file.read_bytes().decode("utf-8"), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file} is no JSON: {shown(error)}. {AGAIN}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{file} holds no JSON object, but a {type(found).__name__}. {AGAIN}")
     return found
+
+
+def _no_number(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -101,9 +105,16 @@ def _wrong_sizes(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}={shown(repr(own[key]))} is no size (a whole number, 1 to {most:,})."
     if (dim := own.get("head_dim")) is not None and not _is_size(dim, MOST_UNITS):
         yield f"head_dim={shown(repr(dim))} is no size (a whole number, 1 to {MOST_UNITS:,})."
+    for key, value in own.items():
+        if key.endswith(("_eps", "_epsilon")) and _is_number(value) and not 0 < value < 1:
+            yield f"{key}={shown(repr(value))} is no small number (more than 0, less than 1)."
     sizes = dims(config)
     if sizes.heads % sizes.kv_heads:
         yield f"{sizes.heads} query heads do not divide among {sizes.kv_heads} key-value heads."
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_size(value: Any, most: int) -> bool:

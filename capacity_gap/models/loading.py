@@ -111,7 +111,7 @@ def whole_model(kind: Any, source: str | Path, **options: Any) -> Any:
     if Path(source).is_dir():
         no_adapter(Path(source))
         tensors_of(Path(source))
-    options |= {"attn_implementation": "sdpa", "use_safetensors": True}
+    options |= {"attn_implementation": "sdpa", "use_safetensors": True, **NO_CODE}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what does not match is said below
     try:
         model, info = kind.from_pretrained(source, **options)

@@ -175,7 +175,7 @@ def tensors_of(folder: Path) -> dict[str, Stored]:
     """
     found: dict[str, Stored] = {}
     listed = weight_files(folder)
-    for file in (*listed, *sorted(set(folder.glob("*.safetensors")) - set(listed))):
+    for file in (*listed, *sorted(p for p in set(folder.glob("*.safetensors")) - set(listed) if p.is_file())):
         mine = stored_tensors(file, file.stat().st_size, file.stat().st_mtime_ns)
         if twice := sorted(found.keys() & mine.keys()):
             others = sorted({found[name].file.name for name in twice})

@@ -15,7 +15,7 @@ def check_budgets(cell: Cell, store: Store, runtime: Runtime) -> None:
     """Raises, before any model is trained, if there are too few tokens for teacher or student, or no such task."""
     from capacity_gap.data.packing import Packed, subset
 
-    check_tasks(cell.config.evaluate.benchmarks, cell.config.evaluate.folder)
+    _check_benchmarks(cell)
     _check_models(cell)
     for stage, budget, epochs, key in cell.budgets:
         packed = Packed(store.compute(stage, runtime) / "train", cell.config.corpus.sequence_length)
@@ -23,6 +23,16 @@ def check_budgets(cell: Cell, store: Store, runtime: Runtime) -> None:
     _check_vocabularies(cell, store, len(Packed(store.path(cell.tokens) / "train", 1).bytes_per_id))
     _check_tuning(cell, store, runtime)
     _check_loss(cell, store)
+
+
+def _check_benchmarks(cell: Cell) -> None:
+    """Every task must be there, and its metrics the harness's own unless code may be run."""
+    c = cell.config.evaluate
+    check_tasks(c.benchmarks, c.folder)
+    if c.folder and c.benchmarks and not c.allow_code_execution:
+        from capacity_gap.evaluate.harness import forbid_foreign_metrics
+
+        forbid_foreign_metrics(c.folder)
 
 
 def _check_models(cell: Cell) -> None:
