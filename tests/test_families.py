@@ -223,7 +223,7 @@ def test_a_checkpoint_that_cannot_be_had_says_what_to_do(monkeypatch, tmp_path, 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     from capacity_gap.models.loading import copy_tokenizer
 
-    with pytest.raises(StageError, match=r"cannot be loaded.*accept its licence.*capacity_gap fetch nobody/nothing"):
+    with pytest.raises(StageError, match=r"cannot be loaded: HF_HUB_OFFLINE is set.*capacity_gap fetch nobody/nothing"):
         copy_tokenizer("nobody/nothing", tmp_path)
     assert cli.main(["fetch", "qwen2_5:0.5b"]) == 2
     assert "Qwen/Qwen2.5-0.5B cannot be fetched" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from capacity_gap.models.building import auto_class
 from capacity_gap.models.config_files import read_object
 from capacity_gap.models.defaults import frozen_rows
 from capacity_gap.models.folders import named_by_config
+from capacity_gap.models.hub_errors import hub_problem
 from capacity_gap.models.quiet import quiet
 from capacity_gap.settings.errors import StageError, UserError, first_line
 from capacity_gap.settings.places import user_path
@@ -273,29 +274,26 @@ def _from_hub(load: Any, repository: str) -> Any:
     except UserError:
         raise
     except Exception as error:  # a broken file raises errors of many libraries; the hub's own are OSErrors
-        said = first_line(error)
         if Path(repository).is_dir():
+            said = first_line(error)
             raise StageError(f"{repository} cannot be loaded: {said} Copy or download the folder again.") from error
-        raise StageError(
-            f"{repository} cannot be loaded: {said} If it is gated, accept its licence on its "
-            "page and log in with `hf auth login`. If this machine has no network, run `python -m capacity_gap fetch "
-            f"{repository}` on one that shares its cache (HF_HOME)."
-        ) from error
+        raise StageError(f"{repository} cannot be loaded: {hub_problem(error, repository)}") from error
 
 
 def fetch(repository: str) -> Path:
-    """Downloads a checkpoint's safetensors, configs and tokenizer to the hub's cache, and returns where."""
+    """Downloads a checkpoint's safetensors, configs and tokenizer to the hub's cache, and returns where.
+
+    Raises:
+        StageError: it cannot be downloaded.
+    """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt"]
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise StageError(
-            f"{repository} cannot be fetched: {str(error).splitlines()[0]} If it is gated, accept its licence on its "
-            "page and log in with `hf auth login`; else check the name and the network."
-        ) from error
+    except (HFValidationError, HTTPError, OSError) as error:
+        raise StageError(f"{repository} cannot be fetched: {hub_problem(error, repository)}") from error
 
 
 def save_model(model: Any, folder: Path, *, leads: bool = True) -> None:
