@@ -30,7 +30,7 @@ def test_every_config_composes(choice, text_file):
     if choice == "corpus=mixture":
         extra = ["corpus.parts=[{name:embedded,weight:3},{name:code,weight:1}]"]
     if choice == "family=folders":
-        with pytest.raises(ConfigError, match="family=folders needs the model folders"):
+        with pytest.raises(ConfigError, match="family=folders needs checkpoints"):
             pipeline.resolve(compose([choice]))
         return
     if choice == "evaluate=local":
@@ -58,7 +58,7 @@ BAD = [
     (["student=-5"], "student=-5 cannot be read as a scale"),
     (["teacher=99k"], "family pico has no such rung. Its rungs: 55k 80k"),
     (["student=0.5b", "teacher=1b"], "55k 80k 120k 180k 270k 400k 600k 900k 1.3m 2m. 1b is a rung of family=pythia"),
-    (["family=folders"], "family=folders needs the model folders"),
+    (["family=folders"], "family=folders needs checkpoints"),
     (["family.folders=[x]"], "family.folders is for family=folders"),
     (["student=400k", "teacher=120k"], "student=400k is larger than teacher=120k (120,200 parameters)"),
     (["student=10"], "no student of 10 parameters"),

@@ -175,7 +175,6 @@ def test_the_fetch_command_fills_the_cache_that_a_run_reads(hub, folders, tmp_pa
     assert not [path for _, path, _ in hub.requests[asked:] if "/resolve/" in path]
 
 
-@pytest.mark.xfail(strict=True, reason="transformers 5.23 configs have no _commit_hash, so `point_to` pins nothing")
 def test_a_published_teacher_is_pinned_to_the_commit_that_was_checked(hub, folders, tmp_path):
     """Else stages of one cell could read different weights, when the repository changes between them."""
     point(folders[0], tmp_path)

@@ -180,16 +180,16 @@ def point_to(
 
     from capacity_gap.models.weights import check_weights
 
-    at = {"revision": revision} if revision else {}
-    config = _from_hub(partial(AutoConfig.from_pretrained, **at, **NO_CODE), repository)
+    files = _from_hub(partial(_files_of, revision=revision), repository)
+    config = _from_hub(lambda _: AutoConfig.from_pretrained(files, local_files_only=True, **NO_CODE), repository)
     found, expected = count_params(config.to_dict()), count_params(shape)
     if found != expected:
         raise StageError(
             f"{repository} has {found:,} parameters, but its rung says {expected:,}: "
             "the checkpoint is not the one this ladder was written for."
         )
-    revision = revision or getattr(config, "_commit_hash", None)
-    files = _from_hub(partial(_files_of, revision=revision), repository)
+    if not Path(repository).is_dir():
+        revision = files.name  # a snapshot is called by its commit: a branch may move on between two stages
     check_weights(files, config.to_dict())
     shutil.copyfile(files / "config.json", out / "config.json")
     pointer = {"repository": repository, "revision": revision, "dtype": dtype, "quantization": quantization}

@@ -5,6 +5,7 @@ import functools
 import itertools
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -100,6 +101,33 @@ def check_count(overrides: list[Override]) -> None:
         )
 
 
+def own_ladder(composed: Sequence[dict[str, Any]]) -> list[str]:
+    """The checkpoints among the teachers of a grid that names no ladder: together they are one.
+
+    A student's shape is the same under every teacher only if each cell knows them all.
+    """
+    from capacity_gap.models.checkpoints import is_checkpoint
+
+    named = (str(one["teacher"]) for one in composed if not one["family"]["folders"])
+    return list(dict.fromkeys(teacher for teacher in named if is_checkpoint(teacher)))
+
+
+def _in_ladder(overrides: list[str], one: dict[str, Any], ladder: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """A cell's overrides and settings, with the ladder where its teacher is one of it and it names no family."""
+    from capacity_gap.models.ladders import FOLDERS
+    from capacity_gap.runner.rerun import quoted
+
+    family = one["family"]
+    if len(ladder) < 2 or str(one["teacher"]) not in ladder or family["folders"]:
+        return overrides, one
+    given = [f"family.folders=[{','.join(quoted(name) for name in ladder)}]"]
+    if family["name"] != FOLDERS:
+        if any(o.startswith("family=") for o in overrides):
+            return overrides, one
+        given.insert(0, f"family={FOLDERS}")
+    return [*overrides, *given], {**one, "family": {**family, "name": FOLDERS, "folders": ladder}}
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -134,7 +162,9 @@ class GridSweeper(BasicSweeper):
         cells = [list(overrides) for batch in self.split_arguments(parsed, None) for overrides in batch]
         self.validate_batch_is_legal(cells[:1])
         compose = Composer(self.config, self.hydra_context.config_loader)
-        jobs = [Job(overrides, compose(overrides)) for overrides in cells]
+        composed = [compose(overrides) for overrides in cells]
+        ladder = own_ladder(composed)
+        jobs = [Job(*_in_ladder(overrides, one, ladder)) for overrides, one in zip(cells, composed, strict=True)]
         launcher = self.config.hydra.launcher
         if getattr(self.launcher, "detach", False):
             self.launcher.submit_grid([*run_command(), *sys.argv[1:]], check_grid(jobs).root)

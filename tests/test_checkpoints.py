@@ -1,0 +1,214 @@
+"""Models that a user names: teachers and students on the hub, in folders and in files; starts that are trained models."""
+
+import json
+import re
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from capacity_gap import records
+from capacity_gap.cell import pipeline
+from capacity_gap.commands import cli
+from capacity_gap.data.tokenizer import train_tokenizer
+from capacity_gap.models.hub import planning_files
+from capacity_gap.models.loading import checkpoint_folder, load_model
+from capacity_gap.runner.run_cell import run_config
+from capacity_gap.settings.errors import ConfigError, ImpossibleCell
+from capacity_gap.store.stage import Store
+from tests.conftest import compose, run_here, run_py
+from tests.hub import environment, serving_hub, using
+from tests.small_models import small_model
+
+VOCAB = 300
+TEACHERS = {"t/llama": ("llama", 48), "t/qwen3": ("qwen3", 64), "t/neox": ("gpt_neox", 80)}
+STUDENTS = {"s/llama": ("llama", 16), "s/qwen2": ("qwen2", 24), "s/mistral": ("mistral", 32)}
+
+
+@pytest.fixture(scope="module")
+def models(text_file, tmp_path_factory):
+    """Six models of different architectures with one tokenizer; one teacher's vocabulary is padded."""
+    root = tmp_path_factory.mktemp("published")
+    texts = text_file.read_text(encoding="utf-8")[:20_000].split("\n\n")
+    for name, (kind, hidden) in (TEACHERS | STUDENTS).items():
+        rows = VOCAB + 4 * (name == "t/neox")
+        model = small_model(kind, vocab_size=rows, hidden_size=hidden, num_attention_heads=4, bos_token_id=0).float()
+        model.config.eos_token_id = 0
+        model.save_pretrained(root / name)
+        train_tokenizer(texts, VOCAB, root / name)
+    return root
+
+
+@pytest.fixture
+def hub(models, tmp_path):
+    """A hub with all of them, to which this process's client is led."""
+    planning_files.cache_clear()
+    with serving_hub() as hub, using(hub, tmp_path / "home"):
+        for name in TEACHERS | STUDENTS:
+            hub.publish(name, models / name)
+        yield hub
+    planning_files.cache_clear()
+
+
+@pytest.fixture
+def given(tiny):
+    """Settings of a tiny cell, without those of teachers that are trained here."""
+    return [g for g in tiny if not g.startswith("family.")]
+
+
+@pytest.mark.slow
+def test_a_grid_of_trained_students_and_teachers_of_the_hub(hub, given, tmp_path):
+    store, child = tmp_path / "store", environment(hub, tmp_path / "child")
+    words = [
+        f"teacher={','.join(TEACHERS)}",
+        f"student={','.join(STUDENTS)}",
+        f"store={store}",
+        "hydra/launcher=joblib",
+    ]
+    done = run_py("-m", *given, *words, **child)
+    assert "grid: 9 done" in done.stdout
+    rows = records.read(store)
+    assert Counter(r["teacher"] for r in rows) == dict.fromkeys(TEACHERS, 3)
+    assert {(r["family"], r["init"]) for r in rows} == {("checkpoints", "pretrained")}
+    assert {r["start"] for r in rows} == set(STUDENTS)
+    for start in STUDENTS:
+        mine = [r for r in rows if r["start"] == start]
+        assert len({r["init_loss"] for r in mine}) == 1, "nothing is cut: the start is the same under every teacher"
+        assert len({r["student_loss"] for r in mine}) == 3
+    assert len(list(store.glob("tokens/*"))) == 1
+    assert len(list(store.glob("scores/*"))) == 0
+    out = tmp_path / "out"
+    assert cli.main(["export", rows[0]["cell"], str(out), "--store", str(store)]) == 0
+    trained = AutoModelForCausalLM.from_pretrained(out)
+    assert sum(p.numel() for p in trained.parameters()) == rows[0]["student_params"]
+    card = (out / "README.md").read_text()
+    assert rows[0]["start"] in card and rows[0]["teacher"] in card
+    again = run_py("-m", *given, *words, **environment(hub, tmp_path / "child", offline=True))
+    assert "grid: 9 reused" in again.stdout
+
+
+def test_a_student_of_the_hub_begins_as_it_was_published(hub, models, given, tmp_path):
+    config = compose([*given, "teacher=t/qwen3", "student=s/qwen2", f"store={tmp_path}"])
+    run_config(config)
+    cell, store = pipeline.resolve(config), Store(tmp_path)
+    assert cell.student.config["repository"] == "s/qwen2"
+    start = load_model(store.path(cell.student))
+    theirs = AutoModelForCausalLM.from_pretrained(models / "s/qwen2")
+    assert all(torch.equal(p, q) for p, q in zip(start.parameters(), theirs.parameters(), strict=True))
+    assert checkpoint_folder(store.path(cell.student)).name == hub.repositories["s/qwen2"].refs["main"]
+    (row,) = records.read(tmp_path)
+    assert (row["student"], row["start"], row["init"]) == ("12840", "s/qwen2", "pretrained") or row["student_params"]
+    assert row["student_loss"] != row["init_loss"]
+
+
+def test_a_name_is_a_commit(hub, models, given):
+    def cell(teacher):
+        planning_files.cache_clear()
+        return pipeline.resolve(compose([*given, f"teacher={teacher}", "student=s/llama"]))
+
+    before = cell("t/llama")
+    sha = hub.publish("t/llama", models / "t/qwen3")
+    after = cell("t/llama")
+    assert before.teacher.config["revision"] != sha == after.teacher.config["revision"]
+    assert before.teacher.digest != after.teacher.digest
+    assert before.tokens.digest == after.tokens.digest, "the same tokenizer is the same, whichever model it came with"
+    pinned = cell(f"t/llama@{before.teacher.config['revision']}")
+    assert pinned.teacher.digest == before.teacher.digest
+    assert pinned.rung == f"t/llama@{before.teacher.config['revision']}"
+
+
+def test_students_of_teachers_from_the_hub_have_one_shape(hub, given, tmp_path, monkeypatch):
+    for name, value in environment(hub, tmp_path / "home").items():
+        monkeypatch.setenv(name, value)
+    words = ["teacher=t/llama,t/qwen3", "student=9k", "prune.init=random", f"store={tmp_path / 'store'}", "plan=true"]
+    done = run_here("-m", *given, *words, cwd=tmp_path)
+    assert "plan: 2 cells" in done.stdout, done.stderr
+    assert done.stdout.count("student  9k") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["student=s/none", "teacher=t/llama"], "s/none cannot be loaded: it is no folder here"),
+        (["student=s/llama@v9", "teacher=t/llama"], "it has no branch, tag or commit v9"),
+        (["student=t/llama", "teacher=s/llama"], "is larger than teacher=s/llama"),
+        (["student=s/llama", "teacher=t/llama", "prune.depth=1"], "nothing is cut, and its shape is its own"),
+        (["student=s/llama", "teacher=t/llama", "expand.vocab=400"], "has no rows for new tokens"),
+        (["student=9k", "teacher=t/llama", "prune.init=pretrained"], "has no model of this size"),
+        (["student=40k", "teacher=80k", "prune.init=pretrained"], "say prune.init_data=TOKENS too"),
+        (["student=40k", "teacher=80k", "prune.init_data=1k"], "only the start of init=pretrained is trained"),
+        (["student=s/llama", "teacher=80k", "family=pico_t5"], "one is an encoder-decoder"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_computed(hub, given, words, said, tmp_path):
+    with pytest.raises((ConfigError, ImpossibleCell), match=re.escape(said)):
+        pipeline.resolve(compose([*given, *words, f"store={tmp_path / 'store'}"]))
+    assert not (tmp_path / "store").exists()
+
+
+def test_another_vocabulary_is_refused(hub, models, given, tmp_path, text_file):
+    other = shutil.copytree(models / "s/llama", tmp_path / "other")
+    train_tokenizer(text_file.read_text(encoding="utf-8")[20_000:40_000].split("\n\n"), VOCAB, other)
+    with pytest.raises(ConfigError, match="different vocabularies"):
+        pipeline.resolve(compose([*given, "teacher=t/llama", f"student={other}"]))
+
+
+def test_a_start_that_is_trained_here_is_the_same_under_every_teacher(tiny, tmp_path):
+    words = ["student=40k", "prune.init=pretrained", "prune.init_data=2k", f"store={tmp_path}"]
+    for teacher in ("55k", "80k"):
+        run_config(compose([*tiny, *words, f"teacher={teacher}"]))
+    one, two = records.read(tmp_path)
+    assert one["init_loss"] == two["init_loss"] and one["student_loss"] != two["student_loss"]
+    assert (one["start_tokens"], one["start"], one["init"]) == (2000, None, "pretrained")
+    cell = pipeline.resolve(compose([*tiny, *words, "teacher=55k"]))
+    assert cell.student.name == "start"
+    other = pipeline.resolve(compose([*tiny, *words, "teacher=55k", "seed=1"]))
+    assert other.student.digest != cell.student.digest
+    longer = pipeline.resolve(compose([*tiny, *words, "teacher=55k", "prune.init_data=4k"]))
+    assert longer.student.digest != cell.student.digest
+    drawn = pipeline.resolve(compose([*tiny, "student=40k", "teacher=55k", "prune.init=random"]))
+    assert drawn.student_shape == cell.student_shape
+
+
+CONFIGS = {
+    "qwen3-8b": (
+        {"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288}
+        | {"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+        | {"tie_word_embeddings": False, "attention_bias": False},
+        8_190_735_360,
+    ),
+    "llama-8b": (
+        {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}
+        | {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
+        8_030_261_248,
+    ),
+    "smollm2": (
+        {"model_type": "llama", "vocab_size": 49152, "hidden_size": 2048, "intermediate_size": 8192}
+        | {"num_hidden_layers": 24, "num_attention_heads": 32, "num_key_value_heads": 32}
+        | {"tie_word_embeddings": True},
+        1_711_376_384,
+    ),
+}
+
+
+@pytest.fixture
+def planned(tmp_path):
+    """Folders that hold a config.json and nothing else."""
+    for name, (config, _) in CONFIGS.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_folders_with_a_config_alone_can_be_planned_and_not_run(planned, capfd):
+    words = ["teacher=./qwen3-8b,./llama-8b", "student=./smollm2", "data=1b", f"store={planned / 'store'}"]
+    done = run_here("-m", *words, "plan=true", cwd=planned)
+    assert done.returncode == 0, done.stderr
+    for _, params in CONFIGS.values():
+        assert f"{params:,}" in done.stdout
+    assert "it can be planned with, and not run" in done.stderr + capfd.readouterr().err
+    refused = run_here("-m", *words, cwd=planned)
+    assert refused.returncode == 2 and "smollm2" in refused.stderr
+    assert not (planned / "store").exists()
