@@ -15,7 +15,15 @@ from capacity_gap.data.sources import corpus_name
 from capacity_gap.distill.distill_config import SIGNAL_SIZE
 from capacity_gap.instruct.rows import rows_in
 from capacity_gap.models import accounting
-from capacity_gap.models.axes import architecture, architecture_identity, config_with, count_params, dims, padded
+from capacity_gap.models.axes import (
+    architecture,
+    architecture_identity,
+    config_with,
+    count_params,
+    cuttable,
+    dims,
+    padded,
+)
 from capacity_gap.models.folders import content_digest, is_folder, local_family
 from capacity_gap.models.ladders import FOLDERS, Family, family
 from capacity_gap.pruning.common_shape import student_shape
@@ -73,6 +81,8 @@ class ResolvedCell:
                 "teacher cannot be pruned. Use family.quantization=none, or prune.init=random."
             )
         cell = cls(config, ladder, base, rung, student, target, data, budget)
+        if config.prune.init != "random":
+            cuttable(ladder.rungs[cell.origin])
         if cell.adapted and config.family.quantization != "none":
             raise ConfigError("a quantised teacher cannot be expanded or adapted. Use family.quantization=none.")
         return cell
