@@ -1,4 +1,4 @@
-"""Models that a user names: teachers and students on the hub, in folders and in files; starts that are trained models."""
+"""Models that a user names: on the hub, in folders and in files; students that begin as trained models."""
 
 import json
 import re
@@ -122,10 +122,10 @@ def test_a_name_is_a_commit(hub, models, given):
 def test_students_of_teachers_from_the_hub_have_one_shape(hub, given, tmp_path, monkeypatch):
     for name, value in environment(hub, tmp_path / "home").items():
         monkeypatch.setenv(name, value)
-    words = ["teacher=t/llama,t/qwen3", "student=9k", "prune.init=random", f"store={tmp_path / 'store'}", "plan=true"]
+    words = ["teacher=s/llama,t/llama", "student=8230", "prune.init=random", f"store={tmp_path / 'store'}", "plan=true"]
     done = run_here("-m", *given, *words, cwd=tmp_path)
     assert "plan: 2 cells" in done.stdout, done.stderr
-    assert done.stdout.count("student  9k") == 1
+    assert done.stdout.count("student 8230: ") == 1
 
 
 @pytest.mark.parametrize(
@@ -210,5 +210,5 @@ def test_folders_with_a_config_alone_can_be_planned_and_not_run(planned, capfd):
         assert f"{params:,}" in done.stdout
     assert "it can be planned with, and not run" in done.stderr + capfd.readouterr().err
     refused = run_here("-m", *words, cwd=planned)
-    assert refused.returncode == 2 and "smollm2" in refused.stderr
+    assert refused.returncode == 2 and "qwen3-8b has no tokenizer.json" in refused.stderr
     assert not (planned / "store").exists()

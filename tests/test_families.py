@@ -1,5 +1,6 @@
 """Ladders: exact counts without building, stand-ins of every architecture, and the user's own folders."""
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -7,23 +8,28 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from capacity_gap import records
 from capacity_gap.cell import pipeline
 from capacity_gap.cell.teacher_config import FamilyConfig
 from capacity_gap.commands import cli
 from capacity_gap.data.tokenizer import bytes_per_id
-from capacity_gap.models.axes import count_params
+from capacity_gap.models.axes import count_params, dims
 from capacity_gap.models.building import auto_class
 from capacity_gap.models.folders import checkpoint_family
 from capacity_gap.models.ladders import FAMILIES, Family
 from capacity_gap.models.loading import load_model
+from capacity_gap.pruning.methods import LAYER_SCORES, SCORES
+from capacity_gap.pruning.shape import shape_of
+from capacity_gap.pruning.surgery import prune
 from capacity_gap.runner.run_cell import run_config
-from capacity_gap.settings.errors import ConfigError, StageError
+from capacity_gap.settings.errors import ConfigError, ImpossibleCell, StageError
 from capacity_gap.settings.registry import Entry
 from capacity_gap.settings.scales import parse_scale
 from capacity_gap.store.stage import Store
 from tests.conftest import compose, run_py
+from tests.small_models import TOKENS, UNCUT, small_model
 
 RUNGS = [(f.name, rung) for f in FAMILIES.values() for rung in f.rungs]
 STAND_INS = ("pico_gpt2", "pico_neox", "pico_mistral", "pico_t5")
@@ -31,15 +37,14 @@ STAND_INS = ("pico_gpt2", "pico_neox", "pico_mistral", "pico_t5")
 
 @pytest.mark.parametrize(("name", "rung"), RUNGS)
 def test_a_rung_has_exactly_the_parameters_that_its_table_counts(name, rung):
-    import torch
-    from transformers import AutoConfig
-
     settings = dict(FAMILIES[name].rungs[rung])
+    written = copy.deepcopy(settings)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     with torch.device("meta"):
         model = auto_class(config).from_config(config)
     assert FAMILIES[name].params[rung] == sum(p.numel() for p in model.parameters())
     assert count_params(config) == FAMILIES[name].params[rung], "counting a config object gives the same"
+    assert FAMILIES[name].rungs[rung] == written, "transformers fills in nothing: shapes are hashed"
 
 
 # Published sizes, from the models' cards: they guard the shapes written down in the ladders.
@@ -54,6 +59,37 @@ PUBLISHED = {
     ("mistral", "7b"): 7_241_732_096,
     ("qwen2_5", "0.5b"): 494_032_768,
     ("qwen2_5", "7b"): 7_615_616_512,
+    ("qwen3", "0.6b"): 596_049_920,
+    ("qwen3", "1.7b"): 1_720_574_976,
+    ("qwen3", "4b"): 4_022_468_096,
+    ("qwen3", "8b"): 8_190_735_360,
+    ("qwen3", "14b"): 14_768_307_200,
+    ("llama3", "1b"): 1_235_814_400,
+    ("llama3", "3b"): 3_212_749_824,
+    ("llama3", "8b"): 8_030_261_248,
+    ("llama3", "70b"): 70_553_706_496,
+    ("gemma3", "270m"): 268_098_176,
+    ("gemma3", "1b"): 999_885_952,
+    ("smollm2", "135m"): 134_515_008,
+    ("smollm2", "360m"): 361_821_120,
+    ("smollm2", "1.7b"): 1_711_376_384,
+    ("olmo2", "1b"): 1_484_916_736,
+    ("olmo2", "7b"): 7_298_617_344,
+    ("olmo2", "13b"): 13_716_198_400,
+    ("olmo2", "32b"): 32_234_279_936,
+}
+# What decides a model's function beside its sizes, from the config.json of its repository: rotary base and stretch,
+# epsilon of the norms, heads, the last position. Random students are made from rungs, so rungs must say it.
+FUNCTION = {
+    ("qwen3", "0.6b"): (1e6, None, 1e-6, 128, 32768),
+    ("qwen3", "14b"): (1e6, None, 1e-6, 128, 32768),
+    ("llama3", "1b"): (5e5, 32.0, 1e-5, 64, 131072),
+    ("llama3", "3b"): (5e5, 32.0, 1e-5, 128, 131072),
+    ("llama3", "70b"): (5e5, 8.0, 1e-5, 128, 131072),
+    ("smollm2", "135m"): (1e5, None, 1e-5, 64, 8192),
+    ("smollm2", "1.7b"): (1.3e5, None, 1e-5, 64, 8192),
+    ("olmo2", "1b"): (5e5, None, 1e-6, 128, 4096),
+    ("olmo2", "32b"): (5e5, None, 1e-6, 128, 4096),
 }
 
 
@@ -61,10 +97,105 @@ def test_published_sizes():
     assert {key: FAMILIES[key[0]].params[key[1]] for key in PUBLISHED} == PUBLISHED
 
 
+def config_of(shape):
+    """The config that transformers makes of a rung."""
+    settings = copy.deepcopy(dict(shape))
+    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+
+
+def test_a_rung_says_what_decides_its_function():
+    found = {}
+    for name, rung in FUNCTION:
+        made = config_of(FAMILIES[name].rungs[rung])
+        rope, width = made.rope_parameters, dims(made).head_dim
+        found[name, rung] = (
+            rope["rope_theta"],
+            rope.get("factor"),
+            made.rms_norm_eps,
+            width,
+            made.max_position_embeddings,
+        )
+    assert found == FUNCTION
+    scaled = config_of(FAMILIES["llama3"].rungs["8b"]).rope_parameters
+    kept = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    assert scaled == {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, **kept}
+    assert config_of(FAMILIES["cerebras_gpt"].rungs["111m"]).activation_function == "gelu"
+    assert config_of(FAMILIES["qwen3"].rungs["4b"]).layer_types == ["full_attention"] * 36
+
+
+def test_the_layers_of_gemma_slide_in_all_but_every_sixth():
+    for rung, layers in (("270m", 18), ("1b", 26)):
+        made = config_of(FAMILIES["gemma3"].rungs[rung])
+        assert [i for i, kind in enumerate(made.layer_types, 1) if kind == "full_attention"] == [
+            *range(6, layers + 1, 6)
+        ]
+        assert (made.sliding_window, made.query_pre_attn_scalar) == (512, 256)
+        thetas = {kind: rope["rope_theta"] for kind, rope in made.rope_parameters.items()}
+        assert thetas == {"full_attention": 1e6, "sliding_attention": 1e4}
+
+
+@pytest.mark.parametrize(("name", "rung", "why"), [("qwen3", "32b", "no base model"), ("gemma3", "4b", "reads images")])
+def test_a_model_that_is_no_rung_says_why(name, rung, why):
+    with pytest.raises(ImpossibleCell, match=why):
+        pipeline.resolve(compose([f"family={name}", f"teacher={rung}", "student=300m"]))
+
+
+@pytest.mark.parametrize(("name", "rung"), [("gemma3", "1b"), ("olmo2", "7b")])
+def test_what_cannot_be_cut_yet_is_refused_before_any_compute(name, rung):
+    given = [f"family={name}", f"teacher={rung}", "student=200m"]
+    for more in ([], ["prune.init=shared", f"prune.reference={rung}"], ["data=0"]):
+        with pytest.raises(ConfigError, match=r"cannot be scored or cut yet: .* Take prune.init=random"):
+            pipeline.resolve(compose([*given, *more]))
+    assert pipeline.resolve(compose([*given, "prune.init=random"])).student
+
+
+def test_a_random_gemma_has_the_same_layers_under_every_teacher():
+    given = ["family=gemma3", "student=200m", "prune.init=random"]
+    shapes = [pipeline.resolve(compose([*given, f"teacher={rung}"])).student_shape for rung in ("270m", "1b")]
+    assert shapes[0] == shapes[1]
+    kinds = config_of(shapes[0]).layer_types
+    assert [i for i, kind in enumerate(kinds, 1) if kind == "full_attention"] == [6, 12, 18]
+
+
+@pytest.mark.parametrize("name", UNCUT)
+def test_what_cannot_be_cut_teaches_a_random_student(name, tiny, tmp_path, monkeypatch):
+    kind, small = UNCUT[name]
+    shape = {
+        "model_type": kind,
+        **small,
+        "vocab_size": 1024,
+        "num_hidden_layers": 4,
+        "head_dim": 6,  # heads of one size in both rungs
+        "eos_token_id": 0,
+        "bos_token_id": 0,
+    }
+    rungs = {"small": {**shape, "hidden_size": 24}, "large": {**shape, "hidden_size": 48, "intermediate_size": 96}}
+    ladder = Family("ladder", rungs, 1)
+    monkeypatch.setitem(FAMILIES._entries, "ladder", Entry("ladder", ladder, "tests", traits={"dtype": "fp32"}))
+    student = ladder.params["small"]
+    config = compose([*tiny, f"student={student}", "prune.init=random", f"store={tmp_path}"])
+    config = dataclasses.replace(
+        config, teacher=str(ladder.params["large"]), family=FamilyConfig("ladder", teacher_data="8k")
+    )
+    run_config(config)
+    (row,) = records.read(tmp_path)
+    assert (row["status"], row["student_params"]) == ("done", student)
+    assert row["student_loss"] < row["init_loss"]
+
+
+@pytest.mark.parametrize("name", UNCUT)
+def test_the_library_refuses_to_score_or_cut_it_too(name):
+    model = small_model(name)
+    for score in (*SCORES, *LAYER_SCORES):
+        with pytest.raises(ConfigError, match="cannot be scored or cut yet"):
+            (SCORES[score](model, TOKENS, seed=0) if score in SCORES else LAYER_SCORES[score](model, TOKENS))
+    scores = SCORES["expressive"](small_model("llama"), TOKENS, seed=0)
+    with pytest.raises(ConfigError, match="cannot be scored or cut yet"):
+        prune(model, scores, shape_of(model.config))
+
+
 @pytest.mark.parametrize("name", ["pico", *STAND_INS])
 def test_pico_ladders_are_true_to_their_names_and_grow_along_every_axis(name):
-    from capacity_gap.models.axes import dims
-
     ladder = FAMILIES[name]
     for rung, params in ladder.params.items():
         assert abs(params / parse_scale(rung, key="rung") - 1) < 0.005

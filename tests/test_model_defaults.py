@@ -22,12 +22,14 @@ BARE = {  # sizes alone: the rest is left to transformers
     "opt": {"hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
     "t5": {"d_model": 64, "d_ff": 96, "num_layers": 2, "num_heads": 4},
 }
-BARE |= dict.fromkeys(("mistral", "qwen2", "qwen3", "gpt_neox"), BARE["llama"])
+BARE |= dict.fromkeys(("mistral", "qwen2", "qwen3", "olmo2", "gemma3_text", "gpt_neox"), BARE["llama"])
 SWITCHES = {
     "llama": ("attention_bias", "mlp_bias", "tie_word_embeddings"),
     "mistral": ("attention_bias", "mlp_bias", "tie_word_embeddings"),
     "qwen2": ("attention_bias", "use_sliding_window", "tie_word_embeddings"),
     "qwen3": ("attention_bias", "mlp_bias", "tie_word_embeddings"),
+    "olmo2": ("attention_bias", "mlp_bias", "tie_word_embeddings"),
+    "gemma3_text": ("attention_bias", "mlp_bias", "tie_word_embeddings"),
     "gpt2": ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "tie_word_embeddings"),
     "gpt_neox": ("attention_bias", "use_parallel_residual", "tie_word_embeddings"),
     "opt": ("enable_bias", "layer_norm_elementwise_affine", "do_layer_norm_before", "_remove_final_layer_norm"),
@@ -71,10 +73,10 @@ def test_every_combination_of_switches_is_counted_as_it_is_built(kind):
         assert count_params(config) == built(config), config
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "olmo2", "gemma3_text"])
 def test_heads_are_counted_as_they_are_built(kind):
     said = [{"head_dim": 8}, {"num_key_value_heads": 2}]
-    if kind != "mistral":  # whose config wants a number
+    if kind not in ("mistral", "gemma3_text"):  # whose configs want a number
         said.append({"num_key_value_heads": None})
     for more in said:
         config = {"model_type": kind, "vocab_size": 500, **BARE[kind], **more}
@@ -99,7 +101,20 @@ def test_cross_attention_is_refused():
         count_params({"model_type": "gpt2", **BARE["gpt2"], "add_cross_attention": True})
 
 
-@pytest.mark.parametrize(("family", "longest"), [("opt", 2048), ("gpt2", 1024)])
+def test_the_layers_of_gemma_alternate_as_transformers_has_them():
+    for said in ({}, {"sliding_window_pattern": 3}, {"layer_types": ["full_attention"] * 9}):
+        config = {**BARE["gemma3_text"], "num_hidden_layers": 9, **said}
+        made = AutoConfig.for_model("gemma3_text", **config)
+        assert completed({"model_type": "gemma3_text", **config})["layer_types"] == made.layer_types
+
+
+@pytest.mark.parametrize("key", ["final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"])
+def test_a_gemma_whose_losses_would_be_wrong_is_refused(key):
+    with pytest.raises(ConfigError, match=f"{key}=30.0, and no model with it can be trained"):
+        count_params({"model_type": "gemma3_text", **BARE["gemma3_text"], key: 30.0})
+
+
+@pytest.mark.parametrize(("family", "longest"), [("opt", 2048), ("gpt2", 1024), ("cerebras_gpt", 2048)])
 def test_the_longest_sequence_is_what_positions_allow(family, longest):
     ladder = FAMILIES[family]
     shape = next(iter(ladder.rungs.values()))

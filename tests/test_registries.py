@@ -28,7 +28,7 @@ from capacity_gap.settings import extension
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.settings.registry import Entry, Registry, source_digest
 from tests.conftest import ROOT, compose, run_py
-from tests.small_models import SMALL, small_model
+from tests.small_models import EVERY, small_model
 
 TOKENS = [torch.arange(24).reshape(2, 12) % 40]
 
@@ -75,7 +75,7 @@ def run_layer_score(name):
 
 
 def run_architecture(name):
-    model = next(small_model(n) for n in SMALL if small_model(n).config.model_type == name)
+    model = next(small_model(n) for n in EVERY if small_model(n).config.model_type == name)
     assert count_params(model.config) == sum(p.numel() for p in model.parameters())
 
 

@@ -19,18 +19,18 @@ from capacity_gap.runner.run_cell import run_config
 from capacity_gap.settings.errors import StageError
 from capacity_gap.store.stage import Store
 from tests.conftest import compose
-from tests.small_models import SMALL, TOKENS, logits_of, small_model
+from tests.small_models import EVERY, TOKENS, logits_of, small_model
 
 RATES = {kind: [k for k in keys if "drop" in k] for kind, keys in ASSUMED.items()}
 
 
 def noisy(name):
     """A small model of one kind with every rate of its config at one half, and token 0 for padding."""
-    kind = SMALL[name][0]
+    kind = EVERY[name][0]
     return small_model(name, pad_token_id=0, **dict.fromkeys(RATES[kind], 0.5))
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", EVERY)
 def test_training_computes_what_evaluation_does(name):
     model = noisy(name)
     assert RATES[model.config.model_type], "each of these architectures has some dropout"
@@ -40,7 +40,7 @@ def test_training_computes_what_evaluation_does(name):
         assert torch.equal(logits_of(quiet(model).train(), TOKENS[0]), expected)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", EVERY)
 def test_the_padding_tokens_embedding_learns(name):
     model = quiet(noisy(name)).train()
     tokens = torch.zeros_like(TOKENS[0])
@@ -60,7 +60,7 @@ def test_activation_checkpointing_and_tuning_see_no_noise_either(tmp_path):
 
 @pytest.mark.parametrize("kind", PADDED)
 def test_a_padding_token_starts_as_random_as_the_others(kind):
-    settings = next(s for k, s in SMALL.values() if k == kind)
+    settings = next(s for k, s in EVERY.values() if k == kind)
     plain, padded = (loading.new_model({"model_type": kind, **settings, "pad_token_id": pad}, 0) for pad in (None, 5))
     rows = [m.get_input_embeddings().weight for m in (plain, padded)]
     assert torch.equal(*rows)
@@ -175,7 +175,7 @@ def test_a_tokenizer_whose_end_of_text_changed_is_refused(folders, tiny, tmp_pat
 
 
 def test_every_architecture_says_what_would_act():
-    for name in SMALL:
+    for name in EVERY:
         config = noisy(name).config.to_dict()
         frozen = ["pad_token_id"] if config["model_type"] in PADDED else []
         assert training_only(config) == sorted([*RATES[config["model_type"]], *frozen])

@@ -12,7 +12,7 @@ from capacity_gap.models import loading
 from capacity_gap.models.folders import checkpoint_family
 from capacity_gap.models.weights import INDEX, SINGLE, check_names, check_weights
 from capacity_gap.settings.errors import ConfigError, StageError, UserError
-from tests.small_models import SMALL, small_model
+from tests.small_models import EVERY, small_model
 
 
 def saved(folder, name="llama", **changes):
@@ -29,7 +29,7 @@ def rewrite(folder, change):
     save_file({k: v.contiguous() for k, v in change(dict(tensors)).items()}, folder / SINGLE, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_transformers_saves_is_right(tmp_path, name, dtype):
     config = saved(tmp_path, name)

@@ -16,7 +16,15 @@ from capacity_gap.data.sources import corpus_name
 from capacity_gap.distill.distill_config import SIGNAL_SIZE
 from capacity_gap.instruct.rows import rows_in
 from capacity_gap.models import accounting
-from capacity_gap.models.axes import architecture, architecture_identity, config_with, count_params, dims, padded
+from capacity_gap.models.axes import (
+    architecture,
+    architecture_identity,
+    config_with,
+    count_params,
+    cuttable,
+    dims,
+    padded,
+)
 from capacity_gap.models.checkpoints import Checkpoint
 from capacity_gap.models.ladders import Family
 from capacity_gap.pruning.common_shape import student_shape
@@ -79,6 +87,8 @@ class ResolvedCell:
         if shape is not None:
             check_start(config, ladder, rung, shape)
         cell = cls(config, ladder, base, rung, student, target, data, budget, start, shape)
+        if config.prune.cuts:
+            cuttable(ladder.rungs[cell.origin])
         if cell.adapted and config.family.quantization != "none":
             raise ConfigError("a quantised teacher cannot be expanded or adapted. Use family.quantization=none.")
         return cell

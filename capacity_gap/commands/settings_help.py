@@ -26,7 +26,7 @@ LAUNCHERS = "basic (one after another), joblib (processes), slurm, ray"
 def settings_help(run: str) -> str:
     """The help of the command that runs cells: examples, choices, then every setting by section."""
     lines = [EXAMPLES.format(run=run)]
-    lines += [f"  {group + '=':<12}{', '.join(names)}" for group, names in _choices().items()]
+    lines += [_choice(group, names) for group, names in _choices().items()]
     lines += [f"  hydra/launcher={LAUNCHERS}", ""]
     for known in walk(RunConfig):
         lines += _heading(known) if known.section else [_line(known)]
@@ -40,6 +40,10 @@ def _choices() -> dict[str, list[str]]:
     for file in sorted(CONF.glob("*/*.yaml")):
         found.setdefault(file.parent.name, []).append(file.stem)
     return found
+
+
+def _choice(group: str, names: list[str]) -> str:
+    return textwrap.fill(", ".join(names), 118, initial_indent=f"  {group + '=':<12}", subsequent_indent=" " * 14)
 
 
 def _heading(known: Declared) -> list[str]:

@@ -92,6 +92,7 @@ class Architecture:
     position_offset: int = 0  # rows of the table of positions before the first position
     queries_by_layer: tuple[str, ...] = ()  # fused maps whose queries the model divides by the layer's number
     copies: Mapping[str, str] = field(default_factory=dict)  # names in files that repeat another parameter
+    uncut: str = ""  # why its models cannot be scored or cut yet; then `stacks` say where layers are and no more
     leftovers: tuple[str, ...] = ()  # endings of names in files that are no parameters: buffers of older releases
 
     @property

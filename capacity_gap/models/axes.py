@@ -36,6 +36,22 @@ def architecture(config: Config) -> Architecture:
     return ARCHITECTURES[model_type](config)
 
 
+def cuttable(config: Config) -> Architecture:
+    """The table of a model that is to be scored or cut.
+
+    Raises:
+        ConfigError: it can be counted, trained and taught by, and no more.
+    """
+    table = architecture(config)
+    if table.uncut:
+        raise ConfigError(
+            f"models of the architecture {get(config, 'model_type')!r} cannot be scored or cut yet: {table.uncut}. "
+            "Take prune.init=random: they can teach students with random weights. To cut students, take another "
+            "family, such as qwen3, llama3 or smollm2."
+        )
+    return table
+
+
 def architecture_identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a stage that scores or cuts a model hashes of its table: nothing for the package's own."""
     return ARCHITECTURES.entry(str(completed(config)["model_type"])).identity_as("architecture")
@@ -86,8 +102,10 @@ def config_with(config: Mapping[str, Any], sizes: Dims, stay: Sequence[int] | No
         found[table.keys["vocab"]] = sizes.vocab
     if sizes.tied != old.tied:
         found["tie_word_embeddings"] = sizes.tied
-    kept = symmetric_layers(old.layers, sizes.layers) if stay is None else stay
-    return found | of_kept_layers(config, table.keys["layers"], kept)
+    if stay is None:
+        # What is not cut is made anew, and its layers are numbered from the first under every teacher.
+        stay = range(sizes.layers) if table.uncut else symmetric_layers(old.layers, sizes.layers)
+    return found | of_kept_layers(config, table.keys["layers"], stay)
 
 
 def pattern_of(table: Architecture, name: str) -> tuple[str, int]:

@@ -43,6 +43,30 @@ ASSUMED: dict[str, dict[str, Any]] = {
     },
     "qwen2": _QWEN,
     "qwen3": {**_QWEN, "head_dim": 128, "attention_bias": False},
+    "olmo2": {
+        **_GATED,
+        "vocab_size": 50304,
+        "intermediate_size": 11008,
+        "num_key_value_heads": None,
+        "pad_token_id": 1,
+        "attention_bias": False,
+    },
+    "gemma3_text": {
+        "vocab_size": 262208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "attention_dropout": 0.0,
+        "attention_bias": False,
+        "pad_token_id": 0,
+        "tie_word_embeddings": True,
+        "final_logit_softcapping": None,
+        "attn_logit_softcapping": None,
+        "use_bidirectional_attention": False,
+    },
     "gpt2": {
         "vocab_size": 50257,
         "n_positions": 1024,
@@ -120,7 +144,8 @@ ALIASES: dict[str, dict[str, str]] = {
     },
 }
 # Architectures whose input embedding never trains the row of `pad_token_id` (torch's `padding_idx`).
-PADDED = ("llama", "mistral", "qwen2", "qwen3", "opt")
+PADDED = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "gemma3_text", "opt")
+GLOBAL_EACH = 6  # in Gemma 3, every sixth layer attends to all tokens
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,6 +153,8 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     found = {**ASSUMED.get(str(config.get("model_type")), {}), **by_own_names(config)}
     if "max_window_layers" in found and found.get("layer_types") is None:
         found["layer_types"] = _windowed(found)
+    if found.get("model_type") == "gemma3_text" and found.get("layer_types") is None:
+        found["layer_types"] = _alternating(found)
     return found
 
 
@@ -142,6 +169,12 @@ def _windowed(config: Mapping[str, Any]) -> list[str]:
     slides = config["use_sliding_window"] and config["sliding_window"] is not None
     first = config["max_window_layers"] if slides else config["num_hidden_layers"]
     return ["sliding_attention" if i >= first else "full_attention" for i in range(config["num_hidden_layers"])]
+
+
+def _alternating(config: Mapping[str, Any]) -> list[str]:
+    """The kinds of Gemma 3's layers: attention slides in all but every sixth, counted from the first."""
+    each = config.get("sliding_window_pattern", GLOBAL_EACH)
+    return ["sliding_attention" if (i + 1) % each else "full_attention" for i in range(config["num_hidden_layers"])]
 
 
 def training_only(config: Mapping[str, Any]) -> list[str]:

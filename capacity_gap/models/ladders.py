@@ -1,6 +1,7 @@
 """Ladders of teachers: each family's rungs with their exact shapes, so that planning a grid downloads nothing.
 
-A rung is the content of a `config.json`. This file imports no torch: parameters are counted from the axis tables.
+A rung is the content of a `config.json`; those on the hub are written down in `published_ladders.py`. This file imports
+no torch: parameters are counted from the axis tables.
 """
 
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 from capacity_gap.models.axes import count_params
 from capacity_gap.models.checkpoints import Checkpoint
+from capacity_gap.models.published_ladders import PUBLISHED
 from capacity_gap.settings.errors import ConfigError, ImpossibleCell, nearest, shown
 from capacity_gap.settings.places import user_path
 from capacity_gap.settings.registry import Registry
@@ -31,7 +33,7 @@ class Family:
     multiple: int
     published: Mapping[str, str] = field(default_factory=dict)
     licences: Mapping[str, str] = field(default_factory=dict)  # beginning of a repository's name → licence; first wins
-    left_out: Mapping[str, str] = field(default_factory=dict)  # name or path of a checkpoint that cannot be used → why
+    left_out: Mapping[str, str] = field(default_factory=dict)  # name of a rung or checkpoint that cannot be used → why
     checkpoints: Mapping[str, Checkpoint] = field(default_factory=dict)  # the rungs of a ladder of the user's own
 
     @cached_property
@@ -211,34 +213,13 @@ def published_family(
     *,
     multiple: int = 8,
     licences: Mapping[str, str] | None = None,
+    left_out: Mapping[str, str] | None = None,
 ) -> Family:
     """A ladder of checkpoints on the hub: rung → (repository, what differs from the family's shape)."""
     shapes = {rung: {**shared, **own} for rung, (_, own) in rungs.items()}
     repositories = {rung: repository for rung, (repository, _) in rungs.items()}
-    return Family(name, shapes, multiple, repositories, licences or {})
+    return Family(name, shapes, multiple, repositories, licences or {}, left_out or {})
 
-
-def _gpt2(layers: int, hidden: int, heads: int) -> Shape:
-    return {"n_layer": layers, "n_embd": hidden, "n_head": heads}
-
-
-def _plain(layers: int, hidden: int, heads: int, neurons: int, **more: Any) -> Shape:
-    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
-    return {**sizes, "intermediate_size": neurons, **more}
-
-
-def _opt(layers: int, hidden: int, heads: int, **more: Any) -> Shape:
-    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads, "ffn_dim": 4 * hidden}
-    return {**sizes, "word_embed_proj_dim": hidden, **more}
-
-
-_PYTHIA = {"model_type": "gpt_neox", "vocab_size": 50304, "tie_word_embeddings": False, "max_position_embeddings": 2048}
-_LLAMA2 = {"model_type": "llama", "vocab_size": 32000, "tie_word_embeddings": False, "max_position_embeddings": 4096}
-_MISTRAL = {"model_type": "mistral", "vocab_size": 32000, "tie_word_embeddings": False}
-_QWEN = {"model_type": "qwen2", "vocab_size": 151936, "tie_word_embeddings": True, "max_position_embeddings": 32768}
-_WIDE = {"vocab_size": 152064, "tie_word_embeddings": False}  # Qwen's vocabulary is padded further from 7b on
-_GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "tie_word_embeddings": True}
-_OPT = {"model_type": "opt", "vocab_size": 50272, "max_position_embeddings": 2048, "tie_word_embeddings": True}
 
 FOLDERS = "folders"  # the family that is made of the user's own model folders
 CHECKPOINTS = "checkpoints"  # the same with repositories of the hub or GGUF files among them
@@ -258,101 +239,8 @@ add_family(_pico("pico_gpt2", _pico_gpt2))
 add_family(_pico("pico_neox", _pico_neox))
 add_family(_pico("pico_mistral", _pico_mistral))
 add_family(_pico("pico_t5", _pico_t5))
-add_family(
-    published_family(
-        "pythia",
-        _PYTHIA,
-        {
-            "70m": ("EleutherAI/pythia-70m", _plain(6, 512, 8, 2048)),
-            "160m": ("EleutherAI/pythia-160m", _plain(12, 768, 12, 3072)),
-            "410m": ("EleutherAI/pythia-410m", _plain(24, 1024, 16, 4096)),
-            "1b": ("EleutherAI/pythia-1b", _plain(16, 2048, 8, 8192)),
-            "1.4b": ("EleutherAI/pythia-1.4b", _plain(24, 2048, 16, 8192)),
-            "2.8b": ("EleutherAI/pythia-2.8b", _plain(32, 2560, 32, 10240)),
-            "6.9b": ("EleutherAI/pythia-6.9b", _plain(32, 4096, 32, 16384, vocab_size=50432)),
-            "12b": ("EleutherAI/pythia-12b", _plain(36, 5120, 40, 20480, vocab_size=50688)),
-        },
-        licences={"EleutherAI/pythia": "Apache-2.0"},
-    ),
-    dtype="bf16",
-)
-add_family(
-    published_family(
-        "gpt2",
-        _GPT2,
-        {
-            "124m": ("openai-community/gpt2", _gpt2(12, 768, 12)),
-            "355m": ("openai-community/gpt2-medium", _gpt2(24, 1024, 16)),
-            "774m": ("openai-community/gpt2-large", _gpt2(36, 1280, 20)),
-            "1.5b": ("openai-community/gpt2-xl", _gpt2(48, 1600, 25)),
-        },
-        licences={"openai-community/gpt2": "MIT"},
-    ),
-    dtype="bf16",
-)
-add_family(
-    published_family(
-        "opt",
-        _OPT,
-        {
-            "125m": ("facebook/opt-125m", _opt(12, 768, 12)),
-            "350m": (
-                "facebook/opt-350m",
-                _opt(24, 1024, 16, word_embed_proj_dim=512, do_layer_norm_before=False),
-            ),
-            "1.3b": ("facebook/opt-1.3b", _opt(24, 2048, 32)),
-            "2.7b": ("facebook/opt-2.7b", _opt(32, 2560, 32)),
-            "6.7b": ("facebook/opt-6.7b", _opt(32, 4096, 32)),
-            "13b": ("facebook/opt-13b", _opt(40, 5120, 40)),
-            "30b": ("facebook/opt-30b", _opt(48, 7168, 56)),
-        },
-        licences={"facebook/opt": "OPT-175B licence (non-commercial)"},
-    ),
-    dtype="bf16",
-)
-add_family(
-    published_family(
-        "llama2",
-        _LLAMA2,
-        {
-            "7b": ("meta-llama/Llama-2-7b-hf", _plain(32, 4096, 32, 11008, num_key_value_heads=32)),
-            "13b": ("meta-llama/Llama-2-13b-hf", _plain(40, 5120, 40, 13824, num_key_value_heads=40)),
-            "70b": ("meta-llama/Llama-2-70b-hf", _plain(80, 8192, 64, 28672, num_key_value_heads=8)),
-        },
-        licences={"meta-llama/Llama-2": "Llama 2 Community License"},
-    ),
-    dtype="bf16",
-)
-add_family(
-    published_family(
-        "mistral",
-        _MISTRAL,
-        {"7b": ("mistralai/Mistral-7B-v0.1", _plain(32, 4096, 32, 14336, num_key_value_heads=8))},
-        licences={"mistralai/Mistral-7B": "Apache-2.0"},
-    ),
-    dtype="bf16",
-)
-add_family(
-    published_family(
-        "qwen2_5",
-        _QWEN,
-        {
-            "0.5b": ("Qwen/Qwen2.5-0.5B", _plain(24, 896, 14, 4864, num_key_value_heads=2)),
-            "1.5b": ("Qwen/Qwen2.5-1.5B", _plain(28, 1536, 12, 8960, num_key_value_heads=2)),
-            "3b": ("Qwen/Qwen2.5-3B", _plain(36, 2048, 16, 11008, num_key_value_heads=2)),
-            "7b": ("Qwen/Qwen2.5-7B", _plain(28, 3584, 28, 18944, num_key_value_heads=4, **_WIDE)),
-            "14b": ("Qwen/Qwen2.5-14B", _plain(48, 5120, 40, 13824, num_key_value_heads=8, **_WIDE)),
-            "32b": ("Qwen/Qwen2.5-32B", _plain(64, 5120, 40, 27648, num_key_value_heads=8, **_WIDE)),
-            "72b": ("Qwen/Qwen2.5-72B", _plain(80, 8192, 64, 29568, num_key_value_heads=8, **_WIDE)),
-        },
-        licences={
-            "Qwen/Qwen2.5-3B": "Qwen Research License",
-            "Qwen/Qwen2.5-72B": "Qwen License",
-            "Qwen/Qwen2.5": "Apache-2.0",
-        },
-    ),
-    dtype="bf16",
-)
+for _name, _ladder in PUBLISHED.items():
+    add_family(published_family(_name, **vars(_ladder)), dtype="bf16")
 
 
 def family(name: str) -> Family:

@@ -1,5 +1,6 @@
 """Models from folders, from shapes and from seeds; and the two parts of one that training needs."""
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -36,7 +37,7 @@ def new_model(shape: Mapping[str, Any], seed: int) -> Any:
     """
     from transformers import AutoConfig
 
-    settings = dict(shape)
+    settings = copy.deepcopy(dict(shape))  # transformers fills in what a shape's rope_parameters leave out
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     padding = config.pad_token_id
     if frozen_rows(shape):

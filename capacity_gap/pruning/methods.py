@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from capacity_gap.models.axes import architecture, dims
+from capacity_gap.models.axes import cuttable, dims
 from capacity_gap.settings.registry import Registry
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def block_influence(model: Any, batches: Iterable[Tensor]) -> Tensor:
     from capacity_gap.pruning.hooks import layer_streams, layers_of
     from capacity_gap.pruning.lm_loss import lm_loss
 
-    table, sizes = architecture(model.config), dims(model.config)
+    table, sizes = cuttable(model.config), dims(model.config)
     total, count = torch.zeros(2, len(layers_of(model, table, sizes)))
     for tokens in batches:
         with layer_streams(model, table, sizes) as (before, after), torch.no_grad():
@@ -233,7 +233,7 @@ def loss_increase(model: Any, batches: Iterable[Tensor]) -> Tensor:
 
     from capacity_gap.pruning.hooks import layers_of
 
-    table, sizes = architecture(model.config), dims(model.config)
+    table, sizes = cuttable(model.config), dims(model.config)
     kept: Sequence[Tensor] = list(batches)
     layers = layers_of(model, table, sizes)
     whole = _mean_loss(model, kept)

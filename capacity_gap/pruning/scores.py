@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from capacity_gap.models.architecture import Architecture, Dims
-from capacity_gap.models.axes import architecture, dims
+from capacity_gap.models.axes import cuttable, dims
 from capacity_gap.pruning.lm_loss import lm_loss
 from capacity_gap.pruning.units import named_weights
 from capacity_gap.settings.errors import ConfigError, StageError
@@ -78,7 +78,7 @@ def opened(model: Any) -> tuple[Dims, Architecture]:
             "a quantised teacher cannot be scored or pruned: its weights have no gradients and no rows to select. Use "
             "family.quantization=none (8-bit teachers can still teach: prune.init=random)."
         )
-    return dims(model.config), architecture(model.config)
+    return dims(model.config), cuttable(model.config)
 
 
 def counted(batches: Iterable[Tensor], on_batch: OnBatch, method: str) -> Iterable[Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from capacity_gap.models.architecture import Architecture, Config, Dims, place
-from capacity_gap.models.axes import architecture, config_with, dims, pattern_of
+from capacity_gap.models.axes import config_with, cuttable, dims, pattern_of
 from capacity_gap.models.quiet import quiet
 from capacity_gap.models.weights import INDEX, SINGLE, base_prefix, weight_files
 from capacity_gap.pruning.kept_layers import kept_layers, top
@@ -78,7 +78,7 @@ def _spread(units: Tensor, width: int) -> Tensor:
 
 def choose_units(scores: Scores, shape: Shape, config: Config, *, layers: str = "symmetric") -> Kept:
     """The units with the highest scores, as many in each layer as the shape says."""
-    table, sizes = architecture(config), dims(config)
+    table, sizes = cuttable(config), dims(config)
     stay = kept_layers(scores, config, shape.layers, layers)
     scores = _jointly(scores, table, sizes, stay)
     rows = range(table.rows("heads", sizes.layers))
@@ -181,7 +181,7 @@ class _Cut:
     """What is selected from each of the teacher's tensors, and where it goes in the student's."""
 
     def __init__(self, config: dict[str, Any], scores: Scores, shape: Shape, layers: str) -> None:
-        self.table, self.sizes = architecture(config), dims(config)
+        self.table, self.sizes = cuttable(config), dims(config)
         if reasons := unfit(shape, self.sizes):
             raise ConfigError(f"a student of shape {shape} cannot be cut from this teacher: {'; '.join(reasons)}.")
         self.kept = choose_units(scores, shape, config, layers=layers)
