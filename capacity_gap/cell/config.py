@@ -13,6 +13,7 @@ from typing import Any
 
 from capacity_gap.cell.teacher_config import AdaptConfig, FamilyConfig
 from capacity_gap.data.corpora import CORPORA, MIXTURE
+from capacity_gap.data.corpus_config import AUTO as ANY_CORPUS
 from capacity_gap.data.corpus_config import CorpusConfig
 from capacity_gap.distill.distill_config import DistillConfig
 from capacity_gap.evaluate.evaluate_config import EvaluateConfig
@@ -27,7 +28,7 @@ from capacity_gap.settings.declare import default_of, setting, validate, walk
 from capacity_gap.settings.errors import ConfigError, nearest, shown
 from capacity_gap.settings.places import RUN_WORDS, default_store, user_path
 from capacity_gap.tracking.tracking_config import MODES, TrackingConfig
-from capacity_gap.training.train_config import TrainConfig
+from capacity_gap.training.train_config import RECIPE_NAMES, TrainConfig
 
 MOST_SEED = 2**32 - 1  # numpy, torch and Python all take it
 TUNING = ("instruct", "prefer")  # sections whose settings a text of their own tells in a record
@@ -130,15 +131,17 @@ def register() -> None:
 def choices() -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Group, name and settings of every choice `group=name` that a registry knows: `family=pythia`, `corpus=code`."""
     for name in FAMILIES:
-        yield "family", name, {"name": name, "dtype": FAMILIES.entry(name).traits["dtype"]}
+        yield "family", name, {"name": name}
     yield "family", FOLDERS, {"name": FOLDERS}
-    for name in (*CORPORA, MIXTURE):
+    for name in (ANY_CORPUS, *CORPORA, MIXTURE):
         yield "corpus", name, {"name": name}
     for name in SCORES:
         yield "prune", name, {"method": name}
     for name, values in EVALUATION_SETS.items():
         yield "evaluate", name, dict(values)
     yield "train", "default", {}
+    for name in RECIPE_NAMES:
+        yield "train", name, {"recipe": name}
     for name in MODES:
         yield "tracking", name, {"mode": name}
 

@@ -107,7 +107,7 @@ def student_size(config: RunConfig, ladder: Family, shape: Mapping[str, Any] | N
 def check_positions(config: RunConfig, ladder: Family, shape: Mapping[str, Any]) -> None:
     """Learned positions end; a longer sequence would fail deep inside a forward pass."""
     limit = dims(shape).longest
-    if limit and config.corpus.sequence_length > limit:
+    if limit and (config.corpus.sequence_length or 0) > limit:
         raise ConfigError(
             f"corpus.sequence_length={config.corpus.sequence_length}, but models of {ladder.name} have learned "
             f"positions for {limit} tokens. Give a shorter sequence_length."

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from capacity_gap.cell.config import TUNING, RunConfig
+from capacity_gap.cell.recipes import EMBEDDED, PICO
 from capacity_gap.data.corpora import CORPORA
 from capacity_gap.data.corpus_config import SourceConfig
 from capacity_gap.data.sources import identity, tokenizer_identity
@@ -55,7 +56,13 @@ def settings_text(
         pretrained: its teacher is trained here, and not a published one.
         architecture: what identifies its axis table, where that is the user's.
     """
-    usual = {} if pretrained or ladder not in FAMILIES else {"family.dtype": FAMILIES.entry(ladder).traits["dtype"]}
+    usual: dict[str, Any] = {
+        "corpus.name": EMBEDDED,
+        "corpus.sequence_length": PICO.sequence_length,
+        "train.warmup": PICO.warmup,
+    }
+    known = ladder in FAMILIES and not pretrained
+    usual["family.dtype"] = FAMILIES.entry(ladder).traits["dtype"] if known else PICO.dtype
     found: dict[str, Any] = dict(_texts("corpus", config.corpus))
     for section in _sections(config):
         # The record's corpus is the mixture that teachers were adapted to, if they were.

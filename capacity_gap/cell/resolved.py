@@ -12,6 +12,7 @@ from typing import Any, Self
 from capacity_gap.cell.config import RunConfig
 from capacity_gap.cell.named_models import check_positions, check_start, ladder_of, start_of, student_size, with_init
 from capacity_gap.cell.nondefault import setting_columns, settings_text, tuning_text
+from capacity_gap.cell.recipes import with_recipe
 from capacity_gap.data.sources import corpus_name
 from capacity_gap.distill.distill_config import SIGNAL_SIZE
 from capacity_gap.instruct.rows import rows_in
@@ -70,6 +71,8 @@ class ResolvedCell:
                 f"{ladder.name}: {' '.join(ladder.rungs)}."
             )
         data = parse_scale(config.data, key="data", allow_zero=True)
+        read_by = (ladder.rungs[rung], *([] if shape is None else [shape]))
+        config = with_recipe(config, target, data, family=ladder.name, shapes=read_by)
         budget = None if rung in ladder.published else teacher_tokens(config, base.params[rung])
         check_positions(config, ladder, ladder.rungs[rung])
         _check_lengths(config, data, budget, target)
@@ -129,10 +132,35 @@ class ResolvedCell:
             self.family.rungs[self.origin],
             self.student_target,
             policy=c.shape,
-            multiple=self.family.multiple,
+            multiple=self.multiple,
             depth=c.depth,
             fixed=c.fixed,
         )
+
+    @property
+    def multiple(self) -> int:
+        """What hidden size and neurons of a student are multiples of."""
+        return self.config.prune.multiple or self.family.multiple
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of one packed sequence."""
+        return _resolved(self.config.corpus.sequence_length)
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in one optimiser step of the student."""
+        return _resolved(self.config.train.batch_size)
+
+    @property
+    def teacher_dtype(self) -> str:
+        """The type in which a published teacher is held while it teaches."""
+        return self.config.family.dtype or "fp32"
+
+    @property
+    def precision(self) -> str:
+        """The type of the arithmetic of training."""
+        return self.config.train.precision or "fp32"
 
     @property
     def tokenizer_folder(self) -> Path | None:
@@ -313,8 +341,14 @@ class ResolvedCell:
         return {
             "precision": c.train.precision,
             "threads": c.train.threads,
-            "sequence_length": c.corpus.sequence_length,
+            "sequence_length": self.sequence_length,
         }
+
+
+def _resolved(value: int | None) -> int:
+    """A setting that the recipe has filled in."""
+    assert value is not None
+    return value
 
 
 def teacher_tokens(config: RunConfig, params: int) -> int:
@@ -337,7 +371,7 @@ def _expanded(ladder: Family, config: RunConfig) -> Family:
 
 def _check_lengths(config: RunConfig, data: int, teacher: int | None, target: int) -> None:
     """Training sees whole sequences: a budget below one sequence a pass would train on nothing."""
-    c, length = config, config.corpus.sequence_length
+    c, length = config, _resolved(config.corpus.sequence_length)
     adapt = parse_scale(c.adapt.data, key="adapt.data", allow_zero=True)
     step = 0 if c.prune.step_data == "0" else parse_tokens(c.prune.step_data, params=target, key="prune.step_data")
     budgets = [

@@ -23,8 +23,10 @@ class FamilyConfig:
     folders: list[str] = setting(
         [], "The model folders of family=folders; their content is what counts.", decides=False
     )
-    dtype: str = setting(
-        "fp32", "Type in which published and local teachers are held while they teach.", allowed=PRECISIONS
+    dtype: str | None = setting(
+        None,
+        "Type in which published and local teachers are held while they teach; null: the family's or the recipe's.",
+        allowed=PRECISIONS,
     )
     quantization: str = setting(
         "none", "Quantise published teachers while they teach (needs bitsandbytes).", allowed=("none", "8bit")

@@ -9,6 +9,8 @@ from capacity_gap.settings.declare import declared, default_of, setting, validat
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.settings.places import user_path
 
+AUTO = "auto"
+
 
 @dataclass
 class SourceConfig:
@@ -89,12 +91,21 @@ class CorpusConfig(SourceConfig):
     corpus=mixture takes its documents from `parts`, as many bytes of each as their weights say.
     """
 
+    name: str = setting(
+        AUTO,
+        "The source, or `mixture` of several; auto: the embedded prose, for students of at most 50M parameters.",
+        allowed=lambda: (AUTO, *CORPORA, MIXTURE),
+        column="corpus",
+        computed=True,
+    )
     parts: list[SourceConfig] = setting(
         [], "corpus=mixture: sources by weight, such as [{name:embedded,weight:3},{name:code,weight:1}]."
     )
     validation: float = setting(0.05, "Share of the bytes that is held out for validation.", least=1e-4, most=0.5)
     test: float = setting(0.05, "Share of the bytes that held-out losses are taken on.", least=1e-4, most=0.5)
-    sequence_length: int = setting(128, "Tokens of one packed sequence.", least=1, most=2**17)
+    sequence_length: int | None = setting(
+        None, "Tokens of one packed sequence; null: the recipe's for the student's size.", least=1, most=2**17
+    )
 
     def __post_init__(self) -> None:
         if (self.name == MIXTURE) != bool(self.parts):

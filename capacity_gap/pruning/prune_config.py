@@ -74,6 +74,13 @@ class PruneConfig:
         if_set=True,
         parts=80,
     )
+    multiple: int | None = setting(
+        None,
+        "Hidden size and neurons of a student are multiples of it; null: the recipe's.",
+        least=1,
+        most=4096,
+        untold="the record's sizes tell the shape that came of it",
+    )
     depth: int | None = setting(None, "Layers of the student; null: the shape policy's.", least=1, most=10_000)
     iterative: int = setting(
         1,

@@ -208,7 +208,7 @@ def _texts(cells: Sequence[Cell], store: Store) -> list[str]:
     """For each training text: what one pass must hold, and what it does hold if it is packed already."""
     most: dict[tuple[str, int], tuple[int, str, Stage]] = {}
     for cell in cells:
-        length = cell.config.corpus.sequence_length
+        length = cell.sequence_length
         for stage, tokens, epochs, setting in cell.budgets:
             each = tokens // (length * epochs) * length  # whole sequences
             if each > most.get((stage.key, length), (-1,))[0]:
@@ -283,7 +283,7 @@ def _memory(cell: Cell) -> dict[str, float]:
     """Bytes of one device while each kind of stage that holds much is at work."""
     c = cell.config
     teacher = stored_bytes(cell.teacher_shape, dtype=_dtype(cell), quantization=c.family.quantization)
-    found = {"distil": _training(cell, cell.student_shape, c.train.batch_size)}
+    found = {"distil": _training(cell, cell.student_shape, cell.batch_size)}
     if cell.teacher_flops:
         found["distil"] += teacher
     if c.prune.cuts:
@@ -297,7 +297,7 @@ def _memory(cell: Cell) -> dict[str, float]:
 
 def _dtype(cell: Cell) -> str:
     """Published checkpoints are held as the family says, what was trained here in fp32."""
-    return "fp32" if cell.adapted or cell.teacher_tokens is not None else cell.config.family.dtype
+    return "fp32" if cell.adapted or cell.teacher_tokens is not None else cell.teacher_dtype
 
 
 def _training(cell: Cell, shape: Mapping[str, Any], batch: int) -> float:
@@ -305,8 +305,8 @@ def _training(cell: Cell, shape: Mapping[str, Any], batch: int) -> float:
     share = -(-batch // cell.config.devices)
     return peak_memory(
         shape,
-        tokens=min(c.micro_batch_size or share, share) * cell.config.corpus.sequence_length,
-        precision=c.precision,
+        tokens=min(c.micro_batch_size or share, share) * cell.sequence_length,
+        precision=cell.precision,
         shards=cell.config.devices if c.sharding == "fsdp" else 1,
         checkpointing=c.activation_checkpointing,
     )

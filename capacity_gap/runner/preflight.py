@@ -18,7 +18,7 @@ def check_budgets(cell: Cell, store: Store, runtime: Runtime) -> None:
     _check_benchmarks(cell)
     _check_models(cell)
     for stage, budget, epochs, key in cell.budgets:
-        packed = Packed(store.compute(stage, runtime) / "train", cell.config.corpus.sequence_length)
+        packed = Packed(store.compute(stage, runtime) / "train", cell.sequence_length)
         subset(packed, budget, epochs=epochs, key=key)
     _check_vocabularies(cell, store, len(Packed(store.path(cell.tokens) / "train", 1).bytes_per_id))
     _check_tuning(cell, store, runtime)

@@ -8,6 +8,8 @@ from capacity_gap.settings.scales import parse_scale
 
 SCHEDULES = ("cosine", "wsd", "constant")
 PRECISIONS = ("fp32", "bf16")
+AUTO = "auto"
+RECIPE_NAMES = (AUTO, "pico", "small", "large")
 SHARDINGS = ("none", "fsdp")
 MOST_SEQUENCES = 2**20
 MOST_THREADS = 1024
@@ -78,21 +80,30 @@ class AdaptOptimConfig(OptimConfig):
 class TrainConfig(OptimConfig):
     """How students are trained, and where everything is run.
 
-    The defaults suit pico students. For published families set batch, rate, warm-up and precision, as
-    `sweeps/study_*.yaml` do.
+    What is null is as the recipe for the student's size has it (cell/recipes.py); a plan says what it comes to.
     """
 
-    batch_size: int = setting(
-        4,
-        "Sequences in one optimiser step of the student, over all devices.",
+    recipe: str = setting(
+        AUTO,
+        "What decides settings that are null: auto takes it by the student's size.",
+        allowed=RECIPE_NAMES,
+        decides=False,
+    )
+    batch_size: int | None = setting(  # type: ignore[assignment]
+        None,
+        "Sequences in one optimiser step of the student, over all devices; null: the recipe's.",
         least=1,
         most=MOST_SEQUENCES,
         column="batch",
         parts=220,
     )
-    warmup: float = setting(0.1, WARM_UP, least=0, most=1)
-    precision: str = setting(
-        "fp32", "Type of the arithmetic; bf16 keeps weights in fp32.", allowed=PRECISIONS, column="precision", parts=200
+    warmup: float | None = setting(None, f"{WARM_UP} Null: the recipe's.", least=0, most=1)  # type: ignore[assignment]
+    precision: str | None = setting(
+        None,
+        "Type of the arithmetic; bf16 keeps weights in fp32; null: the recipe's.",
+        allowed=PRECISIONS,
+        column="precision",
+        parts=200,
     )
     threads: int = setting(
         1,

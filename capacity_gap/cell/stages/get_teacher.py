@@ -62,7 +62,7 @@ def adapted_stage(cell: ResolvedCell, rung: str, model: Stage, tokens: Stage) ->
     given = {"tokens": cell.adapt_tokens, "epochs": c.adapt.epochs, "seed": c.teacher_seed}
     given |= optimizer_identity(c.adapt.optim, dims(shape).hidden)
     inputs = {"model": model, "tokens": tokens}
-    return training_stage(cell, "adapt", given, inputs, adapt, shape, held=c.family.dtype)
+    return training_stage(cell, "adapt", given, inputs, adapt, shape, held=cell.teacher_dtype)
 
 
 def point_to_published(run: StageRun) -> None:

@@ -45,7 +45,7 @@ def cut_student_stage(
     if renumbered(before, dims(before).layers, dims(after).layers, symmetric=c.layers == SYMMETRIC):
         given["by_layer"] = "kept"  # what belongs to a layer's number goes with the layer
     if last and c.priority == "global":
-        given |= {"priority": c.priority, "multiple": cell.family.multiple}
+        given |= {"priority": c.priority, "multiple": cell.multiple}
     given |= architecture_identity(before)
     return Stage("student", 1, given, {"teacher": model, "scores": scores}, cut_student)
 

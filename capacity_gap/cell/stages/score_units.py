@@ -23,7 +23,7 @@ def scores_stage(cell: ResolvedCell, teacher: Stage, shape: Mapping[str, Any], t
         given["seed"] = cell.config.seed
     if method.traits["embedding_gradients"]:
         given |= ignored_in_gradients(cell, shape)
-    seen = c.batches * c.batch_size * cell.config.corpus.sequence_length
+    seen = c.batches * c.batch_size * cell.sequence_length
     passes = 3 * seen
     if c.layers != SYMMETRIC:
         layers = LAYER_SCORES.entry(c.layers)

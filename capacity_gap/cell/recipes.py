@@ -1,0 +1,121 @@
+"""How students of a size are trained unless said: batch, length, warm-up, precision, widths. Imports no torch.
+
+The peak learning rate is 0.4 / width at every size. GPT-3's rates times its widths are 0.31 to 0.46 from 125M to 2.7B
+parameters (Brown et al. 2020, table 2.1); 0.4 / 4096 is the 1e-4 with which Sheared-LLaMA (Xia et al. 2023, appendix A)
+and Minitron (Muralidharan et al. 2024, §4) train models that were cut from 7B and 15B.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from capacity_gap.cell.config import RunConfig
+from capacity_gap.data.corpus_config import AUTO as ANY_CORPUS
+from capacity_gap.models.axes import dims
+from capacity_gap.models.ladders import FAMILIES
+from capacity_gap.settings.errors import ConfigError
+from capacity_gap.settings.scales import format_scale
+from capacity_gap.training.train_config import AUTO
+
+LEAST_STEPS = 500  # a budget of few batches would be all warm-up
+LEAST_BATCH = 8
+EMBEDDED = "embedded"  # the corpus, where none is named
+EMBEDDED_FOR = 50e6  # parameters: at most
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is not said of a student's training."""
+
+    name: str
+    below: float  # parameters
+    batch_size: int  # sequences: the most, where it is by tokens
+    batch_tokens: int | None  # one step's, where the budget is long enough for `LEAST_STEPS` of them
+    sequence_length: int
+    warmup: float  # share of all steps
+    precision: str
+    dtype: str  # in which checkpoints are held while they teach
+    multiple: int | None  # of hidden size and neurons; None: the family's
+
+
+RECIPES = (
+    # Chosen on pico models (docs/decisions.md): at such budgets more steps are worth more than larger ones.
+    Recipe("pico", 10e6, 4, None, 128, 0.1, "fp32", "fp32", None),
+    # Batches: 0.5M tokens below 1B and 1M above, sequences of 2,048 (Brown et al. 2020, table 2.1). Warm-up: 3 % of the
+    # steps (Sheared-LLaMA). Widths: matrix units want multiples of 64 at 16 bits on an A100 and of 128 on later devices
+    # (NVIDIA, Matrix Multiplication Background User's Guide).
+    Recipe("small", 1e9, 256, 2**19, 2048, 0.03, "bf16", "bf16", 64),
+    Recipe("large", float("inf"), 512, 2**20, 2048, 0.03, "bf16", "bf16", 128),
+)
+PICO = RECIPES[0]  # what settings that no one gave were before there were recipes: the usual ones of a record
+
+
+def recipe_of(config: RunConfig, params: int) -> Recipe:
+    """The recipe that is asked for by name, or that students of `params` parameters get."""
+    asked = config.train.recipe
+    return next(r for r in RECIPES if (params < r.below if asked == AUTO else r.name == asked))
+
+
+def with_recipe(
+    config: RunConfig, params: int, data: int, *, family: str, shapes: tuple[Mapping[str, Any], ...]
+) -> RunConfig:
+    """The settings with every one that was left open as the recipe has it.
+
+    Args:
+        config: as asked for.
+        params: of the student.
+        data: tokens that it learns from.
+        family: the name of the ladder.
+        shapes: the config.json of the models that read the sequences; learned positions shorten them.
+    """
+    recipe, train, corpus = recipe_of(config, params), config.train, config.corpus
+    limits = [longest for shape in shapes if (longest := dims(shape).longest)]
+    length = corpus.sequence_length or min([recipe.sequence_length, *limits])
+    dtype = FAMILIES.entry(family).traits["dtype"] if family in FAMILIES else recipe.dtype
+    return replace(
+        config,
+        train=replace(
+            train,
+            batch_size=train.batch_size or _batch(recipe, length, data),
+            warmup=recipe.warmup if train.warmup is None else train.warmup,
+            precision=train.precision or recipe.precision,
+        ),
+        corpus=replace(corpus, sequence_length=length, name=_corpus(config, params)),
+        family=replace(config.family, dtype=config.family.dtype or dtype),
+        prune=replace(config.prune, multiple=config.prune.multiple or recipe.multiple),
+    )
+
+
+def _corpus(config: RunConfig, params: int) -> str:
+    """The corpus, where none was named the embedded prose: enough to learn the tool with, and no more."""
+    name = config.corpus.name
+    if name != ANY_CORPUS:
+        return name
+    if params > EMBEDDED_FOR and not config.adapt.parts and not config.plan:
+        raise ConfigError(
+            f"no corpus is named, and the embedded prose (about 7M tokens of technical documentation) is no text for a "
+            f"student of {params:,} parameters. Say corpus=text corpus.path=FOLDER, corpus=fineweb_edu or another one; "
+            "corpus=embedded if it is meant."
+        )
+    return EMBEDDED
+
+
+def _batch(recipe: Recipe, length: int, data: int) -> int:
+    """Sequences of one step: a power of two, so that it splits evenly over devices."""
+    if recipe.batch_tokens is None:
+        return recipe.batch_size
+    wanted = min(recipe.batch_tokens, data / LEAST_STEPS) / length
+    return max(LEAST_BATCH, 2 ** (max(1, int(wanted)).bit_length() - 1))
+
+
+def recipe_line(config: RunConfig, params: int) -> str:
+    """What a plan says of the recipe: its name, why, and what it comes to."""
+    recipe, c = recipe_of(config, params), config
+    sizes = {"pico": "below 10M", "small": "10M to 1B", "large": "1B and more"}[recipe.name]
+    why = f"students of {sizes} parameters" if c.train.recipe == AUTO else "asked for"
+    tokens = format_scale((c.train.batch_size or 0) * (c.corpus.sequence_length or 0))
+    wide = f", widths in multiples of {c.prune.multiple}" if c.prune.multiple else ""
+    return (
+        f"recipe {recipe.name} ({why}): steps of {c.train.batch_size} x {c.corpus.sequence_length} = {tokens} tokens, "
+        f"warm-up {c.train.warmup:.0%}, {c.train.precision}{wide}; train.recipe=NAME or single settings change it"
+    )
