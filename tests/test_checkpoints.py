@@ -125,7 +125,7 @@ def test_students_of_teachers_from_the_hub_have_one_shape(hub, given, tmp_path, 
     words = ["teacher=s/llama,t/llama", "student=8230", "prune.init=random", f"store={tmp_path / 'store'}", "plan=true"]
     done = run_here("-m", *given, *words, cwd=tmp_path)
     assert "plan: 2 cells" in done.stdout, done.stderr
-    assert done.stdout.count("student 8230: ") == 1
+    assert done.stdout.count("student 8.23k: ") == 1
 
 
 @pytest.mark.parametrize(
@@ -212,3 +212,58 @@ def test_folders_with_a_config_alone_can_be_planned_and_not_run(planned, capfd):
     refused = run_here("-m", *words, cwd=planned)
     assert refused.returncode == 2 and "qwen3-8b has no tokenizer.json" in refused.stderr
     assert not (planned / "store").exists()
+
+
+@pytest.fixture
+def gguf_file(models, tmp_path):
+    """The smallest student as a GGUF file of 32-bit numbers, written with the format's own package."""
+    gguf = pytest.importorskip("gguf")
+    model, folder = AutoModelForCausalLM.from_pretrained(models / "s/llama"), models / "s/llama"
+    config, file = model.config, tmp_path / "own.gguf"
+    out = gguf.GGUFWriter(file, "llama")
+    out.add_block_count(config.num_hidden_layers)
+    out.add_context_length(64)
+    out.add_embedding_length(config.hidden_size)
+    out.add_feed_forward_length(config.intermediate_size)
+    out.add_head_count(config.num_attention_heads)
+    out.add_head_count_kv(config.num_key_value_heads)
+    out.add_key_length(config.head_dim)
+    out.add_value_length(config.head_dim)
+    out.add_rope_dimension_count(config.head_dim)
+    out.add_layer_norm_rms_eps(config.rms_norm_eps)
+    out.add_vocab_size(VOCAB)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())["model"]
+    out.add_tokenizer_model("gpt2")
+    out.add_token_list(sorted(tokenizer["vocab"], key=tokenizer["vocab"].get))
+    out.add_token_types([1] * VOCAB)
+    out.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
+    out.add_bos_token_id(0)
+    out.add_eos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        kept = tensor
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        if heads:  # llama.cpp keeps the two halves of a rotated head side by side
+            kept = tensor.view(heads, 2, tensor.shape[0] // heads // 2, -1).transpose(1, 2).reshape(tensor.shape)
+        out.add_tensor(names.get_name(name, (".weight",)), kept.numpy())
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    return file
+
+
+def test_a_gguf_file_is_turned_into_numbers_once(hub, gguf_file, models, given, tmp_path):
+    store = tmp_path / "store"
+    config = compose([*given, f"teacher={gguf_file}", f"student={gguf_file}", "data=0", f"store={store}"])
+    run_config(config)
+    cell = pipeline.resolve(config)
+    theirs = AutoModelForCausalLM.from_pretrained(models / "s/llama").state_dict()
+    found = load_model(Store(store).path(cell.teacher)).state_dict()
+    assert found.keys() == theirs.keys()
+    assert all(torch.allclose(found[name], tensor) for name, tensor in theirs.items())
+    (row,) = records.read(store)
+    assert (row["teacher"], row["start"], row["family"]) == ("own.gguf", "own.gguf", "checkpoints")
+    gguf_file.write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(ConfigError, match=r"own.gguf cannot be read as a GGUF file"):
+        pipeline.resolve(compose([*given, f"teacher={gguf_file}", "student=5k"]))

@@ -10,12 +10,18 @@ from capacity_gap.commands import cli
 from tests.conftest import ROOT, run_py
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [
-    line.partition("  #")[0].strip()
-    for block in re.findall(r"```\n(.*?)```", README, re.DOTALL)
-    for line in block.splitlines()
-    if line.startswith(("python ", "make "))
-]
+
+
+def commands_of(text):
+    return [
+        line.partition("  #")[0].strip()
+        for block in re.findall(r"```\n(.*?)```", text, re.DOTALL)
+        for line in block.splitlines()
+        if line.startswith(("python ", "make "))
+    ]
+
+
+COMMANDS = commands_of(README)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python run.py")])

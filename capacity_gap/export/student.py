@@ -301,8 +301,11 @@ def _head(lineage: Lineage) -> Iterator[str]:
 
 def _origin(lineage: Lineage) -> str:
     row = lineage.row
-    cut = f"cut from {row.get('reference') or row['teacher']}"
-    start = "that began with random weights" if row["init"] == "random" else cut
+    starts = {
+        "random": "that began with random weights",
+        "pretrained": f"that began as {row.get('start') or 'a model trained on ' + str(row.get('start_tokens')) + ' tokens'}",
+    }
+    start = starts.get(row["init"], f"cut from {row.get('reference') or row['teacher']}")
     teacher = f"distilled from {row['teacher']} ({row['teacher_params']:,} parameters)"
     taught = teacher if row["kd_weight"] else "trained without a teacher"
     learnt = f" and {taught} on {row['data_tokens']:,} tokens of `{lineage.corpus}`" if row["data_tokens"] else ""

@@ -3,6 +3,8 @@
 Its environment variables hold: HF_ENDPOINT, HF_HOME, HF_TOKEN, HF_HUB_OFFLINE. Imports no torch.
 """
 
+import contextlib
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,6 +24,22 @@ def planning_files(repository: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(PLANNED_WITH)))
+        with _without_bars():
+            return Path(snapshot_download(repository, revision=revision, allow_patterns=list(PLANNED_WITH)))
     except Exception as error:  # the client raises errors of several libraries
         raise ConfigError(f"{repository} cannot be loaded: {hub_problem(error, repository)}") from error
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """No progress bars for files of some kilobytes."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()

@@ -1,7 +1,7 @@
 """Modules of the user's that register entries: `extend=[my_module]` on the command line, or `CAPACITY_GAP_EXTEND`.
 
 A module is code that runs, so only the command line and the environment may name one: a sweep file that does is
-refused. (Hydra's own `_target_` in a config file is another matter: see `docs/decisions.md`.) The environment carries
+refused (so is Hydra's own `_target_` there: commands/hydra_guard.py). The environment carries
 the names to workers, whatever starts them.
 """
 
