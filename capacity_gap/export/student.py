@@ -301,10 +301,8 @@ def _head(lineage: Lineage) -> Iterator[str]:
 
 def _origin(lineage: Lineage) -> str:
     row = lineage.row
-    starts = {
-        "random": "that began with random weights",
-        "pretrained": f"that began as {row.get('start') or 'a model trained on ' + str(row.get('start_tokens')) + ' tokens'}",
-    }
+    trained = row.get("start") or f"a model trained on {row.get('start_tokens')} tokens"
+    starts = {"random": "that began with random weights", "pretrained": f"that began as {trained}"}
     start = starts.get(row["init"], f"cut from {row.get('reference') or row['teacher']}")
     teacher = f"distilled from {row['teacher']} ({row['teacher_params']:,} parameters)"
     taught = teacher if row["kd_weight"] else "trained without a teacher"
