@@ -160,7 +160,7 @@ def test_a_plan_says_whether_the_text_is_long_enough(tiny, tiny_cell):
     assert (fits.too_short, few.too_short) == ([], few.texts)
     (unknown,) = make_plan(cells, Store(tiny_cell.store_path / "none")).texts
     assert unknown == (
-        "warning: text too short: data=10m, the text has about 75k tokens (0.217 MB to train on, from its files, 2.9 "
+        "warning: text too short: data=10m, the text has about 75k tokens (217 kB to train on, from its files, 2.9 "
         "bytes a token assumed): those cells will fail"
     ), "240,631 bytes of which a tenth is held out"
 
@@ -351,4 +351,4 @@ def test_one_calibration_cell_foretells_a_grid(tiny, tmp_path):
 
 def test_people_read_seconds_and_bytes():
     assert [format_seconds(s) for s in (40, 720, 12240)] == ["40 s", "12 min", "3.4 h"]
-    assert [format_bytes(b) for b in (1.2e7, 3.4e9, 1.28e12)] == ["12 MB", "3.4 GB", "1,280 GB"]
+    assert [format_bytes(b) for b in (5e5, 1.2e7, 3.4e9, 1.28e12)] == ["500 kB", "12 MB", "3.4 GB", "1,280 GB"]

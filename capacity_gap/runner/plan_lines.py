@@ -158,7 +158,7 @@ def format_seconds(seconds: float) -> str:
 def format_bytes(count: float) -> str:
     """Bytes as people say them: `12 MB`, `3.4 GB`."""
     if count < 1e9:
-        return f"{count / 1e6:.3g} MB"
+        return f"{count / 1e3:.3g} kB" if count < 999_500 else f"{count / 1e6:.3g} MB"
     return f"{count / 1e9:.3g} GB" if count < 1e12 else f"{count / 1e9:,.0f} GB"
 
 
