@@ -56,19 +56,28 @@ class RunConfig:
     retries: int = setting(0, "Of a grid: how often crashed work is started again.", least=0, most=1000, decides=False)
     budget_hours: float | None = setting(
         None,
-        "Of a grid: refuse it if it costs more hours of one worker than this.",
+        "Refuse what costs more device-hours (devices times hours) than this.",
         above=0,
         most=1e9,
         decides=False,
     )
     throughput: float | None = setting(
         None,
-        "FLOP/s of one worker, for plans; null: as measured in this store.",
+        "FLOP/s of one worker, for plans; null: as measured in this store, else by its devices.",
         least=1e6,
         most=1e24,
         decides=False,
     )
-    devices: int = setting(1, "GPUs of one worker, for plans.", least=1, most=100_000, decides=False)
+    devices: int | None = setting(
+        None,
+        "GPUs of one worker, for plans; null: as many as the launcher gives it.",
+        least=1,
+        most=100_000,
+        decides=False,
+    )
+    device_name: str | None = setting(
+        None, "The GPU that plans count with, such as h100; null: the launcher's, else this machine's.", decides=False
+    )
     sweep: str | None = setting(
         None, "Of one cell: the sweep of this store that it joins; of a grid: its name there.", decides=False
     )

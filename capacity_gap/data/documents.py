@@ -1,8 +1,10 @@
 """Documents, and how they are read from files of the user's own; sources of text are in `corpora.py`."""
 
 import codecs
+import contextlib
 import gzip
 import html
+import itertools
 import json
 import re
 import zlib
@@ -13,6 +15,8 @@ from pathlib import Path
 from capacity_gap.settings.errors import ConfigError
 
 LEAST_CHARACTERS = 80  # shorter strings are labels, not prose
+GZIP_RATIO = 3  # of English text, where a file does not say it
+SAMPLE = 100  # lines of a .jsonl file that tell how much of it is text
 
 _BLOCK = re.compile(r"</?(?:p|li|ul|ol|dl|dt|dd|h\d|br|div|table|tr|pre|note|important|section)\b[^>]*>", re.IGNORECASE)
 _TAG = re.compile(r"</?[a-zA-Z][^>]*>|<!--.*?-->", re.DOTALL)
@@ -74,6 +78,43 @@ def text_files(path: Path) -> list[Path]:
     if not files:
         raise ConfigError(f"corpus.path={path} holds no text. Allowed: {', '.join(suffixes)}, or a folder of them.")
     return files
+
+
+def text_size(path: Path) -> float:
+    """Bytes of text in the files that `corpus.path` means, estimated: sizes on disk, and the beginning of each kind.
+
+    A .gz file says at its end how long it was, modulo 4 GiB; of .jsonl the share that is text is that of the first
+    lines of the first file.
+    """
+    share: dict[bool, float] = {}
+    total = 0.0
+    for file in text_files(path):
+        is_json = ".jsonl" in file.name
+        if is_json not in share:
+            share[is_json] = _text_share(file) if is_json else 1.0
+        total += _unpacked_size(file) * share[is_json]
+    return total
+
+
+def _unpacked_size(file: Path) -> float:
+    size = file.stat().st_size
+    if file.suffix != ".gz" or size < 4:
+        return size
+    with file.open("rb") as stream:
+        stream.seek(-4, 2)
+        said = int.from_bytes(stream.read(), "little")
+    return said if said >= size else GZIP_RATIO * size
+
+
+def _text_share(file: Path) -> float:
+    """How much of the first lines of a .jsonl file is text; 1 where they cannot be read, which packing will tell."""
+    opener = gzip.open if file.suffix == ".gz" else open
+    with contextlib.suppress(OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, RecursionError):
+        with opener(file, "rb") as lines:
+            first = list(itertools.islice(lines, SAMPLE))
+        texts = sum(len(str(json.loads(line)["text"]).encode()) for line in first if line.strip())
+        return texts / max(1, sum(map(len, first)))
+    return 1.0
 
 
 def _texts(file: Path) -> Iterator[str]:

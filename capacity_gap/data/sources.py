@@ -29,6 +29,17 @@ def identity(source: SourceConfig) -> dict[str, Any]:
     return {"own": given, **entry.identity_as("entry")}  # its keys are its own
 
 
+def size(source: SourceConfig) -> float | None:
+    """Bytes of a source's text, estimated without reading it; None where only its host knows them."""
+    if isinstance(source, CorpusConfig) and source.name == MIXTURE:
+        parts = [(size(part), part.weight) for part in source.parts]
+        units = [held / weight for held, weight in parts if held is not None]
+        # As `mixed` takes them: as much as the scarcest part allows.
+        return min(units) * sum(weight for _, weight in parts) if len(units) == len(parts) else None
+    measure = getattr(CORPORA[source.name](), "size", None)  # sources of users need not have one
+    return measure(source) if callable(measure) else None
+
+
 def tokenizer_identity(tokenizer: str, revision: str | None) -> dict[str, Any]:
     """What identifies a second tokenizer: a local one's content, or a name on the hub and a commit."""
     folder = user_path(tokenizer)

@@ -5,7 +5,9 @@ multiplies every token, tied or not; attention's quadratic part is left out). Th
 and a training step 6·N per token (Kaplan et al. 2020, §2.1).
 """
 
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from capacity_gap.distill.signal_kinds import SIGNALS
@@ -56,11 +58,39 @@ PEAKS = {
 }
 
 
+# Bytes of one device's memory by the same parts; a name that says its own ("A100-SXM4-40GB") is believed.
+DEVICE_BYTES = {
+    "B200": 180e9,
+    "H200": 141e9,
+    "H100 PCIe": 80e9,
+    "H100": 80e9,
+    "A100": 80e9,
+    "L40S": 48e9,
+    "L4": 24e9,
+    "A10": 24e9,
+    "RTX 4090": 24e9,
+    "RTX 3090": 24e9,
+}
+
+
+def known_device(name: str) -> str | None:
+    """The entry of `PEAKS` that a device's name means, in whatever case; None for all others (every CPU)."""
+    words = f" {re.sub('[-_]', ' ', name)} ".lower()
+    return next((known for known in PEAKS if f" {known.lower()} " in words), None)
+
+
 def peak_flops(device: str, precision: str) -> float | None:
     """What the maker promises of a device of this name; None where it is not in the table (every CPU)."""
-    words = device.replace("-", " ")
-    found = [peaks for name, peaks in PEAKS.items() if f" {name} " in f" {words} "]
-    return found[0][precision != "bf16"] if found else None
+    known = known_device(device)
+    return PEAKS[known][precision != "bf16"] if known else None
+
+
+def device_bytes(device: str) -> float | None:
+    """The memory of a device of this name; None where it is not known."""
+    if said := re.search(r"(\d+) ?GB", device, re.IGNORECASE):
+        return 1e9 * int(said[1])
+    known = known_device(device)
+    return DEVICE_BYTES[known] if known else None
 
 
 BYTES = {"fp32": 4, "bf16": 2}
@@ -77,19 +107,44 @@ def signal_bytes_per_token(kind: str, size: int, vocabulary: int) -> float:
     return size * ((2 if vocabulary <= 2**16 else 4) + SIGNALS.entry(kind).traits["value_bytes"]) + 4.0
 
 
-def peak_memory(
-    shape: Mapping[str, Any], *, tokens: int, precision: str, shards: int = 1, checkpointing: bool = False
-) -> float:
-    """Bytes that training a model takes on one device, `tokens` at once.
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one device holds while a model is at work, by what they are for."""
 
-    16 bytes a parameter (fp32 weight, gradient, two Adam moments); activations kept for the backward pass of one
-    layer and token as in Korthikanti et al. 2022 (arXiv 2205.05198), eq. 2, without the attention matrix, which fused
-    attention never stores: 34·hidden bytes in half precision (its 4·hidden MLP taken as the neurons that there are);
-    the chunked loss holds a few rows of logits only and is left out. With `shards` devices each holds its part of what
-    belongs to the parameters; with `checkpointing`, each layer's input and the activations of one layer at a time. A
-    token of an encoder–decoder is in the layers of one stack; its cross-attention is left out.
+    weights: float
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    activations: float = 0.0
+    teacher: float = 0.0  # one that runs beside
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.teacher
+
+
+def activation_bytes(shape: Mapping[str, Any], *, tokens: int, precision: str, checkpointing: bool = False) -> float:
+    """Bytes kept for the backward pass of `tokens` tokens at once.
+
+    Of one layer and token as in Korthikanti et al. 2022 (arXiv 2205.05198), eq. 2, without the attention matrix, which
+    fused attention never stores: 34·hidden bytes in half precision (its 4·hidden MLP taken as the neurons that there
+    are); the chunked loss holds a few rows of logits only and is left out. With `checkpointing`, each layer's input and
+    the activations of one layer at a time. A token of an encoder–decoder is in the layers of one stack; its
+    cross-attention is left out.
     """
     sizes = dims(shape)
     per_layer = 11 * sizes.hidden + 1.5 * sizes.neurons
     values = sizes.layers * sizes.hidden + per_layer if checkpointing else sizes.layers * per_layer
-    return 16.0 * count_params(shape) / shards + BYTES[precision] * values * tokens
+    return BYTES[precision] * values * tokens
+
+
+def training_memory(
+    shape: Mapping[str, Any], *, tokens: int, precision: str, shards: int = 1, checkpointing: bool = False
+) -> Memory:
+    """What training a model takes of one device, `tokens` at once.
+
+    16 bytes a parameter: fp32 weight, gradient and two Adam moments; with `shards` devices each holds its part of them.
+    """
+    each = 4.0 * count_params(shape) / shards
+    kept = activation_bytes(shape, tokens=tokens, precision=precision, checkpointing=checkpointing)
+    return Memory(each, each, 2 * each, kept)

@@ -14,6 +14,7 @@ from typing import Any
 from capacity_gap.cell.config import from_hydra
 from capacity_gap.cell.pipeline import Cell, in_waves, resolve
 from capacity_gap.report.sweep_run import mirror_sweep
+from capacity_gap.runner.machines import Machines
 from capacity_gap.runner.plan import check_budget, make_plan, noted_cell
 from capacity_gap.runner.progress import View, Watch
 from capacity_gap.runner.run_cell import fail
@@ -68,7 +69,7 @@ def run_grid(
     jobs: Sequence[Job],
     launch: Launch,
     *,
-    workers: int = 1,
+    machines: Machines | None = None,
     max_batch_size: int | None = None,
     pool: bool = False,
     here: bool = False,
@@ -78,7 +79,7 @@ def run_grid(
     Args:
         jobs: its combinations.
         launch: a Hydra launcher's.
-        workers: how many jobs the launcher runs at once.
+        machines: how many jobs the launcher runs at once, and on what.
         max_batch_size: how many jobs it is given at once; None: a whole wave.
         pool: whether the launcher is joblib's, whose workers must not be interrupted from outside.
         here: whether its workers run on this machine.
@@ -91,12 +92,14 @@ def run_grid(
     first = next(iter(cells.values()))[0].config
     store = Store(first.store_path)
     store.check_schema()
-    plan = make_plan([c for c, _ in cells.values()], store, workers=workers)
+    plan = make_plan([c for c, _ in cells.values()], store, machines=machines)
     if first.plan:
         print("\n".join([*plan.lines, *_skipped(outcome)]))
     check_budget(plan, first.budget_hours)
     if first.plan:
         return True
+    for warning in plan.too_short:
+        print(warning, file=sys.stderr)
     if here:
         for threads in {cell.config.train.threads for cell, _ in cells.values()}:
             check_threads(threads)
@@ -269,8 +272,13 @@ def _effort(stage: Stage, store: Store) -> float:
 
 
 def _skipped(outcome: Outcome) -> list[str]:
+    """A line for each cause: the cell, or how many cells have it."""
+    names: dict[str, list[str]] = {}
+    for name, status, cause in outcome.cells:
+        if status == "skipped":
+            names.setdefault(cause.split(". ")[0], []).append(name)
     return [
-        f"  skipped  {name}: {cause.split('. ')[0]}." for name, status, cause in outcome.cells if status == "skipped"
+        f"  skipped  {mine[0] if len(mine) == 1 else f'{len(mine)} cells'}: {cause}." for cause, mine in names.items()
     ]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from capacity_gap.runner.plan import format_seconds
+from capacity_gap.runner.plan_lines import format_seconds
 from capacity_gap.store.contents import failure_file
 from capacity_gap.store.files import NUMBER, read_json
 from capacity_gap.store.lease import PATIENCE_S

@@ -1,5 +1,6 @@
 """One cell at a terminal: how far it is, then what came out. A grid has its own table (`grid.py`)."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,8 @@ def run_alone(config: RunConfig, overrides: Sequence[str]) -> str:
     check_budget(plan, config.budget_hours)
     if config.plan or config.only or not Ranks().leads:
         return cell.record.key if config.plan else run_cell.run(cell)
+    for warning in plan.too_short:
+        print(warning, file=sys.stderr)
     if config.sweep:
         choose("sweep", config.sweep, sweeps(store))
     # What is not here is refused before anything is written.

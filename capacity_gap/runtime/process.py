@@ -271,6 +271,15 @@ def gpus() -> int:
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
+def gpu_name() -> str | None:
+    """The name of this machine's NVIDIA GPUs as their driver gives it, without torch; None where none says it."""
+    for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        with contextlib.suppress(OSError):
+            if said := re.search(r"^Model:\s*(\S.*)$", file.read_text(), re.MULTILINE):
+                return said[1].strip()
+    return None
+
+
 @functools.cache
 def _own_gpu(count: int) -> int:
     """One GPU a worker: the first that no other worker of this user holds here, until this process ends."""

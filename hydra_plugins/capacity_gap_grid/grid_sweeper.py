@@ -152,6 +152,7 @@ class GridSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Runs the grid; the exit status is 1 if a cell failed."""
         from capacity_gap.runner.grid import Job, check_grid, run_grid
+        from capacity_gap.runner.machines import Machines
         from capacity_gap.settings.places import run_command
 
         assert self.config is not None and self.launcher is not None and self.hydra_context is not None
@@ -169,9 +170,9 @@ class GridSweeper(BasicSweeper):
         if getattr(self.launcher, "detach", False):
             self.launcher.submit_grid([*run_command(), *sys.argv[1:]], check_grid(jobs).root)
             return
-        workers = launcher.get("n_jobs") or launcher.get("max_jobs") or 1
         batch, pool = self.max_batch_size, _is_joblib(launcher)
         launch = self.launcher.launch
         here = pool or launcher.get("_target_", "").startswith("hydra._internal.")  # joblib, or one after another
-        if not run_grid(jobs, launch, workers=max(1, workers), max_batch_size=batch, pool=pool, here=here):
+        machines = Machines.of(launcher)
+        if not run_grid(jobs, launch, machines=machines, max_batch_size=batch, pool=pool, here=here):
             raise SystemExit(1)

@@ -26,6 +26,7 @@ class RayConf:
     address: str | None = None  # of a running cluster, or `auto`; null: RAY_ADDRESS, else one on this machine
     gpus: float = 0.0  # of one cell, at most one; 0.25 puts four on one device
     cpus: float | None = None  # null: train.threads
+    device_name: str | None = None  # the GPU that plans count with, such as h100
 
 
 ConfigStore.instance().store(group="hydra/launcher", name="ray", node=RayConf, provider="capacity_gap")

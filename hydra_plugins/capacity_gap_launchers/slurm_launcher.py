@@ -36,6 +36,7 @@ class SlurmConf:
     time_min: int = 240
     nodes: int = 1  # of one cell; several need gpus
     gpus: int = 0  # of one cell on each node
+    device_name: str | None = None  # the GPU that plans count with, such as h100; null: A100
     cpus: int | None = None  # of one cell on each node; null: train.threads for each of its GPUs, or once
     mem_gb: float | None = None  # of one job on each node
     cells_per_job: int = 1  # small cells in one job, one after another
