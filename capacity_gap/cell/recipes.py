@@ -14,11 +14,12 @@ from capacity_gap.data.corpus_config import AUTO as ANY_CORPUS
 from capacity_gap.models.axes import dims
 from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.settings.errors import ConfigError
-from capacity_gap.settings.scales import format_scale
+from capacity_gap.settings.scales import short_scale
 from capacity_gap.training.train_config import AUTO
 
 LEAST_STEPS = 500  # a budget of few batches would be all warm-up
 LEAST_BATCH = 8
+LEAST_MULTIPLE = 8  # of widths: below it kernels fall back to slower ones
 EMBEDDED = "embedded"  # the corpus, where none is named
 EMBEDDED_FOR = 50e6  # parameters: at most
 
@@ -82,8 +83,18 @@ def with_recipe(
         ),
         corpus=replace(corpus, sequence_length=length, name=_corpus(config, params)),
         family=replace(config.family, dtype=config.family.dtype or dtype),
-        prune=replace(config.prune, multiple=config.prune.multiple or recipe.multiple),
     )
+
+
+def multiples(config: RunConfig, params: int, usual: int) -> list[int]:
+    """What widths may be multiples of, best first: what was asked for, else the recipe's and halves of it.
+
+    Some ladders have no shape in large multiples: under groups of five query heads widths are multiples of five too.
+    """
+    if config.prune.multiple:
+        return [config.prune.multiple]
+    most = recipe_of(config, params).multiple
+    return [usual] if most is None else [most >> n for n in range(8) if most >> n >= LEAST_MULTIPLE]
 
 
 def _corpus(config: RunConfig, params: int) -> str:
@@ -108,13 +119,16 @@ def _batch(recipe: Recipe, length: int, data: int) -> int:
     return max(LEAST_BATCH, 2 ** (max(1, int(wanted)).bit_length() - 1))
 
 
-def recipe_line(config: RunConfig, params: int) -> str:
-    """What a plan says of the recipe: its name, why, and what it comes to."""
+def recipe_line(config: RunConfig, params: int, multiple: int | None) -> str:
+    """What a plan says of the recipe: its name, why, and what it comes to.
+
+    `multiple`: what widths are multiples of, where some are chosen.
+    """
     recipe, c = recipe_of(config, params), config
-    sizes = {"pico": "below 10M", "small": "10M to 1B", "large": "1B and more"}[recipe.name]
-    why = f"students of {sizes} parameters" if c.train.recipe == AUTO else "asked for"
-    tokens = format_scale((c.train.batch_size or 0) * (c.corpus.sequence_length or 0))
-    wide = f", widths in multiples of {c.prune.multiple}" if c.prune.multiple else ""
+    sizes = {"pico": "below 10M", "small": "from 10M to 1B", "large": "from 1B on"}[recipe.name]
+    why = f"students {sizes}" if c.train.recipe == AUTO else "asked for"
+    tokens = short_scale((c.train.batch_size or 0) * (c.corpus.sequence_length or 0))
+    wide = f", widths in multiples of {multiple}" if multiple and multiple > 1 else ""
     return (
         f"recipe {recipe.name} ({why}): steps of {c.train.batch_size} x {c.corpus.sequence_length} = {tokens} tokens, "
         f"warm-up {c.train.warmup:.0%}, {c.train.precision}{wide}; train.recipe=NAME or single settings change it"

@@ -12,7 +12,7 @@ from typing import Any, Self
 from capacity_gap.cell.config import RunConfig
 from capacity_gap.cell.named_models import check_positions, check_start, ladder_of, start_of, student_size, with_init
 from capacity_gap.cell.nondefault import setting_columns, settings_text, tuning_text
-from capacity_gap.cell.recipes import with_recipe
+from capacity_gap.cell.recipes import multiples, with_recipe
 from capacity_gap.data.sources import corpus_name
 from capacity_gap.distill.distill_config import SIGNAL_SIZE
 from capacity_gap.instruct.rows import rows_in
@@ -123,24 +123,41 @@ class ResolvedCell:
         last = self.shapes_between[-1] if self.shapes_between else self.family.rungs[self.origin]
         return config_with(last, sized(dims(last), self.shape))
 
-    @cached_property
+    @property
     def shape(self) -> Shape:
         """The student's sizes."""
+        return self._shaped[0]
+
+    @property
+    def multiple(self) -> int:
+        """What hidden size and neurons of the student are multiples of."""
+        return self._shaped[1]
+
+    @cached_property
+    def _shaped(self) -> tuple[Shape, int]:
+        """The student's sizes, and the largest multiple that the recipe likes for which there are some."""
+        last = None
+        for multiple in multiples(self.config, self.student_target, self.family.multiple):
+            try:
+                return self._shape_in(multiple), multiple
+            except ImpossibleCell:  # of this teacher; the shape is the same under all
+                raise
+            except ConfigError as error:
+                last = error
+        assert last is not None
+        raise last
+
+    def _shape_in(self, multiple: int) -> Shape:
         c = self.config.prune
         return student_shape(
             self.family.rungs,
             self.family.rungs[self.origin],
             self.student_target,
             policy=c.shape,
-            multiple=self.multiple,
+            multiple=multiple,
             depth=c.depth,
             fixed=c.fixed,
         )
-
-    @property
-    def multiple(self) -> int:
-        """What hidden size and neurons of a student are multiples of."""
-        return self.config.prune.multiple or self.family.multiple
 
     @property
     def sequence_length(self) -> int:

@@ -76,7 +76,7 @@ class PruneConfig:
     )
     multiple: int | None = setting(
         None,
-        "Hidden size and neurons of a student are multiples of it; null: the recipe's.",
+        "Hidden size and neurons of a student are multiples of it; null: the recipe's, or halves of it.",
         least=1,
         most=4096,
         untold="the record's sizes tell the shape that came of it",

@@ -137,7 +137,9 @@ def make_plan(cells: Sequence[Cell], store: Store, *, machines: Machines | None 
         models=[
             *teacher_lines(cells, spent),
             *student_lines(cells, spent),
-            *dict.fromkeys(recipe_line(cell.config, cell.student_target) for cell in cells),
+            *dict.fromkeys(
+                recipe_line(c.config, c.student_target, None if c.start_shape else c.multiple) for c in cells
+            ),
             evaluation_line(cells, spent),
         ],
         texts=text_lines(cells, store),
