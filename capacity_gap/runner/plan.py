@@ -284,10 +284,11 @@ def _memory(cell: Cell) -> dict[str, float]:
     c = cell.config
     teacher = stored_bytes(cell.teacher_shape, dtype=_dtype(cell), quantization=c.family.quantization)
     found = {"distil": _training(cell, cell.student_shape, c.train.batch_size)}
+    share = teacher / (1 if cell.placement == "one" else c.devices)  # one layer more, whole, is left out
     if cell.teacher_flops:
-        found["distil"] += teacher
+        found["distil"] += share
     if c.prune.init != "random":
-        found["scores"] = 2 * teacher  # its weights and their gradients, on one device
+        found["scores"] = 2 * share  # its weights and their gradients
     if cell.adapt_tokens:
         found["adapt"] = _training(cell, cell.teacher_shape, c.adapt.optim.batch_size)
     if cell.teacher_tokens is not None:

@@ -15,6 +15,7 @@ def check_budgets(cell: Cell, store: Store, runtime: Runtime) -> None:
     from capacity_gap.data.packing import Packed, subset
 
     check_tasks(cell.config.evaluate.benchmarks, cell.config.evaluate.folder)
+    _check_placement(cell, runtime)
     _check_models(cell)
     for stage, budget, epochs, key in cell.budgets:
         packed = Packed(store.compute(stage, runtime) / "train", cell.config.corpus.sequence_length)
@@ -22,6 +23,15 @@ def check_budgets(cell: Cell, store: Store, runtime: Runtime) -> None:
     _check_vocabularies(cell, store, len(Packed(store.path(cell.tokens) / "train", 1).bytes_per_id))
     _check_tuning(cell, store, runtime)
     _check_loss(cell, store)
+
+
+def _check_placement(cell: Cell, runtime: Runtime) -> None:
+    """Ranks have a device each; one process may have all."""
+    if cell.placement == "devices" and runtime.ranks.size > 1:
+        raise ConfigError(
+            f"family.placement=devices with {runtime.ranks.size} ranks: it spreads a teacher over the devices of one "
+            "process. Use family.placement=ranks, or start the command without torchrun."
+        )
 
 
 def _check_models(cell: Cell) -> None:
