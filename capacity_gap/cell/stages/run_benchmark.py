@@ -30,7 +30,7 @@ def _benchmark_stage(cell: ResolvedCell, task: Task, model: Stage, tokenizer: St
     elif c.folder and task.name in folder_names(c.folder):
         given["files"] = folder_digest(c.folder)
     options = {"batch_size": c.batch_size, "folder": c.folder, "allow_code": c.allow_code_execution}
-    return Stage("benchmark", 1, given, inputs, run_benchmark, options=options, collective=cell.shards_teachers)
+    return Stage("benchmark", 1, given, inputs, run_benchmark, options=options)
 
 
 def build_suite_from_corpus(run: StageRun) -> None:
