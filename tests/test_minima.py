@@ -38,7 +38,11 @@ def test_memory_of_a_device_falls_with_shards_and_checkpointing(cells, tmp_path)
     assert training_memory(shape, **given, shards=8).total == pytest.approx(whole - 16 * 3_020_442_624 * 7 / 8)
     assert training_memory(shape, **given, checkpointing=True).total < whole / 2
     plan = make_plan(cells[:1], Store(tmp_path))
-    assert 30e9 < plan.memory["distil"].total < 80e9
+    whole_teacher = pipeline.resolve(compose(["+sweeps=minima", "teacher=7b", "family.placement=one"]))
+    more = make_plan([whole_teacher], Store(tmp_path)).memory
+    assert 30e9 < more["distil"].total < 80e9
+    assert more["scores"].weights == pytest.approx(8 * plan.memory["scores"].weights)
+    assert more["distil"].teacher == pytest.approx(8 * plan.memory["distil"].teacher)
     assert plan.device_hours == pytest.approx(8 * plan.worker_s / 3600)
 
 

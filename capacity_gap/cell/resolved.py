@@ -29,6 +29,7 @@ from capacity_gap.models.axes import (
 from capacity_gap.models.checkpoints import Checkpoint
 from capacity_gap.models.ladders import Family
 from capacity_gap.pruning.common_shape import student_shape
+from capacity_gap.pruning.methods import LAYER_SCORES, SCORES, SYMMETRIC
 from capacity_gap.pruning.shape import Shape, between, sized
 from capacity_gap.settings.errors import ConfigError, ImpossibleCell
 from capacity_gap.settings.scales import format_scale, parse_scale, parse_tokens
@@ -92,9 +93,45 @@ class ResolvedCell:
         cell = cls(config, ladder, base, rung, student, target, data, budget, start, shape)
         if config.prune.cuts:
             cuttable(ladder.rungs[cell.origin])
+        cell._check_placement()
         if cell.adapted and config.family.quantization != "none":
             raise ConfigError("a quantised teacher cannot be expanded or adapted. Use family.quantization=none.")
         return cell
+
+    def _check_placement(self) -> None:
+        asked = self.config.family.placement
+        whole = self._must_be_whole(asked)
+        if whole and asked in ("devices", "ranks"):
+            raise ConfigError(
+                f"family.placement={asked} with {whole}: that needs the whole teacher on one device. Leave out "
+                "family.placement, or change the other."
+            )
+
+    def _must_be_whole(self, placement: str) -> str | None:
+        """The setting that keeps the teacher from being spread like this; None where nothing does."""
+        c = self.config
+        if placement != "devices" and c.family.quantization != "none":
+            return f"family.quantization={c.family.quantization}"
+        if c.prune.init == "random":
+            return None
+        if not SCORES.entry(c.prune.method).traits["spread"]:
+            return f"prune.method={c.prune.method}"
+        if c.prune.layers != SYMMETRIC and not LAYER_SCORES.entry(c.prune.layers).traits["spread"]:
+            return f"prune.layers={c.prune.layers}"
+        return None
+
+    @property
+    def placement(self) -> str:
+        """Where teachers lie: one, devices or ranks."""
+        asked = self.config.family.placement
+        if asked != "auto":
+            return asked
+        return "ranks" if self.config.train.sharding == "fsdp" and not self._must_be_whole("ranks") else "one"
+
+    @property
+    def shards_teachers(self) -> bool:
+        """Whether the stages that read a teacher are for all ranks, if there are several."""
+        return self.placement == "ranks"
 
     @property
     def adapted(self) -> bool:

@@ -8,6 +8,8 @@ from capacity_gap.settings.declare import setting, validate
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.training.train_config import PRECISIONS, AdaptOptimConfig, PretrainConfig
 
+PLACEMENTS = ("auto", "one", "devices", "ranks")
+
 
 @dataclass
 class FamilyConfig:
@@ -30,6 +32,13 @@ class FamilyConfig:
     )
     quantization: str = setting(
         "none", "Quantise published teachers while they teach (needs bitsandbytes).", allowed=("none", "8bit")
+    )
+    placement: str = setting(
+        "auto",
+        "Where a teacher lies: whole on one device, its layers over all devices of one process, or a share on each of "
+        "several ranks; auto: ranks under train.sharding=fsdp, else one.",
+        allowed=PLACEMENTS,
+        decides=False,
     )
     teacher_data: str = setting(
         "1m",

@@ -22,7 +22,9 @@ from capacity_gap.distill.divergences import Softmax
 from capacity_gap.distill.losses import chunks
 from capacity_gap.distill.signal_kinds import SIGNALS
 from capacity_gap.distill.sparse import SparseTargets
-from capacity_gap.models.loading import hidden_states, output_weight
+from capacity_gap.models.loading import output_weight
+from capacity_gap.models.placing import gathered_states
+from capacity_gap.runtime.ranks import Ranks
 from capacity_gap.store.files import note_crc
 
 BLOCK = 256  # sequences
@@ -44,6 +46,7 @@ def write_signal(
     batch_size: int,
     vocabulary: int | None = None,
     autocast: Callable[[], Any],
+    ranks: Ranks | None = None,
     on_block: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Writes the blocks that `out` lacks and at last the header.
@@ -60,12 +63,15 @@ def write_signal(
         batch_size: sequences in one forward pass.
         vocabulary: tokens of the tokenizer; further rows of the teacher's output matrix are padding, and left out.
         autocast: context manager of the teacher's precision.
+        ranks: those that hold a sharded teacher; the one that leads writes, the others help.
         on_block: called with blocks done and in all.
     """
+    leads = ranks is None or ranks.leads
     out.mkdir(parents=True, exist_ok=True)
     blocks = -(-len(order) // BLOCK)
     for block in range(blocks):
-        if not _block(out, block, "entropy").exists():
+        there = _block(out, block, "entropy").exists()
+        if not (there if ranks is None else ranks.tell(there)):
             # No two pairs of seed and block share a generator below 1,000,003 blocks.
             generator = torch.Generator(device=teacher.device).manual_seed(seed * 1_000_003 + block)
             indices = order[block * BLOCK : (block + 1) * BLOCK]
@@ -73,10 +79,15 @@ def write_signal(
             for start in range(0, len(indices), batch_size):
                 tokens = torch.from_numpy(sequences.batch(indices[start : start + batch_size])).to(teacher.device)
                 with autocast():
-                    hidden, weight = hidden_states(teacher, tokens[:, :-1]), output_weight(teacher)[:vocabulary]
-                parts.append(_targets(hidden, weight, kind, size, temperature, generator))
-            _write_block(out, block, [torch.cat(p) for p in zip(*parts, strict=True)], weight.shape[0])
+                    hidden = gathered_states(teacher, tokens[:, :-1])
+                    weight = output_weight(teacher)[:vocabulary].to(hidden.device)
+                if leads:
+                    parts.append(_targets(hidden, weight, kind, size, temperature, generator))
+            if leads:
+                _write_block(out, block, [torch.cat(p) for p in zip(*parts, strict=True)], weight.shape[0])
         on_block(block + 1, blocks)
+    if not leads:
+        return
     np.save(out / "order.npy", order)
     header = {"kind": kind, "size": size, "temperature": temperature, "sequences": len(order)}
     bytes_ = sum(f.stat().st_size for f in out.glob("block-*.npy"))

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from capacity_gap.distill.losses import token_losses
-from capacity_gap.models.loading import hidden_states, output_weight, predicted
+from capacity_gap.models.loading import output_weight, predicted
+from capacity_gap.models.placing import gathered_states
 from capacity_gap.runtime.process import Runtime
 
 
@@ -54,7 +55,7 @@ def held_out(model: Any, sequences: Any, *, tokens: int, batch_size: int, runtim
 
 def _sequence_means(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean label cross-entropy and mean predictive entropy of each sequence of a batch [B, T+1]."""
-    hidden = hidden_states(model, tokens[:, :-1])
+    hidden = gathered_states(model, tokens[:, :-1])
     labels = tokens[:, -hidden.shape[1] :]
-    loss, entropy = token_losses(hidden.flatten(0, 1), output_weight(model), labels.flatten())
+    loss, entropy = token_losses(hidden.flatten(0, 1), output_weight(model).to(hidden.device), labels.flatten())
     return loss.view(labels.shape).mean(1).cpu(), entropy.view(labels.shape).mean(1).cpu()

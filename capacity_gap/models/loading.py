@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from capacity_gap.models.axes import count_params
@@ -49,10 +50,11 @@ def new_model(shape: Mapping[str, Any], seed: int) -> Any:
     return quiet(model)
 
 
-def load_model(folder: Path, *, device: str = "cpu") -> Any:
+def load_model(folder: Path, *, device: str = "cpu", device_map: str | None = None) -> Any:
     """The model saved in `folder`, or that it points to; evaluation mode, from safetensors, without remote code.
 
     Our own models load in fp32; published ones in the dtype, and if asked the 8-bit form, that their pointer names.
+    `device_map`: how layers are spread over all devices, as accelerate names it, instead of on one `device`.
     """
     from transformers import AutoConfig
     from transformers.utils import logging
@@ -68,11 +70,13 @@ def load_model(folder: Path, *, device: str = "cpu") -> Any:
             from transformers import BitsAndBytesConfig
 
             options |= {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
+    if device_map:
+        options["device_map"] = device_map
     config = AutoConfig.from_pretrained(source, **where)
     options |= {**where, "config": config}
     model = whole_model(auto_class(config), source, **options)
     with_generation_config_that_saves(model)
-    return quiet(model if "quantization_config" in options else model.to(device)).eval()
+    return quiet(model if "device_map" in options else model.to(device)).eval()
 
 
 def with_generation_config_that_saves(model: Any) -> None:
@@ -125,7 +129,7 @@ def whole_model(kind: Any, source: str | Path, **options: Any) -> Any:
     wrong = {what: sorted(map(str, info[f"{what}_keys"])) for what in ("missing", "unexpected", "mismatched")}
     if getattr(model, "_hf_peft_config_loaded", False):
         wrong["adapter"] = [name for name, _ in model.named_parameters() if "lora" in name] or ["its weights"]
-    if model.config.get_text_config().tie_word_embeddings and not _is_tied(model):
+    if model.config.get_text_config().tie_word_embeddings and not is_tied(model):
         wrong["not shared, though its config says so"] = ["the output matrix and the embedding"]
     if any(wrong.values()):
         said = "; ".join(f"{what}: {', '.join(names[:3])} ({len(names)})" for what, names in wrong.items() if names)
@@ -136,7 +140,7 @@ def whole_model(kind: Any, source: str | Path, **options: Any) -> Any:
     return model
 
 
-def _is_tied(model: Any) -> bool:
+def is_tied(model: Any) -> bool:
     """Whether the output matrix is the embedding; transformers leaves them apart where a file holds two that differ."""
     output = model.get_output_embeddings()
     return output is None or output.weight is model.get_input_embeddings().weight
@@ -317,7 +321,20 @@ def hidden_states(model: Any, tokens: Tensor) -> Tensor:
 
     All positions [B, T, D]; of an encoder–decoder, trained as a prefix language model (Raffel et al. 2020, §3.2.3), the
     last T − ⌊T/2⌋: the encoder reads the first ⌊T/2⌋ + 1 tokens, and the decoder predicts each token after them.
+    They lie where the tokens do, wherever the model's first and last layers are.
     """
+    given = tokens.to(model.device)
+    found = model.last_states(given) if is_sharded(model) else last_states(model, given)
+    return found.to(tokens.device)
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether each rank holds its share of the model (`placing.py`): a forward pass then is for all ranks."""
+    return isinstance(model, FSDPModule)
+
+
+def last_states(model: Any, tokens: Tensor) -> Tensor:
+    """The forward pass of `hidden_states`."""
     if model.config.is_encoder_decoder:
         return _decoder_states(model, tokens)
     # The base model alone: the loss applies the output matrix in chunks, so logits [B, T, V] never exist.
@@ -342,8 +359,8 @@ def _decoder_states(model: Any, tokens: Tensor) -> Tensor:
 
 
 def output_weight(model: Any) -> Tensor:
-    """The output matrix [V, D]; the embedding itself where the two are tied."""
-    return model.get_output_embeddings().weight
+    """The output matrix [V, D]; the embedding itself where the two are tied. A sharded one is gathered."""
+    return whole(model.get_output_embeddings().weight)
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from capacity_gap.models.architecture import Architecture, Dims, Stack, place
 from capacity_gap.models.axes import pattern_of
-from capacity_gap.pruning.lm_loss import lm_loss
+from capacity_gap.pruning.lm_loss import gradients_of, lm_loss
+from capacity_gap.store.checkpoint import whole
 
 
 def mask_gradients(model: Any, table: Architecture, sizes: Dims, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -18,21 +19,20 @@ def mask_gradients(model: Any, table: Architecture, sizes: Dims, tokens: Tensor)
     maps = [model.get_submodule(name).weight for name in (*names["heads"], *names["neurons"])]
     with _residual_stream(model, table, sizes) as sites, torch.enable_grad():
         loss = lm_loss(model, tokens)
-    # `grad`, not `backward`: it writes no `.grad`, so the model stays as it was.
-    grads = torch.autograd.grad(loss, [*maps, *sites])
+    grads = gradients_of(model, loss, [*maps, *sites])
     products = [(w.detach().float() * g.float()) for w, g in zip([*maps, *sites], grads, strict=True)]
     found = []
     for axis, of in names.items():
         mine, products = products[: len(of)], products[len(of) :]
         found.append(torch.stack([_inputs(p, table, n, axis) for p, n in zip(mine, of, strict=True)]))
-    stream = torch.stack([p.flatten(0, -2).sum(0) for p in products]).sum(0)
-    return found[0].unflatten(1, (sizes.heads, -1)).sum(-1).cpu(), found[1].cpu(), stream.cpu()
+    stream = torch.stack([p.flatten(0, -2).sum(0).cpu() for p in products]).sum(0)
+    return found[0].unflatten(1, (sizes.heads, -1)).sum(-1), found[1], stream
 
 
 def _inputs(product: Tensor, table: Architecture, module: str, axis: str) -> Tensor:
-    """Sums a linear map's W ⊙ ∂L/∂W over its outputs; GPT-2 stores its maps transposed."""
+    """Sums a linear map's W ⊙ ∂L/∂W over its outputs, on the CPU; GPT-2 stores its maps transposed."""
     axes = table.parameters[pattern_of(table, f"{module}.weight")[0]]
-    return product.sum(1 - [place(a)[0] for a in axes].index(axis))
+    return whole(product.sum(1 - [place(a)[0] for a in axes].index(axis))).cpu()
 
 
 def layers_of(model: Any, table: Architecture, sizes: Dims) -> list[Any]:

@@ -19,17 +19,18 @@ if TYPE_CHECKING:
     from capacity_gap.pruning.scores import OnBatch, Scores
 
 # `seeded`: whether the cell's seed decides it. `embedding_gradients`: whether it reads the embedding's gradients.
+# `spread`: whether it reads a model that lies on several devices or ranks (`models/placing.py`).
 SCORES: Registry[Callable[..., Scores]] = Registry(
-    "score", setting="prune.method", traits={"seeded": False, "embedding_gradients": False}
+    "score", setting="prune.method", traits={"seeded": False, "embedding_gradients": False, "spread": False}
 )
 SYMMETRIC = "symmetric"  # layers go from both ends, by no score
 # `passes`: forward passes over the batches; None: one for each layer.
 LAYER_SCORES: Registry[Callable[..., Tensor]] = Registry(
-    "score of layers", setting="prune.layers", traits={"passes": 1}, reserved=(SYMMETRIC,)
+    "score of layers", setting="prune.layers", traits={"passes": 1, "spread": False}, reserved=(SYMMETRIC,)
 )
 
 
-@SCORES.register("expressive")
+@SCORES.register("expressive", spread=True)
 def expressive_scores(
     model: Any, batches: Iterable[Tensor], *, seed: int = 0, on_batch: OnBatch = lambda done: None
 ) -> Scores:
@@ -62,7 +63,7 @@ def expressive_scores(
     return finished(sums, sizes, "expressive")
 
 
-@SCORES.register("random", seeded=True)
+@SCORES.register("random", seeded=True, spread=True)
 def random_scores(
     model: Any, batches: Iterable[Tensor], *, seed: int = 0, on_batch: OnBatch = lambda done: None
 ) -> Scores:
@@ -79,7 +80,7 @@ def random_scores(
     return Scores(heads, neurons, hidden, "random", queries if sizes.group > 1 else None)
 
 
-@SCORES.register("magnitude")
+@SCORES.register("magnitude", spread=True)
 def magnitude_scores(
     model: Any, batches: Iterable[Tensor], *, seed: int = 0, on_batch: OnBatch = lambda done: None
 ) -> Scores:
@@ -95,7 +96,7 @@ def magnitude_scores(
     return finished([s.sqrt() for s in sums.totals], sizes, "magnitude")
 
 
-@SCORES.register("taylor", embedding_gradients=True)
+@SCORES.register("taylor", embedding_gradients=True, spread=True)
 def taylor_scores(
     model: Any, batches: Iterable[Tensor], *, seed: int = 0, on_batch: OnBatch = lambda done: None
 ) -> Scores:
@@ -142,7 +143,7 @@ def movement_scores(
     return finished(sums.totals, sizes, "movement")
 
 
-@SCORES.register("activation")
+@SCORES.register("activation", spread=True)
 def activation_scores(
     model: Any, batches: Iterable[Tensor], *, seed: int = 0, on_batch: OnBatch = lambda done: None
 ) -> Scores:
@@ -172,7 +173,7 @@ def activation_scores(
     return finished(sums, sizes, "activation")
 
 
-@SCORES.register("wanda")
+@SCORES.register("wanda", spread=True)
 def wanda_scores(
     model: Any, batches: Iterable[Tensor], *, seed: int = 0, on_batch: OnBatch = lambda done: None
 ) -> Scores:
@@ -185,6 +186,7 @@ def wanda_scores(
     from capacity_gap.pruning.lm_loss import lm_loss
     from capacity_gap.pruning.scores import adds_squares, counted, finished, is_linear, opened
     from capacity_gap.pruning.units import UnitSums
+    from capacity_gap.store.checkpoint import whole
 
     del seed
     sizes, table = opened(model)
@@ -202,11 +204,11 @@ def wanda_scores(
     for name, module in linears.items():
         norms = squares[name].sqrt()
         inputs = norms if isinstance(module, nn.Linear) else norms[:, None]  # GPT-2's Conv1D has its inputs first
-        sums.add(f"{name}.weight", module.weight.detach().float().abs() * inputs)
+        sums.add(f"{name}.weight", whole(module.weight.detach()).float().abs() * inputs)
     return finished(sums.totals, sizes, "wanda")
 
 
-@LAYER_SCORES.register("block_influence", passes=1)
+@LAYER_SCORES.register("block_influence", passes=1, spread=True)
 def block_influence(model: Any, batches: Iterable[Tensor]) -> Tensor:
     """`1 − E[cos(x_in, x_out)]` of each layer, over all tokens (ShortGPT, arXiv 2403.03853, eq. 1). Returns [L]."""
     import torch
@@ -226,7 +228,7 @@ def block_influence(model: Any, batches: Iterable[Tensor]) -> Tensor:
     return total / count
 
 
-@LAYER_SCORES.register("loss_increase", passes=None)
+@LAYER_SCORES.register("loss_increase", passes=None, spread=True)
 def loss_increase(model: Any, batches: Iterable[Tensor]) -> Tensor:
     """How much the loss rises when a layer is left out, for each of them. Returns [L], nats per token."""
     import torch

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from capacity_gap.models.architecture import Architecture, Dims
 from capacity_gap.models.axes import cuttable, dims
-from capacity_gap.pruning.lm_loss import lm_loss
+from capacity_gap.pruning.lm_loss import gradients_of, lm_loss
 from capacity_gap.pruning.units import named_weights
 from capacity_gap.settings.errors import ConfigError, StageError
 
@@ -99,7 +99,7 @@ def gradients(model: Any, tokens: Tensor) -> Iterable[tuple[str, Tensor, Tensor]
         parameter.requires_grad_(True)
     try:
         with torch.enable_grad():
-            grads = torch.autograd.grad(lm_loss(model, tokens), [p for _, p in weights])
+            grads = gradients_of(model, lm_loss(model, tokens), [p for _, p in weights])
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from capacity_gap.models.architecture import Architecture, Dims, place
 from capacity_gap.models.axes import pattern_of
+from capacity_gap.store.checkpoint import whole
 
 
 def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
@@ -28,13 +29,13 @@ class UnitSums:
         return [self.heads, self.neurons, self.hidden, self.queries]
 
     def add(self, name: str, values: Tensor) -> None:
-        """Adds the values of parameter `name`, of its own shape."""
+        """Adds the values of parameter `name`, of its own shape; sharded ones are summed over all ranks."""
         pattern, layer = pattern_of(self.table, name)
         # What all layers use, such as a relative bias, counts for each of them.
         layers = [layer] if "{i}" in pattern else list(range(self.sizes.layers))
         for dimension, axis in enumerate(self.table.parameters[pattern]):
             others = [d for d in range(values.ndim) if d != dimension]
-            line = (values.sum(others) if others else values).float().cpu()
+            line = whole(values.sum(others) if others else values).float().cpu()
             kind, number = place(axis)
             self._add_line(kind, [number * self.sizes.layers + i for i in layers], line)
 

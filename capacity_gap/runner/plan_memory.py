@@ -11,6 +11,9 @@ ROOM = 0.9  # of a device's memory: the rest goes to CUDA itself, buffers and fr
 MOST_DEVICES = 1024
 
 
+SPREAD = "family.placement=ranks or devices spreads the teacher over several devices"
+
+
 @dataclass(frozen=True)
 class Training:
     """One training run, as far as memory is concerned."""
@@ -97,13 +100,13 @@ class Need:
                         return f"needs {other.devices} devices of {size}: {changes or 'raise gpus'}"
                     return f"fits one {size} device with {changes}"
             if room / 2 < self.memory.teacher <= room:
-                return f"TOO LARGE FOR {size}: the teacher is whole on each device; distill.signal=topk keeps it apart"
+                return f"TOO LARGE FOR {size}: the teacher is whole on each device: {SPREAD}"
             return f"TOO LARGE FOR {size}: before they are sharded, models are whole on each device"
         each, fixed = self.memory.activations / max(1, self.sequences), self.memory.total - self.memory.activations
         if self.sequences and fixed + each <= room:
             most = int((room - fixed) / each)
-            return f"TOO LARGE FOR {size}: it runs on one device, which takes prune.batch_size={most}"
-        return f"TOO LARGE FOR {size}: it runs on one device, whole"
+            return f"TOO LARGE FOR {size}: a device takes prune.batch_size={most}"
+        return f"TOO LARGE FOR {size}: {SPREAD}"
 
 
 def needs(cells: Iterable[Cell], *, devices: int) -> dict[str, Need]:
@@ -119,13 +122,14 @@ def needs(cells: Iterable[Cell], *, devices: int) -> dict[str, Need]:
 def _of_cell(cell: Cell, devices: int) -> dict[str, Need]:
     c, teacher, origin = cell.config, cell.teacher_shape, cell.family.rungs[cell.origin]
     held = {"dtype": _dtype(cell), "quantization": c.family.quantization}
-    weights = stored_bytes(teacher, **held)
+    share = 1 if cell.placement == "one" else devices  # one layer more, which is whole for a moment, is left out
+    weights = stored_bytes(teacher, **held) / share
     beside = weights if "teacher" in cell.distilled.inputs and cell.teacher_flops else 0.0
     found: dict[str, Need] = {}
     if cell.data_tokens:
         found["distil"] = _training(cell, cell.student_shape, cell.batch_size, devices, beside)
     if c.prune.cuts:
-        tokens, whole = c.prune.batch_size * cell.sequence_length, stored_bytes(origin, **held)
+        tokens, whole = c.prune.batch_size * cell.sequence_length, stored_bytes(origin, **held) / share
         kept = activation_bytes(origin, tokens=tokens, precision=_dtype(cell))
         found["scores"] = Need(Memory(whole, whole, activations=kept), sequences=c.prune.batch_size)
     if "signal" in cell.distilled.inputs:

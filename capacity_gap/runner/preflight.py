@@ -16,6 +16,7 @@ def check_budgets(cell: Cell, store: Store, runtime: Runtime) -> None:
     from capacity_gap.data.packing import Packed, subset
 
     _check_benchmarks(cell)
+    _check_placement(cell, runtime)
     _check_models(cell)
     for stage, budget, epochs, key in cell.budgets:
         packed = Packed(store.compute(stage, runtime) / "train", cell.sequence_length)
@@ -33,6 +34,15 @@ def _check_benchmarks(cell: Cell) -> None:
         from capacity_gap.evaluate.harness import forbid_foreign_metrics
 
         forbid_foreign_metrics(c.folder)
+
+
+def _check_placement(cell: Cell, runtime: Runtime) -> None:
+    """Ranks have a device each; one process may have all."""
+    if cell.placement == "devices" and runtime.ranks.size > 1:
+        raise ConfigError(
+            f"family.placement=devices with {runtime.ranks.size} ranks: it spreads a teacher over the devices of one "
+            "process. Use family.placement=ranks, or start the command without torchrun."
+        )
 
 
 def _check_models(cell: Cell) -> None:

@@ -43,6 +43,7 @@ def run(cell: Cell, *, waits: bool = True) -> str:
         config.train.checkpoint_minutes,
         waits,
         sharding=config.train.sharding,
+        placement=cell.placement,
     )
     check_threads(runtime.threads)
     take(runtime.device)

@@ -99,6 +99,8 @@ class Runtime:
     waits: bool = True  # for a stage that another process is at; else `Busy` is raised
     on_log: Callable[[dict], None] = lambda point: None
     sharding: str = "none"
+    placement: str = "one"  # of teachers: one, devices, ranks
+    together: bool = False  # whether all ranks are at the running stage
     ranks: Ranks = field(default_factory=Ranks)
     stop: Stop = field(default_factory=Stop)
     progress: Progress | None = None
@@ -115,6 +117,20 @@ class Runtime:
             yield
         finally:
             self.progress, self.is_lost = None, lambda: False
+
+    @contextlib.contextmanager
+    def working(self, *, collective: bool) -> Iterator[None]:
+        """Notes whether all ranks work on the stage that runs meanwhile: then they also stop together."""
+        self.together = collective and self.ranks.size > 1
+        try:
+            yield
+        finally:
+            self.together = False
+
+    @property
+    def shards_teachers(self) -> bool:
+        """Whether each rank holds its share of the teacher in the running stage."""
+        return self.placement == "ranks" and self.together
 
     @contextlib.contextmanager
     def catching_signals(self) -> Iterator[None]:
@@ -163,8 +179,9 @@ class Runtime:
             self.stop.set()
 
     def check(self) -> None:
-        """Raises `Interrupted` if the process was asked to stop."""
-        if self.stop.is_set():
+        """Raises `Interrupted` if the process was asked to stop; on all ranks at once where they work together."""
+        asked = self.stop.is_set()
+        if self.ranks.any(asked) if self.together else asked:
             raise Interrupted(self.stop.number)
 
     def report(self, done: float, total: float, unit: str = "tokens", **extra: Any) -> None:

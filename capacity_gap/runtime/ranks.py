@@ -9,9 +9,13 @@ import datetime
 import os
 import socket
 import sys
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
+from capacity_gap.settings.errors import StageError, first_line
+
+T = TypeVar("T")
 ALONE = "CAPACITY_GAP_ONE_MACHINE"  # set by `one_machine.py`: all ranks are on this machine
 LOOPBACK = "127.0.0.1"
 MEETING = datetime.timedelta(minutes=10)  # until all ranks have come
@@ -26,6 +30,7 @@ class Ranks:
         self.rank = int(os.environ.get("RANK", "0"))
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.local = int(os.environ.get("LOCAL_RANK", "0"))
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.size)))
         self.deserted = False
 
     @property
@@ -81,6 +86,28 @@ class Ranks:
         said = torch.tensor(int(flag))
         dist.all_reduce(said, dist.ReduceOp.MAX, group=self._group)
         return bool(said)
+
+    def in_turns(self, work: Callable[[], T]) -> T:
+        """What `work` gives, done by one rank of each machine after the other; called by all of them.
+
+        Raises:
+            StageError: it failed on some rank. All raise it, so that none waits for another.
+        """
+        found: list[T] = []
+        failed: Exception | None = None
+        for turn in range(self.local_size):
+            if turn == self.local:
+                try:
+                    found.append(work())
+                except Exception as error:
+                    failed = error
+            self.any(False)
+        if not self.any(failed is not None):
+            return found[0]
+        if isinstance(failed, StageError):
+            raise failed
+        said = f"{type(failed).__name__}: {first_line(failed)}" if failed else "the message of another rank says why"
+        raise StageError(f"rank {self.rank} of {self.size} cannot go on: {said}") from failed
 
     def desert(self) -> None:
         """Says that this rank alone has failed: the others are in the midst of a step, where no word reaches them.

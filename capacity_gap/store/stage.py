@@ -346,7 +346,7 @@ class Store:
 
     def _share(self, stage: Stage, checkpoint: Path, runtime: Runtime) -> None:
         inputs = {k: self.path(s) for k, s in stage.inputs.items()}
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch, runtime.working(collective=True):
             stage.fn(StageRun(stage.digest, stage.config, inputs, Path(scratch), checkpoint, runtime, stage.options))
 
     def _meta(self, stage: Stage, runtime: Runtime, wall_s: float, resumed: bool) -> dict[str, Any]:
@@ -369,7 +369,8 @@ def _call(stage: Stage, run: StageRun) -> None:
     if stage.collective:
         ranks.tell((stage.key, str(run.checkpoint)))
     try:
-        stage.fn(run)
+        with run.runtime.working(collective=stage.collective):
+            stage.fn(run)
     except TOGETHER:
         raise
     except BaseException:  # such as a disk that is full under the checkpoint that only this rank writes

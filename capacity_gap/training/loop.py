@@ -230,7 +230,9 @@ def train(
     student.to(accelerator.device).train(plan.activation_checkpointing)
     _trade_memory(student, plan, on=True)
     if isinstance(teacher, nn.Module):
-        teacher.to(accelerator.device).eval()
+        if not hasattr(teacher, "hf_device_map"):  # else its layers were put where they are
+            teacher.to(accelerator.device)
+        teacher.eval()
         _compile(teacher, plan.compile)
     _note_widths(student, teacher)
     bare = Objective(student, plan.distill, teacher).to(accelerator.device)
@@ -370,7 +372,7 @@ def _teach(accelerator: Any, teacher: Any, inputs: Tensor, sequences: Tensor) ->
     if isinstance(teacher, Signal):
         return teacher.targets(sequences.numpy()).to(accelerator.device)
     with accelerator.autocast():
-        return hidden_states(teacher, inputs), output_weight(teacher)
+        return hidden_states(teacher, inputs), output_weight(teacher).to(inputs.device)
 
 
 def _point(

@@ -115,7 +115,7 @@ class TrainConfig(OptimConfig):
     device: str = setting("auto", "Where models run: auto, cpu, cuda, cuda:N, mps, xpu or xpu:N.", decides=False)
     sharding: str = setting(
         "none",
-        "How student and optimiser are split over several ranks: none (DDP) or fsdp.",
+        "How student and optimiser are split over several ranks: none (DDP) or fsdp (teachers too: family.placement).",
         allowed=SHARDINGS,
         decides=False,
     )

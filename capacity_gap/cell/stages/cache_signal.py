@@ -24,24 +24,27 @@ def signal_stage(cell: ResolvedCell, teacher: Stage, tokens: Stage, *, budget: i
     }
     cost = accounting.forward_flops(cell.teacher_shape, seen)
     options = {"batch_size": c.evaluate.batch_size}
-    return Stage("signal", 1, given, {"teacher": teacher, "tokens": tokens}, cache_signal, cost, options, passes=seen)
+    inputs = {"teacher": teacher, "tokens": tokens}
+    return Stage("signal", 1, given, inputs, cache_signal, cost, options, passes=seen, collective=cell.shards_teachers)
 
 
 def cache_signal(run: StageRun) -> None:
     """Writes a few values a token, block by block; whole blocks are what the next owner takes over."""
     from capacity_gap.distill.signals import write_signal
-    from capacity_gap.models.loading import load_model
+    from capacity_gap.models.placing import load_teacher
     from capacity_gap.training.loop import autocast
 
     given, packed = run.config, packed_split(run, "train")
-    blocks = run.checkpoint / "step-0"
+    together = run.runtime.ranks if run.runtime.together else None
+    # A rank that only helps is told the place of the one that leads, and writes nothing there.
+    blocks = run.checkpoint / "step-0" if run.runtime.ranks.leads else run.out
 
     def on_block(done: int, total: int) -> None:
         run.runtime.report(done, total, "blocks")
         run.runtime.check()
 
     write_signal(
-        load_model(run.inputs["teacher"], device=run.runtime.device),
+        load_teacher(run.inputs["teacher"], run.runtime),
         packed,
         packing.subset(packed, given["tokens"]),
         blocks,
@@ -52,8 +55,11 @@ def cache_signal(run: StageRun) -> None:
         batch_size=run.options["batch_size"],
         vocabulary=len(packed.bytes_per_id),
         autocast=lambda: autocast(run.runtime.device, given["precision"]),
+        ranks=together,
         on_block=on_block,
     )
+    if not run.runtime.ranks.leads:
+        return
     # A block's entropy says that it is whole: whoever is killed here leaves none that only seems so.
     for file in sorted(blocks.iterdir(), key=lambda file: "entropy" not in file.name):
         if file.suffix != CRC:  # a finished stage lists its files with their hashes

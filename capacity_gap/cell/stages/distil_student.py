@@ -55,7 +55,7 @@ def _teacher(run: StageRun) -> Any:
 
         return Signal(run.inputs["signal"])
     if "teacher" in run.inputs:
-        from capacity_gap.models.loading import load_model
+        from capacity_gap.models.placing import load_teacher
 
-        return load_model(run.inputs["teacher"], device=run.runtime.device)
+        return load_teacher(run.inputs["teacher"], run.runtime)
     return None

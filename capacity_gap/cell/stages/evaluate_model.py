@@ -22,16 +22,17 @@ def evaluate_stage(
     if (folder := cell.tokenizer_folder) and old_bytes_were_wrong(folder):
         inputs["tokenizer"] = tokenizer  # counts bytes anew: texts packed by an earlier version hold others
     cost, options = accounting.forward_flops(shape, seen), {"batch_size": c.batch_size}
-    return Stage("evaluate", 1, given, inputs, evaluate_model, cost, options, passes=seen)
+    together = cell.shards_teachers
+    return Stage("evaluate", 1, given, inputs, evaluate_model, cost, options, passes=seen, collective=together)
 
 
 def evaluate_model(run: StageRun) -> None:
     """Scores both held-out splits."""
     from capacity_gap.data.tokenizer import bytes_per_id, load_tokenizer
     from capacity_gap.evaluate.heldout import held_out
-    from capacity_gap.models.loading import load_model
+    from capacity_gap.models.placing import load_teacher
 
-    model = load_model(run.inputs["model"], device=run.runtime.device)
+    model = load_teacher(run.inputs["model"], run.runtime)
     found, lengths = {}, None
     if "tokenizer" in run.inputs:
         lengths = bytes_per_id(load_tokenizer(run.inputs["tokenizer"]))

@@ -45,11 +45,11 @@ def run_benchmark(run: StageRun) -> None:
     """Scores one model on one benchmark of the lm-evaluation-harness."""
     from capacity_gap.data.tokenizer import load_tokenizer
     from capacity_gap.evaluate.harness import harness_version, score_tasks
-    from capacity_gap.models.loading import load_model
+    from capacity_gap.models.placing import load_teacher
 
     given, options = run.config, run.options
     scores = score_tasks(
-        load_model(run.inputs["model"], device=run.runtime.device),
+        load_teacher(run.inputs["model"], run.runtime),
         load_tokenizer(run.inputs["tokenizer"]),
         [Task(given["task"], given["shots"])],
         folder=run.inputs.get("suite") or options["folder"],

@@ -32,17 +32,17 @@ def scores_stage(cell: ResolvedCell, teacher: Stage, shape: Mapping[str, Any], t
     given |= architecture_identity(shape)
     inputs = {"teacher": teacher, "tokens": tokens}
     cost = accounting.train_flops(shape, seen)
-    return Stage("scores", 1, given, inputs, score_units, cost, passes=passes)
+    return Stage("scores", 1, given, inputs, score_units, cost, passes=passes, collective=cell.shards_teachers)
 
 
 def score_units(run: StageRun) -> None:
     """Scores every unit, and where they are cut by score every layer."""
     import torch
 
-    from capacity_gap.models.loading import load_model
+    from capacity_gap.models.placing import load_teacher
 
     given = run.config
-    model = load_model(run.inputs["teacher"], device=run.runtime.device)
+    model = load_teacher(run.inputs["teacher"], run.runtime)
     packed = packed_split(run, "train")
     chosen = packing.subset(packed, given["batches"] * given["batch_size"] * packed.sequence_length)
 
