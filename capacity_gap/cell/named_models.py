@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from capacity_gap.cell.config import RunConfig
-from capacity_gap.models.axes import architecture, count_params, dims
+from capacity_gap.cell.lengths import check_positions
+from capacity_gap.models.axes import architecture, count_params
 from capacity_gap.models.checkpoints import NOT_HERE, Checkpoint, checkpoint, is_checkpoint
 from capacity_gap.models.folders import checkpoint_family, config_of, same_vocabulary
 from capacity_gap.models.ladders import FOLDERS, Family, family
@@ -102,13 +103,3 @@ def student_size(config: RunConfig, ladder: Family, shape: Mapping[str, Any] | N
         return count_params(shape), count_params(shape)
     student = parse_scale(config.student, key="student")
     return student, ladder.params[ladder.scales[student]] if student in ladder.scales else student
-
-
-def check_positions(config: RunConfig, ladder: Family, shape: Mapping[str, Any]) -> None:
-    """Learned positions end; a longer sequence would fail deep inside a forward pass."""
-    limit = dims(shape).longest
-    if limit and (config.corpus.sequence_length or 0) > limit:
-        raise ConfigError(
-            f"corpus.sequence_length={config.corpus.sequence_length}, but models of {ladder.name} have learned "
-            f"positions for {limit} tokens. Give a shorter sequence_length."
-        )

@@ -81,7 +81,7 @@ def with_recipe(
             warmup=recipe.warmup if train.warmup is None else train.warmup,
             precision=train.precision or recipe.precision,
         ),
-        corpus=replace(corpus, sequence_length=length, name=_corpus(config, params)),
+        corpus=replace(corpus, sequence_length=length, name=EMBEDDED if corpus.name == ANY_CORPUS else corpus.name),
         family=replace(config.family, dtype=config.family.dtype or dtype),
     )
 
@@ -97,18 +97,14 @@ def multiples(config: RunConfig, params: int, usual: int) -> list[int]:
     return [usual] if most is None else [most >> n for n in range(8) if most >> n >= LEAST_MULTIPLE]
 
 
-def _corpus(config: RunConfig, params: int) -> str:
-    """The corpus, where none was named the embedded prose: enough to learn the tool with, and no more."""
-    name = config.corpus.name
-    if name != ANY_CORPUS:
-        return name
-    if params > EMBEDDED_FOR and not config.adapt.parts and not config.plan:
+def check_corpus(config: RunConfig, params: int) -> None:
+    """Raises if no corpus was named for a student that the embedded prose is no text for."""
+    if config.corpus.name == ANY_CORPUS and params > EMBEDDED_FOR and not config.adapt.parts:
         raise ConfigError(
             f"no corpus is named, and the embedded prose (about 7M tokens of technical documentation) is no text for a "
             f"student of {params:,} parameters. Say corpus=text corpus.path=FOLDER, corpus=fineweb_edu or another one; "
-            "corpus=embedded if it is meant."
+            "corpus=embedded if it is meant. Nothing was started."
         )
-    return EMBEDDED
 
 
 def _batch(recipe: Recipe, length: int, data: int) -> int:

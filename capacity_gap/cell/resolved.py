@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from capacity_gap.cell.config import RunConfig
-from capacity_gap.cell.named_models import check_positions, check_start, ladder_of, start_of, student_size, with_init
+from capacity_gap.cell.lengths import check_lengths, check_positions
+from capacity_gap.cell.named_models import check_start, ladder_of, start_of, student_size, with_init
 from capacity_gap.cell.nondefault import setting_columns, settings_text, tuning_text
+from capacity_gap.cell.placement import check_placement, placement_of
 from capacity_gap.cell.recipes import multiples, with_recipe
 from capacity_gap.data.sources import corpus_name
 from capacity_gap.distill.distill_config import SIGNAL_SIZE
@@ -29,7 +31,6 @@ from capacity_gap.models.axes import (
 from capacity_gap.models.checkpoints import Checkpoint
 from capacity_gap.models.ladders import Family
 from capacity_gap.pruning.common_shape import student_shape
-from capacity_gap.pruning.methods import LAYER_SCORES, SCORES, SYMMETRIC
 from capacity_gap.pruning.shape import Shape, between, sized
 from capacity_gap.settings.errors import ConfigError, ImpossibleCell
 from capacity_gap.settings.scales import format_scale, parse_scale, parse_tokens
@@ -76,7 +77,7 @@ class ResolvedCell:
         config = with_recipe(config, target, data, family=ladder.name, shapes=read_by)
         budget = None if rung in ladder.published else teacher_tokens(config, base.params[rung])
         check_positions(config, ladder, ladder.rungs[rung])
-        _check_lengths(config, data, budget, target)
+        check_lengths(config, data, budget, target)
         if budget is not None and (config.family.dtype, config.family.quantization) != ("fp32", "none"):
             raise ConfigError(
                 f"family.dtype={config.family.dtype} family.quantization={config.family.quantization}: these say how "
@@ -93,40 +94,15 @@ class ResolvedCell:
         cell = cls(config, ladder, base, rung, student, target, data, budget, start, shape)
         if config.prune.cuts:
             cuttable(ladder.rungs[cell.origin])
-        cell._check_placement()
+        check_placement(config)
         if cell.adapted and config.family.quantization != "none":
             raise ConfigError("a quantised teacher cannot be expanded or adapted. Use family.quantization=none.")
         return cell
 
-    def _check_placement(self) -> None:
-        asked = self.config.family.placement
-        whole = self._must_be_whole(asked)
-        if whole and asked in ("devices", "ranks"):
-            raise ConfigError(
-                f"family.placement={asked} with {whole}: that needs the whole teacher on one device. Leave out "
-                "family.placement, or change the other."
-            )
-
-    def _must_be_whole(self, placement: str) -> str | None:
-        """The setting that keeps the teacher from being spread like this; None where nothing does."""
-        c = self.config
-        if placement != "devices" and c.family.quantization != "none":
-            return f"family.quantization={c.family.quantization}"
-        if c.prune.init == "random":
-            return None
-        if not SCORES.entry(c.prune.method).traits["spread"]:
-            return f"prune.method={c.prune.method}"
-        if c.prune.layers != SYMMETRIC and not LAYER_SCORES.entry(c.prune.layers).traits["spread"]:
-            return f"prune.layers={c.prune.layers}"
-        return None
-
     @property
     def placement(self) -> str:
         """Where teachers lie: one, devices or ranks."""
-        asked = self.config.family.placement
-        if asked != "auto":
-            return asked
-        return "ranks" if self.config.train.sharding == "fsdp" and not self._must_be_whole("ranks") else "one"
+        return placement_of(self.config)
 
     @property
     def shards_teachers(self) -> bool:
@@ -421,22 +397,3 @@ def _expanded(ladder: Family, config: RunConfig) -> Family:
         raise ConfigError(f"expand.vocab={wanted.vocab}, but {ladder.name} already has {own} tokens. Give more.")
     shapes = {n: {**shape, architecture(shape).keys["vocab"]: rows} for n, shape in ladder.rungs.items()}
     return replace(ladder, rungs=shapes)
-
-
-def _check_lengths(config: RunConfig, data: int, teacher: int | None, target: int) -> None:
-    """Training sees whole sequences: a budget below one sequence a pass would train on nothing."""
-    c, length = config, _resolved(config.corpus.sequence_length)
-    adapt = parse_scale(c.adapt.data, key="adapt.data", allow_zero=True)
-    step = 0 if c.prune.step_data == "0" else parse_tokens(c.prune.step_data, params=target, key="prune.step_data")
-    budgets = [
-        ("data", c.data, data, "epochs", c.epochs),
-        ("adapt.data", c.adapt.data, adapt, "adapt.epochs", c.adapt.epochs),
-        ("family.teacher_data", c.family.teacher_data, teacher or 0, "family.teacher_epochs", c.family.teacher_epochs),
-        ("prune.step_data", c.prune.step_data, step, "epochs", c.epochs),
-    ]
-    for key, given, tokens, passes, epochs in budgets:
-        if 0 < tokens < length * epochs:
-            raise ConfigError(
-                f"{key}={given} with {passes}={epochs} and corpus.sequence_length={length} is less than one sequence a "
-                f"pass: nothing would be trained. Give {key}={length * epochs} or more."
-            )

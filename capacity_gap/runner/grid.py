@@ -13,6 +13,7 @@ from typing import Any
 
 from capacity_gap.cell.config import from_hydra
 from capacity_gap.cell.pipeline import Cell, in_waves, resolve
+from capacity_gap.cell.recipes import check_corpus
 from capacity_gap.report.sweep_run import mirror_sweep
 from capacity_gap.runner.machines import Machines
 from capacity_gap.runner.plan import check_budget, make_plan, noted_cell
@@ -145,10 +146,13 @@ def _resolve(jobs: Sequence[Job], outcome: Outcome) -> dict[str, tuple[Cell, lis
     cells: dict[str, tuple[Cell, list[str]]] = {}
     for job in jobs:
         try:
-            cell = resolve(from_hydra(job.composed))
+            asked = from_hydra(job.composed)
+            cell = resolve(asked)
         except ImpossibleCell as error:
             outcome.add(_given(job), "skipped", str(error))
         else:
+            if not asked.plan:
+                check_corpus(asked, cell.student_target)
             cells.setdefault(cell.record.digest, (cell, job.overrides))
     if not jobs:
         raise ConfigError(

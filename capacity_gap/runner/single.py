@@ -6,6 +6,7 @@ from typing import Any
 
 from capacity_gap.cell.config import RunConfig
 from capacity_gap.cell.pipeline import resolve
+from capacity_gap.cell.recipes import check_corpus
 from capacity_gap.records import RECORD
 from capacity_gap.runner import run_cell
 from capacity_gap.runner.plan import check_budget, make_plan, noted_cell
@@ -34,6 +35,8 @@ def run_alone(config: RunConfig, overrides: Sequence[str]) -> str:
     if config.plan:
         print("\n".join(plan.lines))
     check_budget(plan, config.budget_hours)
+    if not config.plan:
+        check_corpus(config, cell.student_target)
     if config.plan or config.only or not Ranks().leads:
         return cell.record.key if config.plan else run_cell.run(cell)
     for warning in plan.too_short:

@@ -1,0 +1,37 @@
+"""Where teachers lie: on one device, spread over the devices of a process, or sharded over ranks. Imports no torch."""
+
+from capacity_gap.cell.config import RunConfig
+from capacity_gap.pruning.methods import LAYER_SCORES, SCORES, SYMMETRIC
+from capacity_gap.settings.errors import ConfigError
+
+
+def placement_of(config: RunConfig) -> str:
+    """`one`, `devices` or `ranks`: as asked for, else ranks where the student is sharded and nothing forbids it."""
+    asked = config.family.placement
+    if asked != "auto":
+        return asked
+    return "ranks" if config.train.sharding == "fsdp" and not _must_be_whole(config, "ranks") else "one"
+
+
+def check_placement(config: RunConfig) -> None:
+    """Raises `ConfigError` if a teacher is to be spread and another setting needs it whole."""
+    asked = config.family.placement
+    whole = _must_be_whole(config, asked)
+    if whole and asked in ("devices", "ranks"):
+        raise ConfigError(
+            f"family.placement={asked} with {whole}: that needs the whole teacher on one device. Leave out "
+            "family.placement, or change the other."
+        )
+
+
+def _must_be_whole(c: RunConfig, placement: str) -> str | None:
+    """The setting that keeps the teacher from being spread like this; None where nothing does."""
+    if placement != "devices" and c.family.quantization != "none":
+        return f"family.quantization={c.family.quantization}"
+    if not c.prune.cuts:
+        return None
+    if not SCORES.entry(c.prune.method).traits["spread"]:
+        return f"prune.method={c.prune.method}"
+    if c.prune.layers != SYMMETRIC and not LAYER_SCORES.entry(c.prune.layers).traits["spread"]:
+        return f"prune.layers={c.prune.layers}"
+    return None
