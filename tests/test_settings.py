@@ -58,8 +58,8 @@ def test_the_columns_that_part_curves_keep_their_order():
     """Curves are sorted by them, and bootstrap draws follow: another order is other published intervals."""
     assert " ".join(parting_columns()) == (
         "family corpus init start start_tokens reference shape prune_method prune_priority prune_layers prune_steps "
-        "teacher_data kd_weight temperature signal skew hidden_weight objective expanded_vocab adapt_tokens settings precision "
-        "epochs batch data_tokens"
+        "teacher_data kd_weight temperature signal skew hidden_weight objective expanded_vocab adapt_tokens settings "
+        "precision epochs batch data_tokens"
     )
     assert " ".join(repeat_parting_columns()) == (
         "learning_rate threads teacher_tokens held_out_tokens instruct_rows instruct_epochs instruct_learning_rate "
