@@ -24,11 +24,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from capacity_gap.cell.config import from_dict
+from capacity_gap.cell.pipeline import resolve
 from capacity_gap.commands import cli
 from capacity_gap.commands.explain import paragraph
 from capacity_gap.data.documents import text_documents
-from capacity_gap.evaluate.tasks import folder_tasks
+from capacity_gap.evaluate.tasks import folder_tasks, foreign_members, foreign_metrics, unsafe_names
 from capacity_gap.instruct.rows import PAIR, TALK, read_rows
+from capacity_gap.judge.jsonl import read_given
 from capacity_gap.models.building import check_builds
 from capacity_gap.models.folders import checkpoint_family
 from capacity_gap.records.load import load
@@ -50,9 +53,40 @@ NASTY: list[Any] = [
     {},
     {"a": 1},
     1e300,
+    float("nan"),
+    float("-inf"),
     "llama",
     "\u0000",
 ]
+
+
+TASK = """\
+group: mine
+tag: [t]
+include: base.yaml
+metadata: &a {x: [1, 2], y: 1.5}
+doc_to_text: !function own.text
+task:
+  - task: inner
+    metric_list: [{metric: acc}, {metric: other, hf_evaluate: true}]
+    metadata: *a
+  - group: deeper
+    task: [arc_easy, inner]
+"""
+SWEEP = """\
+# @package _global_
+defaults:
+  - override /prune: magnitude
+student: 50k
+seed: ${teacher_seed}
+train: {batch_size: 8, learning_rate: 1e-3}
+corpus: {sequence_length: 64}
+hydra:
+  sweeper:
+    params:
+      teacher: 80k,120k
+      data: 0,10k
+"""
 
 
 def mutated(content: bytes, rng: random.Random) -> bytes:
@@ -144,6 +178,8 @@ def examples(folder: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
         tokenizer = published_tokenizer(str(model))
         tokenizer("some text")
         load_model(model)
+        for words in ({"student": "30k", "teacher": str(model)}, {"student": str(model), "teacher": str(model)}):
+            resolve(from_dict({**words, "data": "0", "store": str(folder / "store")}))
 
     turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
     files = {
@@ -163,7 +199,20 @@ def examples(folder: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
     for name, content in files.items():
         (folder / name).write_bytes(content)
     tasks.mkdir()
-    (tasks / "task.yaml").write_text("task: mine\ntag: [t]\nmetric_list:\n  - metric: acc\ninclude: base.yaml\n")
+    (tasks / "task.yaml").write_text(TASK)
+    (folder / "sweeps").mkdir()
+    (folder / "sweeps/mine.yaml").write_text(SWEEP)
+    (folder / "answers.jsonl").write_text("".join(f'{{"id": "{n}", "answers": ["a", "b"]}}\n' for n in range(5)))
+
+    def read_tasks() -> None:
+        folder_tasks(tasks)
+        unsafe_names(tasks)
+        foreign_metrics(tasks, ["acc"])
+        foreign_members(tasks)
+
+    def read_sweep() -> None:
+        _command("plan", "--config-dir", str(folder), "+sweeps=mine", f"store={folder / 'store'}")
+
     (folder / "law.json").write_text(json.dumps(_law(folder / "runs.csv")))
     return {
         **{name: (model / name, read_model) for name in sorted(p.name for p in model.glob("*.json"))},
@@ -176,7 +225,9 @@ def examples(folder: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
             folder / "runs.csv",
             lambda: (load(folder / "runs.csv"), _command("fit", str(folder / "runs.csv"))),
         ),
-        "task.yaml": (tasks / "task.yaml", lambda: folder_tasks(tasks)),
+        "task.yaml": (tasks / "task.yaml", read_tasks),
+        "sweep.yaml": (folder / "sweeps/mine.yaml", read_sweep),
+        "answers.jsonl": (folder / "answers.jsonl", lambda: read_given(folder / "answers.jsonl", ("id", "answers"))),
         "law.json": (
             folder / "law.json",
             lambda: _command("recommend", "--student", "60k", "--family", "pico", "--fit", str(folder / "law.json")),

@@ -45,13 +45,42 @@ def _rope(theta: float, **scaling: Any) -> Shape:
     return {"rope_theta": theta, "rope_type": "default", **scaling}
 
 
-# These six say sizes alone, and their random students have what the classes assume: under Qwen2.5 a rotary base of
-# 10,000, where its checkpoints have 1,000,000. Shapes are hashed whole: another key would disown cells already made.
-_PYTHIA = {"model_type": "gpt_neox", "vocab_size": 50304, "tie_word_embeddings": False, "max_position_embeddings": 2048}
-_LLAMA2 = {"model_type": "llama", "vocab_size": 32000, "tie_word_embeddings": False, "max_position_embeddings": 4096}
-_MISTRAL = {"model_type": "mistral", "vocab_size": 32000, "tie_word_embeddings": False}
-_QWEN = {"model_type": "qwen2", "vocab_size": 151936, "tie_word_embeddings": True, "max_position_embeddings": 32768}
-_WIDE = {"vocab_size": 152064, "tie_word_embeddings": False}  # Qwen's vocabulary is padded further from 7b on
+_PYTHIA = {
+    "model_type": "gpt_neox",
+    "vocab_size": 50304,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+_LLAMA2 = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+}
+_MISTRAL = {
+    "model_type": "mistral",
+    "vocab_size": 32000,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "sliding_window": 4096,
+}
+_QWEN = {
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": _rope(1_000_000.0),
+    "use_sliding_window": False,
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+}
+# From 7b on Qwen2.5's vocabulary is padded further, and its positions reach further.
+_WIDE = {"vocab_size": 152064, "tie_word_embeddings": False, "max_position_embeddings": 131072}
 _GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "tie_word_embeddings": True}
 _OPT = {"model_type": "opt", "vocab_size": 50272, "max_position_embeddings": 2048, "tie_word_embeddings": True}
 
