@@ -7,7 +7,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from capacity_gap.cell.config import RunConfig
-from capacity_gap.cell.resolved import _check_positions
+from capacity_gap.cell.lengths import check_positions
 from capacity_gap.data.corpus_config import CorpusConfig
 from capacity_gap.models.axes import count_params, dims
 from capacity_gap.models.building import auto_class
@@ -118,9 +118,9 @@ def test_a_gemma_whose_losses_would_be_wrong_is_refused(key):
 def test_the_longest_sequence_is_what_positions_allow(family, longest):
     ladder = FAMILIES[family]
     shape = next(iter(ladder.rungs.values()))
-    _check_positions(RunConfig(corpus=CorpusConfig(sequence_length=longest)), ladder, shape)
+    check_positions(RunConfig(corpus=CorpusConfig(sequence_length=longest)), ladder, shape)
     with pytest.raises(ConfigError, match=f"learned positions for {longest} tokens"):
-        _check_positions(RunConfig(corpus=CorpusConfig(sequence_length=longest + 1)), ladder, shape)
+        check_positions(RunConfig(corpus=CorpusConfig(sequence_length=longest + 1)), ladder, shape)
 
 
 def test_an_opt_model_reads_as_many_tokens_as_it_says():

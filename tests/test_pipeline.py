@@ -96,6 +96,7 @@ def test_a_cell_as_usual_says_nothing_of_its_other_settings(name):
     ladder = FAMILIES[name].rungs
     rung = next(iter(ladder))
     given = [f"family={name}", f"student={rung}", f"teacher={rung}"]
+    given += ["prune.init=random"] * (name in ("gemma3", "olmo2"))  # their models cannot be cut yet
     cell = pipeline.resolve(compose(given))
     assert "settings" not in cell.description
 

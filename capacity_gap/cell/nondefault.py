@@ -10,13 +10,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from capacity_gap.cell.config import TUNING, RunConfig
-from capacity_gap.cell.recipes import EMBEDDED, PICO
 from capacity_gap.data.corpora import CORPORA
 from capacity_gap.data.corpus_config import SourceConfig
 from capacity_gap.data.sources import identity, tokenizer_identity
 from capacity_gap.distill.divergences import LOSSES
 from capacity_gap.distill.signal_kinds import SIGNALS
-from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.pruning.methods import LAYER_SCORES, SCORES
 from capacity_gap.settings.declare import NOTHING, declared, default_of
 from capacity_gap.settings.hashing import files_digest, fingerprint, identity_fields
@@ -46,23 +44,20 @@ def _columns(section: Any) -> dict[str, Any]:
 
 
 def settings_text(
-    config: RunConfig, *, ladder: str, pretrained: bool, architecture: Mapping[str, Any] | None = None
+    config: RunConfig,
+    *,
+    usual: Mapping[str, Any],
+    pretrained: bool,
+    architecture: Mapping[str, Any] | None = None,
 ) -> str:
     """The settings that decide a distilled student, have no column and are not the default: `name=value`, sorted.
 
     Args:
         config: of the cell.
-        ladder: the name of its family.
+        usual: what settings are that nobody gave, where that is not their default.
         pretrained: its teacher is trained here, and not a published one.
         architecture: what identifies its axis table, where that is the user's.
     """
-    usual: dict[str, Any] = {
-        "corpus.name": EMBEDDED,
-        "corpus.sequence_length": PICO.sequence_length,
-        "train.warmup": PICO.warmup,
-    }
-    known = ladder in FAMILIES and not pretrained
-    usual["family.dtype"] = FAMILIES.entry(ladder).traits["dtype"] if known else PICO.dtype
     found: dict[str, Any] = dict(_texts("corpus", config.corpus))
     for section in _sections(config):
         # The record's corpus is the mixture that teachers were adapted to, if they were.
@@ -124,7 +119,7 @@ def _sections(config: RunConfig) -> Iterator[str]:
         yield "distill"
 
 
-def _nondefault(path: str, config: Any, usual: dict[str, Any], *, told: bool = True) -> Iterator[tuple[str, Any]]:
+def _nondefault(path: str, config: Any, usual: Mapping[str, Any], *, told: bool = True) -> Iterator[tuple[str, Any]]:
     """The settings of a section, and of those inside it, that are not the default.
 
     `told`: those with a column are left out, because the column tells them.

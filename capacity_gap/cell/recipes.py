@@ -69,21 +69,31 @@ def with_recipe(
         family: the name of the ladder.
         shapes: the config.json of the models that read the sequences; learned positions shorten them.
     """
-    recipe, train, corpus = recipe_of(config, params), config.train, config.corpus
-    limits = [longest for shape in shapes if (longest := dims(shape).longest)]
-    length = corpus.sequence_length or min([recipe.sequence_length, *limits])
-    dtype = FAMILIES.entry(family).traits["dtype"] if family in FAMILIES else recipe.dtype
+    found, train, corpus = usual(config, params, family=family, shapes=shapes), config.train, config.corpus
+    recipe, length = recipe_of(config, params), corpus.sequence_length or found["corpus.sequence_length"]
     return replace(
         config,
         train=replace(
             train,
             batch_size=train.batch_size or _batch(recipe, length, data),
-            warmup=recipe.warmup if train.warmup is None else train.warmup,
+            warmup=found["train.warmup"] if train.warmup is None else train.warmup,
             precision=train.precision or recipe.precision,
         ),
         corpus=replace(corpus, sequence_length=length, name=EMBEDDED if corpus.name == ANY_CORPUS else corpus.name),
-        family=replace(config.family, dtype=config.family.dtype or dtype),
+        family=replace(config.family, dtype=config.family.dtype or found["family.dtype"]),
     )
+
+
+def usual(config: RunConfig, params: int, *, family: str, shapes: tuple[Mapping[str, Any], ...]) -> dict[str, Any]:
+    """What settings without a column are that nobody gave; the arguments are those of `with_recipe`."""
+    recipe = recipe_of(config, params)
+    limits = [longest for shape in shapes if (longest := dims(shape).longest)]
+    return {
+        "corpus.name": EMBEDDED,
+        "corpus.sequence_length": min([recipe.sequence_length, *limits]),
+        "train.warmup": recipe.warmup,
+        "family.dtype": FAMILIES.entry(family).traits["dtype"] if family in FAMILIES else recipe.dtype,
+    }
 
 
 def multiples(config: RunConfig, params: int, usual: int) -> list[int]:

@@ -14,7 +14,7 @@ from capacity_gap.cell.lengths import check_lengths, check_positions
 from capacity_gap.cell.named_models import check_start, ladder_of, start_of, student_size, with_init
 from capacity_gap.cell.nondefault import setting_columns, settings_text, tuning_text
 from capacity_gap.cell.placement import check_placement, placement_of
-from capacity_gap.cell.recipes import multiples, with_recipe
+from capacity_gap.cell.recipes import multiples, usual, with_recipe
 from capacity_gap.data.sources import corpus_name
 from capacity_gap.distill.distill_config import SIGNAL_SIZE
 from capacity_gap.instruct.rows import rows_in
@@ -59,8 +59,7 @@ class ResolvedCell:
             ImpossibleCell: the student is larger than its teacher, or its shape does not fit into it.
             ConfigError: anything else that cannot be.
         """
-        base = ladder_of(config)
-        ladder = _expanded(base, config)
+        ladder = _expanded(base := ladder_of(config), config)
         start, shape = start_of(config, base)
         config = with_init(config, start)
         rung = ladder.rung(config.teacher)
@@ -68,12 +67,12 @@ class ResolvedCell:
         student, target = student_size(config, ladder, shape)
         if target > params * 1.005:
             raise ImpossibleCell(
-                f"student={config.student} ({target:,} parameters) is larger than teacher={config.teacher} "
-                f"({params:,}). Give a smaller student or a larger teacher; equal sizes are fine. Rungs of "
-                f"{ladder.name}: {' '.join(ladder.rungs)}."
+                f"student={config.student} is larger than teacher={config.teacher} ({params:,} parameters)"
+                f"{f': it has {target:,}' if shape else ''}. Give a smaller student or a larger teacher; equal sizes "
+                f"are fine. Rungs of {ladder.name}: {' '.join(ladder.rungs)}."
             )
         data = parse_scale(config.data, key="data", allow_zero=True)
-        read_by = (ladder.rungs[rung], *([] if shape is None else [shape]))
+        read_by = (ladder.rungs[rung], shape or ladder.rungs[rung])
         config = with_recipe(config, target, data, family=ladder.name, shapes=read_by)
         budget = None if rung in ladder.published else teacher_tokens(config, base.params[rung])
         check_positions(config, ladder, ladder.rungs[rung])
@@ -341,9 +340,10 @@ class ResolvedCell:
     @property
     def _texts(self) -> dict[str, Any]:
         """Non-default settings that have no column."""
-        pretrained = self.teacher_tokens is not None
-        table = architecture_identity(self.teacher_shape)
-        said = settings_text(self.config, ladder=self.family.name, pretrained=pretrained, architecture=table)
+        pretrained, table = self.teacher_tokens is not None, architecture_identity(self.teacher_shape)
+        shapes = (self.teacher_shape, self.start_shape or self.teacher_shape)
+        as_usual = usual(self.config, self.student_target, family=self.family.name, shapes=shapes)
+        said = settings_text(self.config, usual=as_usual, pretrained=pretrained, architecture=table)
         found = {"settings": said, "instruct_settings": tuning_text(self.config)}
         return {name: text for name, text in found.items() if text}
 

@@ -158,7 +158,7 @@ class HubDataset:
         found = {name: getattr(source, name) for name in names}
         if (folder := user_path(str(source.dataset))).is_dir():
             files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-            found["dataset"] = {"content": files_digest(files)}
+            found |= {"dataset": folder.absolute().name, "content": files_digest(files)}  # where it lies says nothing
         return found
 
     def documents(self, source: Any) -> Iterator[Document]:

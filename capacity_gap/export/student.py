@@ -174,7 +174,8 @@ def _texts(_: Path, config: Mapping[str, Any]) -> Iterator[str]:
     """The wheels, datasets or files that a corpus stage was made from."""
     for part in config.get("parts", [config]):
         if part.get("dataset"):
-            yield public(part["dataset"], "the user's folder ")
+            own = "the user's folder " if "content" in part else ""
+            yield own + public(part["dataset"], "the user's folder ")
         elif part["name"] == "text":
             yield "the user's text files"
         else:
