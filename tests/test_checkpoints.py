@@ -114,6 +114,7 @@ def test_a_name_is_a_commit(hub, models, given):
     assert before.teacher.config["revision"] != sha == after.teacher.config["revision"]
     assert before.teacher.digest != after.teacher.digest
     assert before.tokens.digest == after.tokens.digest, "the same tokenizer is the same, whichever model it came with"
+    assert cli.main(["fetch", f"t/llama@{before.teacher.config['revision']}"]) == 0
     pinned = cell(f"t/llama@{before.teacher.config['revision']}")
     assert pinned.teacher.digest == before.teacher.digest
     assert pinned.rung == f"t/llama@{before.teacher.config['revision']}"

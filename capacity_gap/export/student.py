@@ -148,7 +148,8 @@ class Lineage:
     def _checkpoints(self) -> Iterator[str]:
         for folder in self.ancestors:
             if (folder / POINTER).exists():
-                yield read_json(folder / POINTER)["repository"]
+                pointer = read_json(folder / POINTER)
+                yield f"/{pointer['file']}" if "file" in pointer else pointer["repository"]
 
     @property
     def parents(self) -> list[tuple[str, str]]:

@@ -201,9 +201,10 @@ def point_to(
     write_json(out / POINTER, pointer)
 
 
-def point_to_itself(out: Path, *, dtype: str, quantization: str) -> None:
-    """Says in which type the weights in `out` are held, where they are not those that we train."""
-    write_json(out / POINTER, {"repository": HERE, "revision": None, "dtype": dtype, "quantization": quantization})
+def point_to_itself(out: Path, *, file: str, dtype: str, quantization: str) -> None:
+    """Says in which type the weights in `out` are held, and which file they were read from."""
+    pointer = {"repository": HERE, "revision": None, "dtype": dtype, "quantization": quantization, "file": file}
+    write_json(out / POINTER, pointer)
 
 
 def copy_tokenizer(repository: str, out: Path) -> None:
@@ -285,18 +286,22 @@ def _from_hub(load: Any, repository: str) -> Any:
         raise StageError(f"{repository} cannot be loaded: {hub_problem(error, repository)}") from error
 
 
-def fetch(repository: str) -> Path:
+def fetch(named: str) -> Path:
     """Downloads a checkpoint's safetensors, configs and tokenizer to the hub's cache, and returns where.
+
+    Args:
+        named: ORG/NAME or ORG/NAME@REVISION.
 
     Raises:
         StageError: it cannot be downloaded.
     """
+    repository, _, revision = named.partition("@")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError
 
     patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt"]
     try:
-        return Path(snapshot_download(repository, allow_patterns=patterns))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except (HFValidationError, HTTPError, OSError) as error:
         raise StageError(f"{repository} cannot be fetched: {hub_problem(error, repository)}") from error
 

@@ -84,8 +84,9 @@ def dequantise_gguf(run: StageRun) -> None:
     from capacity_gap.models.gguf_files import dequantise
     from capacity_gap.models.loading import DTYPES, point_to_itself
 
-    dequantise(Path(run.options["repository"]), run.out, dtype=DTYPES[run.config["dtype"]])
-    point_to_itself(run.out, dtype=run.config["dtype"], quantization=run.config["quantization"])
+    given, file = run.config, Path(run.options["repository"])
+    dequantise(file, run.out, dtype=DTYPES[given["dtype"]])
+    point_to_itself(run.out, file=file.name, dtype=given["dtype"], quantization=given["quantization"])
 
 
 def pretrain(run: StageRun) -> None:
