@@ -207,6 +207,10 @@ FILES = {
     "shell": ("hydra: {launcher: {setup: [rm -r x]}}\n", "sets hydra.launcher.setup"),
     "elsewhere": ("defaults: [{/sweeps/empty@hydra.job: empty}]\n", "places another file at"),
     "secret": ("sweep: '${oc.env:HF_TOKEN}'\n", "reads the variable HF_TOKEN"),
+    "computed": ("sweep: \"${oc.env:'HF_TO${oc.decode:KEN}'}\"\n", "computes sweep by oc.decode"),
+    "nested": ("sweep: '${oc.env:${store}}'\n", "whose name is computed"),
+    "quoted": ("sweep: '${oc.env:\"HF_TOKEN\"}'\n", "whose name is computed"),
+    "default": ("sweep: '${oc.env:NOPE,${oc.create:x}}'\n", "computes sweep by oc.create"),
     "opt_in": ("evaluate: {allow_code_execution: true}\n", "sets evaluate.allow_code_execution"),
 }
 

@@ -6,13 +6,16 @@ from typing import Any
 
 from capacity_gap.cell.config import RunConfig
 from capacity_gap.cell.lengths import check_positions
+from capacity_gap.cell.teacher_config import FamilyConfig
 from capacity_gap.models.axes import architecture, count_params
 from capacity_gap.models.checkpoints import NOT_HERE, Checkpoint, checkpoint, is_checkpoint
 from capacity_gap.models.folders import checkpoint_family, config_of, same_vocabulary
 from capacity_gap.models.ladders import FOLDERS, Family, family
+from capacity_gap.settings.declare import declared, default_of
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.settings.scales import parse_scale
 
+UNSAID = default_of(next(f for f, _ in declared(FamilyConfig) if f.name == "name"))
 Start = tuple[Checkpoint, Mapping[str, Any]] | tuple[None, None]  # a checkpoint and its config.json
 
 
@@ -21,6 +24,11 @@ def ladder_of(config: RunConfig) -> Family:
     name = config.family.name
     if name != FOLDERS and (not is_checkpoint(config.teacher) or config.teacher in family(name).published.values()):
         return family(name)
+    if name not in (FOLDERS, UNSAID):
+        raise ConfigError(
+            f"family={name} with teacher={config.teacher}, which is no rung of it: {' '.join(family(name).rungs)}. "
+            "Leave family= out: checkpoints are a ladder of their own."
+        )
     given = config.family.folders or ([config.teacher] if is_checkpoint(config.teacher) else [])
     if not given:
         raise ConfigError(

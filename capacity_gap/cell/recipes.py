@@ -1,8 +1,9 @@
 """How students of a size are trained unless said: batch, length, warm-up, precision, widths. Imports no torch.
 
-The peak learning rate is 0.4 / width at every size. GPT-3's rates times its widths are 0.31 to 0.46 from 125M to 2.7B
-parameters (Brown et al. 2020, table 2.1); 0.4 / 4096 is the 1e-4 with which Sheared-LLaMA (Xia et al. 2023, appendix A)
-and Minitron (Muralidharan et al. 2024, §4) train models that were cut from 7B and 15B.
+From random weights the peak learning rate is 0.4 / width: GPT-3's rates times its widths are 0.31 to 0.46 from 125M to
+2.7B parameters (Brown et al. 2020, table 2.1). From 10M parameters on, students that begin cut or trained have half of
+it: 1e-4 at width 2048, with which Sheared-LLaMA trains models of widths 2048 and 2560 cut from 7B (Xia et al. 2023,
+appendix A). Pico students keep 0.4 / width for every start, as it was measured for them (docs/decisions.md).
 """
 
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from capacity_gap.settings.errors import ConfigError
 from capacity_gap.settings.scales import short_scale
 from capacity_gap.training.train_config import AUTO
 
+RATE = 0.4  # peak learning rate times width
 LEAST_STEPS = 500  # a budget of few batches would be all warm-up
 LEAST_BATCH = 8
 LEAST_MULTIPLE = 8  # of widths: below it kernels fall back to slower ones
@@ -36,17 +38,20 @@ class Recipe:
     warmup: float  # share of all steps
     precision: str
     dtype: str  # in which checkpoints are held while they teach
+    micro_batch_size: int | None  # sequences on a device at once, which changes no result; None: the whole batch
+    score_batch: int  # sequences of one batch that pruning scores are taken over
+    rate_of_trained: float  # peak rate times width of students that begin cut or trained; 0.4 from random weights
     multiple: int | None  # of hidden size and neurons; None: the family's
 
 
 RECIPES = (
     # Chosen on pico models (docs/decisions.md): at such budgets more steps are worth more than larger ones.
-    Recipe("pico", 10e6, 4, None, 128, 0.1, "fp32", "fp32", None),
+    Recipe("pico", 10e6, 4, None, 128, 0.1, "fp32", "fp32", None, 8, RATE, None),
     # Batches: 0.5M tokens below 1B and 1M above, sequences of 2,048 (Brown et al. 2020, table 2.1). Warm-up: 3 % of the
-    # steps (Sheared-LLaMA). Widths: matrix units want multiples of 64 at 16 bits on an A100 and of 128 on later devices
-    # (NVIDIA, Matrix Multiplication Background User's Guide).
-    Recipe("small", 1e9, 256, 2**19, 2048, 0.03, "bf16", "bf16", 64),
-    Recipe("large", float("inf"), 512, 2**20, 2048, 0.03, "bf16", "bf16", 128),
+    # steps (Sheared-LLaMA). Widths: matrix units of an A100 want multiples of 64 at 16 bits (NVIDIA's guide "Matrix
+    # Multiplication Background"); 128 from 1B on, so that halves split over two devices are such multiples too.
+    Recipe("small", 1e9, 256, 2**19, 2048, 0.03, "bf16", "bf16", 8, 1, 0.2, 64),
+    Recipe("large", float("inf"), 512, 2**20, 2048, 0.03, "bf16", "bf16", 4, 1, 0.2, 128),
 )
 PICO = RECIPES[0]  # what settings that no one gave were before there were recipes: the usual ones of a record
 
@@ -78,7 +83,10 @@ def with_recipe(
             batch_size=train.batch_size or _batch(recipe, length, data),
             warmup=found["train.warmup"] if train.warmup is None else train.warmup,
             precision=train.precision or recipe.precision,
+            micro_batch_size=train.micro_batch_size or recipe.micro_batch_size,
+            learning_rate_times_width=train.learning_rate_times_width or found["train.learning_rate_times_width"],
         ),
+        prune=replace(config.prune, batch_size=config.prune.batch_size or found["prune.batch_size"]),
         corpus=replace(corpus, sequence_length=length, name=EMBEDDED if corpus.name == ANY_CORPUS else corpus.name),
         family=replace(config.family, dtype=config.family.dtype or found["family.dtype"]),
     )
@@ -92,6 +100,8 @@ def usual(config: RunConfig, params: int, *, family: str, shapes: tuple[Mapping[
         "corpus.name": EMBEDDED,
         "corpus.sequence_length": min([recipe.sequence_length, *limits]),
         "train.warmup": recipe.warmup,
+        "train.learning_rate_times_width": RATE if config.prune.init == "random" else recipe.rate_of_trained,
+        "prune.batch_size": recipe.score_batch,
         "family.dtype": FAMILIES.entry(family).traits["dtype"] if family in FAMILIES else recipe.dtype,
     }
 
@@ -103,6 +113,8 @@ def multiples(config: RunConfig, params: int, usual: int) -> list[int]:
     """
     if config.prune.multiple:
         return [config.prune.multiple]
+    if config.prune.fixed:
+        return [usual]
     most = recipe_of(config, params).multiple
     return [usual] if most is None else [most >> n for n in range(8) if most >> n >= LEAST_MULTIPLE]
 
@@ -134,8 +146,12 @@ def recipe_line(config: RunConfig, params: int, multiple: int | None) -> str:
     sizes = {"pico": "below 10M", "small": "from 10M to 1B", "large": "from 1B on"}[recipe.name]
     why = f"students {sizes}" if c.train.recipe == AUTO else "asked for"
     tokens = short_scale((c.train.batch_size or 0) * (c.corpus.sequence_length or 0))
+    rate = (
+        f"{c.train.learning_rate or c.train.learning_rate_times_width:g}{'' if c.train.learning_rate else ' / width'}"
+    )
     wide = f", widths in multiples of {multiple}" if multiple and multiple > 1 else ""
     return (
         f"recipe {recipe.name} ({why}): steps of {c.train.batch_size} x {c.corpus.sequence_length} = {tokens} tokens, "
-        f"warm-up {c.train.warmup:.0%}, {c.train.precision}{wide}; train.recipe=NAME or single settings change it"
+        f"warm-up {c.train.warmup:.0%}, peak rate {rate}, "
+        f"{c.train.precision}{wide}; train.recipe=NAME or single settings change it"
     )

@@ -6,6 +6,7 @@ Nothing here computes anything or imports torch; the stages that make the cell a
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import gcd
 from pathlib import Path
 from typing import Any, Self
 
@@ -72,10 +73,11 @@ class ResolvedCell:
                 f"are fine. Rungs of {ladder.name}: {' '.join(ladder.rungs)}."
             )
         data = parse_scale(config.data, key="data", allow_zero=True)
-        read_by = (ladder.rungs[rung], shape or ladder.rungs[rung])
-        config = with_recipe(config, target, data, family=ladder.name, shapes=read_by)
+        config = with_recipe(config, target, data, family=ladder.name, shapes=_readers(ladder, shape))
         budget = None if rung in ladder.published else teacher_tokens(config, base.params[rung])
         check_positions(config, ladder, ladder.rungs[rung])
+        if config.prune.reference is not None:
+            check_positions(config, ladder, ladder.rungs[ladder.rung(config.prune.reference)])
         check_lengths(config, data, budget, target)
         if budget is not None and (config.family.dtype, config.family.quantization) != ("fp32", "none"):
             raise ConfigError(
@@ -151,7 +153,8 @@ class ResolvedCell:
         last = None
         for multiple in multiples(self.config, self.student_target, self.family.multiple):
             try:
-                return self._shape_in(multiple), multiple
+                shape = self._shape_in(multiple)
+                return shape, gcd(multiple, shape.neurons) if self.config.prune.fixed else multiple
             except ImpossibleCell:  # of this teacher; the shape is the same under all
                 raise
             except ConfigError as error:
@@ -180,6 +183,11 @@ class ResolvedCell:
     def batch_size(self) -> int:
         """Sequences in one optimiser step of the student."""
         return _resolved(self.config.train.batch_size)
+
+    @property
+    def score_batch(self) -> int:
+        """Sequences of one batch that pruning scores are taken over."""
+        return _resolved(self.config.prune.batch_size)
 
     @property
     def teacher_dtype(self) -> str:
@@ -341,8 +349,8 @@ class ResolvedCell:
     def _texts(self) -> dict[str, Any]:
         """Non-default settings that have no column."""
         pretrained, table = self.teacher_tokens is not None, architecture_identity(self.teacher_shape)
-        shapes = (self.teacher_shape, self.start_shape or self.teacher_shape)
-        as_usual = usual(self.config, self.student_target, family=self.family.name, shapes=shapes)
+        readers = _readers(self.family, self.start_shape)
+        as_usual = usual(self.config, self.student_target, family=self.family.name, shapes=readers)
         said = settings_text(self.config, usual=as_usual, pretrained=pretrained, architecture=table)
         found = {"settings": said, "instruct_settings": tuning_text(self.config)}
         return {name: text for name, text in found.items() if text}
@@ -373,6 +381,11 @@ class ResolvedCell:
             "threads": c.train.threads,
             "sequence_length": self.sequence_length,
         }
+
+
+def _readers(ladder: Family, start: Mapping[str, Any] | None) -> tuple[Mapping[str, Any], ...]:
+    """The models that may read a sequence: of the whole ladder, so that its length is the same under every teacher."""
+    return (*ladder.rungs.values(), *([] if start is None else [start]))
 
 
 def _resolved(value: int | None) -> int:

@@ -20,7 +20,8 @@ MAY_SET = ("hydra.sweeper.max_batch_size", "hydra.mode", "hydra.job.name")
 LAUNCHER = "hydra.launcher"
 COMMANDS = ("setup", "container", "srun_args", "sbatch", "address")  # of a launcher: shell lines, programs, machines
 OPT_IN = ("evaluate.allow_code_execution",)
-RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:\s*([^}]*)")
+RESOLVER = re.compile(r"\$\{\s*([\w.]*)\s*:")  # also one inside the argument of another
+VARIABLE = re.compile(r"\$\{\s*oc\.env\s*:\s*(\w+)\s*(?:,[\w./~ -]*)?\}")  # with its default, if it has one
 SECRET = re.compile("token|key|secret|passw|credential", re.IGNORECASE)
 # Groups of the folder that --config-dir names. Hydra would take every folder in it for one: also a store, or `data`.
 GROUPS = ("sweeps", "hydra", "family", "corpus", "prune", "evaluate", "train", "tracking")
@@ -95,11 +96,14 @@ def _wrong(key: str, value: Any, *, named: bool) -> str | None:
     """What is wrong with one value that a file sets, if something is; `named`: the command line names the file."""
     if "_target_" in key.split("."):
         return f"names code to run ({key})"
-    for resolver, argument in RESOLVER.findall(str(value)):
-        if resolver != "oc.env":
-            return f"computes {key} by {resolver}"
-        if SECRET.search(argument):
-            return f"reads the variable {shown(argument)}"
+    text = str(value)
+    if other := [name for name in RESOLVER.findall(text) if name != "oc.env"]:
+        return f"computes {key} by {other[0] or 'a resolver'}"
+    read = VARIABLE.findall(text)
+    if len(read) < len(RESOLVER.findall(text)):
+        return f"reads a variable whose name is computed ({key})"
+    if secret := [name for name in read if SECRET.search(name)]:
+        return f"reads the variable {shown(secret[0])}"
     if key in OPT_IN and value is not False:
         return f"sets {key}"
     if key.split(".")[0] != "hydra" or key in MAY_SET or key.startswith(f"{PARAMS}."):

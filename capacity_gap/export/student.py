@@ -123,7 +123,19 @@ class Lineage:
         """The folder of its tokenizer, with the chat template if it was tuned."""
         if (self.model / "tokenizer.json").exists():
             return self.model
+        if own := self._start:  # a published model keeps its template and its special tokens
+            return own
         return self.inputs(self.inputs(self.inputs(self.folder)["evaluate"])["tokens"])["tokenizer"]
+
+    @property
+    def _start(self) -> Path | None:
+        """The checkpoint that the student was before it was distilled, if it was one."""
+        if self.row["init"] != "pretrained" or not self.row.get("start"):
+            return None
+        from capacity_gap.models.loading import checkpoint_folder
+
+        made = self.inputs(self.model)  # of the distilled student; without distillation the model is the start itself
+        return checkpoint_folder(made.get("student", self.model))
 
     @cached_property
     def ancestors(self) -> dict[Path, dict[str, Any]]:
@@ -243,6 +255,8 @@ def _write(lineage: Lineage, out: Path, shard: str) -> None:
     from capacity_gap.models.loading import load_model
 
     for folder in {lineage.model, lineage.tokenizer}:
+        if lineage.store.root not in folder.parents:  # a checkpoint elsewhere
+            continue
         if fault := fault_of_stage(folder):  # every byte is read anyhow
             raise fault
     model = load_model(lineage.model)

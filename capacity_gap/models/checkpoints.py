@@ -14,8 +14,10 @@ from capacity_gap.models.hub import planning_files
 from capacity_gap.settings.errors import ConfigError, shown
 from capacity_gap.settings.hashing import files_digest
 from capacity_gap.settings.places import ON_HUB, user_path
+from capacity_gap.settings.scales import is_scale
 
 GGUF = ".gguf"
+SHORT = 8  # digits of a commit in a name
 NOT_HERE = Path()  # the folder of a rung that is published: its shape is known, and nothing was fetched
 DESCRIBES = ("config.json", "tokenizer.json")  # what a checkpoint's identity holds beside its weights
 
@@ -28,6 +30,12 @@ class Checkpoint:
     source: str  # what transformers is given: a folder, a repository, or a .gguf file
     folder: Path  # where its config.json and tokenizer.json can be read now
     revision: str | None = None  # of a repository: the commit
+    aliases: tuple[str, ...] = ()  # other ways to name it
+
+    @property
+    def pinned(self) -> str:
+        """Its name with the whole commit, by which every process finds the same."""
+        return f"{self.source}@{self.revision}" if self.revision else self.source
 
     @property
     def is_gguf(self) -> bool:
@@ -47,8 +55,8 @@ class Checkpoint:
 
 
 def is_checkpoint(given: str) -> bool:
-    """Whether `given` names a checkpoint rather than a scale or a rung."""
-    return "/" in given or given.endswith(GGUF) or user_path(given).is_dir()
+    """Whether `given` names a checkpoint rather than a scale or a rung; a folder called `60k` is written `./60k`."""
+    return "/" in given or given.endswith(GGUF) or (not is_scale(given) and user_path(given).is_dir())
 
 
 def checkpoint(given: str) -> Checkpoint:
@@ -66,7 +74,9 @@ def checkpoint(given: str) -> Checkpoint:
     if path.is_dir() or not ON_HUB.fullmatch(repository) or (revision and not re.fullmatch(r"[\w./-]+", revision)):
         return Checkpoint(path.name, str(path), path)
     folder = planning_files(repository, revision or None)
-    return Checkpoint(given, repository, folder, folder.name)
+    commit = folder.name
+    aliases = (given, f"{repository}@{commit}")
+    return Checkpoint(f"{repository}@{commit[:SHORT]}", repository, folder, commit, aliases)
 
 
 @lru_cache(maxsize=64)

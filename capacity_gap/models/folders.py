@@ -8,6 +8,7 @@ from typing import Any
 from capacity_gap.models.axes import architecture, count_params
 from capacity_gap.models.checkpoints import Checkpoint, checkpoint
 from capacity_gap.models.config_files import AGAIN, MOST_UNITS, read_config, read_object
+from capacity_gap.models.hub import NotHad
 from capacity_gap.models.ladders import CHECKPOINTS, FOLDERS, Family
 from capacity_gap.models.weights import check_weights
 from capacity_gap.settings.errors import ConfigError
@@ -18,7 +19,7 @@ from capacity_gap.store.files import tell
 def checkpoint_family(given: Sequence[str], *, planning: bool = False) -> Family:
     """A family whose rungs are checkpoints that a user names, by their own names, smallest first.
 
-    One that cannot be used is left out with a note, and its name says why it was when it is asked for.
+    A folder or file that cannot be used is left out with a note, and its name says why it was when it is asked for.
 
     Args:
         given: folders, repositories of the hub, GGUF files.
@@ -32,6 +33,8 @@ def checkpoint_family(given: Sequence[str], *, planning: bool = False) -> Family
         try:
             one = checkpoint(name)
             found[one] = config_of(one, planning=planning)
+        except NotHad:
+            raise  # another process may have it, and would make another ladder of the same names
         except ConfigError as error:
             wrong[name] = str(error)
     if not found:
@@ -48,6 +51,7 @@ def checkpoint_family(given: Sequence[str], *, planning: bool = False) -> Family
         {one.name: found[one] for one in order},
         1,
         {one.name: one.source for one in order},
+        aliases={alias: one.name for one in order for alias in one.aliases},
         left_out=left_out,
         checkpoints={one.name: one for one in order},
     )

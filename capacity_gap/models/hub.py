@@ -11,7 +11,11 @@ from pathlib import Path
 from capacity_gap.models.hub_errors import hub_problem
 from capacity_gap.settings.errors import ConfigError
 
-PLANNED_WITH = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+PLANNED_WITH = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "*.jinja")
+
+
+class NotHad(ConfigError):
+    """A repository of the hub cannot be had now: perhaps it can later, or on another machine."""
 
 
 @lru_cache(maxsize=256)
@@ -19,7 +23,7 @@ def planning_files(repository: str, revision: str | None) -> Path:
     """The folder, named by its commit, with what planning reads of a repository: a few megabytes, fetched once.
 
     Raises:
-        ConfigError: the repository, the revision or the network is not there, or its licence was not accepted.
+        NotHad: the repository, the revision or the network is not there, or its licence was not accepted.
     """
     from huggingface_hub import snapshot_download
 
@@ -27,7 +31,7 @@ def planning_files(repository: str, revision: str | None) -> Path:
         with _without_bars():
             return Path(snapshot_download(repository, revision=revision, allow_patterns=list(PLANNED_WITH)))
     except Exception as error:  # the client raises errors of several libraries
-        raise ConfigError(f"{repository} cannot be loaded: {hub_problem(error, repository)}") from error
+        raise NotHad(f"{repository} cannot be loaded: {hub_problem(error, repository)}") from error
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ class Family:
     published: Mapping[str, str] = field(default_factory=dict)
     licences: Mapping[str, str] = field(default_factory=dict)  # beginning of a repository's name → licence; first wins
     left_out: Mapping[str, str] = field(default_factory=dict)  # name of a rung or checkpoint that cannot be used → why
+    aliases: Mapping[str, str] = field(default_factory=dict)  # other names of rungs
     checkpoints: Mapping[str, Checkpoint] = field(default_factory=dict)  # the rungs of a ladder of the user's own
 
     @cached_property
@@ -55,6 +56,7 @@ class Family:
     def rung(self, given: str) -> str:
         """The rung that `given` names, in any spelling of its scale; an unknown one raises and lists what there is."""
         by_folder = {path: rung for rung, path in self.published.items()} | {rung: rung for rung in self.rungs}
+        by_folder |= self.aliases
         for name in (given, str(user_path(given).absolute())):
             if name in by_folder:
                 return by_folder[name]

@@ -162,7 +162,7 @@ def _files_of(repository: str, revision: str | None) -> Path:
         return Path(repository)
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json"]
+    patterns = ["*.safetensors", "*.json", "*.jinja"]
     return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
 
 
@@ -299,7 +299,7 @@ def fetch(named: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError
 
-    patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt"]
+    patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt"]
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except (HFValidationError, HTTPError, OSError) as error:

@@ -246,9 +246,9 @@ PUBLISHED: dict[str, Published] = {
             "1.5b": ("Qwen/Qwen2.5-1.5B", _plain(28, 1536, 12, 8960, num_key_value_heads=2)),
             "3b": ("Qwen/Qwen2.5-3B", _plain(36, 2048, 16, 11008, num_key_value_heads=2)),
             "7b": ("Qwen/Qwen2.5-7B", _plain(28, 3584, 28, 18944, num_key_value_heads=4, **_WIDE)),
-            "14b": ("Qwen/Qwen2.5-14B", _plain(48, 5120, 40, 13824, num_key_value_heads=8, **_WIDE)),
-            "32b": ("Qwen/Qwen2.5-32B", _plain(64, 5120, 40, 27648, num_key_value_heads=8, **_WIDE)),
-            "72b": ("Qwen/Qwen2.5-72B", _plain(80, 8192, 64, 29568, num_key_value_heads=8, **_WIDE)),
+            "14b": ("Qwen/Qwen2.5-14B", _plain(48, 5120, 40, 13824, num_key_value_heads=8, **_WIDE, rms_norm_eps=1e-5)),
+            "32b": ("Qwen/Qwen2.5-32B", _plain(64, 5120, 40, 27648, num_key_value_heads=8, **_WIDE, rms_norm_eps=1e-5)),
+            "72b": ("Qwen/Qwen2.5-72B", _plain(80, 8192, 64, 29568, num_key_value_heads=8, **_WIDE, rms_norm_eps=1e-5)),
         },
         {
             "Qwen/Qwen2.5-3B": "Qwen Research License",

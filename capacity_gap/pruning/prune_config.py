@@ -51,7 +51,7 @@ class PruneConfig:
     )
     batches: int = setting(32, "Batches that scores are taken over.", least=1, most=10**6)
     # The expressive score depends on the batch: its absolute value comes after the batch's sum.
-    batch_size: int = setting(8, "Sequences of one such batch.", least=1, most=2**20)
+    batch_size: int | None = setting(None, "Sequences of one such batch; null: the recipe's.", least=1, most=2**20)
     fixed: str | None = setting(
         None,
         "shape=fixed: layers x hidden x heads x neurons, such as 24x3072x24x8192.",

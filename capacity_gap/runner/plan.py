@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from capacity_gap.cell.pipeline import Cell
-from capacity_gap.cell.recipes import recipe_line
+from capacity_gap.cell.recipes import recipe_line, recipe_of
 from capacity_gap.models.accounting import Memory
 from capacity_gap.runner.cost import costs, signals, timetable, written
 from capacity_gap.runner.machines import Machines, Worker, worker_of
@@ -143,7 +143,7 @@ def make_plan(cells: Sequence[Cell], store: Store, *, machines: Machines | None 
             evaluation_line(cells, spent),
         ],
         texts=text_lines(cells, store),
-        warnings=warnings(cells),
+        warnings=[*warnings(cells), *recipe_warnings(cells)],
     )
 
 
@@ -151,6 +151,14 @@ def noted_cell(cell: Cell, overrides: Sequence[str], pace: Speed) -> dict[str, A
     """What a store notes of a planned cell: its name, its overrides, and its stages with their seconds."""
     stages = {key: round(pace.seconds(stage), 3) for key, stage in closure(cell.record).items()}
     return {"name": cell.name, "overrides": list(overrides), "stages": stages}
+
+
+def recipe_warnings(cells: Sequence[Cell]) -> list[str]:
+    """A grid whose students are trained by two recipes compares more than their sizes."""
+    names = list(dict.fromkeys(recipe_of(c.config, c.student_target).name for c in cells))
+    if len(names) < 2:
+        return []
+    return [f"warning: students of two recipes ({', '.join(names)}): train.recipe={names[-1]} gives all of them one"]
 
 
 def check_budget(plan: Plan, hours: float | None) -> None:

@@ -129,9 +129,9 @@ def _of_cell(cell: Cell, devices: int) -> dict[str, Need]:
     if cell.data_tokens:
         found["distil"] = _training(cell, cell.student_shape, cell.batch_size, devices, beside)
     if c.prune.cuts:
-        tokens, whole = c.prune.batch_size * cell.sequence_length, stored_bytes(origin, **held) / share
+        tokens, whole = cell.score_batch * cell.sequence_length, stored_bytes(origin, **held) / share
         kept = activation_bytes(origin, tokens=tokens, precision=_dtype(cell))
-        found["scores"] = Need(Memory(whole, whole, activations=kept), sequences=c.prune.batch_size)
+        found["scores"] = Need(Memory(whole, whole, activations=kept), sequences=cell.score_batch)
     if "signal" in cell.distilled.inputs:
         found["signal"] = Need(Memory(weights))
     if cell.adapt_tokens:

@@ -54,6 +54,11 @@ def short_scale(count: float) -> str:
     return format_scale(round(next((s for s in short if abs(s / count - 1) < 0.005), short[-1])))
 
 
+def is_scale(given: str) -> bool:
+    """Whether it is written as a scale is."""
+    return bool(_SCALE.fullmatch(given.strip()))
+
+
 def parse_tokens(given: str | int, *, params: int, key: str) -> int:
     """Returns a token budget: a scale (`1.5m`), or `20x`, that many tokens per parameter."""
     match = _PER_PARAMETER.fullmatch(str(given).strip()) if len(str(given)) <= LONGEST else None

@@ -98,6 +98,9 @@ class TrainConfig(OptimConfig):
         parts=220,
     )
     warmup: float | None = setting(None, f"{WARM_UP} Null: the recipe's.", least=0, most=1)  # type: ignore[assignment]
+    learning_rate_times_width: float | None = setting(  # type: ignore[assignment]
+        None, "Peak learning rate times hidden size; null: the recipe's.", above=0, most=HIGHEST_RATE
+    )
     precision: str | None = setting(
         None,
         "Type of the arithmetic; bf16 keeps weights in fp32; null: the recipe's.",

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 MOST_CELLS = 100_000  # in one grid
 MOST_WORKERS = 4096  # on one machine
+DEFAULT_FAMILY = "pico"  # of conf/config.yaml
 
 
 @dataclass
@@ -112,20 +113,30 @@ def own_ladder(composed: Sequence[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(teacher for teacher in named if is_checkpoint(teacher)))
 
 
+def _pinned(given: str) -> str:
+    """A checkpoint by a name that stands for the same in every process: of the hub with its commit."""
+    from capacity_gap.models.checkpoints import checkpoint
+
+    return checkpoint(given).pinned
+
+
 def _in_ladder(overrides: list[str], one: dict[str, Any], ladder: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """A cell's overrides and settings, with the ladder where its teacher is one of it and it names no family."""
+    """A cell's overrides and settings, with checkpoints pinned, and with the ladder that its teacher is one of."""
+    from capacity_gap.models.checkpoints import is_checkpoint
     from capacity_gap.models.ladders import FOLDERS
     from capacity_gap.runner.rerun import quoted
 
+    named = {key: str(one[key]) for key in ("teacher", "student")}
     family = one["family"]
-    if len(ladder) < 2 or str(one["teacher"]) not in ladder or family["folders"]:
-        return overrides, one
-    given = [f"family.folders=[{','.join(quoted(name) for name in ladder)}]"]
-    if family["name"] != FOLDERS:
-        if any(o.startswith("family=") for o in overrides):
-            return overrides, one
-        given.insert(0, f"family={FOLDERS}")
-    return [*overrides, *given], {**one, "family": {**family, "name": FOLDERS, "folders": ladder}}
+    own = {k: v for k, v in named.items() if is_checkpoint(v) and (k == "student" or v in ladder)}
+    found = {**one, **{key: _pinned(name) for key, name in own.items()}}
+    given = [f"{key}={quoted(found[key])}" for key in own if found[key] != named[key]]
+    if "teacher" in own and family["name"] in (FOLDERS, DEFAULT_FAMILY):
+        pinned = [_pinned(name) for name in ladder]
+        found["family"] = {**family, "name": FOLDERS, "folders": pinned}
+        overrides = [o for o in overrides if not o.startswith("family=")]
+        given += [f"family={FOLDERS}", f"family.folders=[{','.join(map(quoted, pinned))}]"]
+    return [*overrides, *given], found
 
 
 def _cores() -> int:

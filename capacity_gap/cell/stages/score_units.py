@@ -16,14 +16,14 @@ from capacity_gap.store.stage import Stage, StageRun
 def scores_stage(cell: ResolvedCell, teacher: Stage, shape: Mapping[str, Any], tokens: Stage) -> Stage:
     """Scores of a model of this shape on the first sequences of the training permutation."""
     c = cell.config.prune
-    given = {"method": c.method, "batches": c.batches, "batch_size": c.batch_size, **cell.arithmetic}
+    given = {"method": c.method, "batches": c.batches, "batch_size": cell.score_batch, **cell.arithmetic}
     method = SCORES.entry(c.method)
     given |= method.identity_as("method")
     if method.traits["seeded"]:
         given["seed"] = cell.config.seed
     if method.traits["embedding_gradients"]:
         given |= ignored_in_gradients(cell, shape)
-    seen = c.batches * c.batch_size * cell.sequence_length
+    seen = c.batches * cell.score_batch * cell.sequence_length
     passes = 3 * seen
     if c.layers != SYMMETRIC:
         layers = LAYER_SCORES.entry(c.layers)
