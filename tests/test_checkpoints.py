@@ -69,11 +69,11 @@ def test_a_grid_of_trained_students_and_teachers_of_the_hub(hub, given, tmp_path
     ]
     done = run_py("-m", *given, *words, **child)
     assert "grid: 9 done" in done.stdout
-    rows = records.read(store)
-    assert Counter(r["teacher"] for r in rows) == dict.fromkeys(TEACHERS, 3)
+    rows, commits = records.read(store), {name: r.refs["main"][:8] for name, r in hub.repositories.items()}
+    assert Counter(r["teacher"] for r in rows) == {f"{name}@{commits[name]}": 3 for name in TEACHERS}
     assert {(r["family"], r["init"]) for r in rows} == {("checkpoints", "pretrained")}
-    assert {r["start"] for r in rows} == set(STUDENTS)
-    for start in STUDENTS:
+    assert {r["start"] for r in rows} == {f"{name}@{commits[name]}" for name in STUDENTS}
+    for start in {r["start"] for r in rows}:
         mine = [r for r in rows if r["start"] == start]
         assert len({r["init_loss"] for r in mine}) == 1, "nothing is cut: the start is the same under every teacher"
         assert len({r["student_loss"] for r in mine}) == 3
@@ -84,7 +84,7 @@ def test_a_grid_of_trained_students_and_teachers_of_the_hub(hub, given, tmp_path
     trained = AutoModelForCausalLM.from_pretrained(out)
     assert sum(p.numel() for p in trained.parameters()) == rows[0]["student_params"]
     card = (out / "README.md").read_text()
-    assert rows[0]["start"] in card and rows[0]["teacher"] in card
+    assert rows[0]["start"].partition("@")[0] in card and rows[0]["teacher"].partition("@")[0] in card
     again = run_py("-m", *given, *words, **environment(hub, tmp_path / "child", offline=True))
     assert "grid: 9 reused" in again.stdout
 
@@ -118,7 +118,7 @@ def test_a_name_is_a_commit(hub, models, given):
     assert cli.main(["fetch", f"t/llama@{before.teacher.config['revision']}"]) == 0
     pinned = cell(f"t/llama@{before.teacher.config['revision']}")
     assert pinned.teacher.digest == before.teacher.digest
-    assert pinned.rung == f"t/llama@{before.teacher.config['revision']}"
+    assert pinned.rung == f"t/llama@{before.teacher.config['revision'][:8]}"
 
 
 def test_students_of_teachers_from_the_hub_have_one_shape(hub, given, tmp_path, monkeypatch):
@@ -269,3 +269,62 @@ def test_a_gguf_file_is_turned_into_numbers_once(hub, gguf_file, models, given, 
     gguf_file.write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ConfigError, match=r"own.gguf cannot be read as a GGUF file"):
         pipeline.resolve(compose([*given, f"teacher={gguf_file}", "student=5k"]))
+
+
+def test_a_checkpoint_that_cannot_be_had_is_no_gap_in_a_ladder(hub, given, tmp_path):
+    """Another machine may have it in its cache: there the ladder, and with it the student, would be another."""
+    hub.gate("t/llama", status=403)
+    planning_files.cache_clear()
+    with pytest.raises(ConfigError, match="t/llama cannot be loaded: it is gated"):
+        pipeline.resolve(compose([*given, "family=folders", "family.folders=[s/llama,t/llama]", "teacher=s/llama"]))
+
+
+def test_a_grid_pins_its_checkpoints(hub, given, tmp_path, monkeypatch):
+    from hydra_plugins.capacity_gap_grid.grid_sweeper import _in_ladder, own_ladder
+
+    commits = {name: hub.repositories[name].refs["main"] for name in ("s/llama", "t/llama")}
+    one = {"teacher": "t/llama", "student": "s/llama", "family": {"name": "pico", "folders": []}}
+    overrides, found = _in_ladder(["teacher=t/llama", "student=s/llama"], one, own_ladder([one]))
+    pinned = f"t/llama@{commits['t/llama']}"
+    assert found["teacher"] == pinned and found["family"]["folders"] == [pinned]
+    cell = pipeline.resolve(compose([*given, *overrides]))
+    assert cell.teacher.config["revision"] == commits["t/llama"]
+    assert (cell.rung, cell.start.name) == (f"t/llama@{commits['t/llama'][:8]}", f"s/llama@{commits['s/llama'][:8]}")
+    branch = pipeline.resolve(compose([*given, "teacher=t/llama@main", "student=s/llama"]))
+    assert branch.record.digest == cell.record.digest, "however it was named"
+
+
+def test_a_family_has_no_checkpoints_but_its_own(hub, given):
+    with pytest.raises(ConfigError, match="family=qwen3 with teacher=t/llama, which is no rung of it"):
+        pipeline.resolve(compose([*given, "family=qwen3", "teacher=t/llama", "student=9k"]))
+
+
+def test_sequences_are_as_long_under_every_teacher_of_a_ladder(tmp_path):
+    for name, positions in (("short", 64), ("long", 512)):
+        small_model("gpt2", vocab_size=VOCAB, n_positions=positions, eos_token_id=0).save_pretrained(tmp_path / name)
+        train_tokenizer(["some text"], VOCAB, tmp_path / name)
+    ladder = [
+        "family=folders",
+        f"family.folders=[{tmp_path}/short,{tmp_path}/long]",
+        "student=9459",
+        "prune.init=random",
+    ]
+    cells = [pipeline.resolve(compose([*ladder, f"teacher={name}"])) for name in ("short", "long")]
+    assert [cell.sequence_length for cell in cells] == [64, 64]
+
+
+def test_a_folder_called_like_a_scale_is_no_checkpoint(models, tmp_path, monkeypatch):
+    shutil.copytree(models / "s/llama", tmp_path / "60k")
+    monkeypatch.chdir(tmp_path)
+    assert pipeline.resolve(compose(["student=60k", "teacher=120k"])).start is None
+    assert pipeline.resolve(compose(["student=./60k", f"teacher={models / 't/llama'}"])).start is not None
+
+
+def test_a_chat_model_gets_its_own_tokenizer_back(models, given, tmp_path):
+    chat = shutil.copytree(models / "s/llama", tmp_path / "chat")
+    (chat / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    config = compose([*given, f"teacher={models / 't/llama'}", f"student={chat}", f"store={tmp_path / 'store'}"])
+    run_config(config)
+    out, cell = tmp_path / "out", pipeline.resolve(config).record.digest
+    assert cli.main(["export", cell, str(out), "--store", str(tmp_path / "store")]) == 0
+    assert (out / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
