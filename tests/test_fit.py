@@ -11,6 +11,7 @@ import pytest
 from capacity_gap import records
 from capacity_gap.commands import cli
 from capacity_gap.fit import LawFit, fit_law, locate_optima
+from capacity_gap.fit.frame import curves
 from capacity_gap.settings.errors import UserError
 from capacity_gap.settings.scales import short_scale
 
@@ -274,3 +275,13 @@ def test_command_refuses_what_holds_no_records(tmp_path, capsys):
 )
 def test_short_scales(count, text):
     assert short_scale(count) == text
+
+
+def test_teachers_of_equal_size_and_other_names_are_named():
+    rows = [
+        {"student_params": 1e6, "teacher_params": t, "loss": 3 + n / 100, "seed": 0, "teacher": f"T{n}"}
+        for n, t in enumerate((2e6, 4e6, 8e6, 16e6))
+    ]
+    assert not [note for note in curves(pd.DataFrame(rows))[1] if "averaged" in note]
+    _, notes = curves(pd.DataFrame([*rows, rows[1] | {"teacher": "instructed", "loss": 4.0}]))
+    assert "T1, instructed have 4,000,000 parameters each and are averaged like seeds" in notes[-1]

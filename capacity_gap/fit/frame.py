@@ -87,7 +87,7 @@ def curves(
     kept, adjusted = adjust_for_size(kept, student, teacher, column, [*given, "_student"])
     if kept.empty:
         raise ValueError(f"no curve can be fitted: {'; '.join(adjusted)}.")
-    notes += [*adjusted, *_mixtures(kept)]
+    notes += [*adjusted, *_mixtures(kept), *_equal_teachers(kept, teacher)]
     found = []
     for key, group in kept.groupby([*given, "_student"], dropna=False, sort=False):
         named = {k: None if v is None or v != v else v for k, v in zip([*given, "student"], key, strict=True)}
@@ -250,3 +250,16 @@ def _mixtures(frame: pd.DataFrame) -> list[str]:
             counts = ", ".join(f"{v} ({n} rows)" for v, n in frame[name].value_counts().items())
             found.append(f"{name} differs between rows: {counts}")
     return found
+
+
+def _equal_teachers(frame: pd.DataFrame, teacher: str) -> list[str]:
+    """Warnings of teachers of equal size with different names, such as a base model and its instructed one."""
+    if "teacher" not in frame:
+        return []
+    names = frame.groupby(teacher)["teacher"].unique()
+    return [
+        f"WARNING: {', '.join(map(str, equal))} have {size:,.0f} parameters each and are averaged like seeds: fit the "
+        "rows of one of them"
+        for size, equal in names.items()
+        if len(equal) > 1
+    ]

@@ -68,7 +68,12 @@ def _lead(cell: Cell, store: Store, runtime: Runtime) -> str:
     runtime.check()
     check_budgets(cell, store, runtime)
     if only := cell.config.only:
-        stage = closure(cell.record)[only]
+        stage = closure(cell.record).get(only)
+        if stage is None:
+            raise UserError(
+                f"this process finds other models or texts than the grid that asked it for {only}: a folder or file "
+                "has changed since, or is another on this machine. Start the grid again."
+            )
         store.compute(stage, runtime)
         store.make_again(stage, runtime)
         return only
