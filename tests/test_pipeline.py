@@ -1,6 +1,7 @@
 """Whole cells and grids, on real text, through the real commands."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -133,9 +134,12 @@ def test_every_setting_that_decides_a_cell_is_in_its_record():
     tried = 0
     for section, kind in sections.items():
         for field in dataclasses.fields(kind):
-            if field.metadata[KEY].decides and isinstance(field.default, int | float):
-                value = not field.default if isinstance(field.default, bool) else field.default * 0.5 or 0.5
-                value = 2 if isinstance(field.default, int) and not isinstance(field.default, bool) else value
+            default = field.default
+            if default is None:  # as the recipe has it
+                default = getattr(functools.reduce(getattr, section.split("."), usual.config), field.name)
+            if field.metadata[KEY].decides and isinstance(default, int | float):
+                value = not default if isinstance(default, bool) else default * 0.5 or 0.5
+                value = 2 if isinstance(default, int) and not isinstance(default, bool) else value
                 cell = pipeline.resolve(compose([f"{section}.{field.name}={value}"]))
                 assert cell.distilled.digest != usual.distilled.digest, field.name
                 known = field.name == "threads"  # a column that is filled when the cell has run

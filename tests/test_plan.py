@@ -241,6 +241,7 @@ def test_memory_is_the_sum_of_its_parts(tiny, tmp_path):
 
 def test_a_plan_says_how_many_devices_it_takes(tmp_path):
     qwen = ["family=qwen2_5", "data=1b", "train.batch_size=64", "corpus.sequence_length=1024", "train.precision=bf16"]
+    qwen += ["train.micro_batch_size=64", "prune.batch_size=8"]
 
     def said(kind, device, *more, teacher="3b"):
         (cell,) = cells_of(*qwen, f"device_name={device}", *more, students=["1b"], teachers=[teacher])

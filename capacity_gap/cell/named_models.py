@@ -7,7 +7,7 @@ from typing import Any
 from capacity_gap.cell.config import RunConfig
 from capacity_gap.cell.lengths import check_positions
 from capacity_gap.cell.teacher_config import FamilyConfig
-from capacity_gap.models.axes import architecture, count_params
+from capacity_gap.models.axes import architecture, count_params, dims, padded
 from capacity_gap.models.checkpoints import NOT_HERE, Checkpoint, checkpoint, is_checkpoint
 from capacity_gap.models.folders import checkpoint_family, config_of, same_vocabulary
 from capacity_gap.models.ladders import FOLDERS, Family, family
@@ -36,6 +36,19 @@ def ladder_of(config: RunConfig) -> Family:
             "them. Without family=folders, teacher=ORG/NAME alone will do."
         )
     return checkpoint_family(given, planning=config.plan)
+
+
+def expanded(ladder: Family, config: RunConfig) -> Family:
+    """The ladder with the vocabulary that is asked for, in every shape: the same rungs, each a little larger."""
+    wanted = config.expand
+    if not wanted.vocab:
+        return ladder
+    own = max(dims(shape).vocab for shape in ladder.rungs.values())
+    rows = padded(wanted.vocab, wanted.multiple)
+    if wanted.vocab <= own:
+        raise ConfigError(f"expand.vocab={wanted.vocab}, but {ladder.name} already has {own} tokens. Give more.")
+    shapes = {n: {**shape, architecture(shape).keys["vocab"]: rows} for n, shape in ladder.rungs.items()}
+    return replace(ladder, rungs=shapes)
 
 
 def start_of(config: RunConfig, ladder: Family) -> Start:

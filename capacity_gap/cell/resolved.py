@@ -4,7 +4,7 @@ Nothing here computes anything or imports torch; the stages that make the cell a
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import gcd
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from capacity_gap.cell.config import RunConfig
 from capacity_gap.cell.lengths import check_lengths, check_positions
-from capacity_gap.cell.named_models import check_start, ladder_of, start_of, student_size, with_init
+from capacity_gap.cell.named_models import check_start, expanded, ladder_of, start_of, student_size, with_init
 from capacity_gap.cell.nondefault import setting_columns, settings_text, tuning_text
 from capacity_gap.cell.placement import check_placement, placement_of
 from capacity_gap.cell.recipes import multiples, usual, with_recipe
@@ -27,7 +27,6 @@ from capacity_gap.models.axes import (
     count_params,
     cuttable,
     dims,
-    padded,
 )
 from capacity_gap.models.checkpoints import Checkpoint
 from capacity_gap.models.ladders import Family
@@ -60,7 +59,7 @@ class ResolvedCell:
             ImpossibleCell: the student is larger than its teacher, or its shape does not fit into it.
             ConfigError: anything else that cannot be.
         """
-        ladder = _expanded(base := ladder_of(config), config)
+        ladder = expanded(base := ladder_of(config), config)
         start, shape = start_of(config, base)
         config = with_init(config, start)
         rung = ladder.rung(config.teacher)
@@ -397,16 +396,3 @@ def _resolved(value: int | None) -> int:
 def teacher_tokens(config: RunConfig, params: int) -> int:
     """Tokens of a teacher's pre-training: one number for all, or so many times its parameters."""
     return parse_tokens(config.family.teacher_data, params=params, key="family.teacher_data")
-
-
-def _expanded(ladder: Family, config: RunConfig) -> Family:
-    """The ladder with the vocabulary that is asked for, in every shape: the same rungs, each a little larger."""
-    wanted = config.expand
-    if not wanted.vocab:
-        return ladder
-    own = max(dims(shape).vocab for shape in ladder.rungs.values())
-    rows = padded(wanted.vocab, wanted.multiple)
-    if wanted.vocab <= own:
-        raise ConfigError(f"expand.vocab={wanted.vocab}, but {ladder.name} already has {own} tokens. Give more.")
-    shapes = {n: {**shape, architecture(shape).keys["vocab"]: rows} for n, shape in ladder.rungs.items()}
-    return replace(ladder, rungs=shapes)

@@ -11,7 +11,7 @@ from capacity_gap.fit.sizes import SIZE_TERMS, SizeSlope, adjust_for_size
 from capacity_gap.records import is_number, scores_of
 from capacity_gap.records.record import parting_columns, repeat_parting_columns
 from capacity_gap.records.tables import numbers
-from capacity_gap.settings.errors import ConfigError
+from capacity_gap.settings.errors import ConfigError, shown
 from capacity_gap.settings.scales import short_scale
 
 AXES = {"total": "", "non_embedding": "_non_embedding"}
@@ -120,14 +120,14 @@ def require(frame: pd.DataFrame, names: Sequence[str]) -> None:
     _once(frame, names)
     missing = [n for n in names if n not in frame]
     if scores := [n for n in missing if n.startswith("metrics/")]:
-        held = scores_of(frame)
+        held, asked = ", ".join(scores_of(frame)) or "none", ", ".join(map(shown, scores))
         raise ValueError(
-            f"no run was scored on {', '.join(scores)}. Scores here: {', '.join(held) or 'none'}. The same grid with "
-            "evaluate=pico, or evaluate=paper, adds scores to what is there; nothing is trained again."
+            f"no run was scored on {asked}. Scores here: {held}. The same grid with evaluate=pico, or evaluate=paper, adds "
+            "scores to what is there; nothing is trained again."
         )
     if missing:
         near = {n: difflib.get_close_matches(n, map(str, frame.columns), n=2, cutoff=0.5) for n in missing}
-        hints = "; ".join(f"{n} (nearest: {', '.join(c) or 'none'})" for n, c in near.items())
+        hints = "; ".join(f"{shown(n)} (nearest: {', '.join(c) or 'none'})" for n, c in near.items())
         raise ValueError(f"the table lacks {hints}. It has: {', '.join(map(str, frame.columns))}.")
 
 
