@@ -122,8 +122,8 @@ def require(frame: pd.DataFrame, names: Sequence[str]) -> None:
     if scores := [n for n in missing if n.startswith("metrics/")]:
         held, asked = ", ".join(scores_of(frame)) or "none", ", ".join(map(shown, scores))
         raise ValueError(
-            f"no run was scored on {asked}. Scores here: {held}. The same grid with evaluate=pico, or evaluate=paper, adds "
-            "scores to what is there; nothing is trained again."
+            f"no run was scored on {asked}. Scores here: {held}. The same grid with evaluate=pico, or evaluate=paper, "
+            "adds scores to what is there; nothing is trained again."
         )
     if missing:
         near = {n: difflib.get_close_matches(n, map(str, frame.columns), n=2, cutoff=0.5) for n in missing}
