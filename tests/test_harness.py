@@ -250,6 +250,14 @@ def test_task_files_that_grow_without_end_are_read(tmp_path):
     assert foreign_metrics(tmp_path, ["acc"]) == ["evil"]
 
 
+def test_names_and_tags_that_are_none_are_passed_over(tmp_path):
+    (tmp_path / "odd.yaml").write_text("task: [x]\ngroup: [y]\ntag: [[z], t]\n")
+    (tmp_path / "other.yaml").write_text("task: fine\ntag: {a: 1}\n")
+    assert folder_tasks(tmp_path) == ["fine"]
+    assert folder_names(tmp_path) == {"fine", "t"}
+    assert unsafe_names(tmp_path) == set()
+
+
 def test_members_of_groups_are_the_folders_or_the_harnesss(tmp_path):
     (tmp_path / "g.yaml").write_text("group: g\ntask: [arc_easy, {group: h, task: [humaneval, own]}]\n")
     (tmp_path / "own.yaml").write_text("task: own\n")

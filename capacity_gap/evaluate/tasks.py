@@ -104,8 +104,8 @@ def folder_tasks(folder: Path) -> list[str]:
     """
     found = _entries(folder)
     inside = {_name_of(member) for entry in found if "group" in entry for member in _members(entry)}
-    names = [entry.get("group") or entry.get("task") for entry in found]
-    kept = [n for n in dict.fromkeys(names) if isinstance(n, str) and n not in inside]
+    names = [name for entry in found if isinstance(name := entry.get("group") or entry.get("task"), str)]
+    kept = [name for name in dict.fromkeys(names) if name not in inside]
     if not kept:
         raise ConfigError(
             f"evaluate.task_folder={folder} defines no task. Its .yaml files should be task files of the "
@@ -176,8 +176,8 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _tags_of(entry: Mapping[str, Any]) -> list[str]:
-    tags = entry.get("tag") or []
-    return [tags] if isinstance(tags, str) else tags
+    tags = entry.get("tag")
+    return [tag for tag in ([tags] if isinstance(tags, str) else _listed(tags)) if isinstance(tag, str)]
 
 
 def _entries(folder: Path) -> tuple[Mapping[str, Any], ...]:
