@@ -11,11 +11,10 @@ from capacity_gap.models.axes import architecture, count_params, dims, padded
 from capacity_gap.models.checkpoints import NOT_HERE, Checkpoint, checkpoint, is_checkpoint
 from capacity_gap.models.folders import checkpoint_family, config_of, same_vocabulary
 from capacity_gap.models.ladders import FOLDERS, Family, family
-from capacity_gap.settings.declare import declared, default_of
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.settings.scales import parse_scale
 
-UNSAID = default_of(next(f for f, _ in declared(FamilyConfig) if f.name == "name"))
+UNSAID = FamilyConfig.name  # the ladder, where none is named
 Start = tuple[Checkpoint, Mapping[str, Any]] | tuple[None, None]  # a checkpoint and its config.json
 
 

@@ -53,7 +53,6 @@ RECIPES = (
     Recipe("small", 1e9, 256, 2**19, 2048, 0.03, "bf16", "bf16", 8, 1, 0.2, 64),
     Recipe("large", float("inf"), 512, 2**20, 2048, 0.03, "bf16", "bf16", 4, 1, 0.2, 128),
 )
-PICO = RECIPES[0]  # what settings that no one gave were before there were recipes: the usual ones of a record
 
 
 def recipe_of(config: RunConfig, params: int) -> Recipe:

@@ -207,7 +207,7 @@ class ResolvedCell:
     def tokenizer_of(self, rung: str) -> str:
         """Where the tokenizer of a published rung is: a folder, or a repository of the hub."""
         own = self.family.checkpoints.get(rung)
-        return str(own.folder) if own else self.family.published[rung]
+        return own.tokenizer if own else self.family.published[rung]
 
     def source(self, rung: str) -> dict[str, Any]:
         """What identifies a published checkpoint: the name of its repository, or what the user's own is known by."""

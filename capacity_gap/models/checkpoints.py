@@ -33,6 +33,11 @@ class Checkpoint:
     aliases: tuple[str, ...] = ()  # other ways to name it
 
     @property
+    def tokenizer(self) -> str:
+        """Where its tokenizer is read: its folder, or the hub where nothing was fetched yet."""
+        return self.source if self.folder == NOT_HERE else str(self.folder)
+
+    @property
     def pinned(self) -> str:
         """Its name with the whole commit, by which every process finds the same."""
         return f"{self.source}@{self.revision}" if self.revision else self.source

@@ -27,6 +27,7 @@ from capacity_gap.store.files import write_json
 
 POINTER = "published.json"  # a stage folder that holds this instead of weights points to a checkpoint elsewhere
 HERE = "."  # what it points to where the weights lie beside it after all
+FILES = ["*.safetensors", "*.json", "*.jinja"]  # what is read of a checkpoint on the hub
 NO_CODE = {"trust_remote_code": False}  # said: unsaid, transformers asks at a terminal
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -162,8 +163,7 @@ def _files_of(repository: str, revision: str | None) -> Path:
         return Path(repository)
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "*.jinja"]
-    return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    return Path(snapshot_download(repository, revision=revision, allow_patterns=FILES))
 
 
 def point_to(
@@ -299,9 +299,9 @@ def fetch(named: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError
 
-    patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt"]
+    files = [*FILES, "tokenizer*", "*.model", "merges.txt"]
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
     except (HFValidationError, HTTPError, OSError) as error:
         raise StageError(f"{repository} cannot be fetched: {hub_problem(error, repository)}") from error
 

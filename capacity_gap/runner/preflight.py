@@ -5,7 +5,6 @@ from capacity_gap.distill.divergences import LOSSES
 from capacity_gap.evaluate.tasks import check_tasks
 from capacity_gap.instruct.tuning_checks import check_extras, check_rows
 from capacity_gap.models.axes import dims
-from capacity_gap.models.checkpoints import NOT_HERE
 from capacity_gap.runtime.process import Runtime
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.store.stage import Store
@@ -71,8 +70,7 @@ def _check_vocabularies(cell: Cell, store: Store, tokens: int) -> None:
     for rung in {cell.rung, cell.origin} & set(published):
         check_tokenizer(cell.tokenizer_of(rung), store.path(cell.base_tokenizer))
     if cell.start:
-        where = cell.start.source if cell.start.folder == NOT_HERE else str(cell.start.folder)
-        check_tokenizer(where, store.path(cell.base_tokenizer))
+        check_tokenizer(cell.start.tokenizer, store.path(cell.base_tokenizer))
     if cell.rung in published:
         check_roles(cell.tokenizer_of(next(iter(published))), store.path(cell.base_tokenizer))
     for name, shape in (("teacher", cell.teacher_shape), ("student", cell.student_shape)):

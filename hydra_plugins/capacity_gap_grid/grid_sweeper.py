@@ -5,7 +5,7 @@ import functools
 import itertools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -18,7 +18,6 @@ from omegaconf import OmegaConf
 
 MOST_CELLS = 100_000  # in one grid
 MOST_WORKERS = 4096  # on one machine
-DEFAULT_FAMILY = "pico"  # of conf/config.yaml
 
 
 @dataclass
@@ -102,15 +101,15 @@ def check_count(overrides: list[Override]) -> None:
         )
 
 
-def own_ladder(composed: Sequence[dict[str, Any]]) -> list[str]:
-    """The checkpoints among the teachers of a grid that names no ladder: together they are one.
+def own_ladder(composed: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The checkpoints among the teachers of a grid that names no ladder, as given and pinned: together they are one.
 
     A student's shape is the same under every teacher only if each cell knows them all.
     """
     from capacity_gap.models.checkpoints import is_checkpoint
 
-    named = (str(one["teacher"]) for one in composed if not one["family"]["folders"])
-    return list(dict.fromkeys(teacher for teacher in named if is_checkpoint(teacher)))
+    named = dict.fromkeys(str(one["teacher"]) for one in composed if not one["family"]["folders"])
+    return {teacher: _pinned(teacher) for teacher in named if is_checkpoint(teacher)}
 
 
 def _pinned(given: str) -> str:
@@ -120,22 +119,25 @@ def _pinned(given: str) -> str:
     return checkpoint(given).pinned
 
 
-def _in_ladder(overrides: list[str], one: dict[str, Any], ladder: list[str]) -> tuple[list[str], dict[str, Any]]:
+def _in_ladder(
+    overrides: list[str], one: dict[str, Any], ladder: Mapping[str, str]
+) -> tuple[list[str], dict[str, Any]]:
     """A cell's overrides and settings, with checkpoints pinned, and with the ladder that its teacher is one of."""
+    from capacity_gap.cell.named_models import UNSAID
     from capacity_gap.models.checkpoints import is_checkpoint
     from capacity_gap.models.ladders import FOLDERS
     from capacity_gap.runner.rerun import quoted
 
-    named = {key: str(one[key]) for key in ("teacher", "student")}
-    family = one["family"]
-    own = {k: v for k, v in named.items() if is_checkpoint(v) and (k == "student" or v in ladder)}
-    found = {**one, **{key: _pinned(name) for key, name in own.items()}}
-    given = [f"{key}={quoted(found[key])}" for key in own if found[key] != named[key]]
-    if "teacher" in own and family["name"] in (FOLDERS, DEFAULT_FAMILY):
-        pinned = [_pinned(name) for name in ladder]
-        found["family"] = {**family, "name": FOLDERS, "folders": pinned}
+    teacher, student, family = str(one["teacher"]), str(one["student"]), one["family"]
+    own = {"teacher": ladder[teacher]} if teacher in ladder else {}
+    own |= {"student": _pinned(student)} if is_checkpoint(student) else {}
+    found = {**one, **own}
+    given = [f"{key}={quoted(name)}" for key, name in own.items() if name != str(one[key])]
+    if teacher in ladder and family["name"] in (FOLDERS, UNSAID):
+        folders = list(ladder.values())
+        found["family"] = {**family, "name": FOLDERS, "folders": folders}
         overrides = [o for o in overrides if not o.startswith("family=")]
-        given += [f"family={FOLDERS}", f"family.folders=[{','.join(map(quoted, pinned))}]"]
+        given += [f"family={FOLDERS}", f"family.folders=[{','.join(map(quoted, folders))}]"]
     return [*overrides, *given], found
 
 

@@ -1,6 +1,7 @@
 """The stages `teacher` (pre-trained here), `published`, `expand` (rows for new tokens) and `adapt` (trained on)."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,8 @@ def pretrained_stage(cell: ResolvedCell, rung: str, tokens: Stage) -> Stage:
         given = {"shape": shape, **cell.source(rung), "dtype": c.family.dtype}
         given["quantization"] = c.family.quantization
         return published_stage("published", given, cell.family.published[rung], cell.family.checkpoints.get(rung))
-    given = {
-        "shape": shape,
-        "seed": c.teacher_seed,
-        "tokens": teacher_tokens(c, cell.base.params[rung]),
-        "epochs": c.family.teacher_epochs,
-        **optimizer_identity(c.family.pretrain, dims(shape).hidden),
-    }
-    return training_stage(cell, "teacher", given, {"tokens": tokens}, pretrain, shape)
+    budget = teacher_tokens(c, cell.base.params[rung])
+    return _trained_here(cell, "teacher", shape, tokens, seed=c.teacher_seed, budget=budget)
 
 
 def published_stage(name: str, given: dict[str, Any], repository: str, own: Checkpoint | None) -> Stage:
@@ -39,15 +34,18 @@ def published_stage(name: str, given: dict[str, Any], repository: str, own: Chec
 
 def start_stage(cell: ResolvedCell, tokens: Stage) -> Stage:
     """A student of its own shape, trained here before it has a teacher: the same under every teacher."""
-    c, shape = cell.config, cell.student_shape
-    given = {
-        "shape": shape,
-        "seed": c.seed,
-        "tokens": cell.start_tokens,
-        "epochs": c.family.teacher_epochs,
-        **optimizer_identity(c.family.pretrain, dims(shape).hidden),
-    }
-    return training_stage(cell, "start", given, {"tokens": tokens}, pretrain, shape)
+    seed, budget = cell.config.seed, cell.start_tokens
+    return _trained_here(cell, "start", cell.student_shape, tokens, seed=seed, budget=budget)
+
+
+def _trained_here(
+    cell: ResolvedCell, name: str, shape: Mapping[str, Any], tokens: Stage, *, seed: int, budget: int
+) -> Stage:
+    """A model of this shape, trained from random weights as the family's are."""
+    c = cell.config.family
+    given = {"shape": shape, "seed": seed, "tokens": budget, "epochs": c.teacher_epochs}
+    given |= optimizer_identity(c.pretrain, dims(shape).hidden)
+    return training_stage(cell, name, given, {"tokens": tokens}, pretrain, shape)
 
 
 def expanded_stage(cell: ResolvedCell, rung: str, model: Stage, vocabulary: Stage) -> Stage:
