@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from capacity_gap.cell import pipeline
 from capacity_gap.runner.run_cell import run_config
+from capacity_gap.store.stage import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -58,6 +61,19 @@ def tiny_cell(tiny, tmp_path_factory):
     config = compose([*tiny, "student=40k", "teacher=55k", f"store={store}"])
     run_config(config)
     return config
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory) -> Path:
+    """A store whose cells share tokenizers, texts and teachers, for tests that look at a record of their own alone."""
+    return tmp_path_factory.mktemp("warm")
+
+
+def ran(config) -> dict:
+    """Runs a cell and returns its record."""
+    run_config(config)
+    record = Store(config.store_path).path(pipeline.resolve(config).record) / "record.json"
+    return json.loads(record.read_text())
 
 
 def compose(overrides):

@@ -116,12 +116,15 @@ def _layer_norm(x, over, module):
 
 @contextlib.contextmanager
 def masked(model, queries=None, neurons=None, hidden=None):
-    """Multiplies by masks (docs/method.md §2): `queries` [R, H], `neurons` [R, F], `hidden` [D]; R places."""
+    """Multiplies by masks (docs/method.md §2): `queries` [R, H], `neurons` [R, F], `hidden` [D]; R places.
+
+    Masks [R, B, 1, H], and so on, are one for each sequence of a batch.
+    """
     table, sizes = architecture(model.config), dims(model.config)
     hooks = []
 
     def times(mask):
-        return lambda _m, inputs: (inputs[0] * mask, *inputs[1:])
+        return lambda _m, inputs: (_times(inputs[0], mask), *inputs[1:])
 
     spread = None if queries is None else queries.repeat_interleave(sizes.head_dim, dim=-1)
     for axis, masks in (("heads", spread), ("neurons", neurons)):
@@ -137,14 +140,19 @@ def masked(model, queries=None, neurons=None, hidden=None):
             hook.remove()
 
 
+def _times(x, mask):
+    """`x` times the mask of its last axis; OPT flattens batch and time."""
+    return x * mask if mask.ndim == 1 else (x.view(len(mask), -1, x.shape[-1]) * mask).view_as(x)
+
+
 def _stream_masks(model, layers, stack, hidden):
     def scale(_m, _i, output):
-        return (output[0] * hidden, *output[1:]) if isinstance(output, tuple) else output * hidden
+        return (_times(output[0], hidden), *output[1:]) if isinstance(output, tuple) else _times(output, hidden)
 
     def first(_m, inputs, named):
         if inputs:
-            return (inputs[0] * hidden, *inputs[1:]), named
-        return inputs, {**named, "hidden_states": named["hidden_states"] * hidden}
+            return (_times(inputs[0], hidden), *inputs[1:]), named
+        return inputs, {**named, "hidden_states": _times(named["hidden_states"], hidden)}
 
     hooks = []
     for layer in layers:
@@ -164,11 +172,11 @@ def _mid_streams(model, layer, readers, hidden):
 
     def scale(_m, inputs):
         sums.append(inputs[0])
-        return (inputs[0] * hidden, *inputs[1:])
+        return (_times(inputs[0], hidden), *inputs[1:])
 
     def scale_the_other_reader(_m, _i, output):
         stream = output[0] if isinstance(output, tuple) else output
-        stream = stream + (sums.pop() * (hidden - 1)).view_as(stream)
+        stream = stream + _times(sums.pop(), hidden - 1).view_as(stream)
         return (stream, *output[1:]) if isinstance(output, tuple) else stream
 
     for reader in readers:
@@ -187,7 +195,9 @@ def logits_of(model, tokens):
     return model(tokens[:, :-1]).logits
 
 
-def loss_of(model, tokens):
-    """Mean cross-entropy, through the model's own logits."""
-    logits = logits_of(model, tokens)
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, -logits.shape[1] :].flatten()).item()
+def losses_of(model, tokens, *, copies):
+    """Mean cross-entropy, through the model's own logits, of each of some copies of the same batch."""
+    logits = logits_of(model, tokens.repeat(copies, 1))
+    labels = tokens[:, -logits.shape[1] :].repeat(copies, 1)
+    each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return each.view(copies, -1).mean(1)

@@ -278,4 +278,4 @@ def test_a_plan_of_many_steps_takes_no_longer_than_few():
     """Stages that several others need are counted once: a chain of diamonds is no tree."""
     found = from_dict(with_value("prune.iterative", 100))
     assert len(resolve(found).record.inputs) > 0
-    assert "plan: 1 cells" in outcome(asdict(found), os.devnull + "-none")
+    assert "plan: 1 cell," in outcome(asdict(found), os.devnull + "-none")

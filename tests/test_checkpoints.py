@@ -13,6 +13,7 @@ from capacity_gap import records
 from capacity_gap.cell import pipeline
 from capacity_gap.commands import cli
 from capacity_gap.data.tokenizer import train_tokenizer
+from capacity_gap.models import folders
 from capacity_gap.models.hub import planning_files
 from capacity_gap.models.loading import checkpoint_folder, load_model
 from capacity_gap.runner.run_cell import run_config
@@ -328,3 +329,53 @@ def test_a_chat_model_gets_its_own_tokenizer_back(models, given, tmp_path):
     out, cell = tmp_path / "out", pipeline.resolve(config).record.digest
     assert cli.main(["export", cell, str(out), "--store", str(tmp_path / "store")]) == 0
     assert (out / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
+
+
+def test_a_teacher_that_cannot_be_read_stops_a_grid(models, given, tmp_path):
+    """Left out, it would change the common student, and with it every other cell."""
+    grid = ["-m", *given, f"teacher={models}/t/lama,{models}/t/qwen3", "student=10k", f"store={tmp_path / 'store'}"]
+    done = run_here(*grid, "plan=true", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "t/lama does not exist (did you mean 'llama'?)" in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_launcher_without_a_grid_is_refused(models, given, tmp_path):
+    done = run_here(*given, f"teacher={models}/t/llama", "student=10k", "hydra/launcher=joblib", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "hydra/launcher=joblib is read by grids only: without -m the cell would run here" in done.stderr
+
+
+def test_a_student_with_other_tokens_than_the_default_teacher_says_that_it_is_one(models, given):
+    with pytest.raises(ConfigError, match=r"has 300 tokens, and teacher=120k of family=pico, .* where nothing is said"):
+        pipeline.resolve(compose([*given, f"student={models}/s/llama"]))
+
+
+def test_a_default_student_says_that_it_is_one(planned):
+    with pytest.raises(ConfigError, match=r"no student of 60,000 .* Say student=: 60k is what it is where nothing is"):
+        pipeline.resolve(compose([f"teacher={planned}/qwen3-8b", "plan=true"]))
+
+
+def test_teachers_of_two_architectures_are_named(models, given):
+    ladder = [*given, "family=folders", f"family.folders=[{models}/t/llama,{models}/t/qwen3]", "student=10k"]
+    assert pipeline.resolve(compose([*ladder, "teacher=llama"]))
+    with pytest.raises(ImpossibleCell, match=r"it is a qwen3, the student a llama, .* teachers of one architecture"):
+        pipeline.resolve(compose([*ladder, "teacher=qwen3"]))
+
+
+def test_a_plan_names_what_the_run_would_refuse_and_what_differs(planned, tmp_path, capfd):
+    folders._tell_once.cache_clear()
+    grid = ["-m", f"teacher={planned}/qwen3-8b,{planned}/llama-8b", f"student={planned}/smollm2", "data=100m,1b"]
+    done = run_here(*grid, "plan=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "warning: no corpus is named, and the embedded prose" in done.stdout
+    assert "trained in steps of" in done.stdout and "data=100m: recipe" in done.stdout
+    assert "student smollm2: " in done.stdout, "a checkpoint keeps its name"
+    assert "embeddings have different rows (qwen3-8b 151,936, llama-8b 128,256)" in done.stderr + capfd.readouterr().err
+
+
+def test_recorded_cells_are_listed_with_what_export_takes(tiny_cell, capsys):
+    assert cli.main(["store", "ls", str(tiny_cell.store_path), "--cells"]) == 0
+    said = capsys.readouterr().out
+    (row,) = (r for r in records.read(tiny_cell.store_path) if r["cell"] == pipeline.resolve(tiny_cell).record.digest)
+    assert f"{row['cell'][:8]}    {row['student_loss']:.4f}  40k from 55k, 6k tokens, seed 0" in said

@@ -15,7 +15,7 @@ from capacity_gap.pruning.methods import random_scores
 from capacity_gap.pruning.shape import fixed_shape, unfit
 from capacity_gap.pruning.surgery import prune, prune_checkpoint
 from capacity_gap.settings.errors import ConfigError, ImpossibleCell
-from tests.conftest import compose, run_py
+from tests.conftest import compose, run_here
 from tests.small_models import TOKENS, small_model
 
 STUDENTS = ("60m", "100m", "250m", "0.7b", "1b", "1.5b", "3b", "8b")
@@ -106,7 +106,8 @@ def test_an_untied_student_of_a_tied_teacher_starts_as_its_teacher(on_disk, tmp_
 
 
 def test_a_grid_over_tied_and_untied_rungs_has_students_of_one_size(tmp_path):
-    done = run_py("-m", "family=qwen2_5", "student=1b", "teacher=1.5b,3b,7b,14b", "data=1b", "plan=true", cwd=tmp_path)
+    grid = ["student=1b", "teacher=1.5b,3b,7b,14b", "data=1b", "plan=true"]
+    done = run_here("-m", "family=qwen2_5", *grid, cwd=tmp_path)
     sizes = [line for line in done.stdout.splitlines() if line.startswith("student 1b")]
     assert len(sizes) == 1, "one student, not one for each kind of teacher"
 

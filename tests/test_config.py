@@ -97,7 +97,7 @@ BAD = [
     (["prune.reference=80k"], "a reference teacher is named for init=shared, and only for it"),
     (["prune.init=shared", "prune.reference=33k"], "family pico has no such rung"),
     (["family=nope"], "family=nope is not known. Allowed: cerebras_gpt, folders, gemma3"),
-    (["hydra/launcher=jobl"], "hydra/launcher=jobl is not known (did you mean 'joblib'?)"),
+    (["-m", "hydra/launcher=jobl"], "hydra/launcher=jobl is not known (did you mean 'joblib'?)"),
     (["corpus=text"], "corpus=text needs corpus.path=FILE_OR_FOLDER"),
     (["corpus=text", "corpus.path=/no/such.txt"], "corpus.path=/no/such.txt does not exist"),
     (["corpus.path=x.txt"], "corpus=auto reads no file. Add corpus=text"),
@@ -145,7 +145,7 @@ def test_a_plan_says_when_it_is_over_budget(tmp_path):
     for mode in ((), ("-m",)):
         done = run_here(*mode, "plan=true", "budget_hours=1e-6", f"store={tmp_path / 'store'}", cwd=tmp_path)
         assert done.returncode == 2
-        assert "plan: 1 cells" in done.stdout
+        assert "plan: 1 cell," in done.stdout
         assert "Nothing was started" in done.stderr
 
 
@@ -157,7 +157,7 @@ def test_without_its_requirements_run_py_says_where_they_are(tmp_path):
 
 
 def test_a_corpus_shorter_than_the_budget_stops_before_any_model_is_trained(tiny, tmp_path):
-    done = run_py(*tiny, "data=100m", f"store={tmp_path}", check=False)
+    done = run_here(*tiny, "data=100m", f"store={tmp_path}", cwd=tmp_path)
     assert done.returncode == 2
     assert "data=100m with epochs=1 needs" in done.stderr
     assert "epochs=" in done.stderr

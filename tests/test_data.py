@@ -1,6 +1,7 @@
 """Text, split, tokens, budgets."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -122,6 +123,18 @@ def test_text_files_of_every_kind(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"body": "third"}\n')
     with pytest.raises(ConfigError, match=r"b\.jsonl, line 1: .*field `text`"):
         list(documents.text_documents(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_one_small_file_is_split(tmp_path, kind):
+    words = random.Random(0).choices([f"w{i}" for i in range(5000)], k=40 * 12)
+    texts = [" ".join(words[12 * i : 12 * i + 12]) for i in range(40)]
+    file = tmp_path / f"mine.{kind}"
+    lines = [json.dumps({"text": t}) for t in texts] if kind == "jsonl" else texts
+    file.write_text(("\n" if kind == "jsonl" else "\n\n").join(lines))
+    found = corpus.build_corpus(documents.text_documents(file), tmp_path, validation=0.05, test=0.05)
+    counts = {name: part["documents"] for name, part in found["splits"].items()}
+    assert counts == {"train": 36, "validation": 2, "test": 2}
 
 
 @pytest.fixture(scope="module")

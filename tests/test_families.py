@@ -28,7 +28,7 @@ from capacity_gap.settings.errors import ConfigError, ImpossibleCell, StageError
 from capacity_gap.settings.registry import Entry
 from capacity_gap.settings.scales import parse_scale
 from capacity_gap.store.stage import Store
-from tests.conftest import compose, run_py
+from tests.conftest import compose, ran, run_here, run_py
 from tests.small_models import TOKENS, UNCUT, small_model
 
 RUNGS = [(f.name, rung) for f in FAMILIES.values() for rung in f.rungs]
@@ -206,21 +206,17 @@ def test_pico_ladders_are_true_to_their_names_and_grow_along_every_axis(name):
 
 
 @pytest.mark.parametrize("name", STAND_INS)
-def test_a_stand_in_is_pre_trained_evaluated_and_trained_directly(name, tiny, tmp_path):
-    rung = "80k"
-    given = [*tiny, f"family={name}", "family.teacher_data=8k", "student=60k", f"teacher={rung}", f"store={tmp_path}"]
-    run_config(compose([*given, "prune.init=random", "distill=direct"]))
-    (row,) = records.read(tmp_path)
+def test_a_stand_in_is_pre_trained_evaluated_and_trained_directly(name, tiny, warm):
+    given = [*tiny, f"family={name}", "student=60k", "teacher=80k", f"store={warm}"]
+    row = ran(compose([*given, "prune.init=random", "distill=direct"]))
     assert (row["status"], row["family"]) == ("done", name)
     assert row["student_loss"] < row["init_loss"]
     assert row["student_params"] < row["teacher_params"]
 
 
 @pytest.mark.parametrize("name", STAND_INS)
-def test_every_architecture_is_pruned_and_distilled_to_its_record(tiny, tmp_path, name):
-    given = [*tiny, f"family={name}", "family.teacher_data=8k", "student=60k", "teacher=180k", f"store={tmp_path}"]
-    run_config(compose(given))
-    (row,) = records.read(tmp_path)
+def test_every_architecture_is_pruned_and_distilled_to_its_record(tiny, warm, name):
+    row = ran(compose([*tiny, f"family={name}", "student=60k", "teacher=80k", f"store={warm}"]))
     assert (row["status"], row["init"], row["prune_method"]) == ("done", "pruned", "expressive")
     assert abs(row["student_params"] / 60_000 - 1) < 0.005
 
@@ -235,14 +231,13 @@ PRUNED_OTHERWISE = [
 
 
 @pytest.mark.parametrize(("given", "recorded"), PRUNED_OTHERWISE, ids=[g[0] for g, _ in PRUNED_OTHERWISE])
-def test_every_way_to_prune_reaches_its_record(tiny, tmp_path, given, recorded):
-    config = compose([*tiny, "student=60k", "teacher=80k", f"store={tmp_path}", *given])
-    run_config(config)
-    (row,) = records.read(tmp_path)
+def test_every_way_to_prune_reaches_its_record(tiny, warm, given, recorded):
+    config = compose([*tiny, "student=60k", "teacher=80k", f"store={warm}", *given])
+    row = ran(config)
     assert {k: row[k] for k in recorded} == recorded
     assert row["student_loss"] < 7
     assert row["stored_params"] >= row["student_params"]
-    plain = pipeline.resolve(compose([*tiny, "student=60k", "teacher=80k", f"store={tmp_path}"]))
+    plain = pipeline.resolve(compose([*tiny, "student=60k", "teacher=80k", f"store={warm}"]))
     assert plain.student.digest != pipeline.resolve(config).student.digest
 
 
@@ -343,7 +338,7 @@ def test_folders_that_cannot_serve_are_named(folders, tmp_path):
 
 
 def test_a_bad_folder_stops_before_compute(tmp_path):
-    done = run_py("family=folders", f"teacher={tmp_path}", f"store={tmp_path / 'store'}", check=False)
+    done = run_here("family=folders", f"teacher={tmp_path}", f"store={tmp_path / 'store'}", cwd=tmp_path)
     assert done.returncode == 2
     assert "is no model folder" in done.stderr
     assert not (tmp_path / "store").exists()

@@ -15,7 +15,7 @@ from capacity_gap.runner.run_cell import run_config
 from capacity_gap.runtime.process import Runtime
 from capacity_gap.settings.errors import Busy, ConfigError, Damaged
 from capacity_gap.store.stage import Stage, Store
-from tests.conftest import ROOT, compose, run_py
+from tests.conftest import ROOT, compose, run_here
 
 
 class Died(Exception):
@@ -210,7 +210,7 @@ def test_cells_are_composed_as_hydra_does(tiny, tmp_path):
     """Groups, nested values, lists, nulls and interpolations: the short way gives what Hydra's long way gives."""
     axes = ["family=pico,pico_neox", "seed=0,1", "train.learning_rate=null,0.01", "tracking.project=a,'${student}b'"]
     given = [*tiny, "teacher=80k", "student=40k,50k", f"store={tmp_path}", *axes]
-    ours = run_py("-m", *given, "plan=true").stdout
+    ours = run_here("-m", *given, "plan=true", cwd=tmp_path).stdout
     assert "plan: 16 cells" in ours, "the project's name is no part of a cell"
 
     from hydra import compose as hydra_compose

@@ -24,7 +24,7 @@ from capacity_gap.store.contents import sweeps
 from capacity_gap.store.files import META
 from capacity_gap.store.stage import Store, closure
 from capacity_gap.training.train_config import PretrainConfig, TrainConfig
-from tests.conftest import ROOT, compose, run_py
+from tests.conftest import ROOT, compose, ran, run_here, run_py
 
 
 def test_a_cell_leaves_a_whole_record(tiny_cell):
@@ -205,10 +205,8 @@ def test_a_student_above_its_teacher_is_impossible(tiny):
         pipeline.resolve(compose([*tiny, "teacher=55k"]))
 
 
-def test_student_equal_to_teacher_prunes_nothing(tiny, tmp_path):
-    config = compose([*tiny, "student=55k", "teacher=55k", f"store={tmp_path}"])
-    run_config(config)
-    (row,) = records.read(tmp_path)
+def test_student_equal_to_teacher_prunes_nothing(tiny, warm):
+    row = ran(compose([*tiny, "student=55k", "teacher=55k", f"store={warm}"]))
     assert row["student_params"] == row["teacher_params"]
     assert row["init_loss"] == row["teacher_loss"]
 
@@ -289,13 +287,13 @@ def test_a_grid_runs_every_possible_cell_and_says_what_it_skipped(grid):
 
 def test_a_grid_again_runs_nothing_and_more_seeds_run_only_themselves(grid):
     folder, arguments, _ = grid
-    assert "grid: 3 reused, 1 skipped" in run_py(*arguments, cwd=folder).stdout
+    assert "grid: 3 reused, 1 skipped" in run_here(*arguments, cwd=folder).stdout
     assert "grid: 3 done, 3 reused, 2 skipped" in run_py(*arguments, "seed=0,1", cwd=folder).stdout
     assert len(list((folder / "grid/teacher").iterdir())) == 2
 
 
 def test_plan_says_what_would_run_and_starts_nothing(tiny, tmp_path):
-    done = run_py("-m", *tiny, "student=40k,60k", "teacher=80k,120k", "plan=true", "store=planned", cwd=tmp_path)
+    done = run_here("-m", *tiny, "student=40k,60k", "teacher=80k,120k", "plan=true", "store=planned", cwd=tmp_path)
     assert "plan: 4 cells, 0 of them recorded" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
@@ -326,6 +324,6 @@ def test_a_single_run_says_what_came_out(tiny, tmp_path, capsys):
     loss = f"held-out loss {row['student_loss']:.4f} ± {row['student_loss_stderr']:.4f} nats per token"
     assert result.startswith(f"done: 40k from 55k, 6k tokens, seed 0: {loss}")
     assert where == f"record: {tmp_path / 'record' / row['cell'] / 'record.json'}"
-    assert run_py(*given).stdout.splitlines() == [result.replace("done", "reused"), where]
+    assert run_here(*given, cwd=tmp_path).stdout.splitlines() == [result.replace("done", "reused"), where]
     assert cli.main(["status", str(tmp_path)]) == 0
     assert "single: 100% of 1 cells" in capsys.readouterr().out

@@ -23,7 +23,7 @@ from capacity_gap.runner.speed import MFU, speed
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.store.files import META
 from capacity_gap.store.stage import Stage, Store
-from tests.conftest import ROOT, compose, run_py
+from tests.conftest import ROOT, compose, run_here, run_py
 
 CPU = Worker(None, "", 1, 1.0, "fp32")
 H100 = Worker("H100", "device_name=h100", 1, 1.0, "bf16")
@@ -329,7 +329,7 @@ def test_a_grid_over_its_budget_is_refused_before_anything_is_written(tiny, tmp_
     assert costly.device_hours > 2 * costly.worker_s / 3600
     with pytest.raises(ConfigError, match="x 4 devices"):
         check_budget(costly, costly.worker_s / 3600)
-    done = run_py("-m", *tiny, f"store={tmp_path / 's'}", "budget_hours=1e-6", check=False)
+    done = run_here("-m", *tiny, f"store={tmp_path / 's'}", "budget_hours=1e-6", cwd=tmp_path)
     assert done.returncode == 2
     assert "Nothing was started" in done.stderr
     assert not (tmp_path / "s").exists()

@@ -79,7 +79,7 @@ def test_a_plan_needs_no_write_access_and_a_run_says_that_it_does(read_only, tin
     given = [*kind, *tiny, "student=40k", "teacher=55k", f"store={read_only}"]
     status, said = run("run.py", *given, "plan=true")
     assert status == 0, said
-    assert "plan: 1 cells, 1 of them recorded" in said
+    assert "plan: 1 cell, 1 of them recorded" in said
     status, said = run("run.py", *given, "seed=1")
     assert status == 2
     assert "cannot be written" in said

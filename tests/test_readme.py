@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from capacity_gap.commands import cli
-from tests.conftest import ROOT, run_py
+from tests.conftest import ROOT, run_here
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -29,7 +29,8 @@ def test_run_commands_plan(command, tmp_path):
     words = shlex.split(command)[2:]
     if "-m" not in words:
         words = ["-m", *words]
-    done = run_py(*words, "plan=true", f"store={tmp_path / 'store'}", cwd=tmp_path)
+    done = run_here(*words, "plan=true", f"store={tmp_path / 'store'}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert "plan: " in done.stdout
 
 

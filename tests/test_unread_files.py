@@ -197,7 +197,7 @@ def test_one_bad_folder_is_left_out_by_name_and_its_cells_are_skipped(copy, tiny
     ]
     done = run_here(*grid, f"store={good.parent / 'store'}", cwd=good.parent)
     assert done.returncode == 0, done.stderr
-    assert "plan: 1 cells" in done.stdout and "skipped" in done.stdout and "config.json is no JSON" in done.stdout
+    assert "plan: 1 cell," in done.stdout and "skipped" in done.stdout and "config.json is no JSON" in done.stdout
     with pytest.raises(ConfigError, match="is no JSON"):
         checkpoint_family([str(bad)])
 

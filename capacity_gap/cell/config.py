@@ -4,6 +4,7 @@ Each section's settings are declared beside what they decide, in a `*_config.py`
 sees OmegaConf. A config is never changed afterwards.
 """
 
+import copy
 import functools
 import json
 from collections.abc import Iterator, Mapping
@@ -197,21 +198,17 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
         ConfigError: a key is no setting, or a value is not allowed.
         omegaconf.errors.ValidationError: a value has the wrong type.
     """
-    from omegaconf import OmegaConf
 
     extension.load()
     given = _resolved({key: value for key, value in values.items() if key != "hydra"})
     if unknown := [key for key in given if key not in _sections() and key not in _alone()]:
         raise ConfigError(unknown_key(unknown[0]))
     alone = {key: value for key, value in given.items() if key in _alone()}
-    found = OmegaConf.to_container(_typed(None, json.dumps(alone)))
-    assert isinstance(found, dict)
+    found = _typed(None, json.dumps(alone))
     extension.check(found["extend"])
     for name in _sections():
-        part = OmegaConf.to_object(_typed(name, json.dumps(given.get(name, {}))))
-        assert isinstance(part, dict)
-        found |= part
-    return RunConfig(**{str(key): value for key, value in found.items()})
+        found |= _typed(name, json.dumps(given.get(name, {})))
+    return RunConfig(**found)
 
 
 @functools.cache
@@ -230,15 +227,23 @@ def _alone() -> Any:
     return OmegaConf.structured(make_dataclass("Alone", made))
 
 
+def _typed(section: str | None, values: str) -> dict[str, Any]:
+    """One section's values (JSON) in its types; without a section those of the settings at the top."""
+    return copy.deepcopy(_read(section, values))
+
+
 @functools.lru_cache(maxsize=1024)
-def _typed(section: str | None, values: str) -> Any:
-    """One section's values (JSON) merged into its types: the cells of a grid share most of them, and it takes long."""
+def _read(section: str | None, values: str) -> dict[str, Any]:
+    """The same, to be copied: the cells of a grid share most sections, and OmegaConf takes long."""
     from omegaconf import OmegaConf
 
-    schema, given = _alone(), json.loads(values)
-    if section is not None:
-        schema, given = OmegaConf.create({section: OmegaConf.structured(_sections()[section])}), {section: given}
-    return OmegaConf.merge(schema, given)
+    if section is None:
+        found = OmegaConf.to_container(OmegaConf.merge(_alone(), json.loads(values)))
+    else:
+        schema = OmegaConf.create({section: OmegaConf.structured(_sections()[section])})
+        found = OmegaConf.to_object(OmegaConf.merge(schema, {section: json.loads(values)}))
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
 
 
 def unknown_key(key: str) -> str:

@@ -42,7 +42,7 @@ def expanded(ladder: Family, config: RunConfig) -> Family:
     wanted = config.expand
     if not wanted.vocab:
         return ladder
-    own = max(dims(shape).vocab for shape in ladder.rungs.values())
+    own = _rows_of(ladder)
     rows = padded(wanted.vocab, wanted.multiple)
     if wanted.vocab <= own:
         raise ConfigError(f"expand.vocab={wanted.vocab}, but {ladder.name} already has {own} tokens. Give more.")
@@ -62,12 +62,22 @@ def start_of(config: RunConfig, ladder: Family) -> Start:
     shape = config_of(found, planning=config.plan)
     if own := list(ladder.checkpoints.values()):
         same_vocabulary([own[0], found])
+    elif config.family.name == UNSAID and (rows := dims(shape).vocab) != (theirs := _rows_of(ladder)):
+        raise ConfigError(
+            f"student={config.student} has {rows:,} tokens, and teacher={config.teacher} of family={ladder.name}, "
+            f"which is trained here, has {theirs:,}. Name a teacher with the student's tokens: teacher=FOLDER or "
+            f"teacher=ORG/NAME (teacher={RunConfig.teacher} is what it is where nothing is said)."
+        )
     if config.prune.init == "shared" or config.prune.init_data or config.prune.fixed or config.prune.depth:
         raise ConfigError(
             f"student={config.student} is a trained model: nothing is cut, and its shape is its own. Leave "
             "prune.init=shared, prune.init_data, prune.fixed and prune.depth out."
         )
     return found, shape
+
+
+def _rows_of(ladder: Family) -> int:
+    return max(dims(shape).vocab for shape in ladder.rungs.values())
 
 
 def _published_start(config: RunConfig, ladder: Family) -> Start:

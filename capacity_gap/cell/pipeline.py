@@ -192,8 +192,9 @@ class Cell(ResolvedCell):
 
 def in_waves(cells: Sequence[Cell]) -> list[list[list[Stage]]]:
     """For each wave of a grid and each cell what the cell needs in it; the last wave is the records."""
-    shared = max((len(cell.waves) for cell in cells), default=0)
-    waves = [[cell.waves[n] if n < len(cell.waves) else [] for cell in cells] for n in range(shared)]
+    each = [cell.waves for cell in cells]
+    shared = max(map(len, each), default=0)
+    waves = [[mine[n] if n < len(mine) else [] for mine in each] for n in range(shared)]
     return [*waves, [[cell.record] for cell in cells]]
 
 

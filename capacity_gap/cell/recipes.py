@@ -120,12 +120,19 @@ def multiples(config: RunConfig, params: int, usual: int) -> list[int]:
 
 def check_corpus(config: RunConfig, params: int) -> None:
     """Raises if no corpus was named for a student that the embedded prose is no text for."""
-    if config.corpus.name == ANY_CORPUS and params > EMBEDDED_FOR and not config.adapt.parts:
-        raise ConfigError(
-            f"no corpus is named, and the embedded prose (about 7M tokens of technical documentation) is no text for a "
-            f"student of {params:,} parameters. Say corpus=text corpus.path=FOLDER, corpus=fineweb_edu or another one; "
-            "corpus=embedded if it is meant. Nothing was started."
-        )
+    if said := no_corpus(config, params):
+        raise ConfigError(f"{said} Nothing was started.")
+
+
+def no_corpus(config: RunConfig, params: int) -> str:
+    """What is said of a student that is to learn from the embedded prose, and is too large for it; else nothing."""
+    if config.corpus.name != ANY_CORPUS or params <= EMBEDDED_FOR or config.adapt.parts:
+        return ""
+    return (
+        "no corpus is named, and the embedded prose (about 7M tokens of technical documentation) is no text for a "
+        f"student of {params:,} parameters. Say corpus=text corpus.path=FOLDER, corpus=fineweb_edu or another one; "
+        "corpus=embedded if it is meant."
+    )
 
 
 def _batch(recipe: Recipe, length: int, data: int) -> int:

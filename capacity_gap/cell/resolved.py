@@ -28,7 +28,7 @@ from capacity_gap.models.axes import (
     cuttable,
     dims,
 )
-from capacity_gap.models.checkpoints import Checkpoint
+from capacity_gap.models.checkpoints import Checkpoint, is_checkpoint
 from capacity_gap.models.ladders import Family
 from capacity_gap.pruning.common_shape import student_shape
 from capacity_gap.pruning.shape import Shape, between, sized
@@ -159,6 +159,8 @@ class ResolvedCell:
             except ConfigError as error:
                 last = error
         assert last is not None
+        if self.config.student == RunConfig.student and self.family.published:
+            raise ConfigError(f"{last} Say student=: {self.config.student} is what it is where nothing is said.")
         raise last
 
     def _shape_in(self, multiple: int) -> Shape:
@@ -223,8 +225,13 @@ class ResolvedCell:
     @property
     def name(self) -> str:
         """What people call the cell."""
-        student, tokens = format_scale(self.student_scale), format_scale(self.data_tokens)
-        return f"{student} from {self.rung}, {tokens} tokens, seed {self.config.seed}"
+        return f"{self.student_name} from {self.rung}, {format_scale(self.data_tokens)} tokens, seed {self.config.seed}"
+
+    @property
+    def student_name(self) -> str:
+        """What people call the student: the checkpoint that it is, or its scale."""
+        named = self.start is not None and is_checkpoint(self.config.student)
+        return self.start.name if self.start and named else format_scale(self.student_scale)
 
     @property
     def origin(self) -> str:

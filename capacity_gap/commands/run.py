@@ -70,10 +70,16 @@ def options_first(arguments: Sequence[str]) -> list[str]:
 
 
 def check_words(arguments: Sequence[str]) -> None:
-    """Raises `ConfigError` for an option that Hydra does not have, and for a number that no parser reads."""
+    """Raises `ConfigError` for words that mean nothing: unknown options, a launcher without a grid, huge numbers."""
     parser = get_args_parser()
     parser.error = _refuse  # Hydra's own prints its usage
-    parser.parse_args(arguments)
+    multirun = parser.parse_args(arguments).multirun
+    launcher = [word for word in arguments if word.startswith(("hydra/launcher=", "hydra.launcher."))]
+    if launcher and not multirun:
+        raise ConfigError(
+            f"{shown(launcher[0])} is read by grids only: without -m the cell would run here. Add -m: "
+            f"`{' '.join(RUN_WORDS)} -m …`. A grid may have one cell."
+        )
     for word in arguments:
         if found := re.search(r"\d{1000,}", word):
             raise ConfigError(f"{shown(word)} holds a number of {len(found[0]):,} digits. No setting takes that.")

@@ -28,7 +28,8 @@ def _add_store(commands: Any) -> None:
     told = "Say what is in a store, what can go and what is damaged, and mend it."
     store = commands.add_parser("store", description=told)
     actions = store.add_subparsers(dest="action", required=True, metavar="ACTION")
-    _action(actions, "ls", _ls, "cells and size of each sweep")
+    listed = _action(actions, "ls", _ls, "cells and size of each sweep")
+    listed.add_argument("--cells", action="store_true", help="every recorded cell: digest, loss, what it is")
     _action(actions, "du", _du, "size by kind of stage")
     told = "delete dead work, cached signals and what no record needs; says what, and asks for --yes"
     _action(actions, "gc", _gc, told).add_argument("--yes", action="store_true", help="really delete")
@@ -65,8 +66,23 @@ def _open(folder: str) -> "Store":
 def _ls(store: "Store", given: argparse.Namespace) -> int:
     from capacity_gap.store.contents import list_sweeps
 
+    if given.cells:
+        return _ls_cells(store)
     for name, done, cells, size in list_sweeps(store):
         print(f"{name:<24} {done:>5} of {cells:>5} cells {size / 1e6:>10.1f} MB")
+    return 0
+
+
+def _ls_cells(store: "Store") -> int:
+    from capacity_gap.records.load import read
+    from capacity_gap.settings.scales import format_scale
+
+    rows = [row for row in read(store.root) if row["status"] == "done"]
+    for row in sorted(rows, key=lambda row: (row["student_params"] or 0, row["student_loss"] or 0.0, row["cell"])):
+        loss = "" if row["student_loss"] is None else f"{row['student_loss']:.4f}"
+        made = f"{row.get('start') or row['student']} from {row['teacher']}"
+        print(f"{row['cell'][:8]}  {loss:>8}  {made}, {format_scale(row['data_tokens'])} tokens, seed {row['seed']}")
+    print(f"{len(rows)} cells. `export DIGEST OUT --store {store.root}` writes one of these students to a folder.")
     return 0
 
 

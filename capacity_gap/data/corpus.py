@@ -13,6 +13,7 @@ from capacity_gap.store.files import write_json
 SPLITS = ("train", "validation", "test")
 SHINGLE = 8  # words
 NEAR = 0.5  # a held-out document with this share of its shingles in the training text is a near-duplicate
+SMALLER = (30, 10, 3, 1)  # documents of one part of a group, where whole groups are too large to be dealt
 OVERSHOOT = 1.25  # a held-out part may be this much larger than asked, since groups stay whole
 
 
@@ -32,7 +33,7 @@ def build_corpus(
         The manifest: digest of the three splits, documents and bytes in each, and the share of held-out documents
         that were near-duplicates of training text, before they were taken out.
     """
-    splits = split_by_group(list(documents), validation=validation, test=test)
+    splits = _split(list(documents), validation=validation, test=test)
     known = shingle_hashes(splits["train"])
     near: dict[str, dict[str, float]] = {}
     for name in ("validation", "test"):
@@ -48,7 +49,7 @@ def build_corpus(
         raise ConfigError(
             "the corpus is too small or too uniform to be split: "
             + ", ".join(f"{name} has {len(part)} documents" for name, part in splits.items())
-            + ". Give more text, or larger corpus.validation and corpus.test."
+            + ". Give more text, in more documents: a document ends at an empty line, or with its line of .jsonl."
         )
     digest = hashlib.sha256()
     for name in SPLITS:
@@ -57,6 +58,17 @@ def build_corpus(
     manifest = {"digest": digest.hexdigest(), "splits": {n: _counts(splits[n]) for n in SPLITS}, "overlap": near}
     write_json(out / "corpus.json", manifest)
     return manifest
+
+
+def _split(documents: Sequence[Document], *, validation: float, test: float) -> dict[str, list[Document]]:
+    """Deals whole groups; if that leaves a split empty, as of a small text of one file, ever smaller parts of them."""
+    splits = split_by_group(documents, validation=validation, test=test)
+    for size in SMALLER:
+        if all(splits.values()):
+            break
+        parts = [Document(d.text, f"{d.group}/{i // size}") for i, d in enumerate(documents)]
+        splits = split_by_group(parts, validation=validation, test=test)
+    return splits
 
 
 def split_by_group(documents: Sequence[Document], *, validation: float, test: float) -> dict[str, list[Document]]:

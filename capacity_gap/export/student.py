@@ -63,7 +63,7 @@ class Lineage:
             listed = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
             raise UserError(
                 f"{cell} names {len(found)} recorded cells of {store.root}. Give the beginning of one digest: "
-                f"{listed or 'none is recorded yet'}."
+                f"{listed or 'none is recorded yet'}. `store ls --cells` says what each of them is."
             )
         return Lineage(store, found[0])
 

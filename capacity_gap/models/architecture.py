@@ -5,7 +5,10 @@ The tables themselves are in `architectures.py`; what is counted and cut from th
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
+
+from capacity_gap.models.layouts import LAYOUTS
 
 Config = Mapping[str, Any] | Any  # the content of a config.json, or a transformers config object
 
@@ -40,11 +43,9 @@ class Dims:
     def axis(self, name: str) -> int:
         """Length of a named axis, wherever it is."""
         name = place(name)[0]
-        if name in ("heads", "kv_heads"):
-            return getattr(self, name) * self.head_dim
-        if name == "per_head":
-            return self.heads
-        return 3 * self.heads * self.head_dim if name in ("qkv", "qkv_by_head") else getattr(self, name)
+        if name in LAYOUTS:
+            return sum(prod(b.shape(getattr(self, b.of), self.head_dim)) for b in LAYOUTS[name])
+        return int(name) if name.isdigit() else getattr(self, name)
 
     def with_units(self, *, hidden: int, kv_heads: int, neurons: int, layers: int, group: int | None = None) -> "Dims":
         """The same model with other numbers of units."""

@@ -11,8 +11,10 @@ of its second attention (decoder, on itself), `heads.2` of its third (decoder, o
 each such place and layer: place p of layer i is row p·L + i. A model with one stack has one place: row i is layer i.
 """
 
+import functools
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -25,15 +27,26 @@ from capacity_gap.settings.errors import ConfigError
 
 def architecture(config: Config) -> Architecture:
     """The table for a config's `model_type`; one without a table raises and names those that have one."""
-    if isinstance(config, Mapping):
-        config = completed(config)
     model_type = get(config, "model_type")
     if model_type not in ARCHITECTURES:
         raise ConfigError(
             f"no axis table for the architecture {model_type!r}. There are tables for: {', '.join(ARCHITECTURES)}. "
             "Register one with capacity_gap.models.architectures.ARCHITECTURES, in a module named by extend=[MODULE]."
         )
-    return ARCHITECTURES[model_type](config)
+    make = ARCHITECTURES[model_type]
+    return _read(make, _text(config))[0] if isinstance(config, Mapping) else make(config)
+
+
+def _text(config: Mapping[str, Any]) -> str:
+    """A config.json as text, by which its table and sizes are looked up: a plan asks for them thousands of times."""
+    return json.dumps(dict(config), default=str)
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(make: Callable[[Config], Architecture], text: str) -> tuple[Architecture, Dims]:
+    config = completed(json.loads(text))
+    table = make(config)
+    return table, _sizes(table, config)
 
 
 def cuttable(config: Config) -> Architecture:
@@ -59,9 +72,13 @@ def architecture_identity(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def dims(config: Config) -> Dims:
     """The sizes of the model that `config` describes."""
-    if isinstance(config, Mapping):
-        config = completed(config)
     table = architecture(config)
+    if isinstance(config, Mapping):
+        return _read(ARCHITECTURES[get(config, "model_type")], _text(config))[1]
+    return _sizes(table, config)
+
+
+def _sizes(table: Architecture, config: Config) -> Dims:
     keys = table.keys
     hidden, heads = get(config, keys["hidden"]), get(config, keys["heads"])
     positions = get(config, keys["positions"]) if "positions" in keys else 0

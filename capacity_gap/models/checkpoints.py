@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from capacity_gap.models.gguf_files import described
-from capacity_gap.models.hub import planning_files
+from capacity_gap.models.hub import NotHad, planning_files
 from capacity_gap.settings.errors import ConfigError, shown
 from capacity_gap.settings.hashing import files_digest
 from capacity_gap.settings.places import ON_HUB, user_path
@@ -73,12 +73,15 @@ def checkpoint(given: str) -> Checkpoint:
     path = user_path(given).absolute()
     if given.endswith(GGUF):
         if not path.is_file():
-            raise ConfigError(f"{shown(given)}: there is no such file.")
+            raise ConfigError(f"{shown(given)}: there is no such file, seen from {Path.cwd()}.")
         return Checkpoint(path.name, str(path), _described(path, path.stat().st_size, path.stat().st_mtime_ns))
     repository, _, revision = given.partition("@")
     if path.is_dir() or not ON_HUB.fullmatch(repository) or (revision and not re.fullmatch(r"[\w./-]+", revision)):
         return Checkpoint(path.name, str(path), path)
-    folder = planning_files(repository, revision or None)
+    try:
+        folder = planning_files(repository, revision or None)
+    except NotHad as error:
+        raise NotHad(f"{error} There is no folder {shown(given)} either, seen from {Path.cwd()}.") from error
     commit = folder.name
     aliases = (given, f"{repository}@{commit}")
     return Checkpoint(f"{repository}@{commit[:SHORT]}", repository, folder, commit, aliases)

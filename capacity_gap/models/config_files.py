@@ -10,7 +10,7 @@ from typing import Any
 
 from capacity_gap.models.axes import architecture, count_params, dims
 from capacity_gap.models.defaults import ASSUMED, by_own_names
-from capacity_gap.settings.errors import ConfigError, UserError, shown
+from capacity_gap.settings.errors import ConfigError, UserError, nearest, shown
 
 # The most that a size may be: far beyond every model, and small enough to be counted with.
 MOST = {"layers": 10_000, "decoder_layers": 10_000, "heads": 10_000, "kv_heads": 10_000}
@@ -46,6 +46,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         ConfigError: there is none, it cannot be read, or it describes no model that is known here.
     """
     file = folder / "config.json"
+    if not folder.is_dir():
+        beside = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        raise ConfigError(f"{folder} does not exist{nearest(folder.name, beside)}.")
     if not file.is_file():
         raise ConfigError(
             f"{folder} is no model folder: it has no config.json. Give a folder that save_pretrained wrote, with "

@@ -5,7 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.models.axes import architecture, count_params
+from capacity_gap.models.axes import architecture, count_params, dims
 from capacity_gap.models.checkpoints import Checkpoint, checkpoint
 from capacity_gap.models.config_files import AGAIN, MOST_UNITS, read_config, read_object
 from capacity_gap.models.hub import NotHad
@@ -73,7 +73,8 @@ def config_of(one: Checkpoint, *, planning: bool = False) -> dict[str, Any]:
     """
     path, config = one.folder, read_config(one.folder)
     if planning and (lacks := _lacks(one)):
-        _tell_once(f"{one.name} has no {' and no '.join(lacks)}: it can be planned with, and not run.")
+        pickled = " (pickled ones are not read)" if "weights" in lacks and any(path.glob("*.bin")) else ""
+        _tell_once(f"{one.name} has no {' and no '.join(lacks)}{pickled}: it can be planned with, and not run.")
         if "tokenizer.json" in lacks:
             return config
     if not (path / "tokenizer.json").is_file():
@@ -106,6 +107,8 @@ def same_vocabulary(models: Sequence[Checkpoint]) -> None:
         ConfigError: they do not.
     """
     read = [one for one in models if (one.folder / "tokenizer.json").is_file()]
+    if len(read) < len(models):
+        _tell_of_rows(models)
     for one in read[1:]:
         first, other = vocabulary(read[0].folder), vocabulary(one.folder)
         if other != first:
@@ -114,6 +117,20 @@ def same_vocabulary(models: Sequence[Checkpoint]) -> None:
                 f"{one.name} and {read[0].name} have different vocabularies ({len(other)} and {len(first)} tokens; "
                 f"the first differences: {changed}). Models of one grid must share a tokenizer."
             )
+
+
+MOST_PADDING = 1.02  # rows of one embedding by those of another with the same tokens: padding differs by so much
+
+
+def _tell_of_rows(models: Sequence[Checkpoint]) -> None:
+    """Says what seems to have other tokens where tokenizers are missing, which only a plan may go without."""
+    rows = {one.name: dims(read_config(one.folder)).vocab for one in models}
+    if max(rows.values()) > MOST_PADDING * min(rows.values()):
+        listed = ", ".join(f"{name} {count:,}" for name, count in rows.items())
+        _tell_once(
+            f"their embeddings have different rows ({listed}), and without each tokenizer.json it is not known whether "
+            "they share a vocabulary, which models of one grid must."
+        )
 
 
 def vocabulary(path: Path) -> dict[str, int]:

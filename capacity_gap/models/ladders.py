@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from capacity_gap.models.axes import count_params
@@ -64,9 +65,12 @@ class Family:
                 raise ImpossibleCell(self.left_out[name])
         try:
             wanted = parse_scale(given, key="teacher")
-        except ConfigError:
+        except ConfigError as error:
             if not self.checkpoints:
-                raise
+                raise ConfigError(
+                    f"{error} A checkpoint is a folder that is there (seen from {Path.cwd()}), ORG/NAME of the hub, "
+                    "or a .gguf file."
+                ) from error
             wanted = 0
         if wanted in self.scales:
             return self.scales[wanted]

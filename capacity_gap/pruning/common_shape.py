@@ -1,11 +1,13 @@
 """The student's shape by policy: one that all teachers of a ladder can hold, each teacher's in proportion, or fixed."""
 
+import functools
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from capacity_gap.models.architecture import Config, Dims
+from capacity_gap.models.architecture import Config, Dims, get
 from capacity_gap.models.axes import architecture, config_with, count, dims
 from capacity_gap.pruning.shape import (
     TOLERANCE,
@@ -32,7 +34,13 @@ def common_shape(
     queries differently, the student takes as few queries to a key-value head as any; under one rung without groups it
     has none, and grouped teachers repeat their key-value heads.
     """
-    able = _alike(rungs, target_params)
+    return _common_shape(json.dumps({name: dict(rungs[name]) for name in rungs}), target_params, multiple, depth)
+
+
+@functools.lru_cache(maxsize=1024)
+def _common_shape(ladder: str, target_params: int, multiple: int, depth: int | None) -> Shape:
+    """The same for a ladder as JSON text: every cell of a grid asks for it, and it takes long."""
+    able = _alike(json.loads(ladder), target_params)
     sizes = [dims(r) for r in able]
     for rung in able:
         fits = count(architecture(rung), dims(rung)) <= target_params * (1 + TOLERANCE)
@@ -114,10 +122,12 @@ def _check_kind(rungs: Mapping[str, Config], teacher: Mapping[str, Any], target:
     """Raises `ImpossibleCell` under a teacher whose parameters are not those of most rungs that hold the student."""
     mine, usual = (dict(_names(c)) for c in (teacher, _alike(rungs, target)[0]))
     if differ := sorted(set(mine.items()) ^ set(usual.items())):
+        kinds = [str(get(config, "model_type")) for config in (teacher, _alike(rungs, target)[0])]
+        other = f"it is a {kinds[0]}, the student a {kinds[1]}" if kinds[0] != kinds[1] else "both have one model_type"
         raise ImpossibleCell(
-            f"the teacher cannot hold the common student of {target:,} parameters: its weights are not those of most "
-            f"rungs; they differ in {', '.join(sorted({n for n, _ in differ})[:3])}. Take another teacher, or "
-            "prune.shape=per_teacher."
+            f"the teacher cannot hold the common student of {target:,} parameters: {other}, and their weights differ "
+            f"in {', '.join(sorted({n for n, _ in differ})[:3])}. One student for all teachers takes teachers of one "
+            "architecture; prune.shape=per_teacher gives each teacher a student of its own kind."
         )
 
 

@@ -17,18 +17,20 @@ from torch import Tensor
 
 from capacity_gap.models.architecture import Architecture, Config, Dims, place
 from capacity_gap.models.axes import config_with, cuttable, dims, pattern_of
+from capacity_gap.models.layouts import LAYOUTS
 from capacity_gap.models.quiet import quiet
 from capacity_gap.models.weights import INDEX, SINGLE, base_prefix, weight_files
 from capacity_gap.pruning.kept_layers import kept_layers, top
 from capacity_gap.pruning.scores import Scores
 from capacity_gap.pruning.shape import Shape, sized, unfit, with_rows
+from capacity_gap.pruning.units import rows_of
 from capacity_gap.settings.errors import ConfigError
 
 SHARDS = 48  # the student is written in shards of this part of the teacher's checkpoint (saving copies a shard once)
 LEAST_SHARD = 2**25  # bytes, so that a small checkpoint is not cut into 48 files
 BLOCK_NUMBERS = 2**23  # numbers of a large tensor read at once: 32 MB in fp32
 Read = Callable[[str, Sequence[Tensor | None]], Tensor]
-UNITS = ("hidden", "embed", "neurons", "heads", "per_head", "kv_heads", "qkv", "qkv_by_head")
+UNITS = ("hidden", "embed", *LAYOUTS)
 
 
 @dataclass(frozen=True)
@@ -51,22 +53,15 @@ class Kept:
         """Indices into one axis of a parameter of layer `layer`; None keeps the whole axis."""
         axis, number = place(axis)
         row = number * self.depth + layer
-        width = sizes.head_dim
         if axis == "hidden" or (axis == "embed" and sizes.embed == sizes.hidden):
             return self.hidden
-        if axis == "neurons":
-            return self.neurons[row]
-        if axis == "kv_heads":
-            return _spread(self.kv_heads[row], width)
-        if axis == "heads":
-            return _spread(self.heads[row], width)
-        if axis == "per_head":
-            return self.heads[row]
-        if axis == "qkv":
-            rows = _spread(self.heads[row], width)
-            return torch.cat([rows + part * sizes.heads * width for part in range(3)])
-        if axis == "qkv_by_head":
-            return _spread(self.heads[row], 3 * width)
+        if axis in LAYOUTS:
+            found, start = [], 0
+            for block in LAYOUTS[axis]:
+                units = getattr(self, block.of)[row]
+                found.append(start + rows_of(block, units, getattr(sizes, block.of), sizes.head_dim))
+                start += prod(block.shape(getattr(sizes, block.of), sizes.head_dim))
+            return torch.cat(found)
         first = self.vocab or sizes.vocab
         return torch.arange(first) if axis == "vocab" and first < sizes.vocab else None
 

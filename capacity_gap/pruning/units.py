@@ -1,6 +1,7 @@
 """From weights to units: sums over all weights that belong to a head, a neuron or a hidden dimension."""
 
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from capacity_gap.models.architecture import Architecture, Dims, place
 from capacity_gap.models.axes import pattern_of
+from capacity_gap.models.layouts import LAYOUTS, Block
 from capacity_gap.store.checkpoint import whole
 
 
@@ -43,16 +45,39 @@ class UnitSums:
         s = self.sizes
         if axis == "hidden" or (axis == "embed" and s.embed == s.hidden):
             self.hidden += line
-        elif axis == "neurons":
-            self.neurons[rows] += line
-        elif axis == "kv_heads":
+        start = 0
+        for block in LAYOUTS.get(axis, ()):
+            units = getattr(s, block.of)
+            rows_here = prod(block.shape(units, s.head_dim))
+            mine = by_unit(block, line[start : start + rows_here], units, s.head_dim)
+            start += rows_here
+            if block.of == "neurons":
+                self.neurons[rows] += mine.sum(-1)
+                continue
             # A unit is a key-value head with its queries: the rows of both add to it.
-            self.heads[rows] += line.view(s.kv_heads, -1).sum(-1)
-        elif axis in ("heads", "per_head", "qkv", "qkv_by_head"):
-            # In `qkv` a head's queries, keys and values lie a third of the axis apart.
-            parts = line.view(3, s.heads, -1).sum(0) if axis == "qkv" else line.view(s.heads, -1)
-            self.queries[rows] += parts.sum(-1)
-            self.heads[rows] += parts.view(s.kv_heads, -1).sum(-1)
+            self.heads[rows] += mine.reshape(s.kv_heads, -1).sum(-1)
+            if block.of == "heads":
+                self.queries[rows] += mine.sum(-1)
+
+
+def rows_of(block: Block, chosen: Tensor, units: int, width: int) -> Tensor:
+    """The rows of a block that belong to the chosen ones of its units, as a smaller block of the same kind has them."""
+    grid = torch.arange(prod(block.shape(units, width))).view(block.shape(units, width))
+    if block.groups == 1:
+        return grid.index_select(block.unit_dimensions[0], chosen).flatten()
+    _, second = block.unit_dimensions  # the first dimension numbers the groups
+    by_unit = grid.movedim(second, 1).flatten(0, 1)[chosen]
+    return by_unit.unflatten(0, (block.groups, -1)).movedim(1, second).flatten()
+
+
+def by_unit(block: Block, line: Tensor, units: int, width: int) -> Tensor:
+    """A block's rows by unit: [units, rows of each], those of several maps added up."""
+    grid = line.view(block.shape(units, width))
+    if block.groups > 1:
+        first, second = block.unit_dimensions
+        return grid.movedim(second, first + 1).reshape(units, -1)
+    (unit,) = block.unit_dimensions
+    return (grid.sum(list(range(unit))) if unit else grid).reshape(units, -1)
 
 
 def zeros(table: Architecture, sizes: Dims) -> list[Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from capacity_gap.cell.config import from_hydra
 from capacity_gap.cell.pipeline import Cell, in_waves, resolve
-from capacity_gap.cell.recipes import check_corpus
+from capacity_gap.cell.recipes import check_corpus, no_corpus
 from capacity_gap.report.sweep_run import mirror_sweep
 from capacity_gap.runner.machines import Machines
 from capacity_gap.runner.plan import check_budget, make_plan, noted_cell
@@ -47,6 +47,7 @@ class Outcome:
     """What became of each cell: `reused`, `done`, `failed` or `skipped`, with the cause."""
 
     cells: list[tuple[str, str, str]] = field(default_factory=list)
+    warnings: dict[str, str] = field(default_factory=dict)  # of a plan, by what they are about
 
     def add(self, name: str, status: str, cause: str = "") -> None:
         """Notes one cell."""
@@ -95,7 +96,7 @@ def run_grid(
     store.check_schema()
     plan = make_plan([c for c, _ in cells.values()], store, machines=machines)
     if first.plan:
-        print("\n".join([*plan.lines, *_skipped(outcome)]))
+        print("\n".join([*plan.lines, *outcome.warnings.values(), *_skipped(outcome)]))
     check_budget(plan, first.budget_hours)
     if first.plan:
         return True
@@ -153,6 +154,8 @@ def _resolve(jobs: Sequence[Job], outcome: Outcome) -> dict[str, tuple[Cell, lis
         else:
             if not asked.plan:
                 check_corpus(asked, cell.student_target)
+            elif said := no_corpus(asked, cell.student_target):
+                outcome.warnings.setdefault("corpus", f"warning: {said}")
             cells.setdefault(cell.record.digest, (cell, job.overrides))
     if not jobs:
         raise ConfigError(

@@ -14,6 +14,7 @@ from capacity_gap.models.accounting import Memory
 from capacity_gap.runner.cost import costs, signals, timetable, written
 from capacity_gap.runner.machines import Machines, Worker, worker_of
 from capacity_gap.runner.plan_lines import (
+    counted,
     evaluation_line,
     format_bytes,
     format_hours,
@@ -28,7 +29,10 @@ from capacity_gap.runner.plan_memory import Need, needs
 from capacity_gap.runner.plan_texts import text_lines
 from capacity_gap.runner.speed import Speed, speed
 from capacity_gap.settings.errors import ConfigError
+from capacity_gap.settings.scales import format_scale
 from capacity_gap.store.stage import Stage, Store, closure
+
+MUCH_FOR_A_CPU = 100  # device-hours from which a plan for a CPU says how to plan for a GPU
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,11 @@ class Plan:
         alone = [
             f"every cell alone would take {self.flops_alone:.3g} FLOPs, shared {self.flops_shared:.3g} ({share:.0%})"
         ] * (share < 0.995)
+        slow = not self.worker.gpu and self.device_hours > MUCH_FOR_A_CPU
+        hint = "; device_name=h100 plans for such a GPU, with -m also hydra/launcher=slurm" if slow else ""
         cached = f"; cached signals, bytes a token: {', '.join(self.signals)}" if self.signals else ""
         return [
-            f"plan: {self.cells} cells, {self.done} of them recorded; nothing is started",
+            f"plan: {counted(self.cells, 'cell')}, {self.done} of them recorded; nothing is started",
             *self.models,
             *self.texts,
             *self.warnings,
@@ -91,9 +97,10 @@ class Plan:
             f"to run: {self.flops:.3g} FLOPs, {format_seconds(self.worker_s)} of one worker, about "
             f"{format_seconds(self.wall_s)} with {self.at_once} at once; "
             f"{format_hours(self.device_hours)} device-hours ({each})",
-            f"speed {self.speed.source}",
+            f"speed {self.speed.source}{hint}",
             *memory_lines(self.needs, self.worker),
-            f"disk {format_bytes(self.disk_bytes)}{cached}",
+            f"disk {format_bytes(self.disk_bytes)} of models and signals; texts, downloads and checkpoints in training "
+            f"come on top{cached}",
             *alone,
         ]
 
@@ -137,9 +144,7 @@ def make_plan(cells: Sequence[Cell], store: Store, *, machines: Machines | None 
         models=[
             *teacher_lines(cells, spent),
             *student_lines(cells, spent),
-            *dict.fromkeys(
-                recipe_line(c.config, c.student_target, None if c.start_shape else c.multiple) for c in cells
-            ),
+            *_recipe_lines(cells),
             evaluation_line(cells, spent),
         ],
         texts=text_lines(cells, store),
@@ -153,12 +158,36 @@ def noted_cell(cell: Cell, overrides: Sequence[str], pace: Speed) -> dict[str, A
     return {"name": cell.name, "overrides": list(overrides), "stages": stages}
 
 
+def _recipe_lines(cells: Sequence[Cell]) -> list[str]:
+    """A line for each recipe; where budgets are trained in other steps, which budgets it is for."""
+    budgets: dict[str, dict[int, None]] = {}
+    for c in cells:
+        line = recipe_line(c.config, c.student_target, None if c.start_shape else c.multiple)
+        budgets.setdefault(line, {})[c.data_tokens] = None
+    if len({tuple(mine) for mine in budgets.values()}) < 2:
+        return list(budgets)
+    return [f"data={','.join(map(format_scale, mine))}: {line}" for line, mine in budgets.items()]
+
+
 def recipe_warnings(cells: Sequence[Cell]) -> list[str]:
-    """A grid whose students are trained by two recipes compares more than their sizes."""
+    """A grid whose students or budgets are trained by different recipes compares more than their sizes."""
     names = list(dict.fromkeys(recipe_of(c.config, c.student_target).name for c in cells))
-    if len(names) < 2:
-        return []
-    return [f"warning: students of two recipes ({', '.join(names)}): train.recipe={names[-1]} gives all of them one"]
+    found = []
+    if len(names) > 1:
+        found += [
+            f"warning: students of two recipes ({', '.join(names)}): train.recipe={names[-1]} gives all of them one"
+        ]
+    steps: dict[int, set[int]] = {}
+    for c in cells:
+        if c.data_tokens:
+            steps.setdefault(c.student_scale, set()).add(c.batch_size)
+    if any(len(sizes) > 1 for sizes in steps.values()):
+        sizes = sorted(set().union(*steps.values()))
+        found += [
+            f"warning: budgets of one student are trained in steps of {' and '.join(map(str, sizes))} sequences, so "
+            f"they differ in more than tokens: train.batch_size={sizes[0]} gives all of them one"
+        ]
+    return found
 
 
 def check_budget(plan: Plan, hours: float | None) -> None:

@@ -49,17 +49,17 @@ def student_lines(cells: Sequence[Cell], costs: Costs) -> Iterator[str]:
     shapes: dict[int, dict[int, str]] = {}
     for cell in cells:
         shapes.setdefault(cell.student_scale, {})[count_params(cell.student_shape)] = _shape(cell.student_shape)
-    ordered = sorted(shapes)
+    ordered, names = sorted(shapes), {c.student_scale: c.student_name for c in cells}
     for scale in ordered[:MOST_ROWS]:
         (first, said), *more = sorted(shapes[scale].items())
         if more:
             said = f"{first:,} to {more[-1][0]:,} parameters, {len(more) + 1} shapes"
         curves = {tokens: curve for (student, tokens), curve in sorted(costs.curves.items()) if student == scale}
-        yield f"student {format_scale(scale)}: {said}; curve {_curves(curves)}"
+        yield f"student {names[scale]}: {said}; curve {_curves(curves)}"
     if rest := ordered[MOST_ROWS:]:
         mine = [curve for (student, _), curve in costs.curves.items() if student in rest]
-        names = f"{format_scale(rest[0])} to {format_scale(rest[-1])}"
-        yield f"students {names} ({len(rest)} more); {len(mine)} curves: {_summed(mine)}"
+        ends = f"{names[rest[0]]} to {names[rest[-1]]}"
+        yield f"students {ends} ({len(rest)} more); {len(mine)} curves: {_summed(mine)}"
 
 
 def _curves(curves: Mapping[int, Curve]) -> str:
@@ -71,7 +71,7 @@ def _curves(curves: Mapping[int, Curve]) -> str:
 
 
 def _summed(curves: Collection[Curve]) -> str:
-    return f"{_counted(sum(c.cells for c in curves), 'cell')} {format_seconds(sum(c.seconds for c in curves))}"
+    return f"{counted(sum(c.cells for c in curves), 'cell')} {format_seconds(sum(c.seconds for c in curves))}"
 
 
 def _shape(shape: Mapping[str, object]) -> str:
@@ -85,7 +85,7 @@ def _shape(shape: Mapping[str, object]) -> str:
 def evaluation_line(cells: Sequence[Cell], costs: Costs) -> str:
     """What held-out evaluation costs, apart, and what lowers it where that is much."""
     share = costs.evaluation / costs.total if costs.total else 0.0
-    said = f"held-out evaluation of {_counted(costs.models, 'model')}: {format_seconds(costs.evaluation)}"
+    said = f"held-out evaluation of {counted(costs.models, 'model')}: {format_seconds(costs.evaluation)}"
     if costs.evaluation:
         said += f", {share:.0%} of the time" if share > 0.005 else ", under 1% of the time"
     if share > MUCH:
@@ -118,11 +118,11 @@ def warnings(cells: Sequence[Cell]) -> list[str]:
         found.append(f"one teacher only: no optimum can be located, which takes {LEAST_TEACHERS} teachers a curve")
     elif few := sum(count < LEAST_TEACHERS for count in counts):
         found.append(
-            f"{few} of {_counted(len(counts), 'curve')} {'has' if few == 1 else 'have'} fewer than {LEAST_TEACHERS} "
+            f"{few} of {counted(len(counts), 'curve')} {'has' if few == 1 else 'have'} fewer than {LEAST_TEACHERS} "
             "teachers: no optimum can be located there"
         )
     if (students := len({c.student_scale for c in cells})) < LEAST_STUDENTS:
-        found.append(f"{_counted(students, 'student')} only: no law can be fitted, which takes {LEAST_STUDENTS}")
+        found.append(f"{counted(students, 'student')} only: no law can be fitted, which takes {LEAST_STUDENTS}")
     return [f"warning: {'; '.join(found)} (this grid alone)"] if found else []
 
 
@@ -132,7 +132,8 @@ def _curve(cell: Cell) -> tuple:
     return (cell.student_scale, cell.data_tokens, *(repr(said.get(c)) for c in parting_columns()))
 
 
-def _counted(count: int, name: str) -> str:
+def counted(count: int, name: str) -> str:
+    """A number with its noun."""
     return f"{count:,} {name}{'s' * (count != 1)}"
 
 

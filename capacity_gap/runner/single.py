@@ -6,7 +6,7 @@ from typing import Any
 
 from capacity_gap.cell.config import RunConfig
 from capacity_gap.cell.pipeline import resolve
-from capacity_gap.cell.recipes import check_corpus
+from capacity_gap.cell.recipes import check_corpus, no_corpus
 from capacity_gap.records import RECORD
 from capacity_gap.runner import run_cell
 from capacity_gap.runner.plan import check_budget, make_plan, noted_cell
@@ -33,7 +33,8 @@ def run_alone(config: RunConfig, overrides: Sequence[str]) -> str:
     store.check_schema()
     plan = make_plan([cell], store)
     if config.plan:
-        print("\n".join(plan.lines))
+        said = no_corpus(config, cell.student_target)
+        print("\n".join([*plan.lines, *([f"warning: {said}"] if said else [])]))
     check_budget(plan, config.budget_hours)
     if not config.plan:
         check_corpus(config, cell.student_target)

@@ -44,7 +44,8 @@ def open_store(folder: str) -> Store:
     store = Store(folder)
     if not is_store(store.root):
         raise StoreError(
-            f"{folder} is no store: it has no store.json. Name the folder that run.py was given as store=."
+            f"{folder} is no store: it has no store.json. Name the folder that run.py was given as store= "
+            "(`export` takes it as --store DIR)."
         )
     if not store.marker.exists():
         tell(f"{store.marker} is missing; the next run.py with this store writes it again.")

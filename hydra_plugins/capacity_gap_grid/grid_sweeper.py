@@ -108,15 +108,21 @@ def own_ladder(composed: Sequence[dict[str, Any]]) -> dict[str, str]:
     """
     from capacity_gap.models.checkpoints import is_checkpoint
 
-    named = dict.fromkeys(str(one["teacher"]) for one in composed if not one["family"]["folders"])
-    return {teacher: _pinned(teacher) for teacher in named if is_checkpoint(teacher)}
+    named = {str(one["teacher"]): bool(one.get("plan")) for one in composed if not one["family"]["folders"]}
+    return {teacher: _pinned(teacher, planning) for teacher, planning in named.items() if is_checkpoint(teacher)}
 
 
-def _pinned(given: str) -> str:
-    """A checkpoint by a name that stands for the same in every process: of the hub with its commit."""
+def _pinned(given: str, planning: bool) -> str:
+    """A checkpoint by a name that stands for the same in every process: of the hub with its commit.
+
+    One that cannot be used raises here: without it the others would be another ladder, with other students.
+    """
     from capacity_gap.models.checkpoints import checkpoint
+    from capacity_gap.models.folders import config_of
 
-    return checkpoint(given).pinned
+    found = checkpoint(given)
+    config_of(found, planning=planning)
+    return found.pinned
 
 
 def _in_ladder(
@@ -130,7 +136,7 @@ def _in_ladder(
 
     teacher, student, family = str(one["teacher"]), str(one["student"]), one["family"]
     own = {"teacher": ladder[teacher]} if teacher in ladder else {}
-    own |= {"student": _pinned(student)} if is_checkpoint(student) else {}
+    own |= {"student": _pinned(student, bool(one.get("plan")))} if is_checkpoint(student) else {}
     found = {**one, **own}
     given = [f"{key}={quoted(name)}" for key, name in own.items() if name != str(one[key])]
     if teacher in ladder and family["name"] in (FOLDERS, UNSAID):
