@@ -19,7 +19,7 @@ demo: $(VENV)/.installed  ## the whole road on real text: about five minutes on 
 	$(BIN)/python -m capacity_gap report store --sweep quick --out figures/report.html
 
 test: $(VENV)/.installed  ## the default tests
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 test-all: $(VENV)/.installed  ## every test, the slow ones too
 	$(BIN)/python -m pytest -q -m ''
@@ -46,6 +46,7 @@ bench: $(VENV)/.installed  ## every claim of speed, one script each
 evidence: $(VENV)/.installed  ## the long runs whose tables are in results/
 	$(BIN)/python -m benchmarks.chaos --out results/chaos.csv
 	$(BIN)/python -m benchmarks.damage --out results/damage.csv
+	$(BIN)/python -m benchmarks.architectures --out results/architectures.csv
 	$(BIN)/python -m benchmarks.fuzz --minutes 10 --out results/fuzz.csv
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[instruct,ray,slurm]'
 	$(BIN)/python -m benchmarks.store_races --out results/store_races.csv

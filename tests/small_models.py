@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from capacity_gap.models.axes import architecture, dims
-from capacity_gap.models.building import auto_class
+from capacity_gap.models.building import attention_of, auto_class
 from capacity_gap.pruning.hooks import layers_of
 
 LLAMA = {
@@ -61,11 +61,15 @@ SMALL = {
     "t5 gated": ("t5", {**T5, **GATED}),
     "t5 gated, unscaled": ("t5", {**T5, **GATED, "scale_decoder_outputs": False}),
 }
-UNCUT = {  # what can be counted and trained, but not cut yet
+DERIVED = {  # of which no table is written: norms after sublayers, scaled embeddings, layers of several kinds
     "olmo2": ("olmo2", {k: v for k, v in LLAMA.items() if k != "head_dim"}),
     "gemma3": ("gemma3_text", {**LLAMA, "sliding_window": 4, "sliding_window_pattern": 3, "tie_word_embeddings": True}),
 }
-EVERY = SMALL | UNCUT
+EVERY = SMALL | DERIVED
+UNCUT = {  # what can be counted and taught by, but not cut yet
+    "mixtral": ("mixtral", {**LLAMA, "num_local_experts": 3, "num_experts_per_tok": 2}),
+    "bloom": ("bloom", {"vocab_size": 40, "hidden_size": 16, "n_layer": 3, "n_head": 4}),
+}
 TOKENS = torch.randint(3, 40, (3, 4, 10), generator=torch.Generator().manual_seed(1))
 
 
@@ -73,11 +77,11 @@ def small_model(name="llama", **changes):
     """A model whose every parameter is random, norms and biases too, so that nothing cancels by chance."""
     from transformers import AutoConfig
 
-    kind, settings = EVERY[name]
+    kind, settings = (EVERY | UNCUT)[name]
     config = AutoConfig.for_model(kind, **{**settings, "pad_token_id": 1, **changes})
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = auto_class(config).from_config(config, attn_implementation="sdpa").double().eval()
+        model = auto_class(config).from_config(config, attn_implementation=attention_of(config)).double().eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))

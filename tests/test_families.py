@@ -29,7 +29,7 @@ from capacity_gap.settings.registry import Entry
 from capacity_gap.settings.scales import parse_scale
 from capacity_gap.store.stage import Store
 from tests.conftest import compose, ran, run_here, run_py
-from tests.small_models import TOKENS, UNCUT, small_model
+from tests.small_models import DERIVED, TOKENS, UNCUT, small_model
 
 RUNGS = [(f.name, rung) for f in FAMILIES.values() for rung in f.rungs]
 STAND_INS = ("pico_gpt2", "pico_neox", "pico_mistral", "pico_t5")
@@ -140,13 +140,14 @@ def test_a_model_that_is_no_rung_says_why(name, rung, why):
         pipeline.resolve(compose([f"family={name}", f"teacher={rung}", "student=300m"]))
 
 
-@pytest.mark.parametrize(("name", "rung"), [("gemma3", "1b"), ("olmo2", "7b")])
-def test_what_cannot_be_cut_yet_is_refused_before_any_compute(name, rung):
-    given = [f"family={name}", f"teacher={rung}", "student=200m"]
-    for more in ([], ["prune.init=shared", f"prune.reference={rung}"], ["data=0"]):
-        with pytest.raises(ConfigError, match=r"cannot be scored or cut yet: .* Take prune.init=random"):
+def test_what_cannot_be_cut_yet_is_refused_before_any_compute(tmp_path):
+    (tmp_path / "moe").mkdir()
+    kind, small = UNCUT["mixtral"]
+    (tmp_path / "moe" / "config.json").write_text(json.dumps({"model_type": kind, **small, "eos_token_id": 0}))
+    given = [f"teacher={tmp_path / 'moe'}", "student=5k", "plan=true"]
+    for more in ([], ["prune.init=random"], ["data=0"]):
+        with pytest.raises(ConfigError, match=r"experts .* student=ORG/NAME or student=FOLDER"):
             pipeline.resolve(compose([*given, *more]))
-    assert pipeline.resolve(compose([*given, "prune.init=random"])).student
 
 
 def test_a_random_gemma_has_the_same_layers_under_every_teacher():
@@ -157,9 +158,9 @@ def test_a_random_gemma_has_the_same_layers_under_every_teacher():
     assert [i for i, kind in enumerate(kinds, 1) if kind == "full_attention"] == [6, 12, 18]
 
 
-@pytest.mark.parametrize("name", UNCUT)
-def test_what_cannot_be_cut_teaches_a_random_student(name, tiny, tmp_path, monkeypatch):
-    kind, small = UNCUT[name]
+@pytest.mark.parametrize("name", DERIVED)
+def test_a_ladder_without_a_written_table_is_cut_and_trained(name, tiny, tmp_path, monkeypatch):
+    kind, small = DERIVED[name]
     shape = {
         "model_type": kind,
         **small,
@@ -173,13 +174,31 @@ def test_what_cannot_be_cut_teaches_a_random_student(name, tiny, tmp_path, monke
     ladder = Family("ladder", rungs, 1)
     monkeypatch.setitem(FAMILIES._entries, "ladder", Entry("ladder", ladder, "tests", traits={"dtype": "fp32"}))
     student = ladder.params["small"]
-    config = compose([*tiny, f"student={student}", "prune.init=random", f"store={tmp_path}"])
+    config = compose([*tiny, f"student={student}", f"store={tmp_path}"])
     config = dataclasses.replace(
         config, teacher=str(ladder.params["large"]), family=FamilyConfig("ladder", teacher_data="8k")
     )
     run_config(config)
     (row,) = records.read(tmp_path)
-    assert (row["status"], row["student_params"]) == ("done", student)
+    assert (row["status"], row["init"], row["student_params"]) == ("done", "pruned", student)
+    assert row["student_loss"] < row["init_loss"]
+
+
+@pytest.mark.parametrize("name", UNCUT)
+def test_what_cannot_be_cut_teaches_a_student_that_is_a_model(name, folders, tiny, tmp_path):
+    model = small_model(name, vocab_size=1024, eos_token_id=0, bos_token_id=0).float()
+    model.save_pretrained(tmp_path / "teacher")
+    for file in (folders / "small").glob("token*.json"):
+        shutil.copy(file, tmp_path / "teacher")
+    given = [g for g in tiny if not g.startswith("family.")]
+    student = small_model("llama", vocab_size=1024, eos_token_id=0, bos_token_id=0, hidden_size=8).float()
+    student.save_pretrained(tmp_path / "student")
+    for file in (folders / "small").glob("token*.json"):
+        shutil.copy(file, tmp_path / "student")
+    words = [f"teacher={tmp_path / 'teacher'}", f"student={tmp_path / 'student'}", f"store={tmp_path / 'store'}"]
+    row = ran(compose([*given, *words]))
+    assert (row["status"], row["init"]) == ("done", "pretrained")
+    assert row["teacher_params"] == sum(p.numel() for p in model.parameters())
     assert row["student_loss"] < row["init_loss"]
 
 
@@ -291,6 +310,7 @@ def test_a_grid_over_ones_own_folders(folders, tiny, tmp_path):
     assert rows["small"]["teacher_loss"] == trained["55k"]["teacher_loss"]
 
 
+@pytest.mark.slow
 def test_a_teacher_in_bf16_teaches_nearly_the_same(folders, tiny, tmp_path):
     given = [g for g in tiny if not g.startswith("family.")]
     for dtype in ("fp32", "bf16"):

@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from capacity_gap.cell.config import RunConfig
 from capacity_gap.cell.lengths import check_positions
 from capacity_gap.data.corpus_config import CorpusConfig
-from capacity_gap.models.axes import count_params, dims
+from capacity_gap.models.axes import check_head, count_params, dims
 from capacity_gap.models.building import auto_class
 from capacity_gap.models.defaults import ALIASES, ASSUMED, completed
 from capacity_gap.models.ladders import FAMILIES
@@ -110,8 +110,10 @@ def test_the_layers_of_gemma_alternate_as_transformers_has_them():
 
 @pytest.mark.parametrize("key", ["final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"])
 def test_a_gemma_whose_losses_would_be_wrong_is_refused(key):
-    with pytest.raises(ConfigError, match=f"{key}=30.0, and no model with it can be trained"):
-        count_params({"model_type": "gemma3_text", **BARE["gemma3_text"], key: 30.0})
+    config = {"model_type": "gemma3_text", **BARE["gemma3_text"]}
+    check_head(config)
+    with pytest.raises(ConfigError, match=f"{key}=30.0, and no model with it can be scored, trained"):
+        check_head({**config, key: 30.0})
 
 
 @pytest.mark.parametrize(("family", "longest"), [("opt", 2048), ("gpt2", 1024), ("cerebras_gpt", 2048)])

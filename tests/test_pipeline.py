@@ -298,6 +298,7 @@ def test_plan_says_what_would_run_and_starts_nothing(tiny, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_costs_only_the_cells_that_need_it(tiny, tmp_path):
     more = ["family.pretrain.learning_rate=0.001,1e20", "student=40k", "teacher=55k", "family.teacher_data=30k"]
     done = run_py("-m", *tiny, *more, f"store={tmp_path}", check=False)

@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 
-from capacity_gap.models.architecture import place
 from capacity_gap.models.axes import architecture, count, count_params, dims, pattern_of
 from capacity_gap.models.layers import symmetric_layers
 from capacity_gap.models.loading import save_model
@@ -19,6 +18,7 @@ from capacity_gap.pruning.methods import random_scores
 from capacity_gap.pruning.shape import Shape, between, shape_of
 from capacity_gap.pruning.surgery import choose_units, prune_checkpoint
 from capacity_gap.settings.errors import ConfigError
+from capacity_gap.structure.architecture import place
 from tests.small_models import SMALL, TOKENS, exact_norms, logits_of, masked, small_model
 
 GROUPED = ("llama", "llama with biases", "mistral", "qwen2", "qwen3")

@@ -39,6 +39,7 @@ def test_outcomes_come_back_as_what_a_launcher_returns(store):
     assert Jobs.handed_out_in(jobs.folder) == jobs, "outcomes are no jobs"
 
 
+@pytest.mark.slow
 def test_workers_compute_jobs_and_report_what_is_wrong(tiny, store):
     given = [settings(tiny, store), settings(tiny, store, "train.learning_rate=1e9")]
     jobs = Jobs.hand_out(store, given)

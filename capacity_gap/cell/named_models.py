@@ -133,3 +133,15 @@ def student_size(config: RunConfig, ladder: Family, shape: Mapping[str, Any] | N
         return count_params(shape), count_params(shape)
     student = parse_scale(config.student, key="student")
     return student, ladder.params[ladder.scales[student]] if student in ladder.scales else student
+
+
+def called(config: RunConfig, start: Checkpoint | None) -> str:
+    """What people call a student that is a checkpoint; nothing where it is a scale."""
+    return start.name if start is not None and is_checkpoint(config.student) else ""
+
+
+def unsaid_student(config: RunConfig, ladder: Family, why: ConfigError) -> ConfigError:
+    """The error of a student that cannot be, which says if nobody asked for it."""
+    if config.student != RunConfig.student or not ladder.published:
+        return why
+    return ConfigError(f"{why} Say student=: {config.student} is what it is where nothing is said.")

@@ -6,16 +6,24 @@ Nothing here computes anything or imports torch; the stages that make the cell a
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import gcd
 from pathlib import Path
 from typing import Any, Self
 
 from capacity_gap.cell.config import RunConfig
 from capacity_gap.cell.lengths import check_lengths, check_positions
-from capacity_gap.cell.named_models import check_start, expanded, ladder_of, start_of, student_size, with_init
+from capacity_gap.cell.named_models import (
+    called,
+    check_start,
+    expanded,
+    ladder_of,
+    start_of,
+    student_size,
+    with_init,
+)
 from capacity_gap.cell.nondefault import setting_columns, settings_text, tuning_text
 from capacity_gap.cell.placement import check_placement, placement_of
-from capacity_gap.cell.recipes import multiples, usual, with_recipe
+from capacity_gap.cell.recipes import usual, with_recipe
+from capacity_gap.cell.student_shape import shaped
 from capacity_gap.data.sources import corpus_name
 from capacity_gap.distill.distill_config import SIGNAL_SIZE
 from capacity_gap.instruct.rows import rows_in
@@ -23,14 +31,15 @@ from capacity_gap.models import accounting
 from capacity_gap.models.axes import (
     architecture,
     architecture_identity,
+    check_head,
     config_with,
     count_params,
     cuttable,
     dims,
 )
-from capacity_gap.models.checkpoints import Checkpoint, is_checkpoint
+from capacity_gap.models.checkpoints import Checkpoint
+from capacity_gap.models.defaults import completed
 from capacity_gap.models.ladders import Family
-from capacity_gap.pruning.common_shape import student_shape
 from capacity_gap.pruning.shape import Shape, between, sized
 from capacity_gap.settings.errors import ConfigError, ImpossibleCell
 from capacity_gap.settings.scales import format_scale, parse_scale, parse_tokens
@@ -77,6 +86,8 @@ class ResolvedCell:
         check_positions(config, ladder, ladder.rungs[rung])
         if config.prune.reference is not None:
             check_positions(config, ladder, ladder.rungs[ladder.rung(config.prune.reference)])
+        for read in filter(None, (ladder.rungs[rung], shape)):
+            check_head(completed(read))
         check_lengths(config, data, budget, target)
         if budget is not None and (config.family.dtype, config.family.quantization) != ("fp32", "none"):
             raise ConfigError(
@@ -134,7 +145,9 @@ class ResolvedCell:
         if self.start_shape is not None:
             return self.start_shape
         last = self.shapes_between[-1] if self.shapes_between else self.family.rungs[self.origin]
-        return config_with(last, sized(dims(last), self.shape))
+        # What is not cut is made anew: its layers are numbered from the first under every teacher.
+        stay = None if self.config.prune.cuts else range(self.shape.layers)
+        return config_with(last, sized(dims(last), self.shape), stay)
 
     @property
     def shape(self) -> Shape:
@@ -148,32 +161,7 @@ class ResolvedCell:
 
     @cached_property
     def _shaped(self) -> tuple[Shape, int]:
-        """The student's sizes, and the largest multiple that the recipe likes for which there are some."""
-        last = None
-        for multiple in multiples(self.config, self.student_target, self.family.multiple):
-            try:
-                shape = self._shape_in(multiple)
-                return shape, gcd(multiple, shape.neurons) if self.config.prune.fixed else multiple
-            except ImpossibleCell:  # of this teacher; the shape is the same under all
-                raise
-            except ConfigError as error:
-                last = error
-        assert last is not None
-        if self.config.student == RunConfig.student and self.family.published:
-            raise ConfigError(f"{last} Say student=: {self.config.student} is what it is where nothing is said.")
-        raise last
-
-    def _shape_in(self, multiple: int) -> Shape:
-        c = self.config.prune
-        return student_shape(
-            self.family.rungs,
-            self.family.rungs[self.origin],
-            self.student_target,
-            policy=c.shape,
-            multiple=multiple,
-            depth=c.depth,
-            fixed=c.fixed,
-        )
+        return shaped(self.config, self.family, self.origin, self.student_target)
 
     @property
     def sequence_length(self) -> int:
@@ -230,8 +218,7 @@ class ResolvedCell:
     @property
     def student_name(self) -> str:
         """What people call the student: the checkpoint that it is, or its scale."""
-        named = self.start is not None and is_checkpoint(self.config.student)
-        return self.start.name if self.start and named else format_scale(self.student_scale)
+        return called(self.config, self.start) or format_scale(self.student_scale)
 
     @property
     def origin(self) -> str:

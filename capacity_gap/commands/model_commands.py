@@ -1,4 +1,4 @@
-"""The commands about single models: `evaluate`, `compare`, `judge`, `export`, `fetch`."""
+"""The commands about single models: `check`, `evaluate`, `compare`, `judge`, `export`, `fetch`."""
 
 import argparse
 from pathlib import Path
@@ -10,12 +10,56 @@ from capacity_gap.settings.places import default_store
 
 
 def add(commands: Any) -> None:
-    """Adds the five commands to the command line's parser."""
+    """Adds these commands to the command line's parser."""
+    _add_check(commands)
     _add_evaluate(commands)
     _add_compare(commands)
     _add_judge(commands)
     _add_export(commands)
     _add_fetch(commands)
+
+
+def _add_check(commands: Any) -> None:
+    told = "Prove that a model can be cut: a small one of its structure is cut along every axis."
+    check = commands.add_parser("check", description=told)
+    check.add_argument("model", help="a folder, ORG/NAME, FILE.gguf, FAMILY:RUNG, or a model_type such as gemma3_text")
+    check.set_defaults(run=run_check)
+
+
+def run_check(given: argparse.Namespace) -> int:
+    """Says what of a model can be cut; exit status 1 if something that should hold does not."""
+    from capacity_gap.models.axes import architecture, count_params
+    from capacity_gap.pruning.proof import prove
+
+    config = _config_named(given.model)
+    table, kind = architecture(config), config["model_type"]
+    print(f"{given.model}: {kind}, {count_params(config):,} parameters")
+    if table.uncut:
+        print(f"cannot be cut: {table.uncut}. It can teach a student that is a model of its own.")
+        return 0
+    checks = prove(config)
+    for one in checks:
+        print(f"  {one.name:<11}{'holds' if one.held else 'FAILS: ' + one.said}")
+    failed = [one.name for one in checks if not one.held]
+    tied = ["hidden with heads"] if table.square else ["hidden", "heads"]
+    axes = [axis for axis in (*tied, "neurons", "layers") if axis.split()[0] not in failed]
+    print(f"can be cut: {', '.join(axes) or 'nothing'}." + (f" Not proved: {', '.join(failed)}." if failed else ""))
+    return int(bool(failed))
+
+
+def _config_named(name: str) -> dict[str, Any]:
+    """The config.json of a checkpoint, of a rung, or of a type as its class has it."""
+    from capacity_gap.models.checkpoints import checkpoint, is_checkpoint
+    from capacity_gap.models.config_files import read_config
+    from capacity_gap.models.defaults import completed
+    from capacity_gap.models.ladders import family
+
+    if is_checkpoint(name):
+        return read_config(checkpoint(name).folder)
+    ladder, found, rung = name.partition(":")
+    if found:
+        return dict(family(ladder).rungs[family(ladder).rung(rung)])
+    return completed({"model_type": name})
 
 
 def _add_evaluate(commands: Any) -> None:

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from capacity_gap.models.architecture import Architecture, Config, Stack, Sublayer, get
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.settings.registry import Registry
+from capacity_gap.structure.architecture import Architecture, Config, Stack, Sublayer, get
 
 # `model_type` of a config.json → the function that gives its axis table.
 ARCHITECTURES: Registry[Callable[[Config], Architecture]] = Registry("architecture", setting="model_type")
@@ -91,53 +91,6 @@ def _qwen3(config: Config) -> Architecture:
     table = _gated(qkv_bias=every, output_bias=every)
     norms = {f"model.layers.{{i}}.self_attn.{x}_norm.weight": ("head_dim",) for x in "qk"}
     return replace(table, parameters={**table.parameters, **norms})
-
-
-@ARCHITECTURES.register("olmo2")
-def _olmo2(config: Config) -> Architecture:
-    """Llama whose norms follow the sublayers, with a norm over all queries and one over all keys of a layer."""
-    every = bool(get(config, "attention_bias"))
-    table = _gated(qkv_bias=every, output_bias=every)
-    layer = "model.layers.{i}."
-    norms: dict[str, tuple[str, ...]] = {
-        layer + "self_attn.q_norm.weight": ("heads",),
-        layer + "self_attn.k_norm.weight": ("kv_heads",),
-        layer + "post_feedforward_layernorm.weight": ("hidden",),
-    }
-    kept = {name: axes for name, axes in table.parameters.items() if not name.endswith("input_layernorm.weight")}
-    return replace(
-        table,
-        parameters=kept | norms,
-        uncut="a norm runs over all heads of a layer, so each head depends on those that go",
-    )
-
-
-@ARCHITECTURES.register("gemma3_text")
-def _gemma3(config: Config) -> Architecture:
-    """Llama with a norm before and after each sublayer, and one over each query and key head."""
-    _check_gemma3(config)
-    every = bool(get(config, "attention_bias"))
-    table = _gated(qkv_bias=every, output_bias=every)
-    layer = "model.layers.{i}."
-    norms: dict[str, tuple[str, ...]] = {
-        **{layer + f"self_attn.{x}_norm.weight": ("head_dim",) for x in "qk"},
-        **{layer + f"{x}_feedforward_layernorm.weight": ("hidden",) for x in ("pre", "post")},
-    }
-    return replace(
-        table,
-        parameters={**table.parameters, **norms},
-        uncut="embeddings are multiplied by √hidden, which changes with the width, and norms follow its sublayers",
-    )
-
-
-def _check_gemma3(config: Config) -> None:
-    """Losses here are those of the output matrix alone, and attention is causal and plain."""
-    for key in ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"):
-        if get(config, key):
-            raise ConfigError(
-                f"this Gemma has {key}={get(config, key)}, and no model with it can be trained or evaluated here. "
-                "Give one without it: Gemma 3 has none."
-            )
 
 
 def _with_biases(parameters: dict[str, tuple[str, ...]], outputs: Mapping[str, str]) -> dict[str, tuple[str, ...]]:

@@ -18,23 +18,32 @@ from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
-from capacity_gap.models.architecture import Architecture, Config, Dims, get
 from capacity_gap.models.architectures import ARCHITECTURES
 from capacity_gap.models.defaults import by_own_names, completed
 from capacity_gap.models.layers import of_kept_layers, symmetric_layers
 from capacity_gap.settings.errors import ConfigError
+from capacity_gap.structure import derived
+from capacity_gap.structure.architecture import Architecture, Config, Dims, get
 
 
 def architecture(config: Config) -> Architecture:
-    """The table for a config's `model_type`; one without a table raises and names those that have one."""
-    model_type = get(config, "model_type")
-    if model_type not in ARCHITECTURES:
-        raise ConfigError(
-            f"no axis table for the architecture {model_type!r}. There are tables for: {', '.join(ARCHITECTURES)}. "
-            "Register one with capacity_gap.models.architectures.ARCHITECTURES, in a module named by extend=[MODULE]."
-        )
-    make = ARCHITECTURES[model_type]
-    return _read(make, _text(config))[0] if isinstance(config, Mapping) else make(config)
+    """The table for a config's `model_type`: one that was written, else one derived from transformers' own class.
+
+    Raises:
+        ConfigError: there is none, and transformers has no such decoder.
+    """
+    if isinstance(config, Mapping):
+        return _read(_maker(config), _text(config))[0]
+    return _maker(config)(config) if is_written(config) else architecture(config.to_dict())
+
+
+def is_written(config: Config) -> bool:
+    """Whether a table was written, or registered, for its `model_type`."""
+    return get(config, "model_type") in ARCHITECTURES
+
+
+def _maker(config: Config) -> Callable[[Config], Architecture]:
+    return ARCHITECTURES[get(config, "model_type")] if is_written(config) else derived.table
 
 
 def _text(config: Mapping[str, Any]) -> str:
@@ -59,36 +68,51 @@ def cuttable(config: Config) -> Architecture:
     if table.uncut:
         raise ConfigError(
             f"models of the architecture {get(config, 'model_type')!r} cannot be scored or cut yet: {table.uncut}. "
-            "Take prune.init=random: they can teach students with random weights. To cut students, take another "
-            "family, such as qwen3, llama3 or smollm2."
+            "They can teach a student that is a model of its own: student=ORG/NAME or student=FOLDER, with the same "
+            "tokens. To cut students, take teachers such as qwen3, llama3, gemma3 or smollm2."
         )
     return table
 
 
+def check_head(config: Config) -> None:
+    """Raises `ConfigError` where logits are more than hidden states times the output matrix: losses here are of these.
+
+    Gemma 2 and nanochat cap them, or the logits of attention, which fast kernels leave out; an attention in both
+    directions sees what it should predict.
+    """
+    for key in ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"):
+        if value := get(config, key):
+            raise ConfigError(
+                f"this {get(config, 'model_type')} has {key}={value}, and no model with it can be scored, trained or "
+                "evaluated here yet. Take one without it, such as Gemma 3."
+            )
+
+
 def architecture_identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a stage that scores or cuts a model hashes of its table: nothing for the package's own."""
+    if not is_written(config):
+        return {}
     return ARCHITECTURES.entry(str(completed(config)["model_type"])).identity_as("architecture")
 
 
 def dims(config: Config) -> Dims:
     """The sizes of the model that `config` describes."""
-    table = architecture(config)
     if isinstance(config, Mapping):
-        return _read(ARCHITECTURES[get(config, "model_type")], _text(config))[1]
-    return _sizes(table, config)
+        return _read(_maker(config), _text(config))[1]
+    return _sizes(architecture(config), config) if is_written(config) else dims(config.to_dict())
 
 
 def _sizes(table: Architecture, config: Config) -> Dims:
     keys = table.keys
-    hidden, heads = get(config, keys["hidden"]), get(config, keys["heads"])
+    hidden, heads = get(config, keys["hidden"]), get(config, keys["heads"]) if "heads" in keys else 1
     positions = get(config, keys["positions"]) if "positions" in keys else 0
     return Dims(
         vocab=get(config, keys["vocab"]),
         hidden=hidden,
         heads=heads,
-        kv_heads=(get(config, keys["kv_heads"]) or heads) if "kv_heads" in keys else heads,
+        kv_heads=table.kv_heads or ((get(config, keys["kv_heads"]) or heads) if "kv_heads" in keys else heads),
         head_dim=(not table.square and get(config, keys.get("head_dim", "head_dim"))) or hidden // heads,
-        neurons=get(config, keys["neurons"]) or 4 * hidden,
+        neurons=(get(config, keys["neurons"]) if "neurons" in keys else None) or 4 * hidden,
         layers=get(config, keys["layers"]),
         tied=bool(get(config, "tie_word_embeddings")),
         positions=positions + table.position_offset,
@@ -120,8 +144,7 @@ def config_with(config: Mapping[str, Any], sizes: Dims, stay: Sequence[int] | No
     if sizes.tied != old.tied:
         found["tie_word_embeddings"] = sizes.tied
     if stay is None:
-        # What is not cut is made anew, and its layers are numbered from the first under every teacher.
-        stay = range(sizes.layers) if table.uncut else symmetric_layers(old.layers, sizes.layers)
+        stay = symmetric_layers(old.layers, sizes.layers)
     return found | of_kept_layers(config, table.keys["layers"], stay)
 
 

@@ -18,6 +18,12 @@ def auto_class(config: Any) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
+def attention_of(config: Any) -> str:
+    """The attention that a config's class computes with: torch's own where it can, the plain one in others (BLOOM)."""
+    made = auto_class(config)._model_mapping[type(config)]
+    return "sdpa" if made._supports_sdpa else "eager"
+
+
 def check_builds(folder: Path | str, config: Mapping[str, Any]) -> None:
     """Checks that transformers makes of a config.json the model that its table here describes, without its weights.
 
@@ -39,7 +45,7 @@ def _building_problem(config_text: str) -> str | None:
         with torch.device("meta"):
             kind = given.pop("model_type")
             config = AutoConfig.for_model(kind, **given)
-            made = auto_class(config).from_config(config, attn_implementation="sdpa")
+            made = auto_class(config).from_config(config, attn_implementation=attention_of(config))
         found = sum(p.numel() for p in made.parameters())
     except Exception as error:  # whatever transformers and torch raise over a config
         return f"{type(error).__name__}: {shown(str(error).splitlines()[0] if str(error) else '')}"

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from capacity_gap.models.architectures import ARCHITECTURES
 from capacity_gap.models.axes import architecture, count_params, dims
-from capacity_gap.models.defaults import ASSUMED, by_own_names
+from capacity_gap.models.defaults import ASSUMED, assumed, by_own_names
 from capacity_gap.settings.errors import ConfigError, UserError, nearest, shown
+from capacity_gap.structure import derived
 
 # The most that a size may be: far beyond every model, and small enough to be counted with.
 MOST = {"layers": 10_000, "decoder_layers": 10_000, "heads": 10_000, "kv_heads": 10_000}
@@ -78,18 +80,18 @@ def _check_kind(file: Path, config: Mapping[str, Any]) -> None:
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise ConfigError(f"{file}: model_type is {shown(repr(kind))}, and should be a name such as 'llama'. {AGAIN}")
-    if kind in ASSUMED:
+    if kind in ASSUMED or kind in ARCHITECTURES:
         return
-    if config.get("auto_map"):
-        raise ConfigError(
-            f"{file}: the architecture {shown(kind)!r} is code of the folder's own (auto_map), which is never run. "
-            "Take a model that transformers itself knows, or register a table for it with extend=[MODULE]."
-        )
     inner = config.get("text_config") or config.get("llm_config")
     if isinstance(inner, Mapping):
         raise ConfigError(
             f"{file}: {shown(kind)!r} is a model of several kinds of input; only language models are distilled. Save "
             f"its language model ({shown(inner.get('model_type'))}) to a folder of its own."
+        )
+    if config.get("auto_map") and not derived.is_known(kind):
+        raise ConfigError(
+            f"{file}: the architecture {shown(kind)!r} is code of the folder's own (auto_map), which is never run. "
+            "Take a model that transformers itself knows, or register a table for it with extend=[MODULE]."
         )
 
 
@@ -101,7 +103,7 @@ def _wrong_sizes(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}={shown(repr(own[key]))} is no number of layers (1 to {MOST['layers']:,})."
     table = architecture({k: v for k, v in config.items() if k == "model_type"})
     for axis, key in table.keys.items():
-        if key in own and own[key] is None and ASSUMED.get(str(config["model_type"]), {}).get(key) is None:
+        if key in own and own[key] is None and assumed(str(config["model_type"])).get(key) is None:
             continue
         most = MOST.get(axis, MOST_UNITS)
         if key in own and not _is_size(own[key], most):

@@ -7,6 +7,8 @@ grid is planned without it. `tests/test_model_defaults.py` compares every value 
 from collections.abc import Mapping
 from typing import Any
 
+from capacity_gap.structure import derived
+
 _GATED = {  # Llama and its relatives
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
@@ -43,30 +45,6 @@ ASSUMED: dict[str, dict[str, Any]] = {
     },
     "qwen2": _QWEN,
     "qwen3": {**_QWEN, "head_dim": 128, "attention_bias": False},
-    "olmo2": {
-        **_GATED,
-        "vocab_size": 50304,
-        "intermediate_size": 11008,
-        "num_key_value_heads": None,
-        "pad_token_id": 1,
-        "attention_bias": False,
-    },
-    "gemma3_text": {
-        "vocab_size": 262208,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "attention_dropout": 0.0,
-        "attention_bias": False,
-        "pad_token_id": 0,
-        "tie_word_embeddings": True,
-        "final_logit_softcapping": None,
-        "attn_logit_softcapping": None,
-        "use_bidirectional_attention": False,
-    },
     "gpt2": {
         "vocab_size": 50257,
         "n_positions": 1024,
@@ -144,23 +122,28 @@ ALIASES: dict[str, dict[str, str]] = {
     },
 }
 # Architectures whose input embedding never trains the row of `pad_token_id` (torch's `padding_idx`).
-PADDED = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "gemma3_text", "opt")
-GLOBAL_EACH = 6  # in Gemma 3, every sixth layer attends to all tokens
+PADDED = ("llama", "mistral", "qwen2", "qwen3", "opt")
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json with every key that it leaves out as transformers fills it in; other keys stay as they are."""
-    found = {**ASSUMED.get(str(config.get("model_type")), {}), **by_own_names(config)}
+    if (kind := str(config.get("model_type"))) not in ASSUMED:
+        return derived.defaults(by_own_names(config)) if derived.is_known(kind) else dict(config)
+    found = {**ASSUMED[kind], **by_own_names(config)}
     if "max_window_layers" in found and found.get("layer_types") is None:
         found["layer_types"] = _windowed(found)
-    if found.get("model_type") == "gemma3_text" and found.get("layer_types") is None:
-        found["layer_types"] = _alternating(found)
     return found
+
+
+def assumed(kind: str) -> Mapping[str, Any]:
+    """What the class of a `model_type` assumes; nothing where it is not known."""
+    return ASSUMED[kind] if kind in ASSUMED else derived.usual(kind) if derived.is_known(kind) else {}
 
 
 def by_own_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json whose keys have the names of its class, not those that stand for them."""
-    names = ALIASES.get(str(config.get("model_type")), {})
+    kind = str(config.get("model_type"))
+    names = ALIASES.get(kind, {}) if kind in ASSUMED else derived.names(kind) if derived.is_known(kind) else {}
     return {names.get(key, key): value for key, value in config.items()}
 
 
@@ -171,12 +154,6 @@ def _windowed(config: Mapping[str, Any]) -> list[str]:
     return ["sliding_attention" if i >= first else "full_attention" for i in range(config["num_hidden_layers"])]
 
 
-def _alternating(config: Mapping[str, Any]) -> list[str]:
-    """The kinds of Gemma 3's layers: attention slides in all but every sixth, counted from the first."""
-    each = config.get("sliding_window_pattern", GLOBAL_EACH)
-    return ["sliding_attention" if (i + 1) % each else "full_attention" for i in range(config["num_hidden_layers"])]
-
-
 def training_only(config: Mapping[str, Any]) -> list[str]:
     """The keys of a config.json by which transformers would compute otherwise in training than in evaluation.
 
@@ -184,7 +161,7 @@ def training_only(config: Mapping[str, Any]) -> list[str]:
     them (`models/quiet.py`), and stages that they once decided name them in their identity.
     """
     full = completed(config)
-    read = ASSUMED.get(str(full.get("model_type")), full)  # the keys that its class reads
+    read = assumed(str(full.get("model_type"))) or full  # the keys that its class reads
     noise = [key for key in read if acts_as_noise(key) and is_rate(full[key]) and full[key] > 0]
     return sorted([*noise, *frozen_rows(full)])
 
@@ -192,8 +169,9 @@ def training_only(config: Mapping[str, Any]) -> list[str]:
 def frozen_rows(config: Mapping[str, Any]) -> list[str]:
     """`["pad_token_id"]` where transformers would freeze, and zero at the start, the embedding of one token."""
     full = completed(config)
-    frozen = full.get("model_type") in PADDED and full.get("pad_token_id") is not None
-    return ["pad_token_id"] if frozen else []
+    kind = str(full.get("model_type"))
+    pads = kind in PADDED if kind in ASSUMED else derived.is_known(kind) and derived.pads(config)
+    return ["pad_token_id"] if pads and full.get("pad_token_id") is not None else []
 
 
 def is_rate(value: Any) -> bool:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from capacity_gap.models.axes import count_params
-from capacity_gap.models.building import auto_class
+from capacity_gap.models.axes import check_head, count_params
+from capacity_gap.models.building import attention_of, auto_class
 from capacity_gap.models.config_files import read_object
 from capacity_gap.models.defaults import frozen_rows
 from capacity_gap.models.folders import named_by_config
@@ -46,7 +46,7 @@ def new_model(shape: Mapping[str, Any], seed: int) -> Any:
         config.pad_token_id = None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = auto_class(config).from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        model = auto_class(config).from_config(config, attn_implementation=attention_of(config), dtype=torch.float32)
     model.config.pad_token_id = padding
     return quiet(model)
 
@@ -113,12 +113,17 @@ def whole_model(kind: Any, source: str | Path, **options: Any) -> Any:
         ConfigError: the folder holds an adapter, two checkpoints, or a tensor twice.
         StageError: weights are missing, left over or of another shape, or an adapter came along.
     """
+    from transformers import AutoConfig
+
     from capacity_gap.models.weights import no_adapter, tensors_of
 
     if Path(source).is_dir():
         no_adapter(Path(source))
         tensors_of(Path(source))
-    options |= {"attn_implementation": "sdpa", "use_safetensors": True, **NO_CODE}
+    options |= {"use_safetensors": True, **NO_CODE}
+    named = {key: options[key] for key in ("revision", "local_files_only") if key in options}
+    config = options.get("config") or AutoConfig.from_pretrained(source, **named, **NO_CODE)
+    options["attn_implementation"] = attention_of(config)
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what does not match is said below
     try:
         model, info = kind.from_pretrained(source, **options)
@@ -340,10 +345,21 @@ def is_sharded(model: Any) -> bool:
 
 def last_states(model: Any, tokens: Tensor) -> Tensor:
     """The forward pass of `hidden_states`."""
+    check_head(model.config)
     if model.config.is_encoder_decoder:
         return _decoder_states(model, tokens)
     # The base model alone: the loss applies the output matrix in chunks, so logits [B, T, V] never exist.
-    return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    found = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    if (factor := logit_factor(model.config)) != 1.0:
+        found = found * factor
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    return found if bias is None else torch.cat([found, torch.ones_like(found[..., :1])], -1)
+
+
+def logit_factor(config: Any) -> float:
+    """What a model multiplies its logits by: Cohere's `logit_scale`, Granite's `logits_scaling`; 1 for others."""
+    scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
+    return float(1.0 if scale is None else scale) / float(1.0 if divisor is None else divisor)
 
 
 def predicted(model: Any, length: int) -> int:
@@ -364,8 +380,13 @@ def _decoder_states(model: Any, tokens: Tensor) -> Tensor:
 
 
 def output_weight(model: Any) -> Tensor:
-    """The output matrix [V, D]; the embedding itself where the two are tied. A sharded one is gathered."""
-    return whole(model.get_output_embeddings().weight)
+    """The output matrix [V, D]; the embedding itself where the two are tied. A sharded one is gathered.
+
+    A bias is one more column, [V, D + 1], that meets a one in each hidden state.
+    """
+    output = model.get_output_embeddings()
+    weight, bias = whole(output.weight), getattr(output, "bias", None)
+    return weight if bias is None else torch.cat([weight, whole(bias)[:, None]], 1)
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -9,12 +9,13 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.models.architecture import Architecture
 from capacity_gap.models.axes import architecture, dims
 from capacity_gap.settings.errors import ConfigError
+from capacity_gap.structure.architecture import Architecture
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -200,12 +201,15 @@ def _problem(folder: Path, config_text: str, marks: tuple) -> str | None:
         return problem
     stored, wanted, spelt = _opened(folder, config)
     known = {spelt(name, wanted): name for name in stored}
-    return _said(folder, {_NOT_FINITE: [known[n] for n in wanted if not stored[known[n]].is_finite()]})
+    read = [known[n] for n in wanted if n in known]
+    return _said(folder, {_NOT_FINITE: [n for n in read if not stored[n].is_finite()]})
 
 
 def _misnamed(folder: Path, config: Mapping[str, Any]) -> str | None:
     """Names, shapes and types that are not those of the config, and copies that differ, in one paragraph."""
     stored, wanted, spelt = _opened(folder, config)
+    if architecture(config).literal:
+        return _other_number(folder, stored, wanted)
     known = {spelt(name, wanted): name for name in stored}
     found = {
         "missing": [name for name in wanted if name not in known],
@@ -225,6 +229,18 @@ def _misnamed(folder: Path, config: Mapping[str, Any]) -> str | None:
         ],
     }
     return _said(folder, found)
+
+
+def _other_number(folder: Path, stored: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Of models whose files name tensors otherwise than transformers does, such as experts: whether all can be there.
+
+    Which of them is missing is said when they are loaded, before anything is computed with them.
+    """
+    held, described = (sum(map(prod, shapes)) for shapes in ([t.shape for t in stored.values()], wanted.values()))
+    least = min(described, held)  # a tied matrix may be stored twice, and buffers too
+    if held == described or (held > described and held - least <= max(map(prod, wanted.values()))):
+        return None
+    return f"{folder} holds {held:,} numbers, and its config.json describes {described:,} parameters. {_SAVE}"
 
 
 def _opened(

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from capacity_gap.models.architecture import Config, Dims, get
 from capacity_gap.models.axes import architecture, config_with, count, dims
 from capacity_gap.pruning.shape import (
     TOLERANCE,
@@ -20,6 +19,7 @@ from capacity_gap.pruning.shape import (
     unfit,
 )
 from capacity_gap.settings.errors import ConfigError, ImpossibleCell
+from capacity_gap.structure.architecture import Config, Dims, get
 
 
 def common_shape(

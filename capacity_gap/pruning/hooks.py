@@ -1,16 +1,17 @@
 """Reading a running model at the places where masks act; flags and hooks are put back on leaving, also after errors."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from capacity_gap.models.architecture import Architecture, Dims, Stack, place
 from capacity_gap.models.axes import pattern_of
 from capacity_gap.pruning.lm_loss import gradients_of, lm_loss
 from capacity_gap.store.checkpoint import whole
+from capacity_gap.structure.architecture import Architecture, Dims, Stack, place
 
 
 def mask_gradients(model: Any, table: Architecture, sizes: Dims, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,7 +118,7 @@ def norm_outputs(model: Any) -> Iterator[list[Tensor]]:
     norms = [
         m
         for n, m in model.named_modules()
-        if type(m).__name__.endswith("Norm") and not n.endswith(("q_norm", "k_norm"))
+        if type(m).__name__.endswith("Norm") and not re.search(r"(q|k|query|key)_(layer)?norm$", n)
     ]
     hooks = [m.register_forward_hook(keep) for m in norms]
     try:

@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
-from capacity_gap.models.architecture import Architecture, Config
 from capacity_gap.models.axes import architecture, dims
 from capacity_gap.models.layers import symmetric_layers
 from capacity_gap.pruning.methods import SYMMETRIC
 from capacity_gap.pruning.scores import Scores
 from capacity_gap.settings.errors import ConfigError
+from capacity_gap.structure.architecture import Architecture, Config
 
 
 def kept_layers(scores: Scores, config: Config, keep: int, by: str) -> list[list[int]]:

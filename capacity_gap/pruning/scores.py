@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from capacity_gap.models.architecture import Architecture, Dims
 from capacity_gap.models.axes import cuttable, dims
 from capacity_gap.pruning.lm_loss import gradients_of, lm_loss
 from capacity_gap.pruning.units import named_weights
 from capacity_gap.settings.errors import ConfigError, StageError
+from capacity_gap.structure.architecture import Architecture, Dims
 
 SCORES_FILE = "scores.safetensors"
 OnBatch = Callable[[int], None]

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from capacity_gap.models.architecture import Architecture, Config, Dims
 from capacity_gap.models.axes import architecture, count, dims
 from capacity_gap.pruning.methods import LAYER_SCORES, SYMMETRIC
 from capacity_gap.settings.errors import ConfigError, ImpossibleCell, choose
+from capacity_gap.structure.architecture import Architecture, Config, Dims
 
 if TYPE_CHECKING:
     from capacity_gap.pruning.scores import Scores
@@ -169,6 +169,11 @@ def _counts(scores: Any, mean: int, multiple: int) -> list[int]:
 
 def shrink(table: Architecture, full: Dims, target: int, *, multiple: int, depth: int | None = None) -> Shape:
     """The shape of `target` parameters inside `full` whose hidden, heads and neurons are most nearly in proportion."""
+    if table.literal:
+        raise ConfigError(
+            f"students of such teachers have no sizes of their own: {table.uncut}. Name a student that is a model: "
+            "student=ORG/NAME or student=FOLDER."
+        )
     layers = depth or full.layers
     if not 1 <= layers <= full.layers:
         raise ConfigError(f"depth={layers} is not between 1 and the {full.layers} layers there are.")
@@ -185,27 +190,29 @@ def shrink(table: Architecture, full: Dims, target: int, *, multiple: int, depth
 
 def _candidates(table: Architecture, full: Dims, target: int, layers: int, multiple: int) -> Iterator[Dims]:
     for hidden in range(multiple, full.hidden + 1, multiple):
-        for kv_heads in _head_counts(table, hidden, full):
-            bare = full.with_units(hidden=hidden, kv_heads=kv_heads, neurons=0, layers=layers)
+        for kv_heads, group in _head_counts(table, hidden, full):
+            bare = full.with_units(hidden=hidden, kv_heads=kv_heads, neurons=0, layers=layers, group=group)
             # Parameters are linear in the neurons, so the cost of one gives their number by a division.
-            each = count(table, full.with_units(hidden=hidden, kv_heads=kv_heads, neurons=1, layers=layers))
+            each = count(table, replace(bare, neurons=1))
             each -= count(table, bare)
             neurons = multiple * round((target - count(table, bare)) / each / multiple)
             if multiple <= neurons <= full.neurons:
-                sizes = full.with_units(hidden=hidden, kv_heads=kv_heads, neurons=neurons, layers=layers)
+                sizes = replace(bare, neurons=neurons)
                 if abs(count(table, sizes) / target - 1) <= TOLERANCE:
                     yield sizes
 
 
-def _head_counts(table: Architecture, hidden: int, full: Dims) -> list[int]:
-    """Legal numbers of key-value heads: transformers requires hidden sizes that are multiples of the number of heads.
+def _head_counts(table: Architecture, hidden: int, full: Dims) -> list[tuple[int, int]]:
+    """Legal numbers of key-value heads, each with its query heads: transformers wants the heads to divide hidden sizes.
 
-    Where hidden = heads × head_dim, only that number will do.
+    Where hidden = heads × head_dim, only that number will do; with one key-value head for all it is that of queries.
     """
-    counts = range(1, full.kv_heads + 1)
+    counts = range(table.head_step, full.kv_heads + 1, table.head_step)
+    if table.square and table.kv_heads == 1:
+        return [(1, g) for g in range(1, full.group + 1) if hidden == g * full.head_dim]
     if table.square:
-        return [k for k in counts if hidden == k * full.group * full.head_dim]
-    return [k for k in counts if hidden % (k * full.group) == 0]
+        return [(k, full.group) for k in counts if hidden == k * full.group * full.head_dim]
+    return [(k, full.group) for k in counts if hidden % (k * full.group) == 0]
 
 
 def _distortion(sizes: Dims, full: Dims) -> float:
@@ -232,9 +239,9 @@ def _shape(table: Architecture, sizes: Dims) -> Shape:
 def _no_shape(table: Architecture, full: Dims, target: int, layers: int, multiple: int) -> str:
     """Names the legal sizes nearest to the one that cannot be."""
     sizes = sorted(
-        count(table, full.with_units(hidden=h, kv_heads=k, neurons=n, layers=layers))
+        count(table, full.with_units(hidden=h, kv_heads=k, neurons=n, layers=layers, group=g))
         for h in range(multiple, full.hidden + 1, multiple)
-        for k in _head_counts(table, h, full)
+        for k, g in _head_counts(table, h, full)
         for n in (multiple, max(multiple, full.neurons // multiple * multiple))
     )
     below, above = [s for s in sizes if s < target], [s for s in sizes if s > target]

@@ -15,9 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capacity_gap.models.architecture import Architecture, Config, Dims, place
 from capacity_gap.models.axes import config_with, cuttable, dims, pattern_of
-from capacity_gap.models.layouts import LAYOUTS
 from capacity_gap.models.quiet import quiet
 from capacity_gap.models.weights import INDEX, SINGLE, base_prefix, weight_files
 from capacity_gap.pruning.kept_layers import kept_layers, top
@@ -25,6 +23,8 @@ from capacity_gap.pruning.scores import Scores
 from capacity_gap.pruning.shape import Shape, sized, unfit, with_rows
 from capacity_gap.pruning.units import rows_of
 from capacity_gap.settings.errors import ConfigError
+from capacity_gap.structure.architecture import Architecture, Config, Dims, place
+from capacity_gap.structure.layouts import LAYOUTS
 
 SHARDS = 48  # the student is written in shards of this part of the teacher's checkpoint (saving copies a shard once)
 LEAST_SHARD = 2**25  # bytes, so that a small checkpoint is not cut into 48 files
@@ -196,9 +196,24 @@ class _Cut:
             tensor = _queries_times(tensor, axes.index("qkv"), (own + 1) / (layer + 1))
         if pattern == self.table.scaled:  # the model multiplies what follows by hidden^−½, and hidden has changed
             tensor = tensor * math.sqrt(self.stored.hidden / self.sizes.hidden)
+        if self.table.root_scaled:
+            tensor = self._rescaled(pattern, tensor)
         for dimension, axis in enumerate(axes if self.padded else ()):
             if place(axis)[0] in UNITS:
                 tensor = _filled(tensor, dimension, self.targets.rows(axis, layer, self.stored), self.stored.axis(axis))
+        return tensor
+
+    def _rescaled(self, pattern: str, tensor: Tensor) -> Tensor:
+        """Makes up for embeddings that the model multiplies by √hidden, which has changed.
+
+        Where they are the output matrix too, the norm before it takes the factor back.
+        """
+        factor = math.sqrt(self.sizes.hidden / self.stored.hidden)
+        if pattern == self.table.embedding:
+            return tensor * factor
+        if self.stored.tied and pattern.rpartition(".")[0] == self.table.final_norm:
+            offset = self.table.norm_offset if pattern.endswith(".weight") else 0.0
+            return (tensor + offset) / factor - offset
         return tensor
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capacity_gap.models.architecture import Architecture, Dims, place
 from capacity_gap.models.axes import pattern_of
-from capacity_gap.models.layouts import LAYOUTS, Block
 from capacity_gap.store.checkpoint import whole
+from capacity_gap.structure.architecture import Architecture, Dims, place
+from capacity_gap.structure.layouts import LAYOUTS, Block
 
 
 def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:

@@ -53,11 +53,13 @@ def cut_student_stage(
 def cut_student(run: StageRun) -> None:
     """Cuts the student out of its teacher: in memory, or shard by shard where that is a published checkpoint."""
     from capacity_gap.models.loading import checkpoint_folder, load_model, save_model
+    from capacity_gap.pruning.proof import check_proved
     from capacity_gap.pruning.scores import Scores
     from capacity_gap.pruning.shape import shape_of, spread
     from capacity_gap.pruning.surgery import prune, prune_checkpoint
 
     given, teacher, scores = run.config, run.inputs["teacher"], Scores.load(run.inputs["scores"])
+    check_proved(json.loads((checkpoint_folder(teacher) / "config.json").read_text()))
     shape, layers = shape_of(given["shape"]), given.get("layers", SYMMETRIC)
     if given.get("priority") == "global":
         config = json.loads((checkpoint_folder(teacher) / "config.json").read_text())

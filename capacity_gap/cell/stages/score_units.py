@@ -40,9 +40,11 @@ def score_units(run: StageRun) -> None:
     import torch
 
     from capacity_gap.models.placing import load_teacher
+    from capacity_gap.pruning.proof import check_proved
 
     given = run.config
     model = load_teacher(run.inputs["teacher"], run.runtime)
+    check_proved(model.config.to_dict())
     packed = packed_split(run, "train")
     chosen = packing.subset(packed, given["batches"] * given["batch_size"] * packed.sequence_length)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
-from capacity_gap.models.layouts import LAYOUTS
+from capacity_gap.structure.layouts import LAYOUTS
 
 Config = Mapping[str, Any] | Any  # the content of a config.json, or a transformers config object
 
@@ -93,8 +93,19 @@ class Architecture:
     position_offset: int = 0  # rows of the table of positions before the first position
     queries_by_layer: tuple[str, ...] = ()  # fused maps whose queries the model divides by the layer's number
     copies: Mapping[str, str] = field(default_factory=dict)  # names in files that repeat another parameter
+    literal: bool = False  # axes are the lengths of one model's parameters: no other sizes can be had
     uncut: str = ""  # why its models cannot be scored or cut yet; then `stacks` say where layers are and no more
+    kv_heads: int = 0  # key-value heads, where their number is fixed: 1 in multi-query attention
+    root_scaled: bool = False  # embeddings are multiplied by √hidden, which changes with the width
+    final_norm: str = ""  # the norm before the output matrix
+    norm_offset: float = 0.0  # what is added to its weight: Gemma multiplies by 1 + weight
     leftovers: tuple[str, ...] = ()  # endings of names in files that are no parameters: buffers of older releases
+
+    @property
+    def head_step(self) -> int:
+        """What numbers of heads are multiples of: fused maps may deal them to groups."""
+        axes = {axis for axes in self.parameters.values() for axis in axes}
+        return max((b.groups for axis in axes for b in LAYOUTS.get(axis, ())), default=1)
 
     @property
     def embedding(self) -> str:

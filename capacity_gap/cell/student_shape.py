@@ -1,0 +1,46 @@
+"""The sizes of the student that a cell cuts. Imports no torch."""
+
+from math import gcd
+
+from capacity_gap.cell.config import RunConfig
+from capacity_gap.cell.named_models import unsaid_student
+from capacity_gap.cell.recipes import multiples
+from capacity_gap.models.ladders import Family
+from capacity_gap.pruning.common_shape import student_shape
+from capacity_gap.pruning.shape import Shape
+from capacity_gap.settings.errors import ConfigError, ImpossibleCell
+
+
+def shaped(config: RunConfig, ladder: Family, origin: str, target: int) -> tuple[Shape, int]:
+    """The student's sizes, and the largest multiple that its recipe likes for which there are some.
+
+    Args:
+        config: of the cell.
+        ladder: its teachers.
+        origin: the rung that the student is cut from.
+        target: parameters of the student.
+
+    Raises:
+        ImpossibleCell: this teacher cannot hold the student.
+        ConfigError: no teacher has students of this size.
+    """
+    last: ConfigError | None = None
+    for multiple in multiples(config, target, ladder.multiple):
+        try:
+            shape = student_shape(
+                ladder.rungs,
+                ladder.rungs[origin],
+                target,
+                policy=config.prune.shape,
+                multiple=multiple,
+                depth=config.prune.depth,
+                fixed=config.prune.fixed,
+            )
+        except ImpossibleCell:  # of this teacher; the shape is the same under all
+            raise
+        except ConfigError as error:
+            last = error
+        else:
+            return shape, gcd(multiple, shape.neurons) if config.prune.fixed else multiple
+    assert last is not None
+    raise unsaid_student(config, ladder, last)

@@ -1,0 +1,125 @@
+"""What the shapes of parameters do not say about an architecture: a line a type. Imports no torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# Axis → the keys of config.json that may hold its size, under transformers' standard names.
+SIZE_KEYS = {
+    "vocab": ("vocab_size",),
+    "hidden": ("hidden_size",),
+    "heads": ("num_attention_heads",),
+    "kv_heads": ("num_key_value_heads", "num_kv_heads"),
+    "head_dim": ("head_dim",),
+    "neurons": ("intermediate_size", "n_inner", "ffn_dim"),
+    "layers": ("num_hidden_layers",),
+    "positions": ("max_position_embeddings",),
+}
+PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists with an entry a layer
+# Entries of config.json that no parameter depends on.
+STRUCTURELESS = {
+    "model_type",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "use_cache",
+    "hidden_act",
+    "hidden_activation",
+    "activation_function",
+    "tie_word_embeddings",
+    "attn_implementation",
+    "bos_token",
+    "eos_token",
+    "name_or_path",
+    "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
+    "head_dim",
+    "pretraining_tp",
+    "task_specific_params",
+    "is_decoder",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "torchscript",
+    "auto_map",
+    "architectures",
+    "cache_implementation",
+    "query_pre_attn_scalar",
+    "rope_theta",
+    "clip_qkv",
+    "logits_scaling",
+    "use_flash_attn",
+    "rotary_dim",
+    "n_ctx",
+    "original_max_position_embeddings",
+    "unsloth_version",
+    "unsloth_fixed",
+}
+ATTENTION = r"\.(self_attn|attn|attention|self_attention)(\.|$)"
+ATTENTION_OUTPUT = r"\.?(o_proj|out_proj|dense|c_proj|wo)$"
+MLP_OUTPUT = r"(down|fc2|c_proj|4h_to_h|out)"
+
+ALIBI = "the slope of a head (ALiBi) depends on how many there are, and neurons are a multiple of the hidden size"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of one type."""
+
+    fused: str = ""  # the order inside a map of queries, keys and values (`layouts.py`)
+    gated: str = ""  # the order inside a map of gates and inputs
+    uncut: str = ""  # why its models cannot be cut yet
+    position_offset: int = 0  # rows of the table of positions before the first position
+    positions: str = ""  # "position" where the table's name does not say so
+    probe: Mapping[str, Any] = field(default_factory=dict)  # entries that let a small model be made
+
+
+FACTS = {
+    "gpt2": Facts(fused="qkv", positions="position"),
+    "gpt_neox": Facts(fused="qkv_by_head"),
+    "gpt_bigcode": Facts(fused="qkv_grouped", positions="position"),
+    "gptj": Facts(probe={"rotary_dim": 4}),
+    "codegen": Facts(fused="qkv_in_fours", probe={"rotary_dim": 4}),
+    "persimmon": Facts(fused="qkv_by_head"),
+    "bloom": Facts(uncut=ALIBI),
+    "mpt": Facts(uncut=ALIBI),
+    "opt": Facts(position_offset=2),
+    "biogpt": Facts(position_offset=2),
+}
+
+# The types in `derived_tables.json`, with the entries by which published models of each differ from its class.
+COMMON: dict[str, tuple[dict[str, Any], ...]] = {
+    "ministral": (),
+    "gemma": (),
+    "gemma2": (),
+    "gemma3_text": ({"sliding_window_pattern": 6},),
+    "phi": (),
+    "phi3": (),
+    "olmo": (),
+    "olmo2": (),
+    "olmo3": (),
+    "smollm3": (),
+    "granite": (),
+    "starcoder2": (),
+    "stablelm": ({"use_qkv_bias": True},),
+    "cohere": ({"use_qk_norm": True},),
+    "cohere2": (),
+    "glm": ({"attention_bias": True},),
+    "glm4": ({"attention_bias": True},),
+    "exaone4": (),
+    "nemotron": (),
+    "helium": (),
+    "arcee": (),
+    "seed_oss": (),
+    "hunyuan_v1_dense": (),
+    "ernie4_5": (),
+    "apertus": (),
+    "internlm3": (),
+    "nanochat": (),
+    "persimmon": (),
+    "gptj": (),
+    "codegen": (),
+    "gpt_bigcode": (),
+    "biogpt": (),
+}

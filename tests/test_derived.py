@@ -1,0 +1,264 @@
+"""Axis tables that are read off transformers' classes: right, proved, and found without torch where they are known."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from benchmarks.architectures import KNOWN, PUBLISHED, TYPES
+from capacity_gap.commands import cli
+from capacity_gap.models.axes import architecture, check_head, count_params, cuttable, dims
+from capacity_gap.models.defaults import completed
+from capacity_gap.models.ladders import FAMILIES
+from capacity_gap.pruning import choose_shape, expressive_scores
+from capacity_gap.pruning.proof import check_proved, prove
+from capacity_gap.settings.errors import ConfigError
+from capacity_gap.structure import derived
+from capacity_gap.structure.derive import derive, probe_of
+from capacity_gap.structure.probing import randomised
+from tests.conftest import ROOT
+from tests.small_models import SMALL, masked
+
+COMMITTED = json.loads(derived.COMMITTED.read_text())
+CUT = [t for t in TYPES if t not in ("bloom", "mpt") and "moe" not in t and t not in ("mixtral", "gpt_oss")]
+SAMPLE = ("gemma3_text", "olmo2", "phi3", "codegen", "cohere", "gpt_bigcode")  # what is unlike Llama in most ways
+pytestmark = pytest.mark.filterwarnings("ignore:CUDA-fused xIELU")
+
+
+def sampled(kinds):
+    """All of them, of which some are for the default run."""
+    return [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in SAMPLE)) for kind in kinds]
+
+
+def of_type(kind, **more):
+    return completed({"model_type": kind, **PUBLISHED.get(kind, {}), **more})
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", sampled(CUT))
+def test_every_claim_of_a_table_holds(kind, tied):
+    checks = prove(of_type(kind, tie_word_embeddings=tied))
+    assert [c.name for c in checks] == [
+        "count", "hidden", "heads", "neurons", "layers", "permuted", "head", "reload", "generation"
+    ]  # fmt: skip
+    assert [f"{c.name}: {c.said}" for c in checks if not c.held and (kind, c.name) not in KNOWN] == []
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(t, marks=[pytest.mark.slow] * (t not in SAMPLE)) for t in COMMITTED["types"]]
+)
+def test_the_committed_tables_are_what_is_derived(kind):
+    known = COMMITTED["types"][kind]
+    again = derived.answer({"type": kind})
+    assert {k: known[k] for k in again} == json.loads(json.dumps(again))
+    for flags, table in known["tables"].items():
+        assert json.loads(json.dumps(derived.answer({"type": kind, "flags": json.loads(flags)}))) == table
+
+
+def test_the_written_tables_are_what_would_be_derived():
+    """But for T5, which is no decoder, and OPT, whose embeddings may be narrower than its layers."""
+    for name, (kind, settings) in SMALL.items():
+        if kind in ("t5", "opt"):
+            continue
+        config = completed({"model_type": kind, **settings})
+        written, found = architecture(config), derive(config).table
+        assert dict(found.parameters) == dict(written.parameters), name
+        assert (found.stacks, found.square, found.output) == (written.stacks, written.square, written.output), name
+
+
+def renamed(old, new):
+    """A change of a table that calls an axis otherwise."""
+    return lambda table: {n: tuple(new if a == old else a for a in axes) for n, axes in table.parameters.items()}
+
+
+WRONG = [
+    ("persimmon", "permuted", renamed("qkv_by_head", "qkv")),
+    ("phi3", "heads", renamed("qkv_grouped", "qkv")),
+    ("glm", "neurons", renamed("gate_up", "gate_up_by_neuron")),
+]
+
+
+@pytest.mark.parametrize(("kind", "check", "wrong"), WRONG, ids=[w[0] for w in WRONG])
+def test_a_wrong_order_inside_a_fused_map_is_found(kind, check, wrong, monkeypatch):
+    use_table(monkeypatch, lambda table: replace(table, parameters=wrong(table)))
+    found = {c.name: c.held for c in prove(of_type(kind, num_key_value_heads=None))}
+    assert not found[check]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_factor_that_changes_with_the_width_is_found(tied, monkeypatch):
+    use_table(monkeypatch, lambda table: replace(table, root_scaled=False))
+    found = {c.name: c.held for c in prove(of_type("gemma", tie_word_embeddings=tied))}
+    assert not found["hidden"] and found["neurons"]
+
+
+def use_table(monkeypatch, change):
+    """Tables come out changed; what is remembered of right ones is forgotten meanwhile."""
+    from capacity_gap.models import axes
+
+    table = derived.table
+    monkeypatch.setattr(derived, "table", lambda config: change(table(config)))
+    monkeypatch.setattr(axes, "_read", axes._read.__wrapped__)
+
+
+def test_plans_know_common_types_without_torch():
+    script = (
+        "import sys\n"
+        "from capacity_gap.models.axes import count_params\n"
+        "from capacity_gap.models.ladders import FAMILIES\n"
+        "print(FAMILIES['gemma3'].params['1b'], count_params({'model_type': 'phi3'}))\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["999885952", "3821079552"]
+
+
+@pytest.mark.slow
+def test_other_flags_are_derived_once_in_a_process_of_their_own(tmp_path):
+    script = (
+        "import sys, time\n"
+        "from capacity_gap.models.axes import count_params\n"
+        "from capacity_gap.structure import derived\n"
+        "print(count_params({'model_type': 'granite', 'attention_bias': True, 'num_hidden_layers': 2}))\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(len(list(derived.cache_folder().glob('*.json'))))\n"
+    )
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    given = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
+    first = subprocess.run([sys.executable, "-c", script], env=environment, **given).stdout.split()
+    without = count_params({"model_type": "granite", "num_hidden_layers": 2})
+    sizes = dims({"model_type": "granite"})
+    biases = 2 * (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim + 2 * sizes.hidden
+    assert first == [str(without + biases), "1"]
+    (file,) = (tmp_path / "capacity_gap" / "tables").iterdir()
+    kept = json.loads(file.read_text())
+    kept["table"]["parameters"].pop("model.norm.weight")
+    file.write_text(json.dumps(kept))  # read again, and not derived again
+    again = subprocess.run([sys.executable, "-c", script], env=environment, **given).stdout.split()
+    assert again == [str(without + biases - sizes.hidden), "1"]
+
+
+def test_a_table_that_was_derived_here_is_proved_before_it_is_used(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = of_type("persimmon", qk_layernorm=False)
+    check_proved(config)
+    use_table(monkeypatch, lambda table: replace(table, parameters=WRONG[0][2](table)))
+    with pytest.raises(ConfigError, match=r"derived, and does not hold for .*heads .*permuted"):
+        check_proved({**config, "initializer_range": 0.01})
+    check_proved(of_type("persimmon"))  # of the package, proved by the tests above
+
+
+def test_what_is_no_decoder_is_named(capsys):
+    with pytest.raises(ConfigError, match=r"has no decoder of the type 'vit'. Where it is a model of your own"):
+        architecture({"model_type": "vit"})
+    assert cli.main(["check", "nosuch"]) == 2
+    assert "has no decoder of the type 'nosuch'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "params", "why"),
+    [
+        ("mixtral", 46_702_792_704, "experts"),
+        ("mpt", 1_311_213_568, "ALiBi"),
+        ("mamba", 159_308_544, "says nothing of heads"),
+    ],
+)
+def test_what_cannot_be_cut_is_counted_and_says_why(kind, params, why):
+    config = completed({"model_type": kind})
+    assert count_params(config) == params
+    with pytest.raises(ConfigError, match=f"cannot be scored or cut yet: .*{why}"):
+        cuttable(config)
+
+
+def test_check_says_what_can_be_cut(capsys, tmp_path):
+    assert cli.main(["check", "gemma3:270m"]) == 0
+    said = capsys.readouterr().out
+    assert "gemma3:270m: gemma3_text, 268,098,176 parameters" in said
+    assert said.endswith("can be cut: hidden, heads, neurons, layers.\n")
+    (tmp_path / "config.json").write_text(
+        json.dumps({**FAMILIES["gemma3"].rungs["270m"], "final_logit_softcapping": 30.0})
+    )
+    assert cli.main(["check", str(tmp_path)]) == 1
+    assert "head       FAILS: ConfigError: this gemma3_text has final_logit_softcapping=30.0" in capsys.readouterr().out
+
+
+def test_capped_logits_are_refused():
+    check_head(completed({"model_type": "gemma3_text"}))
+    with pytest.raises(ConfigError, match=r"this gemma2 has final_logit_softcapping=30.0"):
+        check_head(completed({"model_type": "gemma2"}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "share"), [("codegen", 0.5), ("gpt_bigcode", 0.5), ("gemma3_text", 0.3), ("phi3", 0.5)]
+)
+def test_shapes_of_such_types_are_found(kind, share):
+    sizes = {"codegen": {"n_embd": 128, "n_head": 16, "n_layer": 4, "rotary_dim": 4}}
+    sizes["gpt_bigcode"] = {"n_embd": 128, "n_head": 16, "n_layer": 4}
+    config = of_type(kind, **{"hidden_size": 128, "num_hidden_layers": 6, "vocab_size": 500, **sizes.get(kind, {})})
+    target = int(share * count_params(config))
+    shape = choose_shape(config, target, multiple=1)
+    assert shape.params == pytest.approx(target, rel=0.005)
+    assert shape.heads % architecture(config).head_step == 0
+    assert shape.hidden < dims(config).hidden
+
+
+TOKENS = torch.randint(3, 200, (2, 3, 9), generator=torch.Generator().manual_seed(5))
+
+
+def losses(model):
+    """Of each batch, through the model's own logits."""
+    with torch.no_grad():
+        logits = [model(b[:, :-1], use_cache=False).logits.double() for b in TOKENS]
+    return torch.stack(
+        [F.cross_entropy(x.flatten(0, 1), b[:, 1:].flatten()) for x, b in zip(logits, TOKENS, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "olmo2", "phi3", "cohere", "granite"])
+def test_scores_are_what_the_loss_says_when_units_are_scaled(kind):
+    """Of heads and neurons by scaling weights, which knows no hook; of the hidden size by masks on the stream."""
+    config = probe_of({"model_type": kind, "tie_word_embeddings": False})
+    model, step = randomised(config, seed=3).double(), 1e-2
+    table, sizes = architecture(config), dims(config)
+    found = expressive_scores(model, list(TOKENS))
+
+    def slopes(change):
+        return (change(1 + step) - change(1 - step)).abs().sum(0) / (2 * step)
+
+    for axis, count, of in (("heads", sizes.heads, found.queries), ("neurons", 6, found.neurons)):
+        width = sizes.head_dim if axis == "heads" else 1
+        name = table.unit_maps(axis, sizes.layers)[1]
+        weight = model.get_submodule(name).weight
+        measured = []
+        for unit in range(count):
+            rows = slice(unit * width, (unit + 1) * width)
+
+            def scaled(factor, weight=weight, rows=rows):
+                kept = weight.data.clone()
+                weight.data[:, rows] *= factor
+                ends = losses(model)
+                weight.data.copy_(kept)
+                return ends[:, None]
+
+            measured.append(slopes(scaled))
+        agree(of[1][:count].double(), torch.cat(measured))
+    units, measured = range(0, sizes.hidden, 17), []
+    for unit in units:
+
+        def under(factor, unit=unit):
+            mask = torch.ones(sizes.hidden, dtype=torch.float64)
+            mask[unit] = factor
+            with masked(model, hidden=mask):
+                return losses(model)[:, None]
+
+        measured.append(slopes(under))
+    agree(found.hidden[list(units)].double(), torch.cat(measured))
+
+
+def agree(scores, slopes):
+    """Scores are normalised, slopes are not."""
+    torch.testing.assert_close(scores / scores.norm(), slopes / slopes.norm(), rtol=0.02, atol=2e-3)
