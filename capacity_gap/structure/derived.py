@@ -5,6 +5,7 @@ Common ones are in `derived_tables.json`, which `python -m capacity_gap.structur
 derived once, in a process of its own if torch is not loaded here, and kept in the user's cache. Imports no torch.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -133,8 +134,8 @@ def _made(asked: Mapping[str, Any]) -> dict[str, Any]:
     name = fingerprint({**asked, "transformers": version("transformers"), "by": _sources()})
     file = cache_folder() / f"{name}.json"
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         found = answer(asked) if "torch" in sys.modules else _asked_outside(asked)
         _keep(file, found)
     if "error" in found:
@@ -161,7 +162,8 @@ def _keep(file: Path, found: Mapping[str, Any]) -> None:
         beside.write_text(json.dumps(found), encoding="utf-8")
         beside.replace(file)
     except OSError:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def _asked_outside(asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,7 +234,7 @@ def architecture_from(found: Mapping[str, Any]) -> Architecture:
         for s in found["stacks"]
     )
     parameters = {name: tuple(axes) for name, axes in found["parameters"].items()}
-    plain = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+    plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
     return Architecture(**{**plain, "stacks": stacks, "parameters": parameters})
 
 
