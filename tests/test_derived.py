@@ -7,19 +7,25 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.nn import functional as F
 
 from benchmarks.architectures import KNOWN, PUBLISHED, TYPES
 from capacity_gap.commands import cli
-from capacity_gap.models.axes import architecture, check_head, count_params, cuttable, dims
+from capacity_gap.distill.distill_config import DistillConfig
+from capacity_gap.distill.signals import _targets
+from capacity_gap.evaluate.heldout import _sequence_means
+from capacity_gap.models.axes import architecture, count_params, cuttable, dims
 from capacity_gap.models.defaults import completed
 from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.pruning import choose_shape, expressive_scores
+from capacity_gap.pruning.lm_loss import lm_loss
 from capacity_gap.pruning.proof import check_proved, prove
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.structure import derived
 from capacity_gap.structure.derive import derive, probe_of
 from capacity_gap.structure.probing import randomised
+from capacity_gap.training.loop import Objective, _teach
 from tests.conftest import ROOT
 from tests.small_models import SMALL, masked
 
@@ -180,16 +186,56 @@ def test_check_says_what_can_be_cut(capsys, tmp_path):
     assert "gemma3:270m: gemma3_text, 268,098,176 parameters" in said
     assert said.endswith("can be cut: hidden, heads, neurons, layers.\n")
     (tmp_path / "config.json").write_text(
-        json.dumps({**FAMILIES["gemma3"].rungs["270m"], "final_logit_softcapping": 30.0})
+        json.dumps({**FAMILIES["gemma3"].rungs["270m"], "attn_logit_softcapping": 30.0})
     )
     assert cli.main(["check", str(tmp_path)]) == 1
-    assert "head       FAILS: ConfigError: this gemma3_text has final_logit_softcapping=30.0" in capsys.readouterr().out
+    assert "head       FAILS: ConfigError: this gemma3_text has attn_logit_softcapping=30.0" in capsys.readouterr().out
 
 
-def test_capped_logits_are_refused():
-    check_head(completed({"model_type": "gemma3_text"}))
-    with pytest.raises(ConfigError, match=r"this gemma2 has final_logit_softcapping=30.0"):
-        check_head(completed({"model_type": "gemma2"}))
+FLAGS = {
+    "gemma2": {"final_logit_softcapping": 2.0},
+    "cohere": {"logit_scale": 0.3},
+    "granite": {"logits_scaling": 4.0},
+    "phi": {},
+}
+
+
+@pytest.mark.parametrize("kind", FLAGS)
+def test_losses_are_those_of_the_models_own_logits(kind):
+    """Logits that are capped, multiplied, divided, or have a bias: trained, taught by, evaluated."""
+    config = probe_of({"model_type": kind, "tie_word_embeddings": False, **FLAGS[kind]})
+    student, teacher = (randomised(config, seed=seed).double() for seed in (1, 2))
+    tokens = torch.randint(3, 200, (2, 8), generator=torch.Generator().manual_seed(7))
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
+    ours, theirs = (m(inputs, use_cache=False).logits for m in (student, teacher))
+    ce = F.cross_entropy(ours.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(lm_loss(student, tokens), ce)
+    q, p = ours.log_softmax(-1), theirs.softmax(-1).detach()
+    kl = (p * (p.log() - q)).sum(-1).mean()
+    objective = Objective(student, DistillConfig(kd_weight=0.7))
+    found, parts = objective(inputs, labels, _teach(Accelerator(cpu=True), teacher, inputs, tokens), labels.numel())
+    torch.testing.assert_close(parts["kl"], kl.detach())
+    expected = 0.3 * ce + 0.7 * kl
+    torch.testing.assert_close(found, expected)
+    weights = [w for name, w in student.named_parameters() if "norm" not in name][:4]
+    pairs = zip(torch.autograd.grad(found, weights), torch.autograd.grad(expected, weights), strict=True)
+    for one, two in pairs:
+        torch.testing.assert_close(one, two)
+    with torch.no_grad():
+        loss, entropy = _sequence_means(student, tokens)
+    torch.testing.assert_close(loss.mean().double(), ce.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy.mean().double(), -(q.exp() * q).sum(-1).mean().detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_a_cached_signal_is_of_capped_logits(cap):
+    hidden, weight = torch.randn(2, 3, 5), 3 * torch.randn(11, 5)
+    logits = hidden @ weight.T
+    logits = logits if cap is None else cap * (logits / cap).tanh()
+    _, values, entropy = _targets(hidden, weight, "topk", 11, 1.0, torch.Generator(), cap)
+    kept = logits.log_softmax(-1).sort(-1, descending=True).values
+    torch.testing.assert_close(values.float(), kept, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=logits).entropy(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +264,7 @@ def losses(model):
     )
 
 
-@pytest.mark.parametrize("kind", ["gemma3_text", "olmo2", "phi3", "cohere", "granite"])
+@pytest.mark.parametrize("kind", ["gemma3_text", "olmo2", "phi3", "cohere", "granite", "gemma2"])
 def test_scores_are_what_the_loss_says_when_units_are_scaled(kind):
     """Of heads and neurons by scaling weights, which knows no hook; of the hidden size by masks on the stream."""
     config = probe_of({"model_type": kind, "tie_word_embeddings": False})

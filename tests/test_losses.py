@@ -89,6 +89,23 @@ def test_every_loss_and_its_gradient_equal_the_dense_form(parts, loss, tau, skew
         torch.testing.assert_close(one, two)
 
 
+@pytest.mark.parametrize("loss", DENSE)
+@pytest.mark.parametrize("caps", [(1.5, None), (None, 0.8), (2.0, 1.0)])
+def test_capped_logits_equal_the_dense_form(parts, loss, caps):
+    hidden, weight, labels, teacher = parts
+    given = {"loss": loss, "kd_weight": 0.7, "temperature": 1.5, "student_cap": caps[0], "teacher_cap": caps[1]}
+    found, _ = distill_loss(hidden, weight, labels, **teacher, **given)
+    keep = labels != losses.IGNORE
+    z, zt = (hidden @ weight.T)[keep], (teacher["teacher_hidden"] @ teacher["teacher_weight"].T)[keep]
+    z, zt = (x if c is None else c * (x / c).tanh() for x, c in zip((z, zt), caps, strict=True))
+    p, q = (zt / 1.5).softmax(-1), (z / 1.5).softmax(-1)
+    dense = 0.3 * F.cross_entropy(z, labels[keep]) + 0.7 * 1.5**2 * DENSE[loss](p, q, skew_of(loss)).mean()
+    torch.testing.assert_close(found, dense)
+    pairs = zip(torch.autograd.grad(found, (hidden, weight)), torch.autograd.grad(dense, (hidden, weight)), strict=True)
+    for one, two in pairs:
+        torch.testing.assert_close(one, two)
+
+
 @pytest.mark.parametrize("loss", [n for n in DENSE if n != "tvd"])
 def test_gradcheck_of_every_smooth_loss(parts, loss):
     hidden, weight, labels, teacher = parts

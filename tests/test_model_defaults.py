@@ -108,7 +108,7 @@ def test_the_layers_of_gemma_alternate_as_transformers_has_them():
         assert completed({"model_type": "gemma3_text", **config})["layer_types"] == made.layer_types
 
 
-@pytest.mark.parametrize("key", ["final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"])
+@pytest.mark.parametrize("key", ["attn_logit_softcapping", "use_bidirectional_attention"])
 def test_a_gemma_whose_losses_would_be_wrong_is_refused(key):
     config = {"model_type": "gemma3_text", **BARE["gemma3_text"]}
     check_head(config)

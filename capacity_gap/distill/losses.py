@@ -44,6 +44,8 @@ def distill_loss(
     tau_squared: bool = True,
     skew: float | None = None,
     label_count: float | None = None,
+    student_cap: float | None = None,
+    teacher_cap: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`L = (1 − w)·CE(z_S, y) + w·τ²·KD(softmax(z_T/τ), softmax(z_S/τ))`, the mean over the labels that count.
 
@@ -64,6 +66,8 @@ def distill_loss(
         skew: β of `js`, α of the skewed KLs; by default 0.5 and 0.1.
         label_count: divides the sum; by default the labels that count here. Give the count over all ranks and
             accumulation steps when the batch is split.
+        student_cap: c, where the student's logits are `c·tanh(z/c)` of these (Gemma 2); none by default.
+        teacher_cap: the same of the teacher's.
 
     Returns:
         The loss (scalar, nats per token) and its parts, detached sums over the counted labels divided by the same
@@ -81,7 +85,8 @@ def distill_loss(
     student_hidden, student_weight = _autocast(student_hidden), _autocast(student_weight)
     skew = (entry.traits["skew"] or 0.0) if skew is None else skew
     tau_factor = temperature**2 if tau_squared else 1.0
-    if fused.serves(student_hidden, loss=loss, kd_weight=kd_weight, teacher=teacher, weight=student_weight):
+    plain = student_cap is None and teacher_cap is None
+    if plain and fused.serves(student_hidden, loss=loss, kd_weight=kd_weight, teacher=teacher, weight=student_weight):
         return fused.fused_loss(
             student_hidden.flatten(0, -2),
             student_weight,
@@ -92,7 +97,7 @@ def distill_loss(
             tau_factor=tau_factor,
             scale=scale,
         )
-    terms = _Terms(entry.value, skew, kd_weight, temperature, tau_factor, scale)
+    terms = _Terms(entry.value, skew, kd_weight, temperature, tau_factor, scale, student_cap, teacher_cap)
     total, sums = _ChunkedLoss.apply(student_hidden.flatten(0, -2), student_weight, labels.flatten(), teacher, terms)
     names = ("ce", "kd", "kl", "teacher_entropy") if teacher else ("ce",)
     return total, {name: sums[i] * scale for i, name in enumerate(names)}
@@ -129,6 +134,8 @@ class _Terms:
     temperature: float
     tau_factor: float
     scale: float
+    student_cap: float | None
+    teacher_cap: float | None
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -146,9 +153,12 @@ class _ChunkedLoss(torch.autograd.Function):
         ours, theirs = (hidden_ND.new_empty(0) for _ in range(2))  # reused: fresh pages cost more than arithmetic
         for part in parts:
             logits = _logits(hidden_ND[part], weight_VD, wide, ours)
-            targets = _targets(teacher, part, wide, theirs)
+            slope = cap(logits, terms.student_cap)
+            targets = _targets(teacher, part, wide, theirs, terms.teacher_cap)
             chunk_sums, grad_nV = _chunk(logits, targets, labels_N[part], terms)
             sums += chunk_sums
+            if slope is not None:
+                grad_nV.mul_(slope)
             if grad_hidden is not None:
                 torch.mm(grad_nV.to(weight_VD.dtype), weight_VD, out=grad_hidden[part])
             if grad_weight is not None:
@@ -179,11 +189,15 @@ def _add_product(total: Tensor, one: Tensor, two: Tensor) -> None:
         total += (one @ two).to(total.dtype)
 
 
-def token_losses(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+def token_losses(
+    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, logit_cap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Label cross-entropy and the predictions' own entropy of each token [N], in nats; no gradients."""
     losses, entropies = [], []
     for part in chunks(len(labels_N), weight_VD.shape[0], labels_N.device):
-        predicted = Softmax.of(_logits(hidden_ND[part], weight_VD, torch.float32))
+        logits = _logits(hidden_ND[part], weight_VD, torch.float32)
+        cap(logits, logit_cap)
+        predicted = Softmax.of(logits)
         losses.append(predicted.cross_entropy(labels_N[part]))
         entropies.append(predicted.entropy())
     return torch.cat(losses), torch.cat(entropies)
@@ -208,11 +222,24 @@ def _logits(hidden: Tensor, weight: Tensor, wide: torch.dtype, out: Tensor | Non
     return torch.mm(hidden, weight.T, out=out[:needed].view(len(hidden), len(weight)))
 
 
-def _targets(teacher: Any, part: slice, wide: torch.dtype, out: Tensor) -> Tensor | SparseTargets | None:
+def cap(logits: Tensor, most: float | None) -> Tensor | None:
+    """Makes of logits z, in place, `c·tanh(z/c)`; returns the slope `1 − tanh²(z/c)`, nothing where there is no cap."""
+    if most is None:
+        return None
+    slope = 1 - logits.div_(most).tanh_().square()
+    logits.mul_(most)
+    return slope
+
+
+def _targets(
+    teacher: Any, part: slice, wide: torch.dtype, out: Tensor, most: float | None
+) -> Tensor | SparseTargets | None:
     """The teacher's targets for one chunk: logits [n, V], or a few values a token."""
     if teacher is None or isinstance(teacher, SparseTargets):
         return teacher and teacher.part(part)
-    return _logits(teacher[0][part], teacher[1], wide, out)
+    logits = _logits(teacher[0][part], teacher[1], wide, out)
+    cap(logits, most)
+    return logits
 
 
 def _chunk(

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from capacity_gap.distill.divergences import Softmax
-from capacity_gap.distill.losses import chunks
+from capacity_gap.distill.losses import cap, chunks
 from capacity_gap.distill.signal_kinds import SIGNALS
 from capacity_gap.distill.sparse import SparseTargets
-from capacity_gap.models.loading import output_weight
+from capacity_gap.models.loading import logit_cap, output_weight
 from capacity_gap.models.placing import gathered_states
 from capacity_gap.runtime.ranks import Ranks
 from capacity_gap.store.files import note_crc
@@ -68,7 +68,7 @@ def write_signal(
     """
     leads = ranks is None or ranks.leads
     out.mkdir(parents=True, exist_ok=True)
-    blocks = -(-len(order) // BLOCK)
+    blocks, most = -(-len(order) // BLOCK), logit_cap(teacher.config)
     for block in range(blocks):
         there = _block(out, block, "entropy").exists()
         if not (there if ranks is None else ranks.tell(there)):
@@ -82,7 +82,7 @@ def write_signal(
                     hidden = gathered_states(teacher, tokens[:, :-1])
                     weight = output_weight(teacher)[:vocabulary].to(hidden.device)
                 if leads:
-                    parts.append(_targets(hidden, weight, kind, size, temperature, generator))
+                    parts.append(_targets(hidden, weight, kind, size, temperature, generator, most))
             if leads:
                 _write_block(out, block, [torch.cat(p) for p in zip(*parts, strict=True)], weight.shape[0])
         on_block(block + 1, blocks)
@@ -96,12 +96,20 @@ def write_signal(
 
 
 def _targets(
-    hidden: Tensor, weight: Tensor, kind: str, size: int, temperature: float, generator: torch.Generator
+    hidden: Tensor,
+    weight: Tensor,
+    kind: str,
+    size: int,
+    temperature: float,
+    generator: torch.Generator,
+    most: float | None = None,
 ) -> tuple[Tensor, ...]:
     """Ids, values [n, T, k] and entropy [n, T] of one batch, a chunk of tokens at a time."""
     flat, found = hidden.flatten(0, -2), []
     for part in chunks(len(flat), weight.shape[0], flat.device):
-        softmax = Softmax.of((flat[part] @ weight.to(flat.dtype).T).float() / temperature)
+        logits = (flat[part] @ weight.to(flat.dtype).T).float()
+        cap(logits, most)
+        softmax = Softmax.of(logits / temperature)
         found.append((*SIGNALS[kind].targets(softmax, size, generator), softmax.entropy()))
     return tuple(torch.cat(p).unflatten(0, hidden.shape[:2]).cpu() for p in zip(*found, strict=True))
 

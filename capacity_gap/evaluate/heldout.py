@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from capacity_gap.distill.losses import token_losses
-from capacity_gap.models.loading import output_weight, predicted
+from capacity_gap.models.loading import logit_cap, output_weight, predicted
 from capacity_gap.models.placing import gathered_states
 from capacity_gap.runtime.process import Runtime
 
@@ -57,5 +57,6 @@ def _sequence_means(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, tor
     """Mean label cross-entropy and mean predictive entropy of each sequence of a batch [B, T+1]."""
     hidden = gathered_states(model, tokens[:, :-1])
     labels = tokens[:, -hidden.shape[1] :]
-    loss, entropy = token_losses(hidden.flatten(0, 1), output_weight(model).to(hidden.device), labels.flatten())
+    weight, most = output_weight(model).to(hidden.device), logit_cap(model.config)
+    loss, entropy = token_losses(hidden.flatten(0, 1), weight, labels.flatten(), logit_cap=most)
     return loss.view(labels.shape).mean(1).cpu(), entropy.view(labels.shape).mean(1).cpu()

@@ -75,13 +75,13 @@ def cuttable(config: Config) -> Architecture:
 
 
 def check_head(config: Config) -> None:
-    """Raises `ConfigError` where logits are more than hidden states times the output matrix: losses here are of these.
+    """Raises `ConfigError` where a model would be computed wrongly.
 
-    Gemma 2 and nanochat cap them, or the logits of attention, which fast kernels leave out; an attention in both
-    directions sees what it should predict.
+    An attention in both directions sees what it should predict. Fast kernels leave out the cap of attention's logits;
+    Gemma 2 has no fast one here.
     """
-    for key in ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"):
-        if value := get(config, key):
+    for key in ("attn_logit_softcapping", "use_bidirectional_attention"):
+        if (value := get(config, key)) and (key, get(config, "model_type")) != ("attn_logit_softcapping", "gemma2"):
             raise ConfigError(
                 f"this {get(config, 'model_type')} has {key}={value}, and no model with it can be scored, trained or "
                 "evaluated here yet. Take one without it, such as Gemma 3."

@@ -356,6 +356,12 @@ def last_states(model: Any, tokens: Tensor) -> Tensor:
     return found if bias is None else torch.cat([found, torch.ones_like(found[..., :1])], -1)
 
 
+def logit_cap(config: Any) -> float | None:
+    """c, where a model's logits are `c·tanh(z/c)` of hidden states times output matrix (Gemma 2); None for others."""
+    most = getattr(config, "final_logit_softcapping", None)
+    return float(most) if most else None
+
+
 def logit_factor(config: Any) -> float:
     """What a model multiplies its logits by: Cohere's `logit_scale`, Granite's `logits_scaling`; 1 for others."""
     scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from capacity_gap.distill.losses import distill_loss
-from capacity_gap.models.loading import hidden_states, is_sharded, output_weight
+from capacity_gap.models.loading import hidden_states, is_sharded, logit_cap, output_weight
 
 
 def lm_loss(model: Any, tokens: Tensor) -> Tensor:
     """Mean cross-entropy of tokens [B, T + 1], each that is predicted from those before it; nats per token."""
     hidden = hidden_states(model, tokens[:, :-1])
-    return distill_loss(hidden, output_weight(model).to(hidden.device), tokens[:, -hidden.shape[1] :], kd_weight=0.0)[0]
+    weight, labels = output_weight(model).to(hidden.device), tokens[:, -hidden.shape[1] :]
+    return distill_loss(hidden, weight, labels, kd_weight=0.0, student_cap=logit_cap(model.config))[0]
 
 
 def gradients_of(model: Any, loss: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from capacity_gap.distill.losses import cap
 from capacity_gap.models.axes import architecture, count_params, cuttable, dims, is_written, pattern_of
-from capacity_gap.models.loading import hidden_states, output_weight
+from capacity_gap.models.loading import hidden_states, logit_cap, output_weight
 from capacity_gap.pruning.methods import random_scores
 from capacity_gap.pruning.shape import Shape, shape_of
 from capacity_gap.pruning.surgery import UNITS, Kept, choose_units, prune
@@ -66,10 +67,16 @@ def prove(config: Mapping[str, Any]) -> list[Check]:
         for axis, shape in shapes(small).items():
             checks.append(_tried(axis, partial(_cut, model, small, shape, tokens, before)))
         checks.append(_tried("permuted", lambda: _permuted(model, small, tokens, before)))
-        checks.append(_tried("head", lambda: _apart(hidden_states(model, tokens) @ output_weight(model).T, before)))
+        checks.append(_tried("head", lambda: _head(model, tokens, before)))
         checks.append(_tried("reload", lambda: _reload(_student(model, small), tokens)))
         checks.append(_tried("generation", lambda: _generation(_student(model, small), tokens)))
     return checks
+
+
+def _head(model: Any, tokens: Tensor, before: Tensor) -> str:
+    logits = hidden_states(model, tokens) @ output_weight(model).T
+    cap(logits, logit_cap(model.config))
+    return _apart(logits, before)
 
 
 def _student(model: Any, config: Mapping[str, Any]) -> Any:

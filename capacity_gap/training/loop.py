@@ -22,7 +22,7 @@ from capacity_gap.distill.hidden import HiddenMatch
 from capacity_gap.distill.losses import distill_loss
 from capacity_gap.distill.signals import Signal
 from capacity_gap.distill.sparse import SparseTargets
-from capacity_gap.models.loading import hidden_states, output_weight, predicted
+from capacity_gap.models.loading import hidden_states, logit_cap, output_weight, predicted
 from capacity_gap.runtime.process import Interrupted, Runtime
 from capacity_gap.settings.errors import StageError
 from capacity_gap.store import checkpoint
@@ -138,7 +138,7 @@ class Objective(nn.Module):
         self, tokens: Tensor, labels: Tensor, teacher: tuple | SparseTargets | None, count: float
     ) -> tuple[Tensor, dict]:
         """The loss of one micro-batch and its parts, divided by the label count of the whole step."""
-        online = teacher if isinstance(teacher, tuple) else (None, None)
+        online = teacher if isinstance(teacher, tuple) else (None, None, None)
         hidden = hidden_states(self.student, tokens)
         loss, parts = distill_loss(
             hidden,
@@ -154,6 +154,8 @@ class Objective(nn.Module):
             tau_squared=self.distill.tau_squared,
             skew=self.distill.skew,
             label_count=count,
+            student_cap=logit_cap(self.student.config),
+            teacher_cap=online[2],
         )
         if self.match is not None and online[0] is not None:
             parts["hidden"] = self.match(hidden, online[0], labels) / count
@@ -372,7 +374,8 @@ def _teach(accelerator: Any, teacher: Any, inputs: Tensor, sequences: Tensor) ->
     if isinstance(teacher, Signal):
         return teacher.targets(sequences.numpy()).to(accelerator.device)
     with accelerator.autocast():
-        return hidden_states(teacher, inputs), output_weight(teacher).to(inputs.device)
+        weight = output_weight(teacher).to(inputs.device)
+        return hidden_states(teacher, inputs), weight, logit_cap(teacher.config)
 
 
 def _point(
