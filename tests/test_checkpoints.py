@@ -341,9 +341,13 @@ def test_a_teacher_that_cannot_be_read_stops_a_grid(models, given, tmp_path):
 
 
 def test_a_launcher_without_a_grid_is_refused(models, given, tmp_path):
-    done = run_here(*given, f"teacher={models}/t/llama", "student=10k", "hydra/launcher=joblib", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "hydra/launcher=joblib is read by grids only: without -m the cell would run here" in done.stderr
+    words = [*given, f"teacher={models}/t/llama", "student=10k", "plan=true", f"store={tmp_path / 'store'}"]
+    for launcher in ("hydra/launcher=joblib", "++hydra.launcher.n_jobs=2", "+hydra/launcher=joblib"):
+        done = run_here(*words, launcher, cwd=tmp_path)
+        assert done.returncode == 2
+        assert f"{launcher} is read by grids only: without -m the cell would run here" in done.stderr
+    for more in (["hydra/launcher=basic"], ["hydra.mode=MULTIRUN", "hydra/launcher=joblib"]):
+        assert run_here(*words, *more, cwd=tmp_path).returncode == 0
 
 
 def test_a_student_with_other_tokens_than_the_default_teacher_says_that_it_is_one(models, given):
@@ -372,6 +376,12 @@ def test_a_plan_names_what_the_run_would_refuse_and_what_differs(planned, tmp_pa
     assert "trained in steps of" in done.stdout and "data=100m: recipe" in done.stdout
     assert "student smollm2: " in done.stdout, "a checkpoint keeps its name"
     assert "embeddings have different rows (qwen3-8b 151,936, llama-8b 128,256)" in done.stderr + capfd.readouterr().err
+
+
+def test_a_plan_needs_no_tokenizer_of_models_that_have_a_padding_token(planned):
+    config = json.loads((planned / "qwen3-8b" / "config.json").read_text())
+    (planned / "qwen3-8b" / "config.json").write_text(json.dumps({**config, "pad_token_id": 5}))
+    assert pipeline.resolve(compose([f"teacher={planned}/qwen3-8b", "student=1b", "plan=true"])).student
 
 
 def test_recorded_cells_are_listed_with_what_export_takes(tiny_cell, capsys):

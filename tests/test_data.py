@@ -137,6 +137,12 @@ def test_one_small_file_is_split(tmp_path, kind):
     assert counts == {"train": 36, "validation": 2, "test": 2}
 
 
+def test_files_and_services_are_never_divided(tmp_path):
+    given = [Document(f"{g} text {i} " * 12, g) for g in ("a", "b") for i in range(50)]
+    with pytest.raises(ConfigError, match="too small or too uniform"):
+        corpus.build_corpus(given, tmp_path, validation=0.1, test=0.1)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, text_file):
     out = tmp_path_factory.mktemp("tok")

@@ -15,7 +15,7 @@ from capacity_gap.commands import cli
 from capacity_gap.distill.distill_config import DistillConfig
 from capacity_gap.distill.signals import _targets
 from capacity_gap.evaluate.heldout import _sequence_means
-from capacity_gap.models.axes import architecture, count_params, cuttable, dims
+from capacity_gap.models.axes import architecture, check_head, count_params, cuttable, dims
 from capacity_gap.models.defaults import completed
 from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.pruning import choose_shape, expressive_scores
@@ -308,3 +308,68 @@ def test_scores_are_what_the_loss_says_when_units_are_scaled(kind):
 def agree(scores, slopes):
     """Scores are normalised, slopes are not."""
     torch.testing.assert_close(scores / scores.norm(), slopes / slopes.norm(), rtol=0.02, atol=2e-3)
+
+
+def test_numbers_of_a_file_change_no_table():
+    """A class computes its factors in the type that config.json names; the proof is about structure."""
+    assert all(c.held for c in prove(of_type("gemma3_text", torch_dtype="bfloat16", dtype="bfloat16")))
+
+
+@pytest.mark.parametrize("kind", COMMITTED["types"])
+def test_a_config_as_transformers_saves_it_has_a_committed_table(kind):
+    from transformers import AutoConfig
+
+    more = {k: v for k, v in PUBLISHED.get(kind, {}).items() if not isinstance(v, bool)}
+    assert derived.is_committed(AutoConfig.for_model(kind, **more).to_dict())
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("exaone4", {"sliding_window_pattern": "LLLG", "layer_types": ["full_attention"] * 32}),
+        ("gpt_bigcode", {"multi_query": False}),
+        ("stablelm", {"qk_layernorm": True, "num_hidden_layers": 2}),
+        ("gpt_neo", {}),
+    ],
+)
+def test_variants_are_counted_as_transformers_builds_them(kind, more):
+    from capacity_gap.structure.probing import from_config
+
+    with torch.device("meta"):
+        built = sum(p.numel() for p in from_config({"model_type": kind, **more}).parameters())
+    assert count_params(completed({"model_type": kind, **more})) == built
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "why"),
+    [
+        ("falcon_h1", {"lm_head_multiplier": 0.02}, "lm_head_multiplier=0.02 changes its logits|cannot be made"),
+        ("hyperclovax", {"logits_scaling": 0.125}, "logits_scaling=0.125 changes its logits"),
+        ("mpt", {"logit_scale": 0.5}, "logit_scale=0.5 changes its logits"),
+        ("bert", {}, "no causal model"),
+    ],
+)
+def test_models_whose_losses_would_be_wrong_are_refused(kind, more, why):
+    with pytest.raises(ConfigError, match=why):
+        check_head(completed({"model_type": kind, **more}))
+
+
+def test_an_encoder_decoder_is_refused():
+    with pytest.raises(ConfigError, match=r"'bart' is an encoder-decoder; of these only T5"):
+        count_params({"model_type": "bart"})
+
+
+def test_heads_with_factors_of_their_own_keep_to_the_hidden_size():
+    long = {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0] * 48}}
+    assert not architecture(of_type("phi3")).square and architecture(of_type("phi3", **long)).square
+
+
+@pytest.mark.parametrize("held", ["[]", "{}", "null", '{"table": {}}', '{"defaults": {}}', "no JSON"])
+def test_a_cache_that_holds_anything_else_is_made_again(held, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    derived._find.cache_clear()
+    right = architecture(of_type("persimmon", qk_layernorm=False))
+    (file,) = derived.cache_folder().iterdir()
+    file.write_text(held)
+    derived._find.cache_clear()
+    assert derived.table(of_type("persimmon", qk_layernorm=False)) == right

@@ -59,7 +59,13 @@ def _config_named(name: str) -> dict[str, Any]:
     ladder, found, rung = name.partition(":")
     if found:
         return dict(family(ladder).rungs[family(ladder).rung(rung)])
-    return completed({"model_type": name})
+    config = completed({"model_type": name})
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    if "head_dim" in config and config["head_dim"] is None and heads and hidden:
+        config["head_dim"] = hidden // heads  # some classes want it said
+    if "num_key_value_heads" in config and config["num_key_value_heads"] is None and heads:
+        config["num_key_value_heads"] = heads
+    return config
 
 
 def _add_evaluate(commands: Any) -> None:

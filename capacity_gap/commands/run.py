@@ -73,8 +73,9 @@ def check_words(arguments: Sequence[str]) -> None:
     """Raises `ConfigError` for words that mean nothing: unknown options, a launcher without a grid, huge numbers."""
     parser = get_args_parser()
     parser.error = _refuse  # Hydra's own prints its usage
-    multirun = parser.parse_args(arguments).multirun
-    launcher = [word for word in arguments if word.startswith(("hydra/launcher=", "hydra.launcher."))]
+    multirun = parser.parse_args(arguments).multirun or "hydra.mode=MULTIRUN" in arguments
+    launcher = [word for word in arguments if word.lstrip("+").startswith(("hydra/launcher=", "hydra.launcher."))]
+    launcher = [word for word in launcher if word != "hydra/launcher=basic"]  # which runs here anyway
     if launcher and not multirun:
         raise ConfigError(
             f"{shown(launcher[0])} is read by grids only: without -m the cell would run here. Add -m: "

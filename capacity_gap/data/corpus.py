@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.data.documents import Document
+from capacity_gap.data.documents import BLOCK, Document
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.store.files import write_json
 
@@ -61,12 +61,15 @@ def build_corpus(
 
 
 def _split(documents: Sequence[Document], *, validation: float, test: float) -> dict[str, list[Document]]:
-    """Deals whole groups; if that leaves a split empty, as of a small text of one file, ever smaller parts of them."""
-    splits = split_by_group(documents, validation=validation, test=test)
+    """Deals whole groups; if that leaves a split empty, as of a small text of one file, ever smaller blocks of it.
+
+    Files and services stay whole: their documents belong together.
+    """
+    splits, numbered = split_by_group(documents, validation=validation, test=test), list(enumerate(documents))
     for size in SMALLER:
         if all(splits.values()):
             break
-        parts = [Document(d.text, f"{d.group}/{i // size}") for i, d in enumerate(documents)]
+        parts = [Document(d.text, f"{d.group}/{i // size}" if BLOCK in d.group else d.group) for i, d in numbered]
         splits = split_by_group(parts, validation=validation, test=test)
     return splits
 

@@ -18,6 +18,7 @@ LEAST_CHARACTERS = 80  # shorter strings are labels, not prose
 GZIP_RATIO = 3  # of English text, where a file does not say it
 SAMPLE = 100  # lines of a .jsonl file that tell how much of it is text
 
+BLOCK = "#"  # in the name of a group that is a block of documents, and no whole file or service
 _BLOCK = re.compile(r"</?(?:p|li|ul|ol|dl|dt|dd|h\d|br|div|table|tr|pre|note|important|section)\b[^>]*>", re.IGNORECASE)
 _TAG = re.compile(r"</?[a-zA-Z][^>]*>|<!--.*?-->", re.DOTALL)
 _SPACE = re.compile(r"[^\S\n]+")
@@ -57,7 +58,7 @@ def text_documents(path: Path) -> Iterator[Document]:
     files = text_files(path)
     for file in files:
         for i, text in enumerate(_texts(file)):
-            group = file.name if len(files) > 20 else f"{file.name}#{i // 100}"
+            group = file.name if len(files) > 20 else f"{file.name}{BLOCK}{i // 100}"
             yield Document(text, group)
 
 

@@ -22,10 +22,11 @@ from capacity_gap.distill.divergences import Softmax
 from capacity_gap.distill.losses import cap, chunks
 from capacity_gap.distill.signal_kinds import SIGNALS
 from capacity_gap.distill.sparse import SparseTargets
-from capacity_gap.models.loading import logit_cap, output_weight
+from capacity_gap.models.loading import output_weight
 from capacity_gap.models.placing import gathered_states
 from capacity_gap.runtime.ranks import Ranks
 from capacity_gap.store.files import note_crc
+from capacity_gap.structure.head import logit_cap
 
 BLOCK = 256  # sequences
 HEADER = "signal.json"

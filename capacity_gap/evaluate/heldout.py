@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from capacity_gap.distill.losses import token_losses
-from capacity_gap.models.loading import logit_cap, output_weight, predicted
+from capacity_gap.models.loading import output_weight, predicted
 from capacity_gap.models.placing import gathered_states
 from capacity_gap.runtime.process import Runtime
+from capacity_gap.structure.head import logit_cap
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,8 @@ def check_head(config: Config) -> None:
                 f"this {get(config, 'model_type')} has {key}={value}, and no model with it can be scored, trained or "
                 "evaluated here yet. Take one without it, such as Gemma 3."
             )
+    if not is_written(config):
+        derived.check_read(config if isinstance(config, Mapping) else config.to_dict())
 
 
 def architecture_identity(config: Mapping[str, Any]) -> dict[str, Any]:

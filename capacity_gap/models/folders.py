@@ -179,7 +179,12 @@ def named_by_config(config: Mapping[str, Any], vocab: Mapping[str, int]) -> str 
 
 
 def in_text(path: Path, token: int) -> bool:
-    """Whether packed text can hold a token of a folder's tokenizer: it ends texts, or is no control token."""
+    """Whether packed text can hold a token of a folder's tokenizer: it ends texts, or is no control token.
+
+    Of a folder that has none yet, which can only be planned with, it may.
+    """
+    if not (path / "tokenizer.json").is_file():
+        return True
     content = read_object(path / "tokenizer.json")
     control = {t["id"] for t in content.get("added_tokens") or () if t.get("special")}
     return token not in control or vocabulary(path).get(end_of_text(path) or "", token) == token

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from capacity_gap.models.axes import check_head, count_params
+from capacity_gap.models.axes import count_params
 from capacity_gap.models.building import attention_of, auto_class
 from capacity_gap.models.config_files import read_object
 from capacity_gap.models.defaults import frozen_rows
@@ -24,6 +24,7 @@ from capacity_gap.settings.errors import StageError, UserError, first_line
 from capacity_gap.settings.places import user_path
 from capacity_gap.store.checkpoint import whole
 from capacity_gap.store.files import write_json
+from capacity_gap.structure.head import logit_factor
 
 POINTER = "published.json"  # a stage folder that holds this instead of weights points to a checkpoint elsewhere
 HERE = "."  # what it points to where the weights lie beside it after all
@@ -345,7 +346,6 @@ def is_sharded(model: Any) -> bool:
 
 def last_states(model: Any, tokens: Tensor) -> Tensor:
     """The forward pass of `hidden_states`."""
-    check_head(model.config)
     if model.config.is_encoder_decoder:
         return _decoder_states(model, tokens)
     # The base model alone: the loss applies the output matrix in chunks, so logits [B, T, V] never exist.
@@ -354,18 +354,6 @@ def last_states(model: Any, tokens: Tensor) -> Tensor:
         found = found * factor
     bias = getattr(model.get_output_embeddings(), "bias", None)
     return found if bias is None else torch.cat([found, torch.ones_like(found[..., :1])], -1)
-
-
-def logit_cap(config: Any) -> float | None:
-    """c, where a model's logits are `c·tanh(z/c)` of hidden states times output matrix (Gemma 2); None for others."""
-    most = getattr(config, "final_logit_softcapping", None)
-    return float(most) if most else None
-
-
-def logit_factor(config: Any) -> float:
-    """What a model multiplies its logits by: Cohere's `logit_scale`, Granite's `logits_scaling`; 1 for others."""
-    scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
-    return float(1.0 if scale is None else scale) / float(1.0 if divisor is None else divisor)
 
 
 def predicted(model: Any, length: int) -> int:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from capacity_gap.distill.losses import distill_loss
-from capacity_gap.models.loading import hidden_states, is_sharded, logit_cap, output_weight
+from capacity_gap.models.loading import hidden_states, is_sharded, output_weight
+from capacity_gap.structure.head import logit_cap
 
 
 def lm_loss(model: Any, tokens: Tensor) -> Tensor:

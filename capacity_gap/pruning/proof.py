@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from capacity_gap.distill.losses import cap
-from capacity_gap.models.axes import architecture, count_params, cuttable, dims, is_written, pattern_of
-from capacity_gap.models.loading import hidden_states, logit_cap, output_weight
+from capacity_gap.models.axes import architecture, check_head, count_params, cuttable, dims, is_written, pattern_of
+from capacity_gap.models.loading import hidden_states, output_weight
 from capacity_gap.pruning.methods import random_scores
 from capacity_gap.pruning.shape import Shape, shape_of
 from capacity_gap.pruning.surgery import UNITS, Kept, choose_units, prune
@@ -27,6 +27,7 @@ from capacity_gap.settings.errors import ConfigError
 from capacity_gap.structure import derived
 from capacity_gap.structure.architecture import Architecture, Config, Dims, place
 from capacity_gap.structure.derive import probe_of
+from capacity_gap.structure.head import logit_cap
 from capacity_gap.structure.probing import from_config, randomised
 
 CLOSE = 1e-5  # relative to the largest logit
@@ -74,6 +75,7 @@ def prove(config: Mapping[str, Any]) -> list[Check]:
 
 
 def _head(model: Any, tokens: Tensor, before: Tensor) -> str:
+    check_head(model.config)
     logits = hidden_states(model, tokens) @ output_weight(model).T
     cap(logits, logit_cap(model.config))
     return _apart(logits, before)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from capacity_gap.models.axes import cuttable, dims
+from capacity_gap.models.axes import check_head, cuttable, dims
 from capacity_gap.pruning.lm_loss import gradients_of, lm_loss
 from capacity_gap.pruning.units import named_weights
 from capacity_gap.settings.errors import ConfigError, StageError
@@ -78,6 +78,7 @@ def opened(model: Any) -> tuple[Dims, Architecture]:
             "a quantised teacher cannot be scored or pruned: its weights have no gradients and no rows to select. Use "
             "family.quantization=none (8-bit teachers can still teach: prune.init=random)."
         )
+    check_head(model.config)
     return dims(model.config), cuttable(model.config)
 
 

@@ -18,6 +18,11 @@ from capacity_gap.structure.architecture import Architecture, Stack, Sublayer
 from capacity_gap.structure.probing import Underivable, from_config, with_sites
 from capacity_gap.structure.type_facts import ATTENTION, ATTENTION_OUTPUT, FACTS, PER_LAYER, SIZE_KEYS, Facts
 
+# Entries that a small model does without: its numbers are fp32, its layers are of kinds chosen here.
+NO_PART = (
+    *("dtype", "torch_dtype", "rope_parameters", "rope_scaling", "quantization_config", "auto_map"),
+    "sliding_window_pattern",
+)
 PROBE = {
     "vocab": 211,
     "hidden": 84,  # heads must divide it, in some classes
@@ -116,6 +121,8 @@ def size_keys(config: Mapping[str, Any]) -> dict[str, str]:
         made = AutoConfig.for_model(kind)
     except (ValueError, KeyError) as error:
         raise ConfigError(f"transformers knows no model_type {kind!r}.") from error
+    if made.is_encoder_decoder:
+        raise ConfigError(f"{kind!r} is an encoder-decoder; of these only T5 can be used here.")
     names, known = getattr(made, "attribute_map", {}) or {}, made.to_dict()
     found = {}
     for axis, candidates in SIZE_KEYS.items():
@@ -133,7 +140,7 @@ def probe_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _probe(config: Mapping[str, Any], keys: Mapping[str, str]) -> tuple[dict[str, Any], bool]:
     """The same, and whether hidden must be heads × head_dim."""
-    left_out = ("rope_parameters", "rope_scaling", "quantization_config", "auto_map", *PER_LAYER)
+    left_out = (*NO_PART, *PER_LAYER)
     given = {k: v for k, v in config.items() if k not in left_out and not k.endswith("_token_id")}
     given |= {keys[a]: n for a, n in PROBE.items() if a in keys} | {"pad_token_id": None, "eos_token_id": None}
     given |= {"bos_token_id": None, "use_cache": True}
@@ -198,6 +205,8 @@ def _parameters(model: Any, probe: Mapping[str, Any], keys: Mapping[str, str], s
         pattern = re.sub(rf"^{re.escape(layer)}\.\d+\.", f"{layer}.{{i}}.", name)
         axes = tuple(_axis(model, name, d, n, sizes, facts, square) for d, n in enumerate(parameter.shape))
         of_layers.setdefault(pattern, []).append(axes)
+    if numbered := [p for p in of_layers if re.search(r"\.\d+(\.|$)", p)]:
+        raise Underivable(f"it has parameters of their own for single heads or experts ({numbered[0]})")
     for pattern, found in of_layers.items():
         if len(set(found)) > 1 or ("{i}" in pattern and len(found) != PROBE["layers"]):
             raise Underivable(f"the layers of {probe['model_type']!r} differ in {pattern.replace('{i}', '·')}.")
@@ -282,7 +291,10 @@ def kinds(config: Mapping[str, Any]) -> dict[str, list[Any]]:
 
     keys = size_keys(config)
     given = {k: v for k, v in config.items() if k not in PER_LAYER and k != "model_type"}
-    made = AutoConfig.for_model(str(config["model_type"]), **{**given, keys["layers"]: LONG}).to_dict()
+    try:
+        made = AutoConfig.for_model(str(config["model_type"]), **{**given, keys["layers"]: LONG}).to_dict()
+    except Exception:
+        return {}
     found = {}
     for key in PER_LAYER:
         listed = made.get(key)
@@ -294,3 +306,38 @@ def kinds(config: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 LONG = 48  # layers, of which a pattern is seen
+
+
+HEAD_WORDS = re.compile("logit|scal|cap|mult|temperature")
+
+
+def read_wrongly(kind: str, usual: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Why losses here would not be those of the class's own logits, and the entries that would make them so.
+
+    Args:
+        kind: the `model_type`.
+        usual: what its class assumes.
+
+    Returns:
+        The reason, empty where a small model agrees; and each entry that, changed, would make it disagree.
+    """
+    from capacity_gap.structure.probing import disagreement
+
+    config = {"model_type": kind, "tie_word_embeddings": False}
+    try:
+        probe = probe_of(config)
+        if reason := disagreement(probe):
+            return reason, []
+    except Exception as error:
+        return f"a small model of its kind cannot be made ({type(error).__name__})", []
+    numbers = {k: v for k, v in usual.items() if isinstance(v, float) or (v is None and HEAD_WORDS.search(k))}
+    wrong = []
+    for key, value in numbers.items():
+        if not HEAD_WORDS.search(key):
+            continue
+        try:
+            if disagreement({**probe, key: 0.37 * (value or 1.0)}):
+                wrong.append(key)
+        except Exception:
+            continue
+    return "", wrong

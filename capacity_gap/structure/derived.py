@@ -11,13 +11,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.settings.errors import ConfigError, shown
+from capacity_gap.settings.errors import ConfigError, first_line, shown
 from capacity_gap.settings.hashing import files_digest, fingerprint
 from capacity_gap.structure.architecture import Architecture, Stack, Sublayer
 from capacity_gap.structure.type_facts import PER_LAYER, STRUCTURELESS
@@ -28,7 +29,10 @@ DERIVE_S = 300  # the longest that deriving one table may take
 
 def table(config: Mapping[str, Any]) -> Architecture:
     """The table of a config.json. Raises `ConfigError` where transformers has no such decoder."""
-    return architecture_from(_entry(config)["table"])
+    found = architecture_from(_entry(config)["table"])
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    # Such factors are one for each pair of a head's numbers, and their class counts these as hidden / heads.
+    return replace(found, square=True) if "short_factor" in rope else found
 
 
 def defaults(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,6 +44,17 @@ def defaults(config: Mapping[str, Any]) -> dict[str, Any]:
         if found.get(key) is None:
             found[key] = [pattern[i % len(pattern)] for i in range(layers)]
     return found
+
+
+def check_read(config: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` where losses here would not be those of the model's own logits."""
+    kind = str(config.get("model_type"))
+    of_type = _type(kind)
+    usual_ = of_type["defaults"]
+    other = [k for k in of_type["head_keys"] if k in config and config[k] != usual_.get(k)]
+    if of_type["unread"] or other:
+        said = of_type["unread"] or f"{other[0]}={config[other[0]]} changes its logits in a way that is not known here"
+        raise ConfigError(f"models of the type {kind!r} cannot be trained, taught by or evaluated here: {said}.")
 
 
 def is_committed(config: Mapping[str, Any]) -> bool:
@@ -76,13 +91,17 @@ def pads(config: Mapping[str, Any]) -> bool:
 def flags(config: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a config.json that may change the structure and are not as the class has them."""
     return {
-        key: value
-        for key, value in sorted(config.items())
-        if not isinstance(value, float | dict | list)
-        and value is not None
-        and not (key in STRUCTURELESS or key in PER_LAYER or key.endswith("_token_id") or key.startswith("_"))
-        and value != usual.get(key)
+        key: value for key, value in sorted(config.items()) if _is_flag(key, value, usual) and value != usual.get(key)
     }
+
+
+def _is_flag(key: str, value: Any, usual: Mapping[str, Any]) -> bool:
+    """Whether an entry is one that the class reads, and whose value may decide the structure or the kinds of layers."""
+    if key == "sliding_window":  # without a window no layer slides
+        return value is None and key in usual
+    if value is None or isinstance(value, float | dict | list) or key.endswith("_token_id") or key in PER_LAYER:
+        return False
+    return (key in usual or key == "sliding_window_pattern") and key not in STRUCTURELESS and key not in DULL
 
 
 def _flags_text(config: Mapping[str, Any]) -> str:
@@ -135,7 +154,8 @@ def _made(asked: Mapping[str, Any]) -> dict[str, Any]:
     file = cache_folder() / f"{name}.json"
     try:
         found = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        _check_form(found, asked)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         found = answer(asked) if "torch" in sys.modules else _asked_outside(asked)
         _keep(file, found)
     if "error" in found:
@@ -143,15 +163,28 @@ def _made(asked: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _check_form(found: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raises where what was kept is no answer to this question."""
+    if "error" in found or "uncut" in found:
+        return
+    if "flags" in asked or "config" in asked:
+        table = architecture_from(found["table"])
+        _ = table.keys["layers"], table.keys["hidden"], found["pads"], found["kinds"].items
+    else:
+        _ = found["defaults"].items, found["sizes"], found["names"].items, found["unread"], found["head_keys"]
+
+
 def _sources() -> str:
     """The digest of what derives: what another release of this package derived is not read."""
-    return files_digest([Path(__file__).with_name(f"{name}.py") for name in ("derive", "probing", "type_facts")])
+    return files_digest(sorted(Path(__file__).parent.glob("*.py")))
 
 
 def cache_folder() -> Path:
     """Where derived tables are kept between runs."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "capacity_gap" / "tables"
+    root = os.environ.get("XDG_CACHE_HOME")
+    with contextlib.suppress(RuntimeError):  # this user has no home
+        root = root or str(Path.home() / ".cache")
+    return Path(root or tempfile.gettempdir()) / "capacity_gap" / "tables"
 
 
 def _keep(file: Path, found: Mapping[str, Any]) -> None:
@@ -190,16 +223,29 @@ def answer(asked: Mapping[str, Any]) -> dict[str, Any]:
     kind = asked["type"]
     try:
         if "config" in asked:
-            return {"table": _as_json(derive.as_it_is(asked["config"], asked["uncut"])), "pads": False, "kinds": {}}
+            try:
+                table = derive.as_it_is(asked["config"], asked["uncut"])
+            except Exception as error:  # whatever a class raises over a config.json
+                return {"error": f"{kind}: transformers makes no decoder of its config.json ({first_line(error)})"}
+            return {"table": _as_json(table), "pads": False, "kinds": {}}
         if "flags" not in asked:
             keys = derive.size_keys({"model_type": kind})
             usual = derive.class_defaults(kind)
-            return {"defaults": _plain(usual), "sizes": sorted(keys.values()), "names": derive.other_names(kind)}
+            unread, head_keys = derive.read_wrongly(kind, usual)
+            return {
+                "defaults": _plain(usual),
+                "sizes": sorted(keys.values()),
+                "names": derive.other_names(kind),
+                "unread": unread,
+                "head_keys": head_keys,
+            }
         config = {"model_type": kind, **asked["flags"]}
         try:
             found = derive.derive(config)
         except Underivable as error:
             return {"uncut": str(error)}
+        except Exception as error:  # whatever a class raises over sizes that it did not expect
+            return {"uncut": f"a small model of its kind cannot be made ({type(error).__name__}: {first_line(error)})"}
         return {"table": _as_json(found.table), "pads": found.pads, "kinds": derive.kinds(config)}
     except ConfigError as error:
         return {"error": str(error)}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.structure.architecture import Architecture, Stack, Sublayer
+from capacity_gap.structure.head import from_hidden
 from capacity_gap.structure.type_facts import ATTENTION_OUTPUT
 
 CLOSE = 1e-4  # of a sum in fp32 that should be exact
@@ -203,3 +204,19 @@ def _root_scaled(model: Any, layer: str) -> bool:
         return False
     factor = float((one - two) @ difference / (difference @ difference))
     return abs(factor / sqrt(hidden) - 1) < 1e-3 and _close(one - two, factor * difference)
+
+
+def disagreement(probe: Mapping[str, Any]) -> str:
+    """Why a small model's logits are not its last hidden states times its output matrix, of earlier tokens alone."""
+    model = randomised(probe)
+    tokens = torch.randint(3, FEWEST_TOKENS, (2, 9), generator=torch.Generator().manual_seed(1))
+    changed = torch.cat([tokens[:, :-1], (tokens[:, -1:] + 1) % FEWEST_TOKENS], 1)
+    with torch.no_grad():
+        logits = model(tokens, use_cache=False).logits
+        other = model(changed, use_cache=False).logits
+        if not _close(other[:, :-1], logits[:, :-1]):
+            return "a token changes what is said of those before it: it is no causal model"
+        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        output = model.get_output_embeddings()
+        found = from_hidden(model.config, hidden, output.weight, getattr(output, "bias", None))
+    return "" if _close(found, logits) else "its logits are not its last hidden states times its output matrix"

@@ -22,10 +22,11 @@ from capacity_gap.distill.hidden import HiddenMatch
 from capacity_gap.distill.losses import distill_loss
 from capacity_gap.distill.signals import Signal
 from capacity_gap.distill.sparse import SparseTargets
-from capacity_gap.models.loading import hidden_states, logit_cap, output_weight, predicted
+from capacity_gap.models.loading import hidden_states, output_weight, predicted
 from capacity_gap.runtime.process import Interrupted, Runtime
 from capacity_gap.settings.errors import StageError
 from capacity_gap.store import checkpoint
+from capacity_gap.structure.head import logit_cap
 from capacity_gap.training.optimizer import learning_rate, make_optimizer
 from capacity_gap.training.pace import Pace, forget_peak, peak_memory
 from capacity_gap.training.train_config import OptimConfig
