@@ -74,8 +74,8 @@ def check_words(arguments: Sequence[str]) -> None:
     parser = get_args_parser()
     parser.error = _refuse  # Hydra's own prints its usage
     multirun = parser.parse_args(arguments).multirun or "hydra.mode=MULTIRUN" in arguments
-    launcher = [word for word in arguments if word.lstrip("+").startswith(("hydra/launcher=", "hydra.launcher."))]
-    launcher = [word for word in launcher if word != "hydra/launcher=basic"]  # which runs here anyway
+    names = ("hydra/launcher=", "hydra.launcher.")
+    launcher = [w for w in arguments if w.lstrip("+").startswith(names) and w != "hydra/launcher=basic"]  # runs here
     if launcher and not multirun:
         raise ConfigError(
             f"{shown(launcher[0])} is read by grids only: without -m the cell would run here. Add -m: "

@@ -237,8 +237,8 @@ def _other_number(folder: Path, stored: Mapping[str, Stored], wanted: Mapping[st
     Which of them is missing is said when they are loaded, before anything is computed with them.
     """
     held, described = (sum(map(prod, shapes)) for shapes in ([t.shape for t in stored.values()], wanted.values()))
-    least = min(described, held)  # a tied matrix may be stored twice, and buffers too
-    if held == described or (held > described and held - least <= max(map(prod, wanted.values()))):
+    # A tied matrix may be stored twice, and buffers too.
+    if 0 <= held - described <= max(map(prod, wanted.values())):
         return None
     return f"{folder} holds {held:,} numbers, and its config.json describes {described:,} parameters. {_SAVE}"
 

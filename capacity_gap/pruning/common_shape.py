@@ -120,9 +120,10 @@ def student_shape(
 
 def _check_kind(rungs: Mapping[str, Config], teacher: Mapping[str, Any], target: int) -> None:
     """Raises `ImpossibleCell` under a teacher whose parameters are not those of most rungs that hold the student."""
-    mine, usual = (dict(_names(c)) for c in (teacher, _alike(rungs, target)[0]))
+    pair = (teacher, _alike(rungs, target)[0])
+    mine, usual = (dict(_names(c)) for c in pair)
     if differ := sorted(set(mine.items()) ^ set(usual.items())):
-        kinds = [str(get(config, "model_type")) for config in (teacher, _alike(rungs, target)[0])]
+        kinds = [str(get(config, "model_type")) for config in pair]
         other = f"it is a {kinds[0]}, the student a {kinds[1]}" if kinds[0] != kinds[1] else "both have one model_type"
         raise ImpossibleCell(
             f"the teacher cannot hold the common student of {target:,} parameters: {other}, and their weights differ "

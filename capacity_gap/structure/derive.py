@@ -15,7 +15,7 @@ from torch import nn
 
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.structure.architecture import Architecture, Stack, Sublayer
-from capacity_gap.structure.probing import Underivable, from_config, with_sites
+from capacity_gap.structure.probing import Underivable, disagreement, from_config, with_sites
 from capacity_gap.structure.type_facts import ATTENTION, ATTENTION_OUTPUT, FACTS, PER_LAYER, SIZE_KEYS, Facts
 
 # Entries that a small model does without: its numbers are fp32, its layers are of kinds chosen here.
@@ -32,7 +32,6 @@ PROBE = {
     "neurons": 176,
     "layers": 4,
     "positions": 67,
-    "embed": 84,
 }
 SQUARE_HIDDEN = 96  # where hidden = heads × head_dim, heads are of size 8
 WINDOW = 5  # tokens of attention that slides, fewer than a probe reads
@@ -40,10 +39,9 @@ WINDOW = 5  # tokens of attention that slides, fewer than a probe reads
 
 @dataclass(frozen=True)
 class Derived:
-    """What was found: the table, and the config.json of the small model that it was found on."""
+    """What was found: the table, and what it does not say."""
 
     table: Architecture
-    probe: dict[str, Any]
     pads: bool  # whether the embedding never trains the row of `pad_token_id`
 
 
@@ -65,7 +63,7 @@ def derive(config: Mapping[str, Any]) -> Derived:
     if any(p.ndim > 2 for p in model.parameters()):
         raise Underivable("it has experts or convolutions, which have no axes here yet")
     table = _parameters(model, probe, keys, square)
-    return Derived(with_sites(table, probe), probe, _pads(probe))
+    return Derived(with_sites(table, probe), _pads(probe))
 
 
 NEEDED = ("vocab", "hidden", "heads", "neurons", "layers")
@@ -165,7 +163,8 @@ def _has_output_map(probe: Mapping[str, Any]) -> bool:
     try:
         with torch.device("meta"):
             return any(
-                sorted(p.shape) == sorted((PROBE["hidden"], wide)) and re.search(ATTENTION_OUTPUT, n[:-7])
+                sorted(p.shape) == sorted((PROBE["hidden"], wide))
+                and re.search(ATTENTION_OUTPUT, n.removesuffix(".weight"))
                 for n, p in from_config(probe).named_parameters()
             )
     except Exception:
@@ -259,8 +258,6 @@ def _axis(
         return facts.fused or axis
     if axis == "qkv_multi":
         return "qkv_grouped"
-    if axis == "gate_up":
-        return facts.gated or axis
     module, _, kind = name.rpartition(".")
     if axis == "hidden" and square and re.search(ATTENTION, module):
         return _square_axis(model, module, dimension, kind)
@@ -321,8 +318,6 @@ def read_wrongly(kind: str, usual: Mapping[str, Any]) -> tuple[str, list[str]]:
     Returns:
         The reason, empty where a small model agrees; and each entry that, changed, would make it disagree.
     """
-    from capacity_gap.structure.probing import disagreement
-
     config = {"model_type": kind, "tie_word_embeddings": False}
     try:
         probe = probe_of(config)
@@ -330,11 +325,9 @@ def read_wrongly(kind: str, usual: Mapping[str, Any]) -> tuple[str, list[str]]:
             return reason, []
     except Exception as error:
         return f"a small model of its kind cannot be made ({type(error).__name__})", []
-    numbers = {k: v for k, v in usual.items() if isinstance(v, float) or (v is None and HEAD_WORDS.search(k))}
+    numbers = {k: v for k, v in usual.items() if HEAD_WORDS.search(k) and (v is None or isinstance(v, float))}
     wrong = []
     for key, value in numbers.items():
-        if not HEAD_WORDS.search(key):
-            continue
         try:
             if disagreement({**probe, key: 0.37 * (value or 1.0)}):
                 wrong.append(key)

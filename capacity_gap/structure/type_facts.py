@@ -66,7 +66,6 @@ class Facts:
     """Of one type."""
 
     fused: str = ""  # the order inside a map of queries, keys and values (`layouts.py`)
-    gated: str = ""  # the order inside a map of gates and inputs
     uncut: str = ""  # why its models cannot be cut yet
     position_offset: int = 0  # rows of the table of positions before the first position
     positions: str = ""  # "position" where the table's name does not say so

@@ -104,25 +104,24 @@ def check_count(overrides: list[Override]) -> None:
 def own_ladder(composed: Sequence[dict[str, Any]]) -> dict[str, str]:
     """The checkpoints among the teachers of a grid that names no ladder, as given and pinned: together they are one.
 
-    A student's shape is the same under every teacher only if each cell knows them all.
+    A student's shape is the same under every teacher only if each cell knows them all. One that cannot be used raises:
+    without it the others would be another ladder, with other students.
     """
-    from capacity_gap.models.checkpoints import is_checkpoint
-
-    named = {str(one["teacher"]): bool(one.get("plan")) for one in composed if not one["family"]["folders"]}
-    return {teacher: _pinned(teacher, planning) for teacher, planning in named.items() if is_checkpoint(teacher)}
-
-
-def _pinned(given: str, planning: bool) -> str:
-    """A checkpoint by a name that stands for the same in every process: of the hub with its commit.
-
-    One that cannot be used raises here: without it the others would be another ladder, with other students.
-    """
-    from capacity_gap.models.checkpoints import checkpoint
+    from capacity_gap.models.checkpoints import checkpoint, is_checkpoint
     from capacity_gap.models.folders import config_of
 
-    found = checkpoint(given)
-    config_of(found, planning=planning)
-    return found.pinned
+    named = {str(one["teacher"]): bool(one.get("plan")) for one in composed if not one["family"]["folders"]}
+    found = {teacher: checkpoint(teacher) for teacher in named if is_checkpoint(teacher)}
+    for teacher, one in found.items():
+        config_of(one, planning=named[teacher])
+    return {teacher: one.pinned for teacher, one in found.items()}
+
+
+def _pinned(given: str) -> str:
+    """A checkpoint by a name that stands for the same in every process: of the hub with its commit."""
+    from capacity_gap.models.checkpoints import checkpoint
+
+    return checkpoint(given).pinned
 
 
 def _in_ladder(
@@ -136,7 +135,7 @@ def _in_ladder(
 
     teacher, student, family = str(one["teacher"]), str(one["student"]), one["family"]
     own = {"teacher": ladder[teacher]} if teacher in ladder else {}
-    own |= {"student": _pinned(student, bool(one.get("plan")))} if is_checkpoint(student) else {}
+    own |= {"student": _pinned(student)} if is_checkpoint(student) else {}
     found = {**one, **own}
     given = [f"{key}={quoted(name)}" for key, name in own.items() if name != str(one[key])]
     if teacher in ladder and family["name"] in (FOLDERS, UNSAID):
