@@ -1,11 +1,11 @@
 """W&B mirrors the records: read back by its own tool, and through its own client from a server on the loopback."""
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -16,6 +16,7 @@ from capacity_gap.cell.stages import distil_student
 from capacity_gap.cell.stages.shared import read_history
 from capacity_gap.commands import cli
 from capacity_gap.runner.run_cell import run_config
+from capacity_gap.runner.stopping import ending_workers
 from capacity_gap.runtime.process import Interrupted
 from capacity_gap.settings.errors import UserError
 from capacity_gap.store.contents import sweeps
@@ -59,10 +60,20 @@ def server(monkeypatch):
     with serving() as (fake, url):
         monkeypatch.setenv("WANDB_BASE_URL", url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
-        with contextlib.suppress(ConnectionError):  # a test of signals may have ended its service, a process of its own
-            wandb.teardown()  # it remembers the server that it first heard of
+        wandb.teardown()  # it remembers the server that it first heard of
         yield fake
         wandb.teardown()
+
+
+def test_a_grid_that_is_asked_to_end_leaves_the_service_of_its_runs_alone(tmp_path):
+    import wandb
+
+    with wandb.init(mode="offline", dir=tmp_path, project="capacity_gap") as run:
+        with pytest.raises(Interrupted), ending_workers():
+            raise Interrupted
+        run.log({"train/loss": 2.0})
+    wandb.teardown()
+    assert [point["loss"] for point in history(Path(run.dir).parent)] == [2.0]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from typing import Any
 from capacity_gap.runtime.process import ENDING, MIND_S, PARENT, STOP_FILE, Interrupted, ignores
 
 GRACE_S = 25.0  # for checkpoints; who is still at work then is killed, so that all has ended within half a minute
-TRACKERS = ("resource_tracker", "resource_sharer")  # helpers of multiprocessing, which end with their parent
+# Helpers of multiprocessing and of W&B, which end with their parent. Those of W&B still send what they were told.
+HELPERS = ("resource_tracker", "resource_sharer", f"{os.sep}wandb{os.sep}bin{os.sep}")
 
 Launch = Callable[..., Sequence[Any]]
 
@@ -154,7 +155,7 @@ def _children() -> list[Any]:
 
     def helps(child: Any) -> bool:
         with contextlib.suppress(psutil.Error):
-            return any(name in " ".join(child.cmdline()) for name in TRACKERS)
+            return any(name in " ".join(child.cmdline()) for name in HELPERS)
         return True
 
     return [child for child in psutil.Process().children(recursive=True) if not helps(child)]
