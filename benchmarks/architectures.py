@@ -3,7 +3,7 @@
     python -m benchmarks.architectures [--out results/architectures.csv] [--only gemma3_text]     about a minute
 
 For each type, with tied and untied embeddings, `capacity_gap.pruning.proof.prove` builds a small model of its structure
-and tries every claim of its table (docs/checkpoints.md says which). A type whose table cannot be derived is listed with
+and tries every claim of its table (docs/decoders.md says which). A type whose table cannot be derived is listed with
 the reason. The exit status is 1 if a check fails that is not listed in `KNOWN`.
 """
 
@@ -36,6 +36,8 @@ PUBLISHED: Mapping[str, dict[str, Any]] = {
     "glm4": {"attention_bias": True},
     "stablelm": {"use_qkv_bias": True},
 }
+CHECKS = ("hidden", "heads", "neurons", "experts", "layers", "sites", "permuted", "head", "reload", "generation")
+COLUMNS = ("type", "tied", "table", "count", *CHECKS, "why")
 KNOWN: dict[tuple[str, str], str] = {}  # (type, check) → why it does not hold
 
 
@@ -44,7 +46,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="where the table goes")
     parser.add_argument("--only", help="one type")
     given = parser.parse_args(words)
-    table = pd.DataFrame(rows([given.only] if given.only else TYPES))
+    table = pd.DataFrame(rows([given.only] if given.only else TYPES), columns=COLUMNS)
     print(table.to_string(index=False))
     if given.out:
         table.to_csv(given.out, index=False)

@@ -55,7 +55,7 @@ def without(model, axis: str, layer: int, unit: int):
         sublayers = [m.get_submodule(s.module) for m in layers for s in (*stack.attentions, stack.mlp)]
         hooks = [m.register_forward_hook(after) for m in [model.get_input_embeddings(), *norms, *sublayers]]
     else:
-        inside = model.get_submodule(table.unit_maps(axis, sizes.layers)[layer])
+        inside = model.get_submodule(table.unit_maps(axis, sizes.layers)[layer].removesuffix(".weight"))
         hooks = [inside.register_forward_pre_hook(lambda _m, inputs: (zero(inputs[0]), *inputs[1:]))]
     try:
         yield

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from capacity_gap.models.axes import architecture, dims
 from capacity_gap.models.building import attention_of, auto_class
 from capacity_gap.pruning.hooks import layers_of
+from capacity_gap.structure.probing import one_by_one
 
 LLAMA = {
     "vocab_size": 40,
@@ -64,10 +65,11 @@ SMALL = {
 DERIVED = {  # of which no table is written: norms after sublayers, scaled embeddings, layers of several kinds
     "olmo2": ("olmo2", {k: v for k, v in LLAMA.items() if k != "head_dim"}),
     "gemma3": ("gemma3_text", {**LLAMA, "sliding_window": 4, "sliding_window_pattern": 3, "tie_word_embeddings": True}),
+    "mixtral": ("mixtral", {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 EVERY = SMALL | DERIVED
 UNCUT = {  # what can be counted and taught by, but not cut yet
-    "mixtral": ("mixtral", {**LLAMA, "num_local_experts": 3, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("qwen2_moe", {**LLAMA, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8}),
     "bloom": ("bloom", {"vocab_size": 40, "hidden_size": 16, "n_layer": 3, "n_head": 4}),
 }
 TOKENS = torch.randint(3, 40, (3, 4, 10), generator=torch.Generator().manual_seed(1))
@@ -82,6 +84,7 @@ def small_model(name="llama", **changes):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = auto_class(config).from_config(config, attn_implementation=attention_of(config)).double().eval()
+        model = one_by_one(model)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
@@ -133,7 +136,8 @@ def masked(model, queries=None, neurons=None, hidden=None):
     spread = None if queries is None else queries.repeat_interleave(sizes.head_dim, dim=-1)
     for axis, masks in (("heads", spread), ("neurons", neurons)):
         for row, name in enumerate(table.unit_maps(axis, sizes.layers) if masks is not None else ()):
-            hooks.append(model.get_submodule(name).register_forward_pre_hook(times(masks[row])))
+            module = model.get_submodule(name.removesuffix(".weight"))
+            hooks.append(module.register_forward_pre_hook(times(masks[row])))
     for number, stack in enumerate(table.stacks if hidden is not None else ()):
         layers = layers_of(model, table, sizes)[number * sizes.layers : (number + 1) * sizes.layers]
         hooks += _stream_masks(model, layers, stack, hidden)

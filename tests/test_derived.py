@@ -23,6 +23,7 @@ from capacity_gap.pruning.lm_loss import lm_loss
 from capacity_gap.pruning.proof import check_proved, prove
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.structure import derived
+from capacity_gap.structure.architecture import Sublayer
 from capacity_gap.structure.derive import derive, probe_of
 from capacity_gap.structure.probing import randomised
 from capacity_gap.training.loop import Objective, _teach
@@ -30,8 +31,10 @@ from tests.conftest import ROOT
 from tests.small_models import SMALL, masked
 
 COMMITTED = json.loads(derived.COMMITTED.read_text())
-CUT = [t for t in TYPES if t not in ("bloom", "mpt") and "moe" not in t and t not in ("mixtral", "gpt_oss")]
-SAMPLE = ("gemma3_text", "olmo2", "phi3", "codegen", "cohere", "gpt_bigcode")  # what is unlike Llama in most ways
+CUT = [t for t in TYPES if t not in ("bloom", "mpt")]
+MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe", "phimoe")
+# What is unlike Llama in most ways.
+SAMPLE = ("gemma3_text", "olmo2", "phi3", "codegen", "cohere", "gpt_bigcode", "gpt_oss", "phimoe")
 pytestmark = pytest.mark.filterwarnings("ignore:CUDA-fused xIELU")
 
 
@@ -48,9 +51,8 @@ def of_type(kind, **more):
 @pytest.mark.parametrize("kind", sampled(CUT))
 def test_every_claim_of_a_table_holds(kind, tied):
     checks = prove(of_type(kind, tie_word_embeddings=tied))
-    assert [c.name for c in checks] == [
-        "count", "hidden", "heads", "neurons", "layers", "permuted", "head", "reload", "generation"
-    ]  # fmt: skip
+    axes = ["hidden", "heads", "neurons", "layers", *["experts"] * (kind in MIXTURES)]
+    assert [c.name for c in checks] == ["count", *axes, "sites", "permuted", "head", "reload", "generation"]
     assert [f"{c.name}: {c.said}" for c in checks if not c.held and (kind, c.name) not in KNOWN] == []
 
 
@@ -100,6 +102,27 @@ def test_a_factor_that_changes_with_the_width_is_found(tied, monkeypatch):
     use_table(monkeypatch, lambda table: replace(table, root_scaled=False))
     found = {c.name: c.held for c in prove(of_type("gemma", tie_word_embeddings=tied))}
     assert not found["hidden"] and found["neurons"]
+
+
+def test_a_wrong_factor_of_the_last_norm_is_found(monkeypatch):
+    use_table(monkeypatch, lambda table: replace(table, norm_offset=0.0))
+    found = {c.name: c.held for c in prove(of_type("gemma", tie_word_embeddings=True))}
+    assert not found["hidden"] and found["neurons"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "said"),
+    [
+        ("phi3", {"mlp": Sublayer("mlp.down_proj", "mlp.down_proj"), "stream": ()}, "the table does not say so"),
+        ("phi3", {"stream": ("input_layernorm",)}, "input_layernorm of layer 0 does not read the stream between"),
+        ("olmo2", {"mlp": Sublayer("mlp", "mlp.down_proj")}, "do not make layer 0's output of its input"),
+        ("phi3", {"stream": ("no_such_norm",)}, "layer 0 has no no_such_norm"),
+    ],
+)
+def test_wrong_places_of_masks_are_found(kind, change, said, monkeypatch):
+    use_table(monkeypatch, lambda table: replace(table, stacks=(replace(table.stacks[0], **change),)))
+    (sites,) = (c for c in prove(of_type(kind)) if c.name == "sites")
+    assert not sites.held and said in sites.said
 
 
 def use_table(monkeypatch, change):
@@ -168,7 +191,7 @@ def test_what_is_no_decoder_is_named(capsys):
 @pytest.mark.parametrize(
     ("kind", "params", "why"),
     [
-        ("mixtral", 46_702_792_704, "experts"),
+        ("qwen2_moe", 14_315_784_192, "is no axis that can be cut"),
         ("mpt", 1_311_213_568, "ALiBi"),
         ("mamba", 159_308_544, "says nothing of heads"),
     ],
@@ -278,7 +301,7 @@ def test_scores_are_what_the_loss_says_when_units_are_scaled(kind):
     for axis, count, of in (("heads", sizes.heads, found.queries), ("neurons", 6, found.neurons)):
         width = sizes.head_dim if axis == "heads" else 1
         name = table.unit_maps(axis, sizes.layers)[1]
-        weight = model.get_submodule(name).weight
+        weight = model.get_parameter(name)
         measured = []
         for unit in range(count):
             rows = slice(unit * width, (unit + 1) * width)

@@ -20,10 +20,10 @@ from capacity_gap.models.axes import count_params, dims
 from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.models.loading import hidden_states, new_model, output_weight, predicted
 from capacity_gap.pruning import prune
+from capacity_gap.pruning.kept_units import choose_units
 from capacity_gap.pruning.lm_loss import lm_loss
 from capacity_gap.pruning.methods import random_scores
 from capacity_gap.pruning.shape import shape_of, spread
-from capacity_gap.pruning.surgery import choose_units
 from capacity_gap.runner.run_cell import run_config
 from capacity_gap.runtime.process import Runtime
 from capacity_gap.settings.errors import ConfigError

@@ -11,11 +11,11 @@ from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.pruning import choose_shape, common_shape, expressive_scores
 from capacity_gap.pruning.common_shape import student_config
 from capacity_gap.pruning.hooks import layers_of
+from capacity_gap.pruning.kept_units import Kept
 from capacity_gap.pruning.lm_loss import lm_loss
 from capacity_gap.pruning.methods import SCORES, block_influence, loss_increase, random_scores
 from capacity_gap.pruning.scores import Scores
 from capacity_gap.pruning.shape import Shape, sized, unfit
-from capacity_gap.pruning.surgery import Kept
 from capacity_gap.settings.errors import ConfigError, ImpossibleCell
 from tests.small_models import SMALL, TOKENS, losses_of, masked, small_model
 
@@ -28,7 +28,7 @@ def test_expressive_scores_are_central_differences_of_the_loss_under_those_masks
     model, step = small_model(name), 1e-5
     sizes = dims(model.config)
     table = architecture(model.config)
-    rows = {a: table.rows(a, 3) for a in ("heads", "neurons")}
+    rows = {a: table.rows(a, sizes) for a in ("heads", "neurons")}
     shape = {"queries": (rows["heads"], sizes.heads), "neurons": (rows["neurons"], 12), "hidden": (16,)}[axis]
     units = torch.cartesian_prod(*map(torch.arange, shape)).reshape(-1, len(shape))
     measured = torch.zeros(len(TOKENS), *shape, dtype=torch.float64)
@@ -100,9 +100,9 @@ def test_permuting_units_permutes_scores(name, method):
     generator = torch.Generator().manual_seed(2)
     units, neurons, hidden = (torch.randperm(n, generator=generator) for n in (sizes.kv_heads, 12, 16))
     queries = (units[:, None] * sizes.group + torch.arange(sizes.group)).flatten()
-    rows = {axis: table.rows(axis, 3) for axis in ("heads", "neurons")}
+    rows = {axis: table.rows(axis, sizes) for axis in ("heads", "neurons")}
     per_row = [queries] * rows["heads"], [units] * rows["heads"], [neurons] * rows["neurons"]
-    order = Kept(3, [[0, 1, 2]] * len(table.stacks), hidden, *per_row)
+    order = Kept(3, [[0, 1, 2]] * len(table.stacks), hidden, *per_row, experts=[])
     with torch.no_grad():
         before = lm_loss(model, TOKENS[0])
         for parameter_name, parameter in model.named_parameters():

@@ -13,10 +13,11 @@ from capacity_gap.models.layers import symmetric_layers
 from capacity_gap.models.loading import save_model
 from capacity_gap.pruning import choose_shape, expressive_scores, prune
 from capacity_gap.pruning.kept_layers import kept_layers
+from capacity_gap.pruning.kept_units import choose_units
 from capacity_gap.pruning.lm_loss import lm_loss
 from capacity_gap.pruning.methods import random_scores
 from capacity_gap.pruning.shape import Shape, between, shape_of
-from capacity_gap.pruning.surgery import choose_units, prune_checkpoint
+from capacity_gap.pruning.surgery import prune_checkpoint
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.structure.architecture import place
 from tests.small_models import SMALL, TOKENS, exact_norms, logits_of, masked, small_model
@@ -288,8 +289,8 @@ def test_training_leaves_the_zeros_of_a_global_student_zero(name):
     table = architecture(model.config)
     row = min(range(len(shape.layer_neurons)), key=lambda i: shape.layer_neurons[i])
     name = table.unit_maps("neurons", 3)[row]
-    down = student.get_submodule(name).weight
-    axis = [place(a)[0] for a in table.parameters[pattern_of(table, f"{name}.weight")[0]]].index("neurons")
+    down = student.get_parameter(name)
+    axis = [place(a)[0] for a in table.parameters[pattern_of(table, name)[0]]].index("neurons")
     padding = down.detach().narrow(axis, shape.layer_neurons[row], down.shape[axis] - shape.layer_neurons[row])
     assert padding.numel()
     zeros = {n: p.detach() == 0 for n, p in student.named_parameters()}

@@ -68,10 +68,11 @@ def start_of(config: RunConfig, ladder: Family) -> Start:
             f"which is trained here, has {theirs:,}. Name a teacher with the student's tokens: teacher=FOLDER or "
             f"teacher=ORG/NAME (teacher={RunConfig.teacher} is what it is where nothing is said)."
         )
-    if config.prune.init == "shared" or config.prune.init_data or config.prune.fixed or config.prune.depth:
+    shaped = config.prune.fixed or config.prune.depth or config.prune.experts
+    if config.prune.init == "shared" or config.prune.init_data or shaped:
         raise ConfigError(
             f"student={config.student} is a trained model: nothing is cut, and its shape is its own. Leave "
-            "prune.init=shared, prune.init_data, prune.fixed and prune.depth out."
+            "prune.init=shared, prune.init_data, prune.fixed, prune.depth and prune.experts out."
         )
     return found, shape
 

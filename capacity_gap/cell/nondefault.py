@@ -65,8 +65,9 @@ def settings_text(
         found |= dict(_nondefault(section, getattr(config, section), usual, told=told))
     if not pretrained:
         found = {k: v for k, v in found.items() if not k.startswith(("family.pretrain", "family.teacher_epochs"))}
-    if not config.prune.cuts and config.prune.depth is not None:
-        found["prune.depth"] = config.prune.depth
+    if not config.prune.cuts:
+        told_anyway = {"prune.depth": config.prune.depth, "prune.experts": config.prune.experts}
+        found |= {key: value for key, value in told_anyway.items() if value is not None}
     found |= {**dict(_entries(config)), **(architecture or {})}
     if config.expand.tokenizer:
         second = tokenizer_identity(config.expand.tokenizer, config.expand.revision)

@@ -34,6 +34,7 @@ def shaped(config: RunConfig, ladder: Family, origin: str, target: int) -> tuple
                 policy=config.prune.shape,
                 multiple=multiple,
                 depth=config.prune.depth,
+                experts=config.prune.experts,
                 fixed=config.prune.fixed,
             )
         except ImpossibleCell:  # of this teacher; the shape is the same under all

@@ -28,7 +28,7 @@ def _add_check(commands: Any) -> None:
 
 def run_check(given: argparse.Namespace) -> int:
     """Says what of a model can be cut; exit status 1 if something that should hold does not."""
-    from capacity_gap.models.axes import architecture, count_params
+    from capacity_gap.models.axes import architecture, count_params, dims
     from capacity_gap.pruning.proof import prove
 
     config = _config_named(given.model)
@@ -42,7 +42,8 @@ def run_check(given: argparse.Namespace) -> int:
         print(f"  {one.name:<11}{'holds' if one.held else 'FAILS: ' + one.said}")
     failed = [one.name for one in checks if not one.held]
     tied = ["hidden with heads"] if table.square else ["hidden", "heads"]
-    axes = [axis for axis in (*tied, "neurons", "layers") if axis.split()[0] not in failed]
+    axes = [*tied, "neurons", "layers", *["experts"] * (dims(config).experts > 0)]
+    axes = [axis for axis in axes if axis.split()[0] not in failed]
     print(f"can be cut: {', '.join(axes) or 'nothing'}." + (f" Not proved: {', '.join(failed)}." if failed else ""))
     return int(bool(failed))
 

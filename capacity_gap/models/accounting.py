@@ -7,11 +7,11 @@ and a training step 6·N per token (Kaplan et al. 2020, §2.1).
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from capacity_gap.distill.signal_kinds import SIGNALS
-from capacity_gap.models.axes import architecture, count_params, dims
+from capacity_gap.models.axes import architecture, count, count_params, dims
 
 
 def non_embedding(shape: Mapping[str, Any]) -> int:
@@ -22,10 +22,15 @@ def non_embedding(shape: Mapping[str, Any]) -> int:
 def multiplied(shape: Mapping[str, Any]) -> float:
     """N of the conventions: the parameters that multiply each token.
 
-    Of an encoder–decoder half of them: the encoder reads one half of a sequence, the decoder the other.
+    Of an encoder–decoder half of them: the encoder reads one half of a sequence, the decoder the other. Of a mixture
+    those of the experts that a token goes through, and of all routers.
     """
-    sizes = dims(shape)
-    return (non_embedding(shape) + sizes.vocab * sizes.hidden) / len(architecture(shape).stacks)
+    sizes, table = dims(shape), architecture(shape)
+    idle = 0
+    if sizes.experts:
+        idle = count(table, sizes) - count(table, replace(sizes, experts=sizes.active))
+        idle -= sizes.layers * sizes.hidden * (sizes.experts - sizes.active)
+    return (non_embedding(shape) - idle + sizes.vocab * sizes.hidden) / len(table.stacks)
 
 
 def train_flops(shape: Mapping[str, Any], tokens: int) -> float:
@@ -130,10 +135,10 @@ def activation_bytes(shape: Mapping[str, Any], *, tokens: int, precision: str, c
     fused attention never stores: 34·hidden bytes in half precision (its 4·hidden MLP taken as the neurons that there
     are); the chunked loss holds a few rows of logits only and is left out. With `checkpointing`, each layer's input and
     the activations of one layer at a time. A token of an encoder–decoder is in the layers of one stack; its
-    cross-attention is left out.
+    cross-attention is left out. A token of a mixture has the neurons of the experts that it goes through.
     """
     sizes = dims(shape)
-    per_layer = 11 * sizes.hidden + 1.5 * sizes.neurons
+    per_layer = 11 * sizes.hidden + 1.5 * sizes.neurons * (sizes.active or 1)
     values = sizes.layers * sizes.hidden + per_layer if checkpointing else sizes.layers * per_layer
     return BYTES[precision] * values * tokens
 

@@ -2,13 +2,14 @@
 
 An axis is one of `vocab`, `hidden`, `heads` (query heads × head_dim), `kv_heads` (key-value heads × head_dim), `qkv`
 (fused, all queries before all keys before all values), `qkv_by_head` (fused, head by head), `per_head` (one number a
-query head), `head_dim`, `neurons`, `positions` (learned ones), `buckets` (of relative positions), `embed` (OPT's
-narrower embedding); layers are the `{i}` in a parameter's name. Parameters are counted, and models cut, from these
-tables alone (`architectures.py`); a new architecture is one table and one test. This file imports no torch.
+query head), `head_dim`, `neurons`, `experts`, `positions` (learned ones), `buckets` (of relative positions), `embed`
+(OPT's narrower embedding); layers are the `{i}` in a parameter's name. Parameters are counted, and models cut, from
+these tables alone (`architectures.py`); a new architecture is one table and one test. This file imports no torch.
 
 An encoder–decoder has two stacks of equally many layers, and units in several places of each: `heads.1` are the heads
 of its second attention (decoder, on itself), `heads.2` of its third (decoder, on the encoder). Scores have one row for
 each such place and layer: place p of layer i is row p·L + i. A model with one stack has one place: row i is layer i.
+In a mixture each expert is such a place of neurons. A parameter of all experts has `experts` as its first axis.
 """
 
 import functools
@@ -121,6 +122,8 @@ def _sizes(table: Architecture, config: Config) -> Dims:
         embed=(get(config, keys["embed"]) or hidden) if "embed" in keys else 0,
         buckets=get(config, keys["buckets"]) if "buckets" in keys else 0,
         first_position=table.position_offset,
+        experts=get(config, table.keys["experts"]) if "experts" in table.keys else 0,
+        active=get(config, table.keys["active"]) if "active" in table.keys else 0,
     )
 
 
@@ -132,7 +135,7 @@ def config_with(config: Mapping[str, Any], sizes: Dims, stay: Sequence[int] | No
     """
     table, old = architecture(config), dims(config)
     found = by_own_names(config)
-    for axis in ("hidden", "heads", "kv_heads", "neurons", "layers"):
+    for axis in ("hidden", "heads", "kv_heads", "neurons", "layers", "experts"):
         if axis in table.keys:
             found[table.keys[axis]] = getattr(sizes, axis)
     if "decoder_layers" in table.keys:

@@ -162,7 +162,9 @@ def training_only(config: Mapping[str, Any]) -> list[str]:
     """
     full = completed(config)
     read = assumed(str(full.get("model_type"))) or full  # the keys that its class reads
-    noise = [key for key in read if acts_as_noise(key) and is_rate(full[key]) and full[key] > 0]
+    noise = [
+        key for key in read if acts_as_noise(key, str(full.get("model_type"))) and is_rate(full[key]) and full[key] > 0
+    ]
     return sorted([*noise, *frozen_rows(full)])
 
 
@@ -179,8 +181,13 @@ def is_rate(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def acts_as_noise(name: str) -> bool:
-    """Whether a config key or module attribute of this name is a rate of random noise in training."""
+def acts_as_noise(name: str, kind: str) -> bool:
+    """Whether a config key or module attribute of this name is a rate of random noise in training.
+
+    In models of the type `kind`: Phi-MoE's `router_jitter_noise` is how far apart two experts may be, always.
+    """
+    if (name, kind) == ("router_jitter_noise", "phimoe"):
+        return False
     if name.startswith(("summary_", "classifier_")):  # of heads that no language model has
         return False
     return "drop" in name or "jitter" in name

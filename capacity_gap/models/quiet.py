@@ -12,9 +12,12 @@ def quiet(model: nn.Module) -> Any:
     """Switches off dropout, layer drop, router jitter and frozen padding rows, in place; returns the model.
 
     Rates live in dropout modules, in attributes of other modules and in the config, which some code reads in its
-    forward pass. `pad_token_id` itself stays: generation needs it.
+    forward pass. `pad_token_id` itself stays: generation needs it. Routers that draw experts at random in training
+    take the best ones then, as they do in evaluation.
     """
     for module in model.modules():
+        if type(module).__name__ in DRAWING and _as_in_evaluation not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_as_in_evaluation)
         if isinstance(module, _DropoutNd):
             module.p = 0.0
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
@@ -25,8 +28,16 @@ def quiet(model: nn.Module) -> Any:
     return model
 
 
+DRAWING = ("PhimoeTopKRouter",)
+
+
+def _as_in_evaluation(module: nn.Module, _inputs: Any) -> None:
+    module.training = False
+
+
 def _silence(holder: Any) -> None:
     """Sets every rate of noise among the attributes of a module or config to zero."""
+    kind = getattr(holder, "model_type", "phimoe" if type(holder).__name__ in DRAWING else "")
     for name, value in list(vars(holder).items()):
-        if acts_as_noise(name) and is_rate(value) and value:
+        if acts_as_noise(name, kind) and is_rate(value) and value:
             setattr(holder, name, 0.0)

@@ -6,14 +6,14 @@ errors, before anything is computed.
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.models.axes import architecture, dims
+from capacity_gap.models.axes import architecture, dims, pattern_of
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.structure.architecture import Architecture
 
@@ -247,18 +247,51 @@ def _opened(
     folder: Path, config: Mapping[str, Any]
 ) -> tuple[dict[str, Stored], dict[str, tuple[int, ...]], "Spelling"]:
     """The tensors of a folder, those that its config describes, and how names are read."""
-    return tensors_of(folder), expected(config), Spelling(architecture(config), tied=dims(config).tied)
+    stored = tensors_of(folder)
+    return stored, expected(config, stored), Spelling(architecture(config), tied=dims(config).tied)
 
 
-def expected(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every parameter that `config` describes, tied ones once."""
+def expected(config: Mapping[str, Any], stored: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor that `config` describes, tied ones once.
+
+    Args:
+        config: a config.json.
+        stored: names in files. Where they hold a parameter otherwise than the model does, so does what is returned.
+    """
     table, sizes = architecture(config), dims(config)
-    return {
-        pattern.replace("{i}", str(layer)): tuple(sizes.axis(a) for a in axes)
-        for pattern, axes in table.parameters.items()
-        if not (pattern == table.output and sizes.tied)
-        for layer in (range(sizes.layers) if "{i}" in pattern else (0,))
-    }
+    found: dict[str, tuple[int, ...]] = {}
+    for pattern, axes in table.parameters.items():
+        if pattern == table.output and sizes.tied:
+            continue
+        shape = tuple(sizes.axis(a) for a in axes)
+        for layer in range(sizes.layers) if "{i}" in pattern else (0,):
+            found |= _as_stored(table, pattern.replace("{i}", str(layer)), shape, stored)
+    return found
+
+
+def _as_stored(
+    table: Architecture, name: str, shape: tuple[int, ...], stored: Collection[str]
+) -> dict[str, tuple[int, ...]]:
+    """Name → shape of the tensors in which files hold one parameter."""
+    if (parts := expert_parts(table, name, 0)) and parts[0] in stored:
+        experts, rows, *others = shape
+        each = [expert_parts(table, name, expert) for expert in range(experts)]
+        return {part: (rows // len(parts), *others) for names in each for part in names}
+    return {next((n for n in whole_names(table, name)[3:] if n in stored), name): shape}
+
+
+def whole_names(table: Architecture, name: str) -> list[str]:
+    """The names under which files may hold a parameter in one tensor."""
+    pattern, layer = pattern_of(table, name)
+    in_files = [n.replace("{i}", str(layer)) for n in table.in_files.get(pattern, ()) if "{e}" not in n]
+    return [name, name.removeprefix(base_prefix(table)), table.in_checkpoints.get(name, name), *in_files]
+
+
+def expert_parts(table: Architecture, name: str, expert: int) -> list[str]:
+    """The names of the tensors that hold one expert's part of a parameter, one after another; none where none may."""
+    pattern, layer = pattern_of(table, name)
+    names = [n for n in table.in_files.get(pattern, ()) if "{e}" in n]
+    return [n.replace("{i}", str(layer)).replace("{e}", str(expert)) for n in names]
 
 
 class Spelling:

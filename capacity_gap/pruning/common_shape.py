@@ -17,13 +17,19 @@ from capacity_gap.pruning.shape import (
     shrink,
     sized,
     unfit,
+    with_experts,
 )
 from capacity_gap.settings.errors import ConfigError, ImpossibleCell
 from capacity_gap.structure.architecture import Config, Dims, get
 
 
 def common_shape(
-    rungs: Mapping[str, Config], target_params: int, *, multiple: int = 8, depth: int | None = None
+    rungs: Mapping[str, Config],
+    target_params: int,
+    *,
+    multiple: int = 8,
+    depth: int | None = None,
+    experts: int | None = None,
 ) -> Shape:
     """The one shape for students of this size, a function of the ladder and the size alone.
 
@@ -32,29 +38,31 @@ def common_shape(
     (rows beyond the tokenizer's are padding), and tied only if all are. Rungs that cannot be cut to one shape with most
     others, because their heads have another size or their parameters other names, are left out. Where rungs group
     queries differently, the student takes as few queries to a key-value head as any; under one rung without groups it
-    has none, and grouped teachers repeat their key-value heads.
+    has none, and grouped teachers repeat their key-value heads. Of mixtures it has the fewest experts of any, unless
+    told.
     """
-    return _common_shape(json.dumps({name: dict(rungs[name]) for name in rungs}), target_params, multiple, depth)
+    ladder = json.dumps({name: dict(rungs[name]) for name in rungs})
+    return _common_shape(ladder, target_params, multiple, depth, experts)
 
 
 @functools.lru_cache(maxsize=1024)
-def _common_shape(ladder: str, target_params: int, multiple: int, depth: int | None) -> Shape:
+def _common_shape(ladder: str, target_params: int, multiple: int, depth: int | None, experts: int | None) -> Shape:
     """The same for a ladder as JSON text: every cell of a grid asks for it, and it takes long."""
     able = _alike(json.loads(ladder), target_params)
     sizes = [dims(r) for r in able]
     for rung in able:
         fits = count(architecture(rung), dims(rung)) <= target_params * (1 + TOLERANCE)
-        if fits and depth in (None, dims(rung).layers):
+        if fits and depth in (None, dims(rung).layers) and experts in (None, dims(rung).experts):
             own = shape_of(rung)
             if not any(unfit(own, s) for s in sizes):
                 return own
-    least = {a: min(getattr(s, a) for s in sizes) for a in ("hidden", "kv_heads", "neurons", "layers")}
+    least = {a: min(getattr(s, a) for s in sizes) for a in ("hidden", "kv_heads", "neurons", "layers", "experts")}
     group = min(s.group for s in sizes)
     if group == 1:
         least["kv_heads"] = min(s.heads for s in sizes)
     envelope = sizes[0].with_units(**least, group=group)
     vocab, tied = _rows(sizes)
-    envelope = replace(envelope, vocab=vocab, tied=tied)
+    envelope = with_experts(replace(envelope, vocab=vocab, tied=tied), experts)
     return shrink(architecture(able[0]), envelope, target_params, multiple=multiple, depth=depth)
 
 
@@ -91,6 +99,7 @@ def student_shape(
     policy: str,
     multiple: int,
     depth: int | None = None,
+    experts: int | None = None,
     fixed: str | None = None,
 ) -> Shape:
     """The student's shape under a shape policy: `common`, `per_teacher` (the paper's), or `fixed`.
@@ -101,14 +110,15 @@ def student_shape(
         ImpossibleCell: this teacher cannot hold the shape.
     """
     own = shape_of(teacher)
-    if policy != "fixed" and depth in (None, own.layers) and abs(own.params / target - 1) <= TOLERANCE:
+    whole = depth in (None, own.layers) and experts in (None, own.experts)
+    if policy != "fixed" and whole and abs(own.params / target - 1) <= TOLERANCE:
         return own
     if policy == "per_teacher":
-        shape = choose_shape(teacher, target, multiple=multiple, depth=depth)
+        shape = choose_shape(teacher, target, multiple=multiple, depth=depth, experts=experts)
     elif policy == "fixed":
-        shape = fixed_shape(teacher, fixed or "", target)
+        shape = fixed_shape(teacher, fixed or "", target, experts=experts)
     else:
-        shape = common_shape(rungs, target, multiple=multiple, depth=depth)
+        shape = common_shape(rungs, target, multiple=multiple, depth=depth, experts=experts)
         _check_kind(rungs, teacher, target)
     if reasons := unfit(shape, dims(teacher)):
         raise ImpossibleCell(

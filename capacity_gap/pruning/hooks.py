@@ -11,29 +11,30 @@ from torch import Tensor
 from capacity_gap.models.axes import pattern_of
 from capacity_gap.pruning.lm_loss import gradients_of, lm_loss
 from capacity_gap.store.checkpoint import whole
-from capacity_gap.structure.architecture import Architecture, Dims, Stack, place
+from capacity_gap.structure.architecture import Architecture, Dims, Stack
 
 
 def mask_gradients(model: Any, table: Architecture, sizes: Dims, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """∂L/∂mask of one batch, in fp32 on the CPU: query heads [R, H], neurons [R, F] (a row a place), hidden [D]."""
     names = {axis: table.unit_maps(axis, sizes.layers) for axis in ("heads", "neurons")}
-    maps = [model.get_submodule(name).weight for name in (*names["heads"], *names["neurons"])]
+    maps = [model.get_parameter(name) for name in (*names["heads"], *names["neurons"])]
     with _residual_stream(model, table, sizes) as sites, torch.enable_grad():
         loss = lm_loss(model, tokens)
     grads = gradients_of(model, loss, [*maps, *sites])
     products = [(w.detach().float() * g.float()) for w, g in zip([*maps, *sites], grads, strict=True)]
     found = []
-    for axis, of in names.items():
+    for of in names.values():
         mine, products = products[: len(of)], products[len(of) :]
-        found.append(torch.stack([_inputs(p, table, n, axis) for p, n in zip(mine, of, strict=True)]))
+        rows = torch.stack([_inputs(p, table, n) for p, n in zip(mine, of, strict=True)])
+        found.append(rows.transpose(0, 1).flatten(0, 1) if rows.ndim > 2 else rows)  # expert after expert
     stream = torch.stack([p.flatten(0, -2).sum(0).cpu() for p in products]).sum(0)
     return found[0].unflatten(1, (sizes.heads, -1)).sum(-1), found[1], stream
 
 
-def _inputs(product: Tensor, table: Architecture, module: str, axis: str) -> Tensor:
+def _inputs(product: Tensor, table: Architecture, name: str) -> Tensor:
     """Sums a linear map's W ⊙ ∂L/∂W over its outputs, on the CPU; GPT-2 stores its maps transposed."""
-    axes = table.parameters[pattern_of(table, f"{module}.weight")[0]]
-    return whole(product.sum(1 - [place(a)[0] for a in axes].index(axis))).cpu()
+    axes = table.parameters[pattern_of(table, name)[0]]
+    return whole(product.sum(axes.index("hidden"))).cpu()
 
 
 def layers_of(model: Any, table: Architecture, sizes: Dims) -> list[Any]:
@@ -96,7 +97,9 @@ def unit_inputs(model: Any, table: Architecture, sizes: Dims) -> Iterator[tuple[
     hooks = []
     for axis, kept in zip(("heads", "neurons"), found, strict=True):
         for row, name in enumerate(table.unit_maps(axis, sizes.layers)):
-            hooks.append(model.get_submodule(name).register_forward_pre_hook(keeps(kept, row)))
+            if not (axis == "neurons" and sizes.experts):  # those of experts: `experts.expert_inputs`
+                module = model.get_submodule(name.removesuffix(".weight"))
+                hooks.append(module.register_forward_pre_hook(keeps(kept, row)))
     try:
         yield found
     finally:

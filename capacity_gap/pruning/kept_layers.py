@@ -1,5 +1,6 @@
 """Which layers of a teacher stay, and the rows of its scores that belong to them."""
 
+import torch
 from torch import Tensor
 
 from capacity_gap.models.axes import architecture, dims
@@ -7,7 +8,7 @@ from capacity_gap.models.layers import symmetric_layers
 from capacity_gap.pruning.methods import SYMMETRIC
 from capacity_gap.pruning.scores import Scores
 from capacity_gap.settings.errors import ConfigError
-from capacity_gap.structure.architecture import Architecture, Config
+from capacity_gap.structure.architecture import Architecture, Config, Dims
 
 
 def kept_layers(scores: Scores, config: Config, keep: int, by: str) -> list[list[int]]:
@@ -23,9 +24,29 @@ def kept_layers(scores: Scores, config: Config, keep: int, by: str) -> list[list
     return top(scores.layers.unflatten(0, (stacks, layers)), keep).tolist()
 
 
-def kept_rows(table: Architecture, axis: str, layers: int, stay: list[list[int]]) -> list[int]:
-    """The rows of the scores of `heads` or `neurons` that lie in layers which stay."""
-    return [n * layers + i for n, stack in enumerate(table.stacks_of(axis)) for i in stay[stack]]
+def kept_rows(
+    table: Architecture, axis: str, sizes: Dims, stay: list[list[int]], experts: list[Tensor] | None = None
+) -> list[int]:
+    """The rows of the scores of `heads` or `neurons` that lie in layers, and belong to experts, which stay.
+
+    `experts`: of each layer.
+    """
+    of_experts = experts if experts is not None and axis == "neurons" else None
+    return [
+        n * sizes.layers + i
+        for n, stack in enumerate(table.stacks_of(axis, sizes.experts))
+        for i in stay[stack]
+        if of_experts is None or n in of_experts[i]
+    ]
+
+
+def kept_experts(scores: Scores, sizes: Dims, keep: int | None) -> list[Tensor]:
+    """The experts of each layer that stay, those with the highest scores; of a dense model none."""
+    if keep in (None, sizes.experts):
+        return [torch.arange(sizes.experts)] * sizes.layers
+    if scores.experts is None:
+        raise ConfigError("fewer experts are kept than there are, and these scores have none of experts.")
+    return list(top(scores.experts, keep))
 
 
 def top(scores: Tensor, keep: int) -> Tensor:

@@ -47,6 +47,7 @@ def expressive_scores(
         seed: unused, since nothing here is random; every method has this signature.
         on_batch: called with the number of batches done.
     """
+    from capacity_gap.pruning.experts import router_mass
     from capacity_gap.pruning.hooks import mask_gradients
     from capacity_gap.pruning.scores import counted, finished, opened
     from capacity_gap.pruning.units import zeros
@@ -54,13 +55,14 @@ def expressive_scores(
     del seed
     sizes, table = opened(model)
     sums = zeros(table, sizes)
-    for tokens in counted(batches, on_batch, "expressive"):
-        queries, neurons, hidden = mask_gradients(model, table, sizes, tokens)
-        # One mask scales all queries of a unit, so their derivatives add before the absolute value is taken.
-        heads = queries.unflatten(1, (sizes.kv_heads, -1)).sum(-1)
-        for total, batch in zip(sums, (heads, neurons, hidden, queries), strict=True):
-            total += batch.abs()
-    return finished(sums, sizes, "expressive")
+    with router_mass(model, table, sizes) as mass:
+        for tokens in counted(batches, on_batch, "expressive"):
+            queries, neurons, hidden = mask_gradients(model, table, sizes, tokens)
+            # One mask scales all queries of a unit, so their derivatives add before the absolute value is taken.
+            heads = queries.unflatten(1, (sizes.kv_heads, -1)).sum(-1)
+            for total, batch in zip(sums, (heads, neurons, hidden, queries), strict=False):
+                total += batch.abs()
+    return finished(sums, sizes, "expressive", experts=mass)
 
 
 @SCORES.register("random", seeded=True, spread=True)
@@ -70,14 +72,13 @@ def random_scores(
     """Uniform random scores, decided by `seed`: the baseline that every method must beat. Sees no data."""
     import torch
 
-    from capacity_gap.pruning.scores import Scores, opened
+    from capacity_gap.pruning.scores import made, opened
     from capacity_gap.pruning.units import zeros
 
     del batches, on_batch
     sizes, table = opened(model)
     generator = torch.Generator().manual_seed(seed)
-    heads, neurons, hidden, queries = (torch.rand(z.shape, generator=generator) for z in zeros(table, sizes))
-    return Scores(heads, neurons, hidden, "random", queries if sizes.group > 1 else None)
+    return made([torch.rand(z.shape, generator=generator) for z in zeros(table, sizes)], sizes, "random")
 
 
 @SCORES.register("magnitude", spread=True)
@@ -103,16 +104,18 @@ def taylor_scores(
     """`I(u) = Σ_batches Σ_{w ∈ u} |w · ∂L/∂w|`: first-order, the absolute value of each weight by itself
     (Molchanov et al. 2019, arXiv 1906.10771, eq. 8, as LLM-Pruner takes it).
     """
+    from capacity_gap.pruning.experts import router_mass
     from capacity_gap.pruning.scores import counted, finished, gradients, opened
     from capacity_gap.pruning.units import UnitSums
 
     del seed
     sizes, table = opened(model)
     sums = UnitSums(table, sizes)
-    for tokens in counted(batches, on_batch, "taylor"):
-        for name, weight, grad in gradients(model, tokens):
-            sums.add(name, (weight.float() * grad.float()).abs())
-    return finished(sums.totals, sizes, "taylor")
+    with router_mass(model, table, sizes) as mass:
+        for tokens in counted(batches, on_batch, "taylor"):
+            for name, weight, grad in gradients(model, tokens):
+                sums.add(name, (weight.float() * grad.float()).abs())
+    return finished(sums.totals, sizes, "taylor", experts=mass)
 
 
 @SCORES.register("movement", embedding_gradients=True)
@@ -124,6 +127,7 @@ def movement_scores(
     """
     import torch
 
+    from capacity_gap.pruning.experts import router_mass
     from capacity_gap.pruning.scores import counted, finished, gradients, opened
     from capacity_gap.pruning.units import UnitSums, named_weights
 
@@ -132,15 +136,16 @@ def movement_scores(
     sums = UnitSums(table, sizes)
     moved = copy.deepcopy(model)
     optimizer = torch.optim.AdamW([p for _, p in named_weights(moved)], lr=rate, weight_decay=0.0)
-    for tokens in counted(batches, on_batch, "movement"):
-        parameters = dict(named_weights(moved))
-        for name, weight, grad in gradients(moved, tokens):
-            # w_t and ∂L_t/∂w are both from before this batch's update, as in eq. 4.
-            sums.add(name, -weight.float() * grad.float())
-            parameters[name].grad = grad
-        optimizer.step()
-        optimizer.zero_grad()
-    return finished(sums.totals, sizes, "movement")
+    parameters = dict(named_weights(moved))
+    with router_mass(moved, table, sizes) as mass:
+        for tokens in counted(batches, on_batch, "movement"):
+            for name, weight, grad in gradients(moved, tokens):
+                # w_t and ∂L_t/∂w are both from before this batch's update, as in eq. 4.
+                sums.add(name, -weight.float() * grad.float())
+                parameters[name].grad = grad
+            optimizer.step()
+            optimizer.zero_grad()
+    return finished(sums.totals, sizes, "movement", experts=mass)
 
 
 @SCORES.register("activation", spread=True)
@@ -152,6 +157,7 @@ def activation_scores(
     """
     import torch
 
+    from capacity_gap.pruning.experts import expert_inputs, router_mass
     from capacity_gap.pruning.hooks import norm_outputs, unit_inputs
     from capacity_gap.pruning.lm_loss import lm_loss
     from capacity_gap.pruning.scores import counted, finished, opened
@@ -160,17 +166,21 @@ def activation_scores(
     del seed
     sizes, table = opened(model)
     sums = zeros(table, sizes)
-    for tokens in counted(batches, on_batch, "activation"):
-        with norm_outputs(model) as norms, unit_inputs(model, table, sizes) as (heads, neurons), torch.no_grad():
-            lm_loss(model, tokens)
-        for row, x in heads.items():
-            queries = x.unflatten(-1, (sizes.heads, -1)).norm(dim=-1).mean(0).cpu()
-            sums[3][row] += queries
-            sums[0][row] += queries.view(sizes.kv_heads, -1).sum(-1)
-        for row, x in neurons.items():
-            sums[1][row] += x.abs().mean(0).cpu()
-        sums[2].add_(sum(x.abs().mean(0).cpu() for x in norms))
-    return finished(sums, sizes, "activation")
+    with router_mass(model, table, sizes) as mass, expert_inputs(model, table, sizes) as of_experts:
+        for tokens in counted(batches, on_batch, "activation"):
+            with norm_outputs(model) as norms, unit_inputs(model, table, sizes) as (heads, neurons), torch.no_grad():
+                lm_loss(model, tokens)
+            for row, x in heads.items():
+                queries = x.unflatten(-1, (sizes.heads, -1)).norm(dim=-1).mean(0).cpu()
+                sums[3][row] += queries
+                sums[0][row] += queries.view(sizes.kv_heads, -1).sum(-1)
+            for row, x in neurons.items():
+                sums[1][row] += x.abs().mean(0).cpu()
+            for row, x in of_experts.neurons():  # an expert that a token does not go through is not active in it
+                sums[1][row] += x.abs().sum(0).cpu() / tokens.numel()
+            of_experts.clear()
+            sums[2].add_(sum(x.abs().mean(0).cpu() for x in norms))
+    return finished(sums, sizes, "activation", experts=mass)
 
 
 @SCORES.register("wanda", spread=True)
@@ -183,6 +193,7 @@ def wanda_scores(
     import torch
     from torch import nn
 
+    from capacity_gap.pruning.experts import expert_inputs, router_mass
     from capacity_gap.pruning.lm_loss import lm_loss
     from capacity_gap.pruning.scores import adds_squares, counted, finished, is_linear, opened
     from capacity_gap.pruning.units import UnitSums
@@ -193,19 +204,26 @@ def wanda_scores(
     linears = {n: m for n, m in model.named_modules() if is_linear(m) and m is not model.get_output_embeddings()}
     squares: dict[str, Tensor] = {}
     hooks = [m.register_forward_pre_hook(adds_squares(squares, n)) for n, m in linears.items()]
+    of_experts: dict[str, Tensor] = {}
     try:
-        for tokens in counted(batches, on_batch, "wanda"):
-            with torch.no_grad():
-                lm_loss(model, tokens)
+        with router_mass(model, table, sizes) as mass, expert_inputs(model, table, sizes) as seen:
+            for tokens in counted(batches, on_batch, "wanda"):
+                with torch.no_grad():
+                    lm_loss(model, tokens)
+                seen.add_squares(of_experts)
     finally:
         for hook in hooks:
             hook.remove()
     sums = UnitSums(table, sizes)
+    for name, squared in of_experts.items():
+        sums.add(name, model.get_parameter(name).detach().float().abs() * squared.sqrt())
     for name, module in linears.items():
+        if f"{name}.weight" in of_experts:
+            continue
         norms = squares[name].sqrt()
         inputs = norms if isinstance(module, nn.Linear) else norms[:, None]  # GPT-2's Conv1D has its inputs first
         sums.add(f"{name}.weight", whole(module.weight.detach()).float().abs() * inputs)
-    return finished(sums.totals, sizes, "wanda")
+    return finished(sums.totals, sizes, "wanda", experts=mass)
 
 
 @LAYER_SCORES.register("block_influence", passes=1, spread=True)

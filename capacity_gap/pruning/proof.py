@@ -11,24 +11,27 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from math import lcm, sqrt
+from math import lcm
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from capacity_gap.distill.losses import cap
 from capacity_gap.models.axes import architecture, check_head, count_params, cuttable, dims, is_written, pattern_of
 from capacity_gap.models.loading import hidden_states, output_weight
+from capacity_gap.pruning.kept_units import UNITS, Kept, by_expert, choose_units
 from capacity_gap.pruning.methods import random_scores
 from capacity_gap.pruning.shape import Shape, shape_of
-from capacity_gap.pruning.surgery import UNITS, Kept, choose_units, prune
+from capacity_gap.pruning.surgery import prune, select
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.structure import derived
 from capacity_gap.structure.architecture import Architecture, Config, Dims, place
 from capacity_gap.structure.derive import probe_of
 from capacity_gap.structure.head import logit_cap
-from capacity_gap.structure.probing import from_config, randomised
+from capacity_gap.structure.probing import from_config, one_by_one, randomised, sites_apart
 
 CLOSE = 1e-5  # relative to the largest logit
 SEED = 0
@@ -51,7 +54,8 @@ def prove(config: Mapping[str, Any]) -> list[Check]:
 
     Returns:
         `count`: the parameters of `config` itself are as many as transformers makes. `hidden`, `heads`, `neurons`,
-        `layers`: cut = masked. `permuted`: the order of units does not matter. `head`: hidden states times the output
+        `layers`, and of mixtures `experts`: cut = masked. `sites`: what the table says adds to the residual stream
+        does, and nothing else. `permuted`: the order of units does not matter. `head`: hidden states times the output
         matrix are the logits. `reload`: plain transformers gives the same logits. `generation`: with a cache and
         without it gives the same tokens.
 
@@ -67,6 +71,7 @@ def prove(config: Mapping[str, Any]) -> list[Check]:
         before = _logits(model, tokens)
         for axis, shape in shapes(small).items():
             checks.append(_tried(axis, partial(_cut, model, small, shape, tokens, before)))
+        checks.append(_tried("sites", lambda: sites_apart(architecture(small), model, tokens)))
         checks.append(_tried("permuted", lambda: _permuted(model, small, tokens, before)))
         checks.append(_tried("head", lambda: _head(model, tokens, before)))
         checks.append(_tried("reload", lambda: _reload(_student(model, small), tokens)))
@@ -135,6 +140,7 @@ def shapes(config: Config) -> dict[str, Shape]:
         heads = hidden = heads | {"hidden": queries * sizes.head_dim}
     cut: dict[str, dict[str, Any]] = {"hidden": hidden, "heads": heads}
     cut |= {"neurons": {"neurons": sizes.neurons // 2 - 3}, "layers": {"layers": 2}}
+    cut |= {"experts": {"experts": (sizes.experts + sizes.active) // 2}} if sizes.experts else {}
     return {axis: replace(own, **sizes) for axis, sizes in cut.items()}
 
 
@@ -155,7 +161,8 @@ def smallest(config: Config) -> Shape:
         if architecture(config).square
         else replace(one["hidden"], heads=one["heads"].heads, kv_heads=one["heads"].kv_heads)
     )
-    return replace(found, neurons=one["neurons"].neurons, layers=2)
+    experts = one["experts"].experts if "experts" in one else None
+    return replace(found, neurons=one["neurons"].neurons, layers=2, experts=experts)
 
 
 def _logits(model: Any, tokens: Tensor) -> Tensor:
@@ -172,7 +179,9 @@ def _cut(model: Any, config: Mapping[str, Any], shape: Shape, tokens: Tensor, be
     scores = random_scores(model, (), seed=SEED)
     student = prune(model, scores, shape)
     kept = choose_units(scores, shape, config)
-    expected = _logits(masked(model, student, kept, config), tokens)
+    dense = masked(model, student, kept, config)
+    with RoutingAmong(kept, dense, config):
+        expected = _logits(dense, tokens)
     if not _apart(expected, before):
         return "nothing was cut"
     return _apart(_logits(student, tokens), expected)
@@ -189,19 +198,45 @@ def masked(model: Any, student: Any, kept: Kept, config: Mapping[str, Any]) -> A
         if "{i}" in pattern and layer not in kept.layers[table.stack_of(pattern)]:
             parameter.zero_()
             continue
-        for dimension, axis in enumerate(table.parameters[pattern]):
-            rows = kept.rows(axis, layer, sizes) if place(axis)[0] in UNITS else None
-            if rows is not None:
-                gone = torch.ones(parameter.shape[dimension], dtype=torch.bool).index_fill(0, rows, False)
-                parameter.movedim(dimension, 0)[gone] = 0
-    for name, module in found.named_modules():
-        if _is_norm(module):
-            _norm_of_kept(module, _partner(student, name, table, kept), name, kept, table, sizes)
+        axes = table.parameters[pattern]
+        parts = enumerate(parameter) if by_expert(axes) else [(0, parameter)]
+        for expert, part in parts:
+            for dimension, axis in enumerate(axes[1:] if by_expert(axes) else axes):
+                rows = kept.rows(axis, layer, sizes, expert) if place(axis)[0] in UNITS else None
+                if rows is not None:
+                    gone = torch.ones(part.shape[dimension], dtype=torch.bool).index_fill(0, rows, False)
+                    part.movedim(dimension, 0)[gone] = 0
+    _norms_of_kept(found, student, table, kept)
     return found
 
 
-def _is_norm(module: nn.Module) -> bool:
-    return "Norm" in type(module).__name__ and not any(True for _ in module.children())
+def _norms_of_kept(model: Any, student: Any, table: Architecture, kept: Kept) -> None:
+    """Lets every norm of a dense model take its statistics over what is not zero, with its own weights."""
+    for name, module in model.named_modules():
+        if "Norm" in type(module).__name__ and not any(True for _ in module.children()):
+            _norm_of_kept(module, _partner(student, name, table, kept))
+
+
+class RoutingAmong(TorchFunctionMode):
+    """Lets routers choose among the experts that stay: the logits of the others are as low as can be.
+
+    A weight of zero would not do: its logit is zero, which is larger than many.
+    """
+
+    def __init__(self, kept: Kept, model: Any, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        table, sizes = architecture(config), dims(config)
+        self.gone: dict[int, Tensor] = {}
+        for layer in range(sizes.layers) if table.router else ():
+            weight = model.get_parameter(table.router.replace("{i}", str(layer)))
+            self.gone[id(weight)] = torch.ones(sizes.experts, dtype=torch.bool).index_fill(
+                0, kept.experts[layer], False
+            )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        gone = self.gone.get(id(args[1])) if func is F.linear else None
+        return found if gone is None else found.masked_fill(gone, torch.finfo(found.dtype).min)
 
 
 def _partner(student: Any, name: str, table: Architecture, kept: Kept) -> nn.Module | None:
@@ -215,36 +250,21 @@ def _partner(student: Any, name: str, table: Architecture, kept: Kept) -> nn.Mod
     return student.get_submodule(f"{prefix}{kept.layers[0].index(int(number))}.{rest}")
 
 
-def _norm_of_kept(
-    module: nn.Module, partner: nn.Module | None, name: str, kept: Kept, table: Architecture, sizes: Dims
-) -> None:
-    """Lets a norm over a cut axis compute what the student's does, at the places of the units that stay."""
-    whole = module.forward
-    axes, layer = _axes_of(table, name)
+def _norm_of_kept(module: nn.Module, partner: nn.Module | None) -> None:
+    """The same of one norm; the student's tells how wide a norm is, none that its layer goes."""
+    whole, narrow = module.forward, copy.deepcopy(partner)
 
     def forward(x: Tensor, *others: Any, **named: Any) -> Tensor:
-        if partner is None:
+        if narrow is None:
             return torch.zeros_like(x)
-        rows = kept.rows(axes[0], layer, sizes) if len(axes) == 1 else None
-        if not axes and x.shape[-1] == sizes.hidden:  # a norm without parameters
-            rows = kept.hidden
-        if rows is None:
+        stays = x.flatten(0, -2).abs().sum(0).nonzero().flatten()
+        if len(stays) == x.shape[-1]:
             return whole(x, *others, **named)
-        return torch.zeros_like(x).index_copy(-1, rows, (back * partner(x[..., rows])).to(x.dtype))
+        for name, parameter in module.named_parameters():
+            setattr(narrow, name, nn.Parameter(parameter[stays]))
+        return torch.zeros_like(x).index_copy(-1, stays, narrow(x[..., stays]).to(x.dtype))
 
-    # The student's last norm takes back what its embeddings make up for (`_Cut._rescaled`), the dense model's does not.
-    takes_back = table.root_scaled and sizes.tied and name == table.final_norm
-    back = sqrt(sizes.hidden / len(kept.hidden)) if takes_back else 1.0
     module.forward = forward
-
-
-def _axes_of(table: Architecture, name: str) -> tuple[tuple[str, ...], int]:
-    """The axes of a norm's weight, none if it has none, and its layer."""
-    try:
-        pattern, layer = pattern_of(table, f"{name}.weight")
-    except ConfigError:
-        return (), 0
-    return tuple(table.parameters[pattern]), layer
 
 
 def _permuted(model: Any, config: Mapping[str, Any], tokens: Tensor, before: Tensor) -> str:
@@ -253,16 +273,20 @@ def _permuted(model: Any, config: Mapping[str, Any], tokens: Tensor, before: Ten
     order = torch.Generator().manual_seed(SEED + 1)
     groups = [torch.randperm(sizes.kv_heads, generator=order) for _ in range(sizes.layers)]
     queries = [(g[:, None] * sizes.group + torch.arange(sizes.group)).flatten() for g in groups]
-    neurons = [torch.randperm(sizes.neurons, generator=order) for _ in range(sizes.layers)]
+    rows_of_neurons = table.rows("neurons", sizes)
+    neurons = [torch.randperm(sizes.neurons, generator=order) for _ in range(rows_of_neurons)]
     hidden = torch.randperm(sizes.hidden, generator=order)
-    kept = Kept(sizes.layers, [list(range(sizes.layers))], hidden, queries, groups, neurons)
+    experts = [torch.randperm(sizes.experts, generator=order) for _ in range(sizes.layers)]
+    kept = Kept(sizes.layers, [list(range(sizes.layers))], hidden, queries, groups, neurons, experts)
     for name, parameter in found.named_parameters():
         pattern, layer = pattern_of(table, name)
-        for dimension, axis in enumerate(table.parameters[pattern]):
-            rows = kept.rows(axis, layer, sizes) if place(axis)[0] in UNITS else None
-            if rows is not None:
-                parameter.copy_(parameter.index_select(dimension, rows))
+        read = partial(_of_parameter, parameter, name)
+        parameter.copy_(kept.taken(table.parameters[pattern], layer, sizes, read))
     return _apart(_logits(found, tokens), before)
+
+
+def _of_parameter(parameter: Tensor, name: str, indices: list[Tensor | None], expert: int | None) -> Tensor:
+    return select(parameter if expert is None else parameter[expert], indices, name)
 
 
 def _reload(student: Any, tokens: Tensor) -> str:
@@ -271,6 +295,7 @@ def _reload(student: Any, tokens: Tensor) -> str:
     with tempfile.TemporaryDirectory() as folder:
         student.save_pretrained(folder)
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()
+    one_by_one(loaded)
     return _apart(_logits(loaded, tokens), _logits(student, tokens))
 
 

@@ -82,6 +82,13 @@ class PruneConfig:
         untold="the record's sizes tell the shape that came of it",
     )
     depth: int | None = setting(None, "Layers of the student; null: the shape policy's.", least=1, most=10_000)
+    experts: int | None = setting(
+        None,
+        "Experts in each layer of the student of a mixture; null: as many as its teacher's.",
+        least=1,
+        most=10_000,
+        later=True,
+    )
     iterative: int = setting(
         1,
         "Steps of pruning, with new scores before each.",

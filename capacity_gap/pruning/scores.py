@@ -1,9 +1,9 @@
 """The importance of every unit of a teacher, and what the methods of `methods.py` share.
 
-A unit is one key-value head with all its query heads, one neuron of one layer, or one hidden dimension of the whole
-model; larger is more important. Methods differ in what they look at; all give the same `Scores`. Shape suffixes: L
-rows (one a layer; in an encoder–decoder one a place and layer, `models/axes.py`), K key-value heads, H query heads, F
-neurons, D hidden size.
+A unit is one key-value head with all its query heads, one neuron of one layer, one hidden dimension of the whole model,
+or one expert of one layer; larger is more important. Methods differ in what they look at; all give the same `Scores`.
+Shape suffixes: L rows (one a layer; in an encoder–decoder one a place and layer, in a mixture one an expert and layer
+for its neurons, `models/axes.py`), K key-value heads, H query heads, F neurons, D hidden size, E experts of a layer.
 """
 
 from collections.abc import Callable, Iterable
@@ -29,6 +29,7 @@ class Scores:
     """Importance of every unit, fp32 on the CPU: `heads` [L, K], `neurons` [L, F], `hidden` [D].
 
     `queries` [L, H]: of each query head, where several share a key-value head. `layers` [L]: of whole layers, if asked.
+    `experts` [L, E]: of whole experts, in a mixture.
     """
 
     heads: Tensor
@@ -37,12 +38,13 @@ class Scores:
     method: str
     queries: Tensor | None = None
     layers: Tensor | None = None
+    experts: Tensor | None = None
 
     def save(self, folder: Path) -> None:
         """Writes `scores.safetensors` to `folder`."""
         from safetensors.torch import save_file
 
-        names = ("heads", "neurons", "hidden", "queries", "layers")
+        names = ("heads", "neurons", "hidden", "queries", "layers", "experts")
         tensors = {n: getattr(self, n).contiguous() for n in names if getattr(self, n) is not None}
         save_file(tensors, folder / SCORES_FILE, metadata={"method": self.method})
 
@@ -112,12 +114,19 @@ def _unit(scores: Tensor) -> Tensor:
     return scores / scores.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def finished(sums: list[Tensor], sizes: Dims, method: str) -> Scores:
-    """Normalised scores; what is not finite raises."""
+def finished(sums: list[Tensor], sizes: Dims, method: str, *, experts: Tensor | None = None) -> Scores:
+    """Normalised scores, of experts those that are given, if any; what is not finite raises."""
+    sums = sums if experts is None else [*sums[:4], experts]
     if not all(t.isfinite().all() for t in sums):
         raise StageError(
             f"the {method} scores are not finite: the teacher's weights or activations hold NaN or infinity. "
             "Check the teacher's checkpoint and its held-out loss."
         )
-    heads, neurons, hidden, queries = map(_unit, sums)
-    return Scores(heads, neurons, hidden, method, queries if sizes.group > 1 else None)
+    return made(list(map(_unit, sums)), sizes, method)
+
+
+def made(found: list[Tensor], sizes: Dims, method: str) -> Scores:
+    """Scores of heads, neurons, hidden, query heads, experts; without the last two where a model has none."""
+    heads, neurons, hidden, queries, experts = found
+    of_queries, of_experts = queries if sizes.group > 1 else None, experts if sizes.experts else None
+    return Scores(heads, neurons, hidden, method, of_queries, experts=of_experts)

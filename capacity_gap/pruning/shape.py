@@ -47,6 +47,7 @@ class Shape:
     params: int
     vocab: int | None = None  # rows of the embedding; None: as the teacher
     tied: bool | None = None  # whether the output matrix is the embedding; None: as the teacher's
+    experts: int | None = None  # of each layer; None: as the teacher
     layer_heads: tuple[int, ...] | None = None
     layer_neurons: tuple[int, ...] | None = None
 
@@ -64,6 +65,7 @@ def choose_shape(
     scores: "Scores | None" = None,
     layers: str = "symmetric",
     depth: int | None = None,
+    experts: int | None = None,
     multiple: int = 8,
     fixed: str | None = None,
 ) -> Shape:
@@ -77,6 +79,7 @@ def choose_shape(
         scores: the teacher's, for `global`.
         layers: how layers are chosen where some go: `symmetric`, or by a score; `global` needs to know which stay.
         depth: layers of the student; the teacher's by default.
+        experts: of each layer of the student; the teacher's by default.
         multiple: sizes are multiples of this; 1 at pico size.
         fixed: `layers x hidden x heads x neurons`, such as `24x3072x24x8192`.
 
@@ -86,20 +89,40 @@ def choose_shape(
     choose("policy", policy, POLICIES)
     choose("layers", layers, (SYMMETRIC, *LAYER_SCORES))
     if policy == "fixed":
-        return fixed_shape(config, fixed or "", target_params)
-    shape = shrink(architecture(config), dims(config), target_params, multiple=multiple, depth=depth)
+        return fixed_shape(config, fixed or "", target_params, experts=experts)
+    table, sizes = architecture(config), with_experts(dims(config), experts)
+    shape = shrink(table, sizes, target_params, multiple=multiple, depth=depth)
     return shape if policy == "local" else spread(shape, config, scores, layers=layers, multiple=multiple)
 
 
-def fixed_shape(config: Config, given: str, target_params: int | None = None) -> Shape:
+def with_experts(sizes: Dims, experts: int | None) -> Dims:
+    """The same sizes with another number of experts, if one is given.
+
+    Raises:
+        ConfigError: there are not so many, or fewer than a token goes through.
+    """
+    if experts is None:
+        return sizes
+    if not sizes.experts:
+        raise ConfigError(f"prune.experts={experts}: this teacher is no mixture of experts. Leave prune.experts out.")
+    if not sizes.active <= experts <= sizes.experts:
+        raise ConfigError(
+            f"prune.experts={experts}: the teacher has {sizes.experts} experts in each layer, and a token goes through "
+            f"{sizes.active} of them. Say a number from {sizes.active} to {sizes.experts}."
+        )
+    return replace(sizes, experts=experts)
+
+
+def fixed_shape(config: Config, given: str, target_params: int | None = None, *, experts: int | None = None) -> Shape:
     """The shape that `given` names, `layers x hidden x heads x neurons`, optionally `x key-value heads`.
 
-    Without them the teacher's groups of query heads stay, where the heads divide into such groups.
+    Without them the teacher's groups of query heads stay, where the heads divide into such groups. In a mixture
+    `neurons` are those of one expert.
 
     Raises:
         ConfigError: it cannot be read, is not legal for the architecture, or has another size than `target_params`.
     """
-    sizes, table = dims(config), architecture(config)
+    sizes, table = with_experts(dims(config), experts), architecture(config)
     numbers = [int(n) for n in re.findall(r"\d+", given)]
     if not re.fullmatch(r"\s*\d+(\s*[x×]\s*\d+){3,4}\s*", given):
         raise ConfigError(f"fixed={given!r} cannot be read. Write layers x hidden x heads x neurons: 24x3072x24x8192.")
@@ -132,13 +155,14 @@ def spread(shape: Shape, config: Config, scores: "Scores | None", *, layers: str
     """
     if scores is None:
         raise ConfigError("policy=global ranks units across layers: it needs scores.")
-    from capacity_gap.pruning.kept_layers import kept_layers, kept_rows
+    from capacity_gap.pruning.kept_layers import kept_experts, kept_layers, kept_rows
 
-    table, full = architecture(config), dims(config).layers
+    table, full = architecture(config), dims(config)
     stay = kept_layers(scores, config, shape.layers, layers)
+    experts = kept_experts(scores, full, shape.experts) if full.experts else None
 
     def spread_over(axis: str, found: Any, mean: int, step: int) -> tuple[int, ...]:
-        rows = kept_rows(table, axis, full, stay)
+        rows = kept_rows(table, axis, full, stay, experts)
         counts = dict(zip(rows, _counts(found[rows], mean, step), strict=True))
         return tuple(counts.get(row, 0) for row in range(table.rows(axis, full)))
 
@@ -233,6 +257,7 @@ def _shape(table: Architecture, sizes: Dims) -> Shape:
         count(table, sizes),
         sizes.vocab,
         sizes.tied,
+        sizes.experts or None,
     )
 
 
@@ -256,8 +281,8 @@ def _no_shape(table: Architecture, full: Dims, target: int, layers: int, multipl
 def unfit(shape: Shape, teacher: Dims) -> list[str]:
     """Why a student of this shape cannot be cut from this teacher; empty if it can."""
     reasons = []
-    for axis in ("hidden", "heads", "neurons", "layers"):
-        if getattr(shape, axis) > getattr(teacher, axis):
+    for axis in ("hidden", "heads", "neurons", "layers", "experts"):
+        if (getattr(shape, axis) or 0) > getattr(teacher, axis):
             reasons.append(f"{axis} {getattr(shape, axis)} > {getattr(teacher, axis)}")
     if shape.head_dim != teacher.head_dim:
         reasons.append(f"head_dim {shape.head_dim} ≠ {teacher.head_dim}")
@@ -284,6 +309,7 @@ def sized(teacher: Dims, shape: Shape) -> Dims:
         neurons=shape.neurons,
         layers=shape.layers,
         group=shape.group,
+        experts=shape.experts,
     )
     return with_rows(cut, shape)
 
@@ -316,6 +342,11 @@ def between(teacher: Dims, final: Shape, share: float, table: Architecture) -> S
     ]
     hidden, kv_heads = min(legal, key=lambda c: (abs(math.log(c[0] / hidden)) + abs(math.log(c[1] / kv_heads)), c))
     middle = teacher.with_units(
-        hidden=hidden, kv_heads=kv_heads, neurons=part("neurons"), layers=part("layers"), group=group
+        hidden=hidden,
+        kv_heads=kv_heads,
+        neurons=part("neurons"),
+        layers=part("layers"),
+        group=group,
+        experts=part("experts") if final.experts else None,
     )
     return _shape(table, middle)

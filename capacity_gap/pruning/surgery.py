@@ -6,8 +6,8 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,109 +17,17 @@ from torch import Tensor
 
 from capacity_gap.models.axes import config_with, cuttable, dims, pattern_of
 from capacity_gap.models.quiet import quiet
-from capacity_gap.models.weights import INDEX, SINGLE, base_prefix, weight_files
-from capacity_gap.pruning.kept_layers import kept_layers, top
+from capacity_gap.models.weights import INDEX, expert_parts, tensors_of, whole_names
+from capacity_gap.pruning.kept_units import UNITS, Kept, choose_units
 from capacity_gap.pruning.scores import Scores
 from capacity_gap.pruning.shape import Shape, sized, unfit, with_rows
-from capacity_gap.pruning.units import rows_of
 from capacity_gap.settings.errors import ConfigError
-from capacity_gap.structure.architecture import Architecture, Config, Dims, place
-from capacity_gap.structure.layouts import LAYOUTS
+from capacity_gap.structure.architecture import Architecture, Dims, place
 
 SHARDS = 48  # the student is written in shards of this part of the teacher's checkpoint (saving copies a shard once)
 LEAST_SHARD = 2**25  # bytes, so that a small checkpoint is not cut into 48 files
 BLOCK_NUMBERS = 2**23  # numbers of a large tensor read at once: 32 MB in fp32
-Read = Callable[[str, Sequence[Tensor | None]], Tensor]
-UNITS = ("hidden", "embed", *LAYOUTS)
-
-
-@dataclass(frozen=True)
-class Kept:
-    """The units of a model that stay, in its order: indices, per row (`axes.py`) where they belong to one.
-
-    `layers` lists those of each stack. `heads` are query heads, `kv_heads` key-value heads: one for each that the
-    student has, repeated where a student without groups is cut from a teacher with them.
-    """
-
-    depth: int  # layers of a stack before any went
-    layers: list[list[int]]
-    hidden: Tensor
-    heads: list[Tensor]
-    kv_heads: list[Tensor]
-    neurons: list[Tensor]
-    vocab: int | None = None  # rows of the embedding that stay, the first ones; None: all
-
-    def rows(self, axis: str, layer: int, sizes: Dims) -> Tensor | None:
-        """Indices into one axis of a parameter of layer `layer`; None keeps the whole axis."""
-        axis, number = place(axis)
-        row = number * self.depth + layer
-        if axis == "hidden" or (axis == "embed" and sizes.embed == sizes.hidden):
-            return self.hidden
-        if axis in LAYOUTS:
-            found, start = [], 0
-            for block in LAYOUTS[axis]:
-                units = getattr(self, block.of)[row]
-                found.append(start + rows_of(block, units, getattr(sizes, block.of), sizes.head_dim))
-                start += prod(block.shape(getattr(sizes, block.of), sizes.head_dim))
-            return torch.cat(found)
-        first = self.vocab or sizes.vocab
-        return torch.arange(first) if axis == "vocab" and first < sizes.vocab else None
-
-
-def _spread(units: Tensor, width: int) -> Tensor:
-    """Indices of all rows of the given units: unit u holds rows u·width … u·width + width − 1."""
-    return (units[:, None] * width + torch.arange(width)).flatten()
-
-
-def choose_units(scores: Scores, shape: Shape, config: Config, *, layers: str = "symmetric") -> Kept:
-    """The units with the highest scores, as many in each layer as the shape says."""
-    table, sizes = cuttable(config), dims(config)
-    stay = kept_layers(scores, config, shape.layers, layers)
-    scores = _jointly(scores, table, sizes, stay)
-    rows = range(table.rows("heads", sizes.layers))
-    heads, kv_heads = zip(*(_choose_heads(scores, shape, sizes, row) for row in rows), strict=True)
-    counts = shape.layer_neurons or [shape.neurons] * table.rows("neurons", sizes.layers)
-    return Kept(
-        sizes.layers,
-        stay,
-        top(scores.hidden, shape.hidden),
-        list(heads),
-        list(kv_heads),
-        [top(scores.neurons[row], n) for row, n in enumerate(counts)],
-        sized(sizes, shape).vocab,
-    )
-
-
-def _jointly(scores: Scores, table: Architecture, sizes: Dims, stay: list[list[int]]) -> Scores:
-    """Scores in which heads that all layers share have, in every layer, their sum over the layers that stay."""
-    heads, stacks = scores.heads.clone(), table.stacks_of("heads")
-    for number in table.one_set:
-        mine = heads.view(-1, sizes.layers, sizes.kv_heads)[number]
-        mine[:] = mine[stay[stacks[number]]].sum(0)
-    return replace(scores, heads=heads)
-
-
-def _choose_heads(scores: Scores, shape: Shape, sizes: Dims, row: int) -> tuple[Tensor, Tensor]:
-    """Query heads and key-value heads of one row.
-
-    A student with the teacher's groups takes whole groups. One with smaller groups takes the best queries of the best
-    groups. One without groups takes the best queries anywhere, each with a copy of its key-value head.
-    """
-    keep = shape.layer_heads[row] if shape.layer_heads else shape.kv_heads
-    queries = scores.heads if sizes.group == 1 else scores.queries
-    if shape.group == sizes.group:
-        units = top(scores.heads[row], keep)
-        return _spread(units, sizes.group), units
-    if queries is None:
-        raise ConfigError(
-            "the student groups queries differently from its teacher, and these scores have none of them."
-        )
-    if shape.group == 1:
-        chosen = top(queries[row], keep)
-        return chosen, chosen // sizes.group
-    units = top(scores.heads[row], keep)
-    best = top(queries[row].view(sizes.kv_heads, sizes.group)[units], shape.group)
-    return (units[:, None] * sizes.group + best).flatten(), units
+Read = Callable[[str, Sequence[Tensor | None], int | None], Tensor]  # of a parameter, of one expert if one is named
 
 
 def stored_sizes(sizes: Dims, shape: Shape, table: Architecture) -> Dims:
@@ -135,6 +43,7 @@ def stored_sizes(sizes: Dims, shape: Shape, table: Architecture) -> Dims:
         neurons=max(shape.layer_neurons),
         layers=shape.layers,
         group=shape.group,
+        experts=shape.experts,
     )
     return with_rows(widest, shape)
 
@@ -158,8 +67,12 @@ def prune(model: Any, scores: Scores, shape: Shape, *, layers: str = "symmetric"
     student = _empty(model, cut.config)
     with torch.no_grad():
         for name, parameter in student.named_parameters():
-            parameter.copy_(cut(name, lambda n, indices: select(source[n], indices, n)))
+            parameter.copy_(cut(name, partial(_selected, source)))
     return quiet(student.eval())
+
+
+def _selected(source: Mapping[str, Tensor], name: str, indices: Sequence[Tensor | None], expert: int | None) -> Tensor:
+    return select(source[name] if expert is None else source[name][expert], indices, name)
 
 
 def _empty(model: Any, settings: dict[str, Any]) -> Any:
@@ -167,9 +80,12 @@ def _empty(model: Any, settings: dict[str, Any]) -> Any:
     config = type(model.config).from_dict(settings)
     # These initial weights are all overwritten, and must not advance the caller's random state.
     with torch.random.fork_rng(devices=[]):
-        return type(model)._from_config(
+        student = type(model)._from_config(
             config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
         )
+    if dims(settings).experts:
+        student.set_experts_implementation(model.get_experts_implementation())
+    return student
 
 
 class _Cut:
@@ -191,16 +107,26 @@ class _Cut:
         layer = self.kept.layers[self.table.stack_of(pattern)][own] if "{i}" in pattern else 0
         axes = self.table.parameters[pattern]
         source = self.table.embedding if pattern == self.table.output and self.sizes.tied else pattern
-        tensor = read(source.replace("{i}", str(layer)), [self.kept.rows(a, layer, self.sizes) for a in axes])
+        source = source.replace("{i}", str(layer))
+
+        def part(indices: Sequence[Tensor | None], expert: int | None) -> Tensor:
+            return self._in_place(read(source, indices, expert), axes, layer, expert)
+
+        tensor = self.kept.taken(axes, layer, self.sizes, part)
         if pattern in self.table.queries_by_layer and own != layer:  # the model divides what they give by layer + 1
             tensor = _queries_times(tensor, axes.index("qkv"), (own + 1) / (layer + 1))
         if pattern == self.table.scaled:  # the model multiplies what follows by hidden^−½, and hidden has changed
             tensor = tensor * math.sqrt(self.stored.hidden / self.sizes.hidden)
         if self.table.root_scaled:
             tensor = self._rescaled(pattern, tensor)
-        for dimension, axis in enumerate(axes if self.padded else ()):
+        return tensor
+
+    def _in_place(self, tensor: Tensor, axes: Sequence[str], layer: int, expert: int | None) -> Tensor:
+        """What stays of a parameter, or of one expert's part of it, filled up with zeros if layers differ in width."""
+        for dimension, axis in enumerate(axes[expert is not None :] if self.padded else ()):
             if place(axis)[0] in UNITS:
-                tensor = _filled(tensor, dimension, self.targets.rows(axis, layer, self.stored), self.stored.axis(axis))
+                rows = self.targets.rows(axis, layer, self.stored, expert or 0)
+                tensor = _filled(tensor, dimension, rows, self.stored.axis(axis))
         return tensor
 
     def _rescaled(self, pattern: str, tensor: Tensor) -> Tensor:
@@ -240,8 +166,8 @@ def _positions(kept: Kept, stored: Dims) -> Kept:
         return [torch.arange(len(units)) for units in chosen]
 
     hidden = torch.arange(stored.hidden)
-    heads, kv_heads, neurons = front(kept.heads), front(kept.kv_heads), front(kept.neurons)
-    return Kept(kept.depth, kept.layers, hidden, heads, kv_heads, neurons, kept.vocab)
+    heads, kv_heads, neurons, experts = map(front, (kept.heads, kept.kv_heads, kept.neurons, kept.experts))
+    return Kept(kept.depth, kept.layers, hidden, heads, kv_heads, neurons, experts, kept.vocab)
 
 
 def _filled(tensor: Tensor, dimension: int, index: Tensor | None, length: int) -> Tensor:
@@ -321,24 +247,43 @@ class _Checkpoint:
 
     def __init__(self, folder: Path, table: Architecture) -> None:
         self.folder = folder
-        weight_files(folder)  # raises where there is no checkpoint, or more than one
-        listing = folder / INDEX
-        self.files = json.loads(listing.read_text())["weight_map"] if listing.exists() else None
-        self.prefix = base_prefix(table)
-        self.other_names = table.in_checkpoints
+        self.files = {name: tensor.file.name for name, tensor in tensors_of(folder).items()}
+        self.table = table
 
-    def read(self, name: str, indices: Sequence[Tensor | None]) -> Tensor:
-        """The given indices of one tensor; some published checkpoints leave out the name of the base model."""
+    def read(self, name: str, indices: Sequence[Tensor | None], expert: int | None = None) -> Tensor:
+        """The given indices of one tensor, or of one expert's part of it, under whatever name files hold it.
+
+        Raises:
+            ConfigError: there is no such tensor.
+        """
+        if expert is not None and (parts := expert_parts(self.table, name, expert)) and self._has(parts[0]):
+            return self._of_parts(parts, indices, name)
+        for spelling in whole_names(self.table, name):
+            if self._has(spelling):
+                return self._of(spelling, indices, name, expert)
+        raise ConfigError(f"{self.folder} holds no tensor {name}: it is not a checkpoint of its config.json.")
+
+    def _has(self, spelling: str) -> bool:
+        return spelling in self.files
+
+    def _of_parts(self, parts: Sequence[str], indices: Sequence[Tensor | None], name: str) -> Tensor:
+        """The same of tensors that lie one after another along the first dimension."""
+        found, start, (first, *others) = [], 0, indices
+        for part in parts:
+            stop = start + self._opened(part).get_slice(part).get_shape()[0]
+            mine = None if first is None else first[(first >= start) & (first < stop)] - start
+            found.append(self._of(part, [mine, *others], name))
+            start = stop
+        return torch.cat(found)
+
+    def _of(self, spelling: str, indices: Sequence[Tensor | None], name: str, expert: int | None = None) -> Tensor:
+        stored = self._opened(spelling).get_slice(spelling)
+        return _select_in_blocks(stored, indices, name) if expert is None else select(stored[expert], indices, name)
+
+    def _opened(self, spelling: str) -> Any:
         from safetensors import safe_open
 
-        for spelling in (name, name.removeprefix(self.prefix), self.other_names.get(name, name)):
-            file = SINGLE if self.files is None else self.files.get(spelling)
-            if file is None:
-                continue
-            with safe_open(self.folder / file, framework="pt") as tensors:
-                if spelling in tensors.keys():  # noqa: SIM118
-                    return _select_in_blocks(tensors.get_slice(spelling), indices, name)
-        raise ConfigError(f"{self.folder} holds no tensor {name}: it is not a checkpoint of its config.json.")
+        return safe_open(self.folder / self.files[spelling], framework="pt")
 
 
 def _select_in_blocks(stored: Any, indices: Sequence[Tensor | None], name: str) -> Tensor:

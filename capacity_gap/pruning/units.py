@@ -1,6 +1,6 @@
-"""From weights to units: sums over all weights that belong to a head, a neuron or a hidden dimension."""
+"""From weights to units: sums over all weights that belong to a head, a neuron, a hidden dimension or an expert."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -23,19 +23,30 @@ class UnitSums:
 
     def __init__(self, table: Architecture, sizes: Dims) -> None:
         self.table, self.sizes = table, sizes
-        self.heads, self.neurons, self.hidden, self.queries = zeros(table, sizes)
+        self.heads, self.neurons, self.hidden, self.queries, self.experts = zeros(table, sizes)
 
     @property
     def totals(self) -> list[Tensor]:
-        """Heads [R, K], neurons [R, F], hidden [D], query heads [R, H]; a row R a place and layer (`axes.py`)."""
-        return [self.heads, self.neurons, self.hidden, self.queries]
+        """Heads [R, K], neurons [R, F], hidden [D], query heads [R, H], experts [L, E]; a row R a place and layer."""
+        return [self.heads, self.neurons, self.hidden, self.queries, self.experts]
 
     def add(self, name: str, values: Tensor) -> None:
         """Adds the values of parameter `name`, of its own shape; sharded ones are summed over all ranks."""
         pattern, layer = pattern_of(self.table, name)
         # What all layers use, such as a relative bias, counts for each of them.
         layers = [layer] if "{i}" in pattern else list(range(self.sizes.layers))
-        for dimension, axis in enumerate(self.table.parameters[pattern]):
+        axes = self.table.parameters[pattern]
+        if axes[0] == "experts":
+            of_experts = values.flatten(1).sum(1) if values.ndim > 1 else values
+            self.experts[layer] += whole(of_experts).float().cpu()
+            for expert in range(self.sizes.experts):
+                self._add(axes[1:], values[expert], [expert * self.sizes.layers + layer])
+        else:
+            self._add(axes, values, layers)
+
+    def _add(self, axes: Sequence[str], values: Tensor, layers: Sequence[int]) -> None:
+        """Adds values along each of their axes; of an expert, `layers` are its rows."""
+        for dimension, axis in enumerate(axes):
             others = [d for d in range(values.ndim) if d != dimension]
             line = whole(values.sum(others) if others else values).float().cpu()
             kind, number = place(axis)
@@ -81,7 +92,8 @@ def by_unit(block: Block, line: Tensor, units: int, width: int) -> Tensor:
 
 
 def zeros(table: Architecture, sizes: Dims) -> list[Tensor]:
-    """Room for the scores of heads, neurons, hidden, query heads."""
-    rows = {axis: table.rows(axis, sizes.layers) for axis in ("heads", "neurons")}
+    """Room for the scores of heads, neurons, hidden, query heads, experts."""
+    rows = {axis: table.rows(axis, sizes) for axis in ("heads", "neurons")}
     heads, queries = (torch.zeros(rows["heads"], n) for n in (sizes.kv_heads, sizes.heads))
-    return [heads, torch.zeros(rows["neurons"], sizes.neurons), torch.zeros(sizes.hidden), queries]
+    neurons, experts = torch.zeros(rows["neurons"], sizes.neurons), torch.zeros(sizes.layers, sizes.experts)
+    return [heads, neurons, torch.zeros(sizes.hidden), queries, experts]

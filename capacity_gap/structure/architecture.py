@@ -29,6 +29,8 @@ class Dims:
     embed: int = 0
     buckets: int = 0
     first_position: int = 0  # the row of the first position: those before it stand for none
+    experts: int = 0  # of each layer, in a mixture; 0 in a dense model
+    active: int = 0  # of them, how many a token goes through
 
     @property
     def longest(self) -> int:
@@ -47,8 +49,17 @@ class Dims:
             return sum(prod(b.shape(getattr(self, b.of), self.head_dim)) for b in LAYOUTS[name])
         return int(name) if name.isdigit() else getattr(self, name)
 
-    def with_units(self, *, hidden: int, kv_heads: int, neurons: int, layers: int, group: int | None = None) -> "Dims":
-        """The same model with other numbers of units."""
+    def with_units(
+        self,
+        *,
+        hidden: int,
+        kv_heads: int,
+        neurons: int,
+        layers: int,
+        group: int | None = None,
+        experts: int | None = None,
+    ) -> "Dims":
+        """The same model with other numbers of units; as many experts unless told."""
         return replace(
             self,
             hidden=hidden,
@@ -56,6 +67,7 @@ class Dims:
             heads=kv_heads * (group or self.group),
             neurons=neurons,
             layers=layers,
+            experts=self.experts if experts is None else experts,
             embed=hidden if self.embed == self.hidden else self.embed,
         )
 
@@ -80,7 +92,11 @@ class Stack:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The table of one architecture: `parameters` maps a name, with `{i}` for the layer, to its axes."""
+    """The table of one architecture: `parameters` maps a name, with `{i}` for the layer, to its axes.
+
+    A parameter of all experts has them as its first axis. Files may hold it otherwise than the model: `in_files` names,
+    for such a parameter, the tensors that lie one after another along its second axis, `{e}` being the expert.
+    """
 
     parameters: Mapping[str, tuple[str, ...]]
     keys: Mapping[str, str]  # axis → config key
@@ -99,6 +115,7 @@ class Architecture:
     root_scaled: bool = False  # embeddings are multiplied by √hidden, which changes with the width
     final_norm: str = ""  # the norm before the output matrix
     norm_offset: float = 0.0  # what is added to its weight: Gemma multiplies by 1 + weight
+    in_files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # names in files, with {i} and {e}: see below
     leftovers: tuple[str, ...] = ()  # endings of names in files that are no parameters: buffers of older releases
 
     @property
@@ -112,24 +129,38 @@ class Architecture:
         """The input embedding: the output matrix where the two are tied."""
         return next(n for n, axes in self.parameters.items() if axes[0] == "vocab" and n != self.output)
 
-    def stacks_of(self, axis: str) -> list[int]:
-        """The stack of each place that has units of `heads` or `neurons`."""
+    def stacks_of(self, axis: str, experts: int = 0) -> list[int]:
+        """The stack of each place that has units of `heads` or `neurons`; every expert is a place of neurons."""
         if axis == "neurons":
-            return list(range(len(self.stacks)))
+            return list(range(len(self.stacks))) * (experts or 1)
         return [number for number, stack in enumerate(self.stacks) for _ in stack.attentions]
 
     def unit_maps(self, axis: str, layers: int) -> list[str]:
-        """The linear maps whose inputs the units of `heads` or `neurons` are, one for each row of the scores."""
+        """The weights whose inputs the units of `heads` or `neurons` are.
+
+        One for each row of the scores; of a mixture one for each layer, which holds those of all its experts.
+        """
         places = [
-            f"{stack.layer}.{sublayer.out}"
+            self.weight_of(stack, sublayer)
             for stack in self.stacks
             for sublayer in (stack.attentions if axis == "heads" else (stack.mlp,))
         ]
         return [name.replace("{i}", str(i)) for name in places for i in range(layers)]
 
-    def rows(self, axis: str, layers: int) -> int:
+    def weight_of(self, stack: Stack, sublayer: Sublayer) -> str:
+        """The parameter of a sublayer's last map: experts hold theirs without a module of its own."""
+        name = f"{stack.layer}.{sublayer.out}"
+        return name if name in self.parameters else f"{name}.weight"
+
+    @property
+    def router(self) -> str:
+        """The weight that says which experts a token goes to; empty in a dense model."""
+        found = (n for n, axes in self.parameters.items() if axes == ("experts", "hidden") and n.endswith(".weight"))
+        return next(found, "")
+
+    def rows(self, axis: str, sizes: Dims) -> int:
         """Rows of the scores of `heads` or `neurons`: a place and a layer each."""
-        return len(self.stacks_of(axis)) * layers
+        return len(self.stacks_of(axis, sizes.experts)) * sizes.layers
 
     def stack_of(self, pattern: str) -> int:
         """The stack that a row of the table belongs to; the first for what is outside the layers."""

@@ -7,7 +7,7 @@ derived table is a claim: `pruning/proof.py` proves it.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.structure.architecture import Architecture, Stack, Sublayer
-from capacity_gap.structure.probing import Underivable, disagreement, from_config, with_sites
+from capacity_gap.structure.probing import Underivable, disagreement, from_config, names_in_files, with_sites
 from capacity_gap.structure.type_facts import ATTENTION, ATTENTION_OUTPUT, FACTS, PER_LAYER, SIZE_KEYS, Facts
 
 # Entries that a small model does without: its numbers are fp32, its layers are of kinds chosen here.
@@ -32,6 +32,8 @@ PROBE = {
     "neurons": 176,
     "layers": 4,
     "positions": 67,
+    "experts": 6,
+    "active": 2,
 }
 SQUARE_HIDDEN = 96  # where hidden = heads × head_dim, heads are of size 8
 WINDOW = 5  # tokens of attention that slides, fewer than a probe reads
@@ -60,9 +62,10 @@ def derive(config: Mapping[str, Any]) -> Derived:
     probe, square = _probe(config, keys)
     with torch.device("meta"):
         model = from_config(probe)
-    if any(p.ndim > 2 for p in model.parameters()):
-        raise Underivable("it has experts or convolutions, which have no axes here yet")
+    if any(p.ndim > 2 + ("experts" in keys) for p in model.parameters()):
+        raise Underivable("it has convolutions, which have no axes here")
     table = _parameters(model, probe, keys, square)
+    table = replace(table, in_files=names_in_files(table, probe)) if "experts" in keys else table
     return Derived(with_sites(table, probe), _pads(probe))
 
 
@@ -150,7 +153,7 @@ def _probe(config: Mapping[str, Any], keys: Mapping[str, str]) -> tuple[dict[str
     given |= {"sliding_window": WINDOW} if isinstance(slides, int) else {}
     given |= FACTS.get(str(config["model_type"]), Facts()).probe
     free = {**given, keys.get("head_dim", "head_dim"): PROBE["head_dim"]}
-    if _has_output_map(free):
+    if not FACTS.get(str(config["model_type"]), Facts()).square and _has_output_map(free):
         return free, False
     square = {**given, keys["hidden"]: SQUARE_HIDDEN}
     square |= {keys["head_dim"]: SQUARE_HIDDEN // PROBE["heads"]} if "head_dim" in keys else {}
@@ -191,6 +194,7 @@ def _sizes(keys: Mapping[str, str], square: bool) -> dict[str, int]:
         "per_head": heads,
         "per_kv_head": kv_heads,
         "positions": PROBE["positions"],
+        **({"experts": PROBE["experts"]} if "experts" in keys else {}),
         "1": 1,
     }
 
@@ -258,6 +262,8 @@ def _axis(
         return facts.fused or axis
     if axis == "qkv_multi":
         return "qkv_grouped"
+    if axis == "gate_up":
+        return facts.gated or axis
     module, _, kind = name.rpartition(".")
     if axis == "hidden" and square and re.search(ATTENTION, module):
         return _square_axis(model, module, dimension, kind)

@@ -5,9 +5,11 @@ multiplied by √hidden, and what the last norm adds to its weight. Needs torch.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +34,14 @@ def from_config(config: Mapping[str, Any]) -> Any:
 
     given = dict(config)
     made = AutoConfig.for_model(given.pop("model_type"), **given)
-    return AutoModelForCausalLM.from_config(made, attn_implementation="eager").eval()
+    return one_by_one(AutoModelForCausalLM.from_config(made, attn_implementation="eager").eval())
+
+
+def one_by_one(model: Any) -> Any:
+    """The model with its experts, if any, run one after another, in any precision: fused kernels take no fp64."""
+    if model.get_experts_implementation()[""] is not None:
+        model.set_experts_implementation("eager")
+    return model
 
 
 def randomised(config: Mapping[str, Any], *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
@@ -66,6 +75,48 @@ def with_sites(table: Architecture, probe: Mapping[str, Any]) -> Architecture:
         final_norm=norm,
         norm_offset=_offset(model.get_submodule(norm)) if norm else 0.0,
     )
+
+
+def names_in_files(table: Architecture, probe: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """What files call the parameters of layers, where that is not what the model calls them.
+
+    A small model is saved as transformers saves any, and its tensors are found again by their numbers. Those of all
+    experts may lie in a tensor for each expert, or in several: gates and inputs.
+
+    Returns:
+        Of each such parameter the names of its tensors, `{i}` for the layer and `{e}` for the expert.
+    """
+    from safetensors.torch import load_file
+
+    model = randomised(probe)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        stored = load_file(Path(folder) / "model.safetensors")
+    found = {}
+    for pattern, axes in table.parameters.items():
+        name = pattern.replace("{i}", "1")
+        if "{i}" not in pattern or (name in stored and axes[0] != "experts"):
+            continue
+        parameter = model.get_parameter(name).detach()
+        if name not in stored:
+            found[pattern] = _same_numbers(parameter, stored, pattern, by_expert=axes[0] == "experts" and len(axes) > 2)
+    return found
+
+
+def _same_numbers(parameter: Tensor, stored: Mapping[str, Tensor], name: str, *, by_expert: bool) -> tuple[str, ...]:
+    """The names of the tensors that hold a parameter of layer 1, one after another; of experts those of expert 2."""
+    if whole := [n for n, tensor in stored.items() if torch.equal(tensor, parameter)]:
+        return (whole[0].replace(".1.", ".{i}.", 1),)
+    names, rest = [], parameter[2] if by_expert else parameter[:0]
+    while len(rest):
+        part = next((n for n, t in stored.items() if t.ndim == 2 and torch.equal(t, rest[: len(t)])), None)
+        if part is None or ".2." not in part:
+            break
+        names.append(re.sub(r"\.2\.", ".{e}.", part.replace(".1.", ".{i}.", 1)))
+        rest = rest[len(stored[part]) :]
+    if len(rest) or not names:
+        raise Underivable(f"under which names files hold {name} cannot be told")
+    return tuple(names)
 
 
 def _final_norm(model: Any, tokens: Tensor) -> str:
@@ -109,7 +160,7 @@ def _only_map(table: Architecture, layer: str, axis: str) -> str:
     found = [
         name.removeprefix(layer + ".").removesuffix(".weight")
         for name, axes in table.parameters.items()
-        if sorted(axes) == sorted(("hidden", axis)) and name.startswith(layer)
+        if sorted(set(axes) - {"experts"}) == sorted(("hidden", axis)) and name.startswith(layer)
     ]
     gives = [
         n for n in found if re.search(ATTENTION_OUTPUT if axis == "heads" else r"(down|fc2|c_proj|4h_to_h|out)", n)
@@ -174,7 +225,6 @@ def _close(x: Tensor, y: Tensor) -> bool:
 
 def _sums(seen: _Seen, outs: Mapping[str, str]) -> tuple[str, str, float]:
     """The modules whose outputs make a layer's output of its input, and what the first one's is multiplied by."""
-    change = (seen.behind - seen.before).flatten()
 
     def ranked(out: str) -> Iterator[str]:
         # The outermost module around the map, else a norm after it.
@@ -185,11 +235,42 @@ def _sums(seen: _Seen, outs: Mapping[str, str]) -> tuple[str, str, float]:
 
     for attention in ranked(outs["heads"]):
         for mlp in ranked(outs["neurons"]):
-            pair = torch.stack([seen.after[n].flatten() for n in (attention, mlp)], 1)
-            shares = torch.linalg.lstsq(pair.double(), change.double()).solution
-            if attention != mlp and _close((pair.double() @ shares).float(), change):
-                return attention, mlp, float(shares[0])
+            shares = None if attention == mlp else _shares(seen, (attention, mlp))
+            if shares is not None:
+                return attention, mlp, shares[0]
     raise Underivable("no two modules of a layer add to the residual stream, and nothing else does.")
+
+
+def sites_apart(table: Architecture, model: Any, tokens: Tensor) -> str:
+    """Why the places where masks on the residual stream act are not those of the table; empty if they are.
+
+    In each layer what the two sublayers give, times a factor each, must make the layer's output of its input; and what
+    is read between the two must be the input and the first of them.
+    """
+    (stack,) = table.stacks
+    for i in range(len(model.get_submodule(stack.layer.removesuffix(".{i}")))):
+        with _Watching(model, stack.layer.replace("{i}", str(i))) as seen, torch.no_grad():
+            model(tokens, use_cache=False)
+        names = [*(sublayer.module for sublayer in stack.attentions), stack.mlp.module]
+        if lacking := [n for n in (*names, *stack.stream) if n not in seen.after and n not in seen.inputs]:
+            return f"layer {i} has no {lacking[0]} that reads or gives the stream"
+        shares = _shares(seen, names)
+        if shares is None:
+            return f"{' and '.join(names)} do not make layer {i}'s output of its input"
+        middle = seen.before + shares[0] * seen.after[names[0]]
+        if wrong := [n for n in stack.stream if not _close(seen.inputs[n], middle)]:
+            return f"{wrong[0]} of layer {i} does not read the stream between its sublayers"
+        if not stack.stream and (found := [n for n, x in seen.inputs.items() if _close(x, middle)]):
+            return f"{found[0]} of layer {i} reads the stream between its sublayers, and the table does not say so"
+    return ""
+
+
+def _shares(seen: _Seen, names: Sequence[str]) -> list[float] | None:
+    """What each of some modules' outputs is multiplied by where they add up to what a layer changes."""
+    change = (seen.behind - seen.before).flatten()
+    given = torch.stack([seen.after[n].flatten() for n in names], 1).double()
+    shares = torch.linalg.lstsq(given, change.double()).solution
+    return shares.tolist() if _close((given @ shares).float(), change.float()) else None
 
 
 def _root_scaled(model: Any, layer: str) -> bool:

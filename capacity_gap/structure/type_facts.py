@@ -11,9 +11,11 @@ SIZE_KEYS = {
     "heads": ("num_attention_heads",),
     "kv_heads": ("num_key_value_heads", "num_kv_heads"),
     "head_dim": ("head_dim",),
-    "neurons": ("intermediate_size", "n_inner", "ffn_dim"),
+    "neurons": ("moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim"),
     "layers": ("num_hidden_layers",),
     "positions": ("max_position_embeddings",),
+    "experts": ("num_local_experts", "num_experts", "n_routed_experts"),
+    "active": ("num_experts_per_tok", "moe_topk", "top_k"),
 }
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists with an entry a layer
 # Entries of config.json that no parameter depends on.
@@ -66,7 +68,9 @@ class Facts:
     """Of one type."""
 
     fused: str = ""  # the order inside a map of queries, keys and values (`layouts.py`)
+    gated: str = ""  # the order inside a map of gates and inputs
     uncut: str = ""  # why its models cannot be cut yet
+    square: bool = False  # hidden = heads × head_dim, though its config.json may say otherwise
     position_offset: int = 0  # rows of the table of positions before the first position
     positions: str = ""  # "position" where the table's name does not say so
     probe: Mapping[str, Any] = field(default_factory=dict)  # entries that let a small model be made
@@ -83,6 +87,8 @@ FACTS = {
     "mpt": Facts(uncut=ALIBI),
     "opt": Facts(position_offset=2),
     "biogpt": Facts(position_offset=2),
+    "gpt_oss": Facts(gated="gate_up_by_neuron"),
+    "olmoe": Facts(square=True),  # a norm inside attention is of this size
 }
 
 # The types in `derived_tables.json`, with the entries by which published models of each differ from its class.
@@ -119,4 +125,10 @@ COMMON: dict[str, tuple[dict[str, Any], ...]] = {
     "codegen": (),
     "gpt_bigcode": (),
     "biogpt": (),
+    "mixtral": (),
+    "qwen3_moe": (),
+    "olmoe": (),
+    "gpt_oss": (),
+    "granitemoe": (),
+    "phimoe": ({"attention_bias": True, "lm_head_bias": True},),
 }
