@@ -52,6 +52,7 @@ evidence: $(VENV)/.installed  ## the long runs whose tables are in results/
 	$(BIN)/python -m benchmarks.store_races --out results/store_races.csv
 	$(BIN)/python -m benchmarks.stop_signals --out results/stop_signals.csv
 	$(BIN)/python -m benchmarks.fit_coverage --out results/fit_coverage.csv
+	$(BIN)/python -m benchmarks.joint_coverage --out results/joint_coverage.csv
 	$(BIN)/python run.py -m +sweeps=signals
 	$(BIN)/python run.py -m +sweeps=signals distill.signal=sampled distill.signal_size=32
 	$(BIN)/python run.py -m +sweeps=signals distill.signal=topk distill.signal_size=64

@@ -22,8 +22,8 @@ import pandas as pd
 import scipy
 from scipy.optimize import Bounds, minimize
 
+from capacity_gap.estimators.batched import Array, Minima, Problem, huber, minimise
 from capacity_gap.fit import fitting
-from capacity_gap.fit.batched import Array, Minima, Problem, huber, minimise
 from capacity_gap.fit.forms import FORMS
 from capacity_gap.fit.runs import read_runs
 from capacity_gap.fit.surface import published

@@ -44,7 +44,16 @@ def test_every_config_composes(choice, text_file):
     pipeline.resolve(compose([choice, *extra]))
 
 
-@pytest.mark.parametrize("sweep", [f.stem for f in sorted((ROOT / "sweeps").glob("*.yaml"))])
+SAMPLE = ("quick", "study_law", "study_scales", "minichat_pico", "pico_t5")  # of the default run
+
+
+@pytest.mark.parametrize(
+    "sweep",
+    [
+        pytest.param(f.stem, marks=[pytest.mark.slow] * (f.stem not in SAMPLE))
+        for f in sorted((ROOT / "sweeps").glob("*.yaml"))
+    ],
+)
 def test_every_sweep_plans_from_anywhere(sweep, tmp_path):
     done = run_here("-m", f"+sweeps={sweep}", "plan=true", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

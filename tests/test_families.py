@@ -224,6 +224,7 @@ def test_pico_ladders_are_true_to_their_names_and_grow_along_every_axis(name):
         assert grown == sorted(grown), axis
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STAND_INS)
 def test_a_stand_in_is_pre_trained_evaluated_and_trained_directly(name, tiny, warm):
     given = [*tiny, f"family={name}", "student=60k", "teacher=80k", f"store={warm}"]
@@ -249,6 +250,7 @@ PRUNED_OTHERWISE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("given", "recorded"), PRUNED_OTHERWISE, ids=[g[0] for g, _ in PRUNED_OTHERWISE])
 def test_every_way_to_prune_reaches_its_record(tiny, warm, given, recorded):
     config = compose([*tiny, "student=60k", "teacher=80k", f"store={warm}", *given])

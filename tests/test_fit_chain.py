@@ -8,8 +8,8 @@ import pytest
 from scipy import optimize, stats
 
 from benchmarks import fit_coverage
+from capacity_gap.estimators.censored import ABOVE, BELOW, SEEN, scatter, tobit
 from capacity_gap.fit import fit_law, locate_optima, student_growth
-from capacity_gap.fit.censored import ABOVE, BELOW, SEEN, scatter, tobit
 from capacity_gap.fit.curse import curses
 from capacity_gap.fit.frame import curves
 from capacity_gap.fit.noise import components

@@ -23,9 +23,7 @@ def test_a_grid_on_ray_and_a_cell_that_fails(tiny, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("wave", "number"), [("first", signal.SIGTERM), ("last", signal.SIGTERM), ("last", signal.SIGINT)]
-)
+@pytest.mark.parametrize(("wave", "number"), [("first", signal.SIGTERM), ("last", signal.SIGINT)])
 def test_a_grid_on_ray_that_is_asked_to_end(tiny, tmp_path, number, wave):
     """In the wave in which it starts Ray, which sets handlers of its own, and in a later one."""
     if wave == "first":

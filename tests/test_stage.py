@@ -456,6 +456,7 @@ STOPPED_OWNER = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["reports", "is silent"])
 def test_an_owner_that_was_stopped_and_lost_its_lease_ends_quietly_and_spares_its_successor(tmp_path, kind):
     """The first is stopped at work, the second takes over, the first goes on and ends, then the second does."""

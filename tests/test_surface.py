@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from capacity_gap.estimators.batched import Problem, minimise
 from capacity_gap.fit import (
     SurfaceFit,
     Teachers,
@@ -15,7 +16,6 @@ from capacity_gap.fit import (
     published,
     teachers_of,
 )
-from capacity_gap.fit.batched import Problem, minimise
 from capacity_gap.fit.forms import FORMS, linex
 from capacity_gap.fit.runs import mixed
 from capacity_gap.fit.surface import PUBLISHED, from_parameters

@@ -35,7 +35,7 @@ def run_check(given: argparse.Namespace) -> int:
     table, kind = architecture(config), config["model_type"]
     print(f"{given.model}: {kind}, {count_params(config):,} parameters")
     if table.uncut:
-        print(f"cannot be cut: {table.uncut}. It can teach a student that is a model of its own.")
+        print(f"cannot be cut: {table.uncut.rstrip('.')}. It can teach a student that is a model of its own.")
         return 0
     checks = prove(config)
     for one in checks:

@@ -75,13 +75,19 @@ def _ls(store: "Store", given: argparse.Namespace) -> int:
 
 def _ls_cells(store: "Store") -> int:
     from capacity_gap.records.load import read
+    from capacity_gap.records.record import parting_columns
     from capacity_gap.settings.scales import format_scale
 
     rows = [row for row in read(store.root) if row["status"] == "done"]
+    shown = ("student", "teacher", "data_tokens", "seed", "start")
+    parting = (c for c in dict.fromkeys((*parting_columns(), "settings", "teacher_seed")) if c not in shown)
+    told = [c for c in parting if len({str(row.get(c)) for row in rows}) > 1]
     for row in sorted(rows, key=lambda row: (row["student_params"] or 0, row["student_loss"] or 0.0, row["cell"])):
         loss = "" if row["student_loss"] is None else f"{row['student_loss']:.4f}"
         made = f"{row.get('start') or row['student']} from {row['teacher']}"
-        print(f"{row['cell'][:8]}  {loss:>8}  {made}, {format_scale(row['data_tokens'])} tokens, seed {row['seed']}")
+        said = f"{made}, {format_scale(row['data_tokens'])} tokens, seed {row['seed']}"
+        differs = [f"{c}={row[c]}" if c != "settings" else row[c] for c in told if row.get(c) is not None]
+        print(f"{row['cell'][:8]}  {loss:>8}  {', '.join([said, *differs])}")
     print(f"{len(rows)} cells. `export DIGEST OUT --store {store.root}` writes one of these students to a folder.")
     return 0
 

@@ -2,6 +2,7 @@
 
 from capacity_gap.fit.curse import Curse, Growth, student_growth
 from capacity_gap.fit.fitting import fit_surface
+from capacity_gap.fit.joint_fit import Best, BreakEven, JointFit, fit_joint
 from capacity_gap.fit.law import fit_law
 from capacity_gap.fit.law_fit import LawFit
 from capacity_gap.fit.optimum import Optimum, locate_optima
@@ -16,8 +17,11 @@ from capacity_gap.fit.teacher import (
 )
 
 __all__ = [
+    "Best",
+    "BreakEven",
     "Curse",
     "Growth",
+    "JointFit",
     "LawFit",
     "Optimum",
     "SurfaceFit",
@@ -26,6 +30,7 @@ __all__ = [
     "compute_optimal",
     "distil_or_direct",
     "distil_or_direct_at_compute",
+    "fit_joint",
     "fit_law",
     "fit_surface",
     "locate_optima",

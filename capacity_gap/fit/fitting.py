@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from capacity_gap.fit.batched import Array, Minima, Problem, huber, minimise
+from capacity_gap.estimators.batched import Array, Minima, Problem, huber, minimise
 from capacity_gap.fit.forms import FORMS, Form
 from capacity_gap.fit.runs import Runs, collinear, constant, log_columns, read_runs, two_values
 from capacity_gap.fit.surface import SurfaceFit, centred

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from capacity_gap.fit.batched import Array, Columns
+from capacity_gap.estimators.batched import Array, Columns
 
 VANISHED = -700.0  # log of an amplitude that is held at nothing: exp(−700) ≈ 1e-304
 

@@ -5,8 +5,8 @@
     N_T* = a + r·N_S                                 `affine`, after the covariates' effects are taken out
 
 Each optimum weighs by its own error and the scatter between students; optima at the end of a grid are bounds
-(`censored.py`). A draw of the chain moves all optima together, so what they share through their teachers is in every
-interval.
+(`estimators/censored.py`). A draw of the chain moves all optima together, so what they share through their teachers is
+in every interval.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from capacity_gap.fit.censored import ABOVE, BELOW, SEEN, scatter, tobit
+from capacity_gap.estimators.censored import ABOVE, BELOW, SEEN, scatter, tobit
 from capacity_gap.fit.frame import BY
 from capacity_gap.fit.optimum import Located
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from capacity_gap.fit.batched import Array
+from capacity_gap.estimators.batched import Array
 from capacity_gap.fit.forms import FORMS, VANISHED
 from capacity_gap.fit.runs import log_columns
 from capacity_gap.settings.errors import ConfigError

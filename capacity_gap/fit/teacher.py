@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from capacity_gap.fit.batched import Array
+from capacity_gap.estimators.batched import Array
 from capacity_gap.fit.surface import SurfaceFit
 from capacity_gap.settings.errors import ConfigError, choose
 

@@ -138,7 +138,9 @@ def activation_bytes(shape: Mapping[str, Any], *, tokens: int, precision: str, c
     cross-attention is left out. A token of a mixture has the neurons of the experts that it goes through.
     """
     sizes = dims(shape)
-    per_layer = 11 * sizes.hidden + 1.5 * sizes.neurons * (sizes.active or 1)
+    per_layer = 11 * sizes.hidden + 1.5 * sizes.neurons
+    if sizes.experts:  # each expert's copy of its tokens, its output, gates and inputs and their product
+        per_layer = 11 * sizes.hidden + sizes.active * (2 * sizes.hidden + 4 * sizes.neurons)
     values = sizes.layers * sizes.hidden + per_layer if checkpointing else sizes.layers * per_layer
     return BYTES[precision] * values * tokens
 

@@ -19,7 +19,7 @@ from capacity_gap.models.config_files import read_object
 from capacity_gap.models.defaults import frozen_rows
 from capacity_gap.models.folders import named_by_config
 from capacity_gap.models.hub_errors import hub_problem
-from capacity_gap.models.quiet import quiet
+from capacity_gap.models.quiet import quiet, runnable
 from capacity_gap.settings.errors import StageError, UserError, first_line
 from capacity_gap.settings.places import user_path
 from capacity_gap.store.checkpoint import whole
@@ -49,7 +49,7 @@ def new_model(shape: Mapping[str, Any], seed: int) -> Any:
         torch.manual_seed(seed)
         model = auto_class(config).from_config(config, attn_implementation=attention_of(config), dtype=torch.float32)
     model.config.pad_token_id = padding
-    return quiet(model)
+    return quiet(runnable(model))
 
 
 def load_model(folder: Path, *, device: str = "cpu", device_map: str | None = None) -> Any:
@@ -78,7 +78,7 @@ def load_model(folder: Path, *, device: str = "cpu", device_map: str | None = No
     options |= {**where, "config": config}
     model = whole_model(auto_class(config), source, **options)
     with_generation_config_that_saves(model)
-    return quiet(model if "device_map" in options else model.to(device)).eval()
+    return quiet(runnable(model if "device_map" in options else model.to(device))).eval()
 
 
 def with_generation_config_that_saves(model: Any) -> None:

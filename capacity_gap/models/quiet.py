@@ -1,6 +1,9 @@
-"""Models without what transformers does in training only, so that equal seeds give equal weights on every run."""
+"""Models as they are run here: without what transformers does in training only, and with kernels that take their sizes.
 
-from typing import Any
+Noise in training would give other weights on every run of equal seeds.
+"""
+
+from typing import Any, cast
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -25,6 +28,17 @@ def quiet(model: nn.Module) -> Any:
         _silence(module)
         if (config := getattr(module, "config", None)) is not None:
             _silence(config)
+    return model
+
+
+WIDTH = 16  # bytes that rows must be multiples of, in the fused kernels for experts
+
+
+def runnable(model: nn.Module) -> Any:
+    """Lets a mixture whose sizes the fused kernels for experts do not take run its experts one after another."""
+    experts = [p for p in model.parameters() if p.ndim == 3]
+    if experts and any(n * p.element_size() % WIDTH for p in experts for n in p.shape[1:]):
+        cast(Any, model).set_experts_implementation("eager")
     return model
 
 

@@ -314,7 +314,8 @@ class Spelling:
 
     def is_known(self, name: str, wanted: Mapping[str, Any]) -> bool:
         """Whether it is a parameter, repeats one, or is one of those buffers."""
-        return self.is_buffer(name) or self(name, wanted) in {*wanted, *self.repeated}
+        spelt = self(name, wanted)
+        return self.is_buffer(name) or spelt in wanted or spelt in self.repeated
 
     def copies(self, stored: Mapping[str, Stored], wanted: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         """The names in the files that repeat a parameter, each with it."""

@@ -11,6 +11,7 @@ from capacity_gap.models.axes import architecture, config_with, count, dims
 from capacity_gap.pruning.shape import (
     TOLERANCE,
     Shape,
+    check_room,
     choose_shape,
     fixed_shape,
     shape_of,
@@ -63,6 +64,7 @@ def _common_shape(ladder: str, target_params: int, multiple: int, depth: int | N
     envelope = sizes[0].with_units(**least, group=group)
     vocab, tied = _rows(sizes)
     envelope = with_experts(replace(envelope, vocab=vocab, tied=tied), experts)
+    check_room(architecture(able[0]), envelope, target_params, experts)
     return shrink(architecture(able[0]), envelope, target_params, multiple=multiple, depth=depth)
 
 
@@ -71,7 +73,7 @@ def _alike(rungs: Mapping[str, Config], target_params: int) -> list[Config]:
     able = [r for r in rungs.values() if count(architecture(r), dims(r)) >= target_params * (1 - TOLERANCE)]
     if not able:
         raise ConfigError(f"no rung has {target_params:,} parameters or more. Rungs: {' '.join(rungs)}.")
-    for kind in (lambda r: dims(r).head_dim, _names):  # what pruning cannot change
+    for kind in (lambda r: dims(r).head_dim, lambda r: dims(r).active, _names):  # what pruning cannot change
         usual = Counter(map(kind, able)).most_common(1)[0][0]
         able = [r for r in able if kind(r) == usual]
     return able
@@ -131,6 +133,13 @@ def student_shape(
 def _check_kind(rungs: Mapping[str, Config], teacher: Mapping[str, Any], target: int) -> None:
     """Raises `ImpossibleCell` under a teacher whose parameters are not those of most rungs that hold the student."""
     pair = (teacher, _alike(rungs, target)[0])
+    active = [dims(c).active for c in pair]
+    if active[0] != active[1] and all(active):
+        raise ImpossibleCell(
+            f"the teacher cannot hold the common student of {target:,} parameters: a token goes through {active[0]} of "
+            f"its experts, and through {active[1]} of the student's. prune.shape=per_teacher gives each teacher a "
+            "student of its own kind."
+        )
     mine, usual = (dict(_names(c)) for c in pair)
     if differ := sorted(set(mine.items()) ^ set(usual.items())):
         kinds = [str(get(config, "model_type")) for config in pair]

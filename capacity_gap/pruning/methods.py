@@ -157,7 +157,7 @@ def activation_scores(
     """
     import torch
 
-    from capacity_gap.pruning.experts import expert_inputs, router_mass
+    from capacity_gap.pruning.experts import ExpertSums, expert_inputs, router_mass
     from capacity_gap.pruning.hooks import norm_outputs, unit_inputs
     from capacity_gap.pruning.lm_loss import lm_loss
     from capacity_gap.pruning.scores import counted, finished, opened
@@ -166,7 +166,10 @@ def activation_scores(
     del seed
     sizes, table = opened(model)
     sums = zeros(table, sizes)
-    with router_mass(model, table, sizes) as mass, expert_inputs(model, table, sizes) as of_experts:
+    of_experts = ExpertSums(model, table, sizes)
+    reading = expert_inputs(model, table, sizes, of_experts.add_neurons)
+    seen = 0
+    with router_mass(model, table, sizes) as mass, reading:
         for tokens in counted(batches, on_batch, "activation"):
             with norm_outputs(model) as norms, unit_inputs(model, table, sizes) as (heads, neurons), torch.no_grad():
                 lm_loss(model, tokens)
@@ -176,10 +179,10 @@ def activation_scores(
                 sums[0][row] += queries.view(sizes.kv_heads, -1).sum(-1)
             for row, x in neurons.items():
                 sums[1][row] += x.abs().mean(0).cpu()
-            for row, x in of_experts.neurons():  # an expert that a token does not go through is not active in it
-                sums[1][row] += x.abs().sum(0).cpu() / tokens.numel()
-            of_experts.clear()
+            seen += tokens.numel()
             sums[2].add_(sum(x.abs().mean(0).cpu() for x in norms))
+    if sizes.experts:  # an expert that a token does not go through is not active in it
+        sums[1] = of_experts.neurons / seen
     return finished(sums, sizes, "activation", experts=mass)
 
 
@@ -193,7 +196,7 @@ def wanda_scores(
     import torch
     from torch import nn
 
-    from capacity_gap.pruning.experts import expert_inputs, router_mass
+    from capacity_gap.pruning.experts import ExpertSums, expert_inputs, router_mass
     from capacity_gap.pruning.lm_loss import lm_loss
     from capacity_gap.pruning.scores import adds_squares, counted, finished, is_linear, opened
     from capacity_gap.pruning.units import UnitSums
@@ -204,21 +207,21 @@ def wanda_scores(
     linears = {n: m for n, m in model.named_modules() if is_linear(m) and m is not model.get_output_embeddings()}
     squares: dict[str, Tensor] = {}
     hooks = [m.register_forward_pre_hook(adds_squares(squares, n)) for n, m in linears.items()]
-    of_experts: dict[str, Tensor] = {}
+    of_experts = ExpertSums(model, table, sizes)
+    reading = expert_inputs(model, table, sizes, of_experts.add_squares)
     try:
-        with router_mass(model, table, sizes) as mass, expert_inputs(model, table, sizes) as seen:
+        with router_mass(model, table, sizes) as mass, reading:
             for tokens in counted(batches, on_batch, "wanda"):
                 with torch.no_grad():
                     lm_loss(model, tokens)
-                seen.add_squares(of_experts)
     finally:
         for hook in hooks:
             hook.remove()
     sums = UnitSums(table, sizes)
-    for name, squared in of_experts.items():
+    for name, squared in of_experts.squares.items():
         sums.add(name, model.get_parameter(name).detach().float().abs() * squared.sqrt())
     for name, module in linears.items():
-        if f"{name}.weight" in of_experts:
+        if f"{name}.weight" in of_experts.squares:
             continue
         norms = squares[name].sqrt()
         inputs = norms if isinstance(module, nn.Linear) else norms[:, None]  # GPT-2's Conv1D has its inputs first

@@ -79,7 +79,7 @@ class PruneConfig:
         "Hidden size and neurons of a student are multiples of it; null: the recipe's, or halves of it.",
         least=1,
         most=4096,
-        untold="the record's sizes tell the shape that came of it",
+        untold="the record tells the size that came of it, and the student's config.json its shape",
     )
     depth: int | None = setting(None, "Layers of the student; null: the shape policy's.", least=1, most=10_000)
     experts: int | None = setting(

@@ -122,7 +122,19 @@ def finished(sums: list[Tensor], sizes: Dims, method: str, *, experts: Tensor | 
             f"the {method} scores are not finite: the teacher's weights or activations hold NaN or infinity. "
             "Check the teacher's checkpoint and its held-out loss."
         )
-    return made(list(map(_unit, sums)), sizes, method)
+    of_layers = [_unit_of_layers(t, sizes) if i == NEURONS else _unit(t) for i, t in enumerate(sums)]
+    return made(of_layers, sizes, method)
+
+
+NEURONS = 1  # their place among the sums
+
+
+def _unit_of_layers(neurons: Tensor, sizes: Dims) -> Tensor:
+    """Normalised per layer; the neurons of all experts of a layer together, so that their use tells among them."""
+    if not sizes.experts:
+        return _unit(neurons)
+    by_layer = neurons.view(sizes.experts, sizes.layers, -1).transpose(0, 1).flatten(1)
+    return _unit(by_layer).view(sizes.layers, sizes.experts, -1).transpose(0, 1).reshape(neurons.shape)
 
 
 def made(found: list[Tensor], sizes: Dims, method: str) -> Scores:

@@ -91,6 +91,7 @@ def choose_shape(
     if policy == "fixed":
         return fixed_shape(config, fixed or "", target_params, experts=experts)
     table, sizes = architecture(config), with_experts(dims(config), experts)
+    check_room(table, sizes, target_params, experts)
     shape = shrink(table, sizes, target_params, multiple=multiple, depth=depth)
     return shape if policy == "local" else spread(shape, config, scores, layers=layers, multiple=multiple)
 
@@ -111,6 +112,15 @@ def with_experts(sizes: Dims, experts: int | None) -> Dims:
             f"{sizes.active} of them. Say a number from {sizes.active} to {sizes.experts}."
         )
     return replace(sizes, experts=experts)
+
+
+def check_room(table: Architecture, sizes: Dims, target: int, experts: int | None) -> None:
+    """Raises `ConfigError` where so few experts were asked for that a model with them is smaller than the student."""
+    if experts and (most := count(table, sizes)) < target * (1 - TOLERANCE):
+        raise ConfigError(
+            f"prune.experts={experts} leaves at most {most:,} parameters, and the student was asked to have "
+            f"{target:,}. Keep more experts, or give a smaller student."
+        )
 
 
 def fixed_shape(config: Config, given: str, target_params: int | None = None, *, experts: int | None = None) -> Shape:
@@ -285,7 +295,9 @@ def unfit(shape: Shape, teacher: Dims) -> list[str]:
         if (getattr(shape, axis) or 0) > getattr(teacher, axis):
             reasons.append(f"{axis} {getattr(shape, axis)} > {getattr(teacher, axis)}")
     if shape.head_dim != teacher.head_dim:
-        reasons.append(f"head_dim {shape.head_dim} ≠ {teacher.head_dim}")
+        reasons.append(f"head_dim {shape.head_dim} of the student ≠ {teacher.head_dim} of the teacher")
+    if shape.experts and shape.experts < teacher.active:
+        reasons.append(f"{shape.experts} experts, a token of the teacher goes through {teacher.active}")
     if (shape.vocab or 0) > teacher.vocab:
         reasons.append(f"vocabulary of {shape.vocab} rows > {teacher.vocab}")
     if shape.tied and not teacher.tied:

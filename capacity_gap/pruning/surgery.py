@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from capacity_gap.models.axes import config_with, cuttable, dims, pattern_of
-from capacity_gap.models.quiet import quiet
+from capacity_gap.models.quiet import quiet, runnable
 from capacity_gap.models.weights import INDEX, expert_parts, tensors_of, whole_names
 from capacity_gap.pruning.kept_units import UNITS, Kept, choose_units
 from capacity_gap.pruning.scores import Scores
@@ -85,7 +85,7 @@ def _empty(model: Any, settings: dict[str, Any]) -> Any:
         )
     if dims(settings).experts:
         student.set_experts_implementation(model.get_experts_implementation())
-    return student
+    return runnable(student)
 
 
 class _Cut:
@@ -232,14 +232,28 @@ def _shards(
     shard: dict[str, Tensor] = {}
     held = 0
     for done, name in enumerate(names, 1):
-        tensor = cut(name, source.read).contiguous()
-        if shard and held + tensor.nbytes > limit:
+        tensors = as_published(cut.table, name, cut(name, source.read))
+        size = sum(t.nbytes for t in tensors.values())
+        if shard and held + size > limit:
             yield shard
             shard, held = {}, 0
-        shard[name] = tensor
-        held += tensor.nbytes
+        shard |= tensors
+        held += size
         on_tensor(done, len(names))
     yield shard
+
+
+def as_published(table: Architecture, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A parameter under the names that published files have: those of experts may be a tensor or more for each."""
+    pattern, layer = pattern_of(table, name)
+    names = table.in_files.get(pattern, (name,))
+    if "{e}" not in names[0]:
+        return {names[0].replace("{i}", str(layer)): tensor.contiguous()}
+    return {
+        part_name: part.contiguous()
+        for expert, whole in enumerate(tensor)
+        for part_name, part in zip(expert_parts(table, name, expert), whole.chunk(len(names)), strict=True)
+    }
 
 
 class _Checkpoint:
@@ -247,8 +261,9 @@ class _Checkpoint:
 
     def __init__(self, folder: Path, table: Architecture) -> None:
         self.folder = folder
-        self.files = {name: tensor.file.name for name, tensor in tensors_of(folder).items()}
+        self.tensors = tensors_of(folder)
         self.table = table
+        self.opened: dict[Path, Any] = {}
 
     def read(self, name: str, indices: Sequence[Tensor | None], expert: int | None = None) -> Tensor:
         """The given indices of one tensor, or of one expert's part of it, under whatever name files hold it.
@@ -264,13 +279,13 @@ class _Checkpoint:
         raise ConfigError(f"{self.folder} holds no tensor {name}: it is not a checkpoint of its config.json.")
 
     def _has(self, spelling: str) -> bool:
-        return spelling in self.files
+        return spelling in self.tensors
 
     def _of_parts(self, parts: Sequence[str], indices: Sequence[Tensor | None], name: str) -> Tensor:
         """The same of tensors that lie one after another along the first dimension."""
         found, start, (first, *others) = [], 0, indices
         for part in parts:
-            stop = start + self._opened(part).get_slice(part).get_shape()[0]
+            stop = start + self.tensors[part].shape[0]
             mine = None if first is None else first[(first >= start) & (first < stop)] - start
             found.append(self._of(part, [mine, *others], name))
             start = stop
@@ -283,7 +298,10 @@ class _Checkpoint:
     def _opened(self, spelling: str) -> Any:
         from safetensors import safe_open
 
-        return safe_open(self.folder / self.files[spelling], framework="pt")
+        file = self.tensors[spelling].file
+        if file not in self.opened:
+            self.opened[file] = safe_open(file, framework="pt")
+        return self.opened[file]
 
 
 def _select_in_blocks(stored: Any, indices: Sequence[Tensor | None], name: str) -> Tensor:

@@ -76,8 +76,9 @@ def _summed(curves: Collection[Curve]) -> str:
 
 def _shape(shape: Mapping[str, object]) -> str:
     sizes = dims(shape)
+    experts = f"{sizes.experts} experts ({sizes.active} a token), " if sizes.experts else ""
     return (
-        f"{count_params(shape):,} parameters, {sizes.layers}x{sizes.hidden}x{sizes.heads}x{sizes.neurons}, "
+        f"{count_params(shape):,} parameters, {sizes.layers}x{sizes.hidden}x{sizes.heads}x{sizes.neurons}, {experts}"
         f"vocabulary {sizes.vocab:,}"
     )
 

@@ -256,7 +256,7 @@ def _axis(
     axis = next((a for a, n in sizes.items() if n == length), None)
     if axis is None:
         raise Underivable(
-            f"dimension {dimension} of {name}, of length {length} in a small model, is no axis that can be cut."
+            f"dimension {dimension} of {name}, of length {length} in a small model, is no axis that can be cut"
         )
     if axis == "qkv":
         return facts.fused or axis

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.settings.errors import ConfigError, first_line, shown
+from capacity_gap.settings.errors import ConfigError, first_line, nearest, shown
 from capacity_gap.settings.hashing import files_digest, fingerprint
 from capacity_gap.structure.architecture import Architecture, Stack, Sublayer
 from capacity_gap.structure.type_facts import PER_LAYER, STRUCTURELESS
@@ -99,9 +99,14 @@ def _is_flag(key: str, value: Any, usual: Mapping[str, Any]) -> bool:
     """Whether an entry is one that the class reads, and whose value may decide the structure or the kinds of layers."""
     if key == "sliding_window":  # without a window no layer slides
         return value is None and key in usual
+    if key in LAYERS_APART and value:
+        return True
     if value is None or isinstance(value, float | dict | list) or key.endswith("_token_id") or key in PER_LAYER:
         return False
     return (key in usual or key == "sliding_window_pattern") and key not in STRUCTURELESS and key not in DULL
+
+
+LAYERS_APART = ("mlp_only_layers",)  # the numbers of layers that have no experts
 
 
 def _flags_text(config: Mapping[str, Any]) -> str:
@@ -126,9 +131,9 @@ def _committed() -> dict[str, Any]:
 def _type(kind: str) -> dict[str, Any]:
     if kind not in _committed().get("decoders", [kind]):
         raise ConfigError(
-            f"transformers {version('transformers')} has no decoder of the type {shown(kind)!r}. Where it is a model "
-            "of your own, register its axis table with capacity_gap.models.architectures.ARCHITECTURES, in a module "
-            "named by extend=[MODULE]."
+            f"transformers {version('transformers')} has no decoder of the type {shown(kind)!r}"
+            f"{nearest(kind, _committed().get('decoders', []))}. Where it is a model of your own, register its axis "
+            "table with capacity_gap.models.architectures.ARCHITECTURES, in a module named by extend=[MODULE]."
         )
     return _committed()["types"].get(kind) or _made({"type": kind})
 

@@ -126,7 +126,7 @@ COMMON: dict[str, tuple[dict[str, Any], ...]] = {
     "gpt_bigcode": (),
     "biogpt": (),
     "mixtral": (),
-    "qwen3_moe": (),
+    "qwen3_moe": ({"norm_topk_prob": True},),
     "olmoe": (),
     "gpt_oss": (),
     "granitemoe": (),

@@ -29,11 +29,14 @@ def learning_rate(step: int, steps: int, optim: OptimConfig, peak: float) -> flo
 
 def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices, none on norms and biases (docs/method.md §4)."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    # Embeddings have two dimensions, so they decay: the released code exempts norms and biases only.
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    parameters = [p for _, p in named]
+    # Embeddings have two dimensions, so they decay: the released code exempts norms and biases only. Biases of experts
+    # lie in one matrix.
+    decays = {id(p): p.ndim >= 2 and not n.endswith("bias") for n, p in named}
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if decays[id(p)]], "weight_decay": optim.weight_decay},
+        {"params": [p for p in parameters if not decays[id(p)]], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [g for g in groups if g["params"]],

@@ -1,0 +1,224 @@
+"""The model of all cells: its likelihood, its sets, its statuses, and what it says of study one."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from benchmarks import joint_coverage
+from benchmarks.joint_coverage import DESIGNS, NULLS, QUIET, Design, one, summary
+from capacity_gap.estimators.mixed import SCALE, SHAPE, _Problem, fit_mixed
+from capacity_gap.fit import fit_joint
+from tests.conftest import ROOT
+
+NAMED = {design.name: design for design in (*DESIGNS, *NULLS)}
+
+
+def table(name="study one: 8 rungs, 3 seeds", seed=1, **changes):
+    return replace(NAMED[name], **changes).table(np.random.default_rng(seed))
+
+
+def crossed(rng, n=60):
+    """Two crossed effects, a slope for each of six groups, and a row whose error is known."""
+    one, two = rng.integers(0, 6, n), rng.integers(0, 15, n)
+    x = rng.standard_normal(n)
+    X = np.vstack([np.column_stack([np.ones(n), x, x**2]), [[0.0, 0.0, 1.0]]])
+    groups = {"one": np.eye(6)[one], "two": np.eye(15)[two], "slope": np.eye(6)[one] * x[:, None]}
+    groups = {name: np.vstack([Z, np.zeros(Z.shape[1])]) for name, Z in groups.items()}
+    y = X @ [1.0, 0.5, 0.2] + sum(0.7 * Z @ rng.standard_normal(Z.shape[1]) for Z in groups.values())
+    known = np.append(np.zeros(n), 0.3)
+    return np.append(y[:-1] + 0.5 * rng.standard_normal(n), 0.0), X, groups, known
+
+
+def dense(problem, groups, X, y, known, phi):
+    """The same objective from matrices [n, n], written anew."""
+    sds = dict(zip(problem.names, np.exp(phi), strict=True))
+    V = np.diag(known) + np.diag((known == 0) * sds["error"] ** 2)
+    V = V + sum(sds[name] ** 2 * Z @ Z.T for name, Z in groups.items())
+    inverse = np.linalg.inv(V)
+    A = X.T @ inverse @ X
+    P = inverse - inverse @ X @ np.linalg.inv(A) @ X.T @ inverse
+    value = np.linalg.slogdet(V)[1] + np.linalg.slogdet(A)[1] + y @ P @ y
+    return value / 2 + sum(sds[n] / SCALE - (SHAPE - 1) * math.log(sds[n]) for n in groups)
+
+
+def test_the_restricted_likelihood_is_that_of_dense_matrices_and_so_is_its_gradient():
+    y, X, groups, known = crossed(np.random.default_rng(0))
+    problem = _Problem.of(groups, known, X, y)
+    assert problem.names[-2] == "two", "the component with the most groups is absorbed"
+    points = [np.log([0.5, 0.4, 0.8, 0.6]), np.log([1.2, 0.1, 0.3, 0.9])]
+    ours, theirs = (
+        [f(p) for p in points]
+        for f in (lambda p: problem.at(p).value, lambda p: dense(problem, groups, X, y, known, p))
+    )
+    # Up to a constant, which is that of the rows of known error.
+    assert ours[0] - ours[1] == pytest.approx(theirs[0] - theirs[1], abs=1e-8)
+    slope, _ = problem.curved(problem.at(points[0]))
+    for i, step in enumerate(1e-5 * np.eye(4)):
+        ends = [dense(problem, groups, X, y, known, points[0] + s * step) for s in (1, -1)]
+        assert slope[i] == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-4, abs=1e-6)
+
+
+def test_coefficients_and_their_covariance_are_those_of_generalised_least_squares():
+    y, X, groups, known = crossed(np.random.default_rng(1))
+    found = fit_mixed(y, X, groups, known)
+    V = np.diag(np.where(known > 0, known, found.sds["error"] ** 2))
+    V = V + sum(found.sds[name] ** 2 * Z @ Z.T for name, Z in groups.items())
+    covariance = np.linalg.inv(X.T @ np.linalg.solve(V, X))
+    np.testing.assert_allclose(found.covariance, covariance, rtol=1e-6)
+    np.testing.assert_allclose(found.beta, covariance @ X.T @ np.linalg.solve(V, y), rtol=1e-6)
+    # The derivative of that covariance by each log standard deviation.
+    for i, name in enumerate(found.problem.names):
+        more = V + (np.diag((known == 0) * 1.0) if name == "error" else groups[name] @ groups[name].T) * (
+            found.sds[name] ** 2 * (math.exp(2e-5) - 1)
+        )
+        moved = np.linalg.inv(X.T @ np.linalg.solve(more, X))
+        np.testing.assert_allclose(found.sensitivity[i], (moved - covariance) / 1e-5, rtol=1e-3, atol=1e-7)
+    part = found.part(np.arange(len(y)) % 7 != 0)
+    keep = np.arange(len(y)) % 7 != 0
+    np.testing.assert_allclose(
+        part.covariance, np.linalg.inv(X[keep].T @ np.linalg.solve(V[np.ix_(keep, keep)], X[keep])), rtol=1e-6
+    )
+
+
+def test_without_random_effects_it_is_least_squares_with_its_t_test():
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal(30)
+    y = 1 + 0.3 * x + rng.standard_normal(30)
+    found = fit_mixed(y, np.column_stack([np.ones(30), x]), {}).contrast(np.array([0.0, 1.0]))
+    expected = stats.linregress(x, y)
+    assert (found.value, found.error) == (pytest.approx(expected.slope), pytest.approx(expected.stderr, rel=1e-4))
+    assert found.df == pytest.approx(28, rel=1e-3) and found.p() == pytest.approx(expected.pvalue, rel=1e-3)
+
+
+def test_components_are_recovered():
+    found = pd.DataFrame([fit_joint(table(seed=s, rungs=16, students=6)).sds for s in range(8)]).median()
+    assert found["rung"] == pytest.approx(0.008, abs=0.004) and found["teacher"] == pytest.approx(0.016, rel=0.2)
+
+
+@pytest.mark.parametrize("cubic", [-0.004, 0.0, 0.004])
+def test_a_clear_optimum_is_a_law_and_lies_in_its_set(cubic):
+    fit = fit_joint(table(noise=QUIET, cubic=cubic, curvature=0.03))
+    assert fit.status == "law" and fit.inside == 4
+    ratio = fit.ratio_at()
+    assert ratio.interval[0] < 2.7 < ratio.interval[1] < 1.15 * ratio.interval[0]
+    assert fit.tests()["b = 1"] > 0.01
+    best = fit.best_teacher(55e3)
+    assert best.interval[0] < 2.7 * 55e3 < best.interval[1]
+    assert sum(best.probabilities.values()) == pytest.approx(1)
+    assert min(best.regret, key=best.regret.get) in ("122k", "163k", "164k", "183k"), best.regret
+
+
+@pytest.mark.parametrize(
+    ("slope", "said"),
+    [
+        (-0.08, "The largest teachers are not shown to be worse"),
+        (0.08, "The smallest teachers are not shown to be worse"),
+        (0.0, "Neither end of the ladder is shown to be worse"),
+    ],
+)
+def test_without_an_optimum_what_is_missing_is_said(slope, said):
+    fit = fit_joint(table(seed=3, best=None, slope=slope))
+    assert fit.status == "no_optimum" and fit.missing.startswith(said) and said in fit.verdict()
+    assert not all(map(math.isfinite, fit.ratio_at().interval))
+
+
+def test_a_break_even_budget_is_found_and_said():
+    fit = fit_joint(table("break-even, 2 budgets", seed=8, curvature=0.0, best=None, slope=0.05, fade=-0.08))
+    assert fit.status == "break_even"
+    found = fit.break_even(math.exp(fit.joint.means[0]))
+    true = 3e5 * math.exp(0.05 / 0.08)
+    assert found.established and found.interval[0] < true < found.interval[1]
+    assert (found.small, found.large) == (pytest.approx(121.7e3, rel=0.05), pytest.approx(900e3, rel=0.01))
+    assert fit.verdict().startswith("above ") and "a teacher of 900k is better than" in fit.verdict()
+    assert json.loads(fit.to_json())["break_even"]["established"]
+
+
+def test_order_of_rows_and_units_do_not_matter():
+    frame = table(seed=4)
+    one = fit_joint(frame)
+    other = fit_joint(frame.sample(frac=1, random_state=0))
+    assert other.ratio_at().value == pytest.approx(one.ratio_at().value, rel=1e-4)
+    larger = fit_joint(
+        frame.assign(student_params=frame.student_params * 1e4, teacher_params=frame.teacher_params * 1e4)
+    )
+    assert larger.ratio_at().value == pytest.approx(one.ratio_at().value, rel=1e-4)
+    nats = fit_joint(frame.assign(loss=3 * frame.loss))
+    assert nats.ratio_at().value == pytest.approx(one.ratio_at().value, rel=1e-3)
+    assert nats.sds["teacher"] == pytest.approx(3 * one.sds["teacher"], rel=1e-3)
+
+
+def study_one():
+    names = ("study_law", "study_scales")
+    frame = pd.concat([pd.read_csv(ROOT / "results" / "pico" / f"{name}.csv", low_memory=False) for name in names])
+    return frame[frame["teacher_data"] == "1m"]
+
+
+def test_what_study_one_says():
+    """Its break-even budgets agree with an analysis made by others, with other code (docs/joint.md)."""
+    fit = fit_joint(study_one())
+    assert fit.status == "provisional" and fit.rests_on == ("55k",)
+    tests = fit.tests()
+    assert tests["b = 1"] > 0.3 and tests["d = 0"] < 1e-4 and 0.003 < tests["b + d = 1"] < 0.05
+    others = {40e3: 833e3, 55e3: 664e3, 80e3: 509e3, 110e3: 408e3}
+    for student, tokens in others.items():
+        found = fit.break_even(student, 120e3, 900e3)
+        assert found.tokens == pytest.approx(tokens, rel=0.06) and found.interval[0] < tokens < found.interval[1]
+    one_budget = fit_joint(study_one().query("data_tokens == 300000"))
+    assert one_budget.status == "no_optimum"
+    with pytest.raises(ValueError, match="needs cells of two budgets"):
+        one_budget.break_even(40e3)
+
+
+def two_starts(frame):
+    return frame.assign(init=np.where(np.arange(len(frame)) % 2, "random", "pruned"))
+
+
+def of_many_sizes(frame):
+    return frame.assign(student="s", student_params=frame["student_params"] * np.linspace(1, 1.1, len(frame)))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (two_starts, r"here differ init \(pruned, random\)"),
+        (lambda frame: frame[frame["teacher_params"] < 2e5], "teachers are too few"),
+        (lambda frame: frame.drop(columns="teacher_params"), "the table lacks"),
+        (of_many_sizes, "differ by .* in size"),
+    ],
+)
+def test_tables_that_cannot_be_fitted_are_refused(change, why):
+    with pytest.raises(ValueError, match=why):
+        fit_joint(change(table()))
+
+
+def test_teachers_of_which_none_is_smaller_than_another_are_refused():
+    fit = fit_joint(table("break-even, 2 budgets"))
+    with pytest.raises(ValueError, match="is not below"):
+        fit.break_even(55e3, small=9e5, large=1e5)
+
+
+SAMPLE = 20
+SAMPLED = [("study one: 8 rungs, 3 seeds", 0.2, 0.95), pytest.param("flat", 0.0, 0.1, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("name", "least", "most"), SAMPLED)
+def test_a_sample_of_the_evidence(name, least, most):
+    design = NAMED[name]
+    rows = pd.DataFrame([one(design, joint_coverage.FIRST_SEED + i) for i in range(SAMPLE)])
+    found = summary(design, rows)
+    assert least <= found["claims"] <= most
+    if design.best is not None:
+        assert found["coverage"] >= 0.85
+
+
+def test_the_evidence_is_of_these_designs():
+    held = pd.read_csv(ROOT / "results" / "joint_coverage.csv")
+    assert list(held["design"]) == list(NAMED) and isinstance(DESIGNS[0], Design)
+    assert held["coverage"].dropna().min() > 0.92
+    nulls = held[~held["optimum"]]
+    assert nulls["claims"].max() <= 0.05 and nulls["break_even_claims"].dropna().max() <= 0.05
