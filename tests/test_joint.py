@@ -11,6 +11,8 @@ from scipy import stats
 
 from benchmarks import joint_coverage
 from benchmarks.joint_coverage import DESIGNS, NULLS, QUIET, Design, one, summary
+from capacity_gap.commands import cli
+from capacity_gap.commands.fit_commands import _joint_lines
 from capacity_gap.estimators.mixed import SCALE, SHAPE, _Problem, fit_mixed
 from capacity_gap.fit import fit_joint
 from tests.conftest import ROOT
@@ -172,6 +174,25 @@ def test_what_study_one_says():
     assert one_budget.status == "no_optimum"
     with pytest.raises(ValueError, match="needs cells of two budgets"):
         one_budget.break_even(40e3)
+
+
+def test_what_is_printed_of_study_one():
+    said = list(_joint_lines(fit_joint(study_one())))
+    assert said[0] == "one model of all 264 cells: provisional"
+    assert said[1].endswith("but without 55k there is no optimum.")
+    assert "    900k beats 120k above 694k tokens (475k to 1m)" in said
+    (line,) = (text for text in said if "student 110k at 1.2m tokens" in text)
+    assert "900k 8" in line and " 80k" not in line, "rungs smaller than the student are no teachers"
+
+
+@pytest.mark.slow
+def test_the_command_prints_the_model_and_writes_it(tmp_path, capsys):
+    study_one().to_csv(tmp_path / "one.csv", index=False)
+    assert cli.main(["fit", str(tmp_path / "one.csv"), "--joint", "--out", str(tmp_path / "out")]) == 0
+    assert "one model of all 264 cells: provisional" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "joint.json").read_text())["rests_on"] == ["55k"]
+    assert cli.main(["fit", str(ROOT / "results" / "pico" / "study_architectures.csv"), "--joint"]) == 0
+    assert "no model of all cells: one model is for cells alike but for" in capsys.readouterr().out
 
 
 def two_starts(frame):

@@ -282,7 +282,7 @@ def test_unfit_names_every_axis():
     small = dims(PICO.rungs["55k"])
     too_large = Shape(999, 4, 4, 8, 999, 9, 0)
     assert unfit(too_large, small) == ["hidden 999 > 24", "heads 4 > 3", "neurons 999 > 73", "layers 9 > 4"]
-    assert unfit(Shape(24, 3, 3, 4, 9, 4, 0), small) == ["head_dim 4 ≠ 8"]
+    assert unfit(Shape(24, 3, 3, 4, 9, 4, 0), small) == ["head_dim 4 of the student ≠ 8 of the teacher"]
     grouped = dims(small_model("llama").config)  # two key-value heads with two queries each
     forbidden = unfit(Shape(16, 3, 1, 6, 12, 3, 0), grouped)
     assert forbidden == ["1 key-value heads with 3 queries each, teacher 2 with 2"]
@@ -295,7 +295,7 @@ def test_a_ladder_that_mixes_groups_and_head_sizes_has_a_common_student():
     assert (shape.head_dim, shape.group) == (128, 5)
     for teacher in ("1.5b", "3b", "7b", "14b", "72b"):
         assert student_config(rungs, rungs[teacher], FAMILIES["qwen2_5"].params["0.5b"], policy="common", multiple=8)
-    with pytest.raises(ImpossibleCell, match="head_dim 128 ≠ 64"):
+    with pytest.raises(ImpossibleCell, match="head_dim 128 of the student ≠ 64 of the teacher"):
         student_config(rungs, rungs["0.5b"], 300_000_000, policy="common", multiple=8)
     llama = common_shape(FAMILIES["llama2"].rungs, 3_000_000_000)
     assert llama.group == 1, "7b has no groups; 70b repeats its key-value heads"

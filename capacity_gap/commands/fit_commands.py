@@ -1,6 +1,7 @@
 """The commands `fit` and `recommend`: what a table of records says about teachers."""
 
 import argparse
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def _add_fit(commands: Any) -> None:
     )
     fit.add_argument("--sweep", metavar="NAME", help="of a store: only the cells of this sweep (`store ls` names them)")
     fit.add_argument("--surface", action="store_true", help="also the additive loss surface (docs/surfaces.md)")
+    fit.add_argument("--joint", action="store_true", help="also one model of all cells (docs/joint.md)")
     fit.add_argument(
         "--out", type=out_folder, help="folder for law.json, optima.csv and the figures; without it, only text"
     )
@@ -70,8 +72,11 @@ def run_fit(given: argparse.Namespace) -> int:
     law = law_from(located, axis=given.axis, notes=[*stale, *notes])
     print(law.summary())
     surface = _surface(frame, given, metric) if given.surface else None
+    joint = _joint(frame, given, metric) if given.joint else None
     if given.out:
         _write_fit(law, located, given.out, metric)
+        if joint is not None:
+            (given.out / "joint.json").write_text(joint.to_json() + "\n")
         if surface is not None:
             (given.out / "surface.json").write_text(surface.to_json() + "\n")
     return 0
@@ -88,6 +93,53 @@ def _surface(frame, given: argparse.Namespace, metric: str | None):  # type: ign
     surface = fit_surface(frame, metric=metric, axis=given.axis)
     print("\n" + surface.summary())
     return surface
+
+
+def _joint(frame, given: argparse.Namespace, metric: str | None):  # type: ignore[no-untyped-def]
+    """One model of all cells, printed; None, and why, where the table does not allow it."""
+    from capacity_gap.fit import fit_joint
+
+    try:
+        fit = fit_joint(frame, axis=given.axis, metric=metric)
+    except ValueError as error:
+        print(f"\nno model of all cells: {error}")
+        return None
+    print("\n" + "\n".join(_joint_lines(fit)))
+    return fit
+
+
+def _joint_lines(fit: Any) -> Iterator[str]:
+    """What the model of all cells says, line by line."""
+    import numpy as np
+
+    from capacity_gap.settings.scales import short_scale
+
+    def interval(found: Sequence[float]) -> str:
+        low, high = (short_scale(x) if 0 < x < float("inf") else "open" for x in found)
+        return f"{low} to {high}"
+
+    cells = fit.joint.cells
+    yield f"one model of all {len(cells.y)} cells: {fit.status}"
+    yield f"  {fit.verdict()}"
+    budgets = np.exp(np.unique(np.round(cells.data, 6))) if "d" in fit.joint.terms else [None]
+    for student in np.exp(np.unique(np.round(cells.student, 6))):
+        for tokens in budgets:
+            best = fit.best_teacher(student, tokens)
+            likely = ", ".join(f"{name} {p:.0%}" for name, p in best.probabilities.items() if p >= SHOWN)
+            at = f" at {short_scale(tokens)} tokens" if tokens is not None else ""
+            size = short_scale(best.params) if best.params == best.params else "none inside"
+            yield f"  student {short_scale(student)}{at}: {size} ({interval(best.interval)}); best rung: {likely}"
+        if "d" in fit.joint.terms:
+            even = fit.break_even(student)
+            said = interval(even.interval) if even.established else "not established"
+            pair = f"{short_scale(even.large)} beats {short_scale(even.small)}"
+            yield f"    {pair} above {short_scale(even.tokens) if even.tokens == even.tokens else '?'} tokens ({said})"
+    scatter = ", ".join(f"{name} {1e3 * sd:.1f}" for name, sd in fit.sds.items())
+    yield f"  standard deviations, 1/1000: {scatter}"
+    yield "  " + ", ".join(f"p of {name}: {p:.2g}" for name, p in fit.tests().items())
+
+
+SHOWN = 0.05  # the least probability of being best that is printed
 
 
 def _of_sweep(source: str, name: str):  # type: ignore[no-untyped-def]

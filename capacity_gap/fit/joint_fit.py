@@ -15,6 +15,7 @@ from capacity_gap.fit.frame import BY, default_metric, require
 from capacity_gap.fit.joint import (
     ALPHA,
     ALPHA_WITHOUT,
+    SAME,
     Cells,
     Joint,
     break_even,
@@ -101,12 +102,15 @@ class JointFit:
         return BreakEven(math.exp(found.value + back), interval, math.exp(low), math.exp(high), found.bounded)
 
     def best_teacher(self, student_params: float, data_tokens: float | None = None) -> Best:
-        """At any student and budget. Rungs count with their own effects: what the smooth curve does not fit."""
+        """At any student and budget. Rungs larger than the student count, with their own effects: what the smooth curve
+        does not fit.
+        """
         n, d = self._at(student_params, data_tokens)
         found = self.optimum(student_params, data_tokens)
-        losses = self._draws(n, d)
+        larger = [code for code in self._rungs if self._size(code) > math.log(student_params) + SAME] or self._rungs
+        losses = self._draws(n, d, larger)
         best = losses.argmin(1)
-        labels = [self.joint.cells.rungs[code] for code in self._rungs]
+        labels = [self.joint.cells.rungs[code] for code in larger]
         share = [float((best == i).mean()) for i in range(len(labels))]
         above = (losses - losses.min(1, keepdims=True)).mean(0)
         return Best(
@@ -181,9 +185,8 @@ class JointFit:
     @cached_property
     def _rungs(self) -> list[int]:
         """Codes of the rungs, smallest first."""
-        cells = self.joint.cells
-        codes = np.unique(cells.groups["rung"])
-        return sorted(codes.tolist(), key=lambda c: float(cells.teacher[cells.groups["rung"] == c].mean()))
+        codes = np.unique(self.joint.cells.groups["rung"])
+        return sorted(codes.tolist(), key=self._size)
 
     def _at(self, student_params: float, data_tokens: float | None) -> tuple[float, float]:
         """A student and a budget as logs off their means; no budget is the mean one."""
@@ -191,18 +194,22 @@ class JointFit:
         d = 0.0 if data_tokens is None or "d" not in self.joint.terms else math.log(data_tokens) - mean[1]
         return math.log(student_params) - mean[0], d
 
-    def _draws(self, n: float, d: float) -> np.ndarray:
-        """Losses of the rungs by the posterior of coefficients and rung effects [DRAWS, rungs], but for the level."""
-        j, cells = self.joint, self.joint.cells
-        teacher = np.array([cells.teacher[cells.groups["rung"] == c].mean() for c in self._rungs])
+    def _size(self, code: int) -> float:
+        """log parameters of a rung."""
+        cells = self.joint.cells
+        return float(cells.teacher[cells.groups["rung"] == code].mean())
+
+    def _draws(self, n: float, d: float, rungs: list[int]) -> np.ndarray:
+        """Losses of some rungs by the posterior of coefficients and rung effects [DRAWS, rungs], but for the level."""
+        j, teacher = self.joint, np.array([self._size(code) for code in rungs])
         rows = j.row(teacher - j.centre(n, d), np.full(len(teacher), n), np.full(len(teacher), d))
         W = np.zeros((len(teacher), len(j.mixed.joint)))
         W[:, : rows.shape[1]] = rows
         mean = rows @ j.mixed.beta
         if "rung" in j.mixed.effects:
             columns = j.mixed.problem.columns[list(j.mixed.effects).index("rung")]
-            W[np.arange(len(teacher)), columns.start + np.array(self._rungs)] = 1.0
-            mean = mean + j.mixed.effects["rung"][self._rungs]
+            W[np.arange(len(teacher)), columns.start + np.array(rungs)] = 1.0
+            mean = mean + j.mixed.effects["rung"][rungs]
         covariance = W @ j.mixed.joint @ W.T
         values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
         generator = np.random.default_rng(SEED)
