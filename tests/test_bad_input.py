@@ -88,6 +88,7 @@ def test_any_value_of_any_setting_is_planned_or_refused(setting, value, tmp_path
     assert not folder.exists(), "nothing was written"
 
 
+@pytest.mark.slow
 @ONCE
 @given(
     setting=st.sampled_from(ALONE),

@@ -280,7 +280,9 @@ def keys_of(file: Path) -> list[str]:
 JSON = ["store.json", "sweeps/mine.*.json", "failed/*.json", "record/*/stage.json", "distil/*/stage.json"]
 
 
-@pytest.mark.parametrize("pattern", JSON)
+@pytest.mark.parametrize(
+    "pattern", [p if i < 2 else pytest.param(p, marks=pytest.mark.slow) for i, p in enumerate(JSON)]
+)
 def test_a_changed_byte_in_any_key_is_named_and_stops_no_command(used, capsys, monkeypatch, tiny, pattern):
     file = min(used.root.glob(pattern))
     content = file.read_text()

@@ -158,7 +158,7 @@ def test_a_random_gemma_has_the_same_layers_under_every_teacher():
     assert [i for i, kind in enumerate(kinds, 1) if kind == "full_attention"] == [6, 12, 18]
 
 
-@pytest.mark.parametrize("name", DERIVED)
+@pytest.mark.parametrize("name", [n if n != "olmo2" else pytest.param(n, marks=pytest.mark.slow) for n in DERIVED])
 def test_a_ladder_without_a_written_table_is_cut_and_trained(name, tiny, tmp_path, monkeypatch):
     kind, small = DERIVED[name]
     shape = {
@@ -184,7 +184,7 @@ def test_a_ladder_without_a_written_table_is_cut_and_trained(name, tiny, tmp_pat
     assert row["student_loss"] < row["init_loss"]
 
 
-@pytest.mark.parametrize("name", UNCUT)
+@pytest.mark.parametrize("name", [n if n == "qwen2_moe" else pytest.param(n, marks=pytest.mark.slow) for n in UNCUT])
 def test_what_cannot_be_cut_teaches_a_student_that_is_a_model(name, folders, tiny, tmp_path):
     model = small_model(name, vocab_size=1024, eos_token_id=0, bos_token_id=0).float()
     model.save_pretrained(tmp_path / "teacher")
@@ -234,7 +234,7 @@ def test_a_stand_in_is_pre_trained_evaluated_and_trained_directly(name, tiny, wa
     assert row["student_params"] < row["teacher_params"]
 
 
-@pytest.mark.parametrize("name", STAND_INS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (i > 0)) for i, n in enumerate(STAND_INS)])
 def test_every_architecture_is_pruned_and_distilled_to_its_record(tiny, warm, name):
     row = ran(compose([*tiny, f"family={name}", "student=60k", "teacher=80k", f"store={warm}"]))
     assert (row["status"], row["init"], row["prune_method"]) == ("done", "pruned", "expressive")

@@ -60,7 +60,7 @@ def test_starts_cut_from_two_references_are_two_curves():
     assert sorted(round(o.ratio) for o in found) == [2] * len(STUDENTS) + [4] * len(STUDENTS)
 
 
-@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize("seeds", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("teacher_noise", [0.0, 0.01])
 @pytest.mark.parametrize("trend", [0.0, -0.02, 0.02])
 def test_without_an_optimum_no_law_is_claimed(seeds, teacher_noise, trend):
@@ -257,6 +257,7 @@ def test_command_writes_law_optima_and_figures(tmp_path, capsys):
         assert "<svg" in (out / f"{name}.svg").read_text()
 
 
+@pytest.mark.slow
 def test_figures_are_the_same_bytes_twice(tmp_path):
     grid(valley, noise=0.003).to_csv(tmp_path / "runs.csv", index=False)
     for name in "ab":

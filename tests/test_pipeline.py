@@ -285,6 +285,7 @@ def test_a_grid_runs_every_possible_cell_and_says_what_it_skipped(grid):
     assert len(noted) == 3
 
 
+@pytest.mark.slow
 def test_a_grid_again_runs_nothing_and_more_seeds_run_only_themselves(grid):
     folder, arguments, _ = grid
     assert "grid: 3 reused, 1 skipped" in run_here(*arguments, cwd=folder).stdout

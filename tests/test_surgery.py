@@ -150,6 +150,7 @@ def test_a_checkpoint_without_safetensors_is_refused(tmp_path):
         prune_checkpoint(tmp_path, random_scores(model, ()), smaller(model), tmp_path)
 
 
+@pytest.mark.slow
 def test_saved_then_loaded_by_plain_transformers_in_a_fresh_process(tmp_path):
     kinds = []
     for number, name in enumerate(SMALL):
