@@ -26,7 +26,7 @@ from capacity_gap.pruning.shape import choose_shape, fixed_shape, shape_of, spre
 from capacity_gap.pruning.surgery import prune, prune_checkpoint
 from capacity_gap.settings.errors import ConfigError, ImpossibleCell
 from capacity_gap.structure.derive import probe_of
-from capacity_gap.structure.probing import from_config, one_by_one, randomised
+from capacity_gap.structure.probing import from_config, randomised
 from capacity_gap.training.optimizer import make_optimizer
 from capacity_gap.training.train_config import OptimConfig
 from tests.small_models import TOKENS, small_model
@@ -40,7 +40,7 @@ def mixtral():
 
 
 def small(kind, dtype=torch.float64):
-    return one_by_one(randomised(probe_of({"model_type": kind, "tie_word_embeddings": False}), dtype=dtype))
+    return randomised(probe_of({"model_type": kind, "tie_word_embeddings": False}), dtype=dtype)
 
 
 def losses(model, batches=TOKENS):

@@ -115,7 +115,7 @@ class _State:
     """What Henderson's equations give at some standard deviations."""
 
     value: float
-    inverse: np.ndarray  # C⁻¹ [P + q, P + q]
+    factor: np.ndarray  # Cholesky's, of C [P + q, P + q]
     solution: np.ndarray  # coefficients and effects [P + q]
     sds: np.ndarray
     shrink: np.ndarray  # [m] of the absorbed component: D⁻¹ = E − Z diag(shrink) Z'
@@ -166,7 +166,6 @@ class _Problem:
 
     def _sums(self, A: np.ndarray) -> np.ndarray:
         """Z'A for the absorbed component."""
-        assert self.absorbed is not None
         return self._indicator.T @ A
 
     def _solved(self, A: np.ndarray, diagonal: np.ndarray, shrink: np.ndarray) -> np.ndarray:
@@ -226,7 +225,7 @@ class _Problem:
     def curved(self, state: _State) -> tuple[np.ndarray, np.ndarray]:
         """Gradient, and curvature by average information (Gilmour, Thompson and Cullis 1995)."""
         sds, W = state.sds, self.W
-        inverse = _inverse(state.inverse)
+        inverse = _inverse(state.factor)
         own, _, sums, sizes = self._products
         error = sds[-1] ** 2
         Py = self._solved(self.y - W @ state.solution, state.diagonal, state.shrink)
@@ -293,7 +292,7 @@ def _inverse(L: np.ndarray) -> np.ndarray:
 
 def _fitted(sds: np.ndarray, certainty: np.ndarray, scale: float, problem: _Problem) -> Mixed:
     state, P = problem.at(np.log(sds)), problem.P
-    inverse = _inverse(state.inverse)
+    inverse = _inverse(state.factor)
     # β = A'y: what each component adds to the variance of β is A'V_k A.
     A = problem._solved(problem.W, state.diagonal, state.shrink) @ inverse[:, :P]
     added = [problem.W[:, columns].T @ A for columns in problem.columns]

@@ -70,7 +70,7 @@ def cells_of(frame: pd.DataFrame, *, axis: str = "total", metric: str = "loss", 
     keep &= unpruned | (teacher > student + SAME)
     frame, student, teacher = frame[keep], student[keep], teacher[keep]
     data = np.log(frame["data_tokens"].to_numpy(float)) if "data_tokens" in frame else np.zeros(len(frame))
-    data = data - data if np.ptp(data) < SAME else data
+    data = np.zeros(len(frame)) if np.ptp(data) < SAME else data
     seed, of_teacher = (
         frame[c].astype(str).to_numpy() if c in frame else np.full(len(frame), "") for c in ("seed", "teacher_seed")
     )

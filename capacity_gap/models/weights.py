@@ -277,14 +277,18 @@ def _as_stored(
         experts, rows, *others = shape
         each = [expert_parts(table, name, expert) for expert in range(experts)]
         return {part: (rows // len(parts), *others) for names in each for part in names}
-    return {next((n for n in whole_names(table, name)[3:] if n in stored), name): shape}
+    return {next((n for n in _renamed(table, name) if n in stored), name): shape}
 
 
 def whole_names(table: Architecture, name: str) -> list[str]:
     """The names under which files may hold a parameter in one tensor."""
+    return [name, name.removeprefix(base_prefix(table)), table.in_checkpoints.get(name, name), *_renamed(table, name)]
+
+
+def _renamed(table: Architecture, name: str) -> list[str]:
+    """The name that published files have for a parameter that they hold in one tensor, if it is another."""
     pattern, layer = pattern_of(table, name)
-    in_files = [n.replace("{i}", str(layer)) for n in table.in_files.get(pattern, ()) if "{e}" not in n]
-    return [name, name.removeprefix(base_prefix(table)), table.in_checkpoints.get(name, name), *in_files]
+    return [n.replace("{i}", str(layer)) for n in table.in_files.get(pattern, ()) if "{e}" not in n]
 
 
 def expert_parts(table: Architecture, name: str, expert: int) -> list[str]:

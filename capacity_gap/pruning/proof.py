@@ -25,7 +25,7 @@ from capacity_gap.models.loading import hidden_states, output_weight
 from capacity_gap.pruning.kept_units import UNITS, Kept, by_expert, choose_units
 from capacity_gap.pruning.methods import random_scores
 from capacity_gap.pruning.shape import Shape, shape_of
-from capacity_gap.pruning.surgery import prune, select
+from capacity_gap.pruning.surgery import prune, selected
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.structure import derived
 from capacity_gap.structure.architecture import Architecture, Config, Dims, place
@@ -278,15 +278,11 @@ def _permuted(model: Any, config: Mapping[str, Any], tokens: Tensor, before: Ten
     hidden = torch.randperm(sizes.hidden, generator=order)
     experts = [torch.randperm(sizes.experts, generator=order) for _ in range(sizes.layers)]
     kept = Kept(sizes.layers, [list(range(sizes.layers))], hidden, queries, groups, neurons, experts)
-    for name, parameter in found.named_parameters():
+    source = dict(found.named_parameters())
+    for name, parameter in source.items():
         pattern, layer = pattern_of(table, name)
-        read = partial(_of_parameter, parameter, name)
-        parameter.copy_(kept.taken(table.parameters[pattern], layer, sizes, read))
+        parameter.copy_(kept.taken(table.parameters[pattern], layer, sizes, partial(selected, source, name)))
     return _apart(_logits(found, tokens), before)
-
-
-def _of_parameter(parameter: Tensor, name: str, indices: list[Tensor | None], expert: int | None) -> Tensor:
-    return select(parameter if expert is None else parameter[expert], indices, name)
 
 
 def _reload(student: Any, tokens: Tensor) -> str:

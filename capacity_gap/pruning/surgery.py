@@ -67,11 +67,12 @@ def prune(model: Any, scores: Scores, shape: Shape, *, layers: str = "symmetric"
     student = _empty(model, cut.config)
     with torch.no_grad():
         for name, parameter in student.named_parameters():
-            parameter.copy_(cut(name, partial(_selected, source)))
+            parameter.copy_(cut(name, partial(selected, source)))
     return quiet(student.eval())
 
 
-def _selected(source: Mapping[str, Tensor], name: str, indices: Sequence[Tensor | None], expert: int | None) -> Tensor:
+def selected(source: Mapping[str, Tensor], name: str, indices: Sequence[Tensor | None], expert: int | None) -> Tensor:
+    """`select` on a parameter of `source`, or on one expert's part of it."""
     return select(source[name] if expert is None else source[name][expert], indices, name)
 
 
