@@ -13,7 +13,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_TORCH) -c constraints.txt -e '.[embedded,dev]'
 	touch $@
 
-demo: $(VENV)/.installed  ## the whole road on real text: about five minutes on two cores
+demo: $(VENV)/.installed  ## the whole road on real text: five to thirteen minutes on two cores
 	$(BIN)/python run.py -m +sweeps=quick
 	$(BIN)/python -m capacity_gap fit store --sweep quick --out figures
 	$(BIN)/python -m capacity_gap report store --sweep quick --out figures/report.html
