@@ -66,11 +66,13 @@ DERIVED = {  # of which no table is written: norms after sublayers, scaled embed
     "olmo2": ("olmo2", {k: v for k, v in LLAMA.items() if k != "head_dim"}),
     "gemma3": ("gemma3_text", {**LLAMA, "sliding_window": 4, "sliding_window_pattern": 3, "tie_word_embeddings": True}),
     "mixtral": ("mixtral", {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "bloom": ("bloom", {"vocab_size": 40, "hidden_size": 24, "n_layer": 3, "n_head": 4}),
+    "mpt": ("mpt", {"vocab_size": 40, "d_model": 24, "n_layers": 3, "n_heads": 4, "max_seq_len": 32}),
 }
 EVERY = SMALL | DERIVED
 UNCUT = {  # what can be counted and taught by, but not cut yet
     "qwen2_moe": ("qwen2_moe", {**LLAMA, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8}),
-    "bloom": ("bloom", {"vocab_size": 40, "hidden_size": 16, "n_layer": 3, "n_head": 4}),
+    "falcon": ("falcon", {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4}),
 }
 TOKENS = torch.randint(3, 40, (3, 4, 10), generator=torch.Generator().manual_seed(1))
 

@@ -165,6 +165,7 @@ def qwen_like(text_file, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_teacher_with_tokens_behind_its_vocabulary_keeps_their_rows(adapted, qwen_like, tmp_path):
     given = [g for g in adapted if not g.startswith(("family.", "teacher=", "student="))]
     config = compose([*given, "family=folders", f"teacher={qwen_like}", "student=45k", f"store={tmp_path}"])

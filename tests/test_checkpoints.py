@@ -158,6 +158,7 @@ def test_another_vocabulary_is_refused(hub, models, given, tmp_path, text_file):
         pipeline.resolve(compose([*given, "teacher=t/llama", f"student={other}"]))
 
 
+@pytest.mark.slow
 def test_a_start_that_is_trained_here_is_the_same_under_every_teacher(tiny, tmp_path):
     words = ["student=40k", "prune.init=pretrained", "prune.init_data=2k", f"store={tmp_path}"]
     for teacher in ("55k", "80k"):

@@ -21,7 +21,7 @@ from tests.small_models import TOKENS, small_model
 STUDENTS = ("60m", "100m", "250m", "0.7b", "1b", "1.5b", "3b", "8b")
 
 
-QUICK = ("gemma3", "olmo2")
+QUICK = ("gemma3",)
 PUBLISHED = [f for f in FAMILIES if not f.startswith("pico")]
 
 

@@ -15,15 +15,18 @@ from capacity_gap.commands import cli
 from capacity_gap.distill.distill_config import DistillConfig
 from capacity_gap.distill.signals import _targets
 from capacity_gap.evaluate.heldout import _sequence_means
-from capacity_gap.models.axes import architecture, check_head, count_params, cuttable, dims
+from capacity_gap.models.axes import architecture, check_head, config_with, count_params, cuttable, dims
 from capacity_gap.models.defaults import completed
 from capacity_gap.models.ladders import FAMILIES
-from capacity_gap.pruning import choose_shape, expressive_scores
+from capacity_gap.pruning import choose_shape, expressive_scores, prune
+from capacity_gap.pruning.kept_units import choose_units
 from capacity_gap.pruning.lm_loss import lm_loss
+from capacity_gap.pruning.methods import random_scores
 from capacity_gap.pruning.proof import check_proved, prove
+from capacity_gap.pruning.shape import between, fixed_shape
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.structure import derived
-from capacity_gap.structure.architecture import Sublayer
+from capacity_gap.structure.architecture import Sublayer, heads_of_same_slopes
 from capacity_gap.structure.derive import derive, probe_of
 from capacity_gap.structure.probing import randomised
 from capacity_gap.training.loop import Objective, _teach
@@ -31,7 +34,6 @@ from tests.conftest import ROOT
 from tests.small_models import SMALL, masked
 
 COMMITTED = json.loads(derived.COMMITTED.read_text())
-CUT = [t for t in TYPES if t not in ("bloom", "mpt")]
 MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe", "phimoe")
 # What is unlike Llama in most ways.
 SAMPLE = ("gemma3_text", "olmo2", "phi3", "codegen", "cohere", "gpt_bigcode", "gpt_oss", "phimoe")
@@ -48,7 +50,7 @@ def of_type(kind, **more):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", sampled(CUT))
+@pytest.mark.parametrize("kind", sampled(TYPES))
 def test_every_claim_of_a_table_holds(kind, tied):
     checks = prove(of_type(kind, tie_word_embeddings=tied))
     axes = ["hidden", "heads", "neurons", "layers", *["experts"] * (kind in MIXTURES)]
@@ -192,7 +194,7 @@ def test_what_is_no_decoder_is_named(capsys):
     ("kind", "params", "why"),
     [
         ("qwen2_moe", 14_315_784_192, "is no axis that can be cut"),
-        ("mpt", 1_311_213_568, "ALiBi"),
+        ("falcon", 6_921_720_704, "says nothing of neurons"),
         ("mamba", 159_308_544, "says nothing of heads"),
     ],
 )
@@ -275,6 +277,55 @@ def test_shapes_of_such_types_are_found(kind, share):
     assert shape.hidden < dims(config).hidden
 
 
+ALIBI = {
+    "bloom": {"hidden_size": 128, "n_head": 16, "n_layer": 4, "vocab_size": 500},
+    "mpt": {"d_model": 128, "n_heads": 16, "n_layers": 4, "vocab_size": 500},
+}
+
+
+def test_heads_under_alibi_keep_the_slopes_that_the_classes_give_them():
+    from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
+    from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
+
+    for slopes in (lambda n: _get_alibi_slopes(n, "cpu"), lambda n: build_mpt_alibi_tensor(n, 2)[:, 0, 0]):
+        for heads in (1, 2, 7, 12, 16, 23, 71):
+            for fewer in range(1, heads + 1):
+                torch.testing.assert_close(slopes(heads)[heads_of_same_slopes(heads, fewer)], slopes(fewer))
+
+
+@pytest.mark.parametrize("kind", ALIBI)
+def test_students_of_alibi_models_have_their_neurons_and_their_heads(kind):
+    """As many neurons for each hidden unit; which heads is a matter of slopes, whatever scores or priorities say."""
+    config = of_type(kind, **ALIBI[kind])
+    target = count_params(config_with(config, dims(config).with_units(hidden=88, kv_heads=11, neurons=0, layers=4)))
+    shape = choose_shape(config, target)
+    assert (shape.hidden, shape.heads, shape.neurons, shape.params) == (88, 11, 352, target)
+    with pytest.raises(ConfigError, match=r"The nearest sizes that can: [\d,]+ and [\d,]+"):
+        choose_shape(config, int(1.03 * target))
+    with pytest.raises(ConfigError, match="4 neurons for each hidden unit. Say 352 neurons"):
+        fixed_shape(config, "4x88x11x300")
+    model = randomised(config, seed=2)
+    scores = random_scores(model, (), seed=1)
+    overall = choose_shape(config, target, "global", scores=scores)
+    for given in (shape, overall):
+        kept = choose_units(scores, given, config)
+        assert all(row.tolist() == heads_of_same_slopes(16, 11) for row in kept.heads)
+        assert {len(row) for row in kept.neurons} == {352}
+        student = prune(model, scores, given)
+        assert sum(p.numel() for p in student.parameters()) == target
+    middle = between(dims(config), shape, 0.5, architecture(config))
+    assert 88 < middle.hidden < 128 and middle.neurons == 4 * middle.hidden
+
+
+def test_a_published_bloom_and_mpt_are_read():
+    """Older names, an n_inner that its class does not read, and lengths that ALiBi of MPT ends at."""
+    bloom = {"model_type": "bloom", "n_embed": 1024, "n_inner": None, "n_layer": 24, "num_attention_heads": 16}
+    assert count_params(completed({**bloom, "vocab_size": 250880})) == 559_214_592
+    mpt = completed({"model_type": "mpt", "d_model": 4096, "n_heads": 32, "n_layers": 32, "vocab_size": 50432})
+    assert (count_params(mpt), dims(mpt).longest) == (6_649_286_656, 2048)
+    assert all(check.held for check in prove(completed({**bloom, "vocab_size": 500})))
+
+
 TOKENS = torch.randint(3, 200, (2, 3, 9), generator=torch.Generator().manual_seed(5))
 
 
@@ -287,7 +338,7 @@ def losses(model):
     )
 
 
-@pytest.mark.parametrize("kind", ["gemma3_text", "olmo2", "phi3", "cohere", "granite", "gemma2"])
+@pytest.mark.parametrize("kind", ["gemma3_text", "olmo2", "phi3", "cohere", "granite", "gemma2", "bloom", "mpt"])
 def test_scores_are_what_the_loss_says_when_units_are_scaled(kind):
     """Of heads and neurons by scaling weights, which knows no hook; of the hidden size by masks on the stream."""
     config = probe_of({"model_type": kind, "tie_word_embeddings": False})
@@ -298,7 +349,8 @@ def test_scores_are_what_the_loss_says_when_units_are_scaled(kind):
     def slopes(change):
         return (change(1 + step) - change(1 - step)).abs().sum(0) / (2 * step)
 
-    for axis, count, of in (("heads", sizes.heads, found.queries), ("neurons", 6, found.neurons)):
+    heads = found.heads if sizes.group == 1 else found.queries
+    for axis, count, of in (("heads", sizes.heads, heads), ("neurons", 6, found.neurons)):
         width = sizes.head_dim if axis == "heads" else 1
         name = table.unit_maps(axis, sizes.layers)[1]
         weight = model.get_parameter(name)

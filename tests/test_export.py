@@ -57,6 +57,7 @@ def test_the_card_of_a_distilled_student(plain):
     assert use_as_the_card_says(plain)
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_is_exported_as_one(tiny, tmp_path):
     cell, store = _run(*tiny, "family=pico_t5", "student=50k", "teacher=80k", "data=1k", f"store={tmp_path / 'store'}")
     out = export(store, cell.record.digest, tmp_path / "out")

@@ -61,7 +61,7 @@ def test_starts_cut_from_two_references_are_two_curves():
 
 
 @pytest.mark.parametrize("seeds", [pytest.param(1, marks=pytest.mark.slow), 3])
-@pytest.mark.parametrize("teacher_noise", [0.0, 0.01])
+@pytest.mark.parametrize("teacher_noise", [pytest.param(0.0, marks=pytest.mark.slow), 0.01])
 @pytest.mark.parametrize("trend", [0.0, -0.02, 0.02])
 def test_without_an_optimum_no_law_is_claimed(seeds, teacher_noise, trend):
     found = Counter(

@@ -89,6 +89,7 @@ def test_the_error_of_the_slope_is_in_every_interval():
     assert ends[0] > ends[1]
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_planted_optimum():
     """A slope taken to be the same under every teacher covers in no grid whose optimum is off the grid's middle."""
     held, laws = [], []

@@ -74,7 +74,8 @@ def test_what_reads_a_store_needs_no_write_access(read_only, tiny_cell, tmp_path
     assert said.splitlines()[-1] == str([0] * len(given)), said
 
 
-@pytest.mark.parametrize("kind", [[], pytest.param(["-m"], marks=pytest.mark.slow)], ids=["cell", "grid"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [[], ["-m"]], ids=["cell", "grid"])
 def test_a_plan_needs_no_write_access_and_a_run_says_that_it_does(read_only, tiny, kind):
     given = [*kind, *tiny, "student=40k", "teacher=55k", f"store={read_only}"]
     status, said = run("run.py", *given, "plan=true")

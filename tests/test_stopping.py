@@ -17,7 +17,7 @@ from capacity_gap.runner.stopping import Asked, UntilAsked, ending_workers, noti
 from capacity_gap.runner.worker import Jobs, run_children
 from capacity_gap.runtime.process import PARENT, STOP_FILE, Interrupted, Runtime
 from hydra_plugins.capacity_gap_launchers import slurm_launcher
-from hydra_plugins.capacity_gap_launchers.ray_launcher import _end, _start
+from hydra_plugins.capacity_gap_launchers.ray_launcher import NICENESS, _end, _start
 from hydra_plugins.capacity_gap_launchers.slurm_launcher import SlurmLauncher
 from tests.conftest import ROOT
 
@@ -187,6 +187,16 @@ def test_ray_leaves_us_our_signal_handlers():
     before = signal.getsignal(signal.SIGTERM)
     _start(RayThatSetsAHandler(asked=False), None)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_workers_of_a_ray_that_is_started_here_give_way_to_nobody(monkeypatch):
+    monkeypatch.setenv(NICENESS, "")
+    monkeypatch.delenv(NICENESS)
+    _start(RayThatSetsAHandler(asked=False), None)
+    assert os.environ[NICENESS] == "0"
+    monkeypatch.setenv(NICENESS, "15")
+    _start(RayThatSetsAHandler(asked=False), None)
+    assert os.environ[NICENESS] == "15", "whoever wants them nice says so"
 
 
 def test_a_request_to_end_while_ray_starts_is_one():

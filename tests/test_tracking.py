@@ -182,6 +182,7 @@ def test_sync_uploads_each_run_once(tmp_path, server, capfd):
     assert records.load("wandb:team/gap").equals(records.to_frame([row]))
 
 
+@pytest.mark.slow
 def test_sync_leaves_a_run_that_is_written_to(tmp_path, server):
     """So many points that some are on disk before the end: `wandb sync` would take those, and never the rest."""
     Store(tmp_path).create()

@@ -187,6 +187,7 @@ def test_activation_checkpointing_changes_no_bit(tmp_path):
     assert not any(getattr(m, "gradient_checkpointing", False) for m in lean.modules())
 
 
+@pytest.mark.slow
 def test_a_compiled_run_agrees_and_leaves_a_plain_student(tmp_path, monkeypatch):
     compiled = []
 

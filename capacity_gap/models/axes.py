@@ -24,7 +24,7 @@ from capacity_gap.models.defaults import by_own_names, completed
 from capacity_gap.models.layers import of_kept_layers, symmetric_layers
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.structure import derived
-from capacity_gap.structure.architecture import Architecture, Config, Dims, get
+from capacity_gap.structure.architecture import NEURONS_PER_HIDDEN, Architecture, Config, Dims, get
 
 
 def architecture(config: Config) -> Architecture:
@@ -115,7 +115,7 @@ def _sizes(table: Architecture, config: Config) -> Dims:
         heads=heads,
         kv_heads=table.kv_heads or ((get(config, keys["kv_heads"]) or heads) if "kv_heads" in keys else heads),
         head_dim=(not table.square and get(config, keys.get("head_dim", "head_dim"))) or hidden // heads,
-        neurons=(get(config, keys["neurons"]) if "neurons" in keys else None) or 4 * hidden,
+        neurons=(get(config, keys["neurons"]) if "neurons" in keys else None) or NEURONS_PER_HIDDEN * hidden,
         layers=get(config, keys["layers"]),
         tied=bool(get(config, "tie_word_embeddings")),
         positions=positions + table.position_offset,

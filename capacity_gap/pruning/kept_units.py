@@ -13,7 +13,7 @@ from capacity_gap.pruning.scores import Scores
 from capacity_gap.pruning.shape import Shape, sized
 from capacity_gap.pruning.units import rows_of
 from capacity_gap.settings.errors import ConfigError
-from capacity_gap.structure.architecture import Architecture, Config, Dims, place
+from capacity_gap.structure.architecture import Architecture, Config, Dims, heads_of_same_slopes, place
 from capacity_gap.structure.layouts import LAYOUTS
 
 UNITS = ("hidden", "embed", "experts", *LAYOUTS)
@@ -77,7 +77,7 @@ def choose_units(scores: Scores, shape: Shape, config: Config, *, layers: str = 
     stay = kept_layers(scores, config, shape.layers, layers)
     scores = _jointly(scores, table, sizes, stay)
     rows = range(table.rows("heads", sizes))
-    heads, kv_heads = zip(*(_choose_heads(scores, shape, sizes, row) for row in rows), strict=True)
+    heads, kv_heads = zip(*(_choose_heads(scores, shape, table, sizes, row) for row in rows), strict=True)
     counts = shape.layer_neurons or [shape.neurons] * table.rows("neurons", sizes)
     return Kept(
         sizes.layers,
@@ -100,12 +100,17 @@ def _jointly(scores: Scores, table: Architecture, sizes: Dims, stay: list[list[i
     return replace(scores, heads=heads)
 
 
-def _choose_heads(scores: Scores, shape: Shape, sizes: Dims, row: int) -> tuple[Tensor, Tensor]:
+def _choose_heads(scores: Scores, shape: Shape, table: Architecture, sizes: Dims, row: int) -> tuple[Tensor, Tensor]:
     """Query heads and key-value heads of one row.
+
+    Under ALiBi those stay whose slopes the student's class gives its heads: scores have no say.
 
     A student with the teacher's groups takes whole groups. One with smaller groups takes the best queries of the best
     groups. One without groups takes the best queries anywhere, each with a copy of its key-value head.
     """
+    if table.alibi:
+        same = torch.tensor(heads_of_same_slopes(sizes.heads, shape.heads))
+        return same, same
     keep = shape.layer_heads[row] if shape.layer_heads else shape.kv_heads
     queries = scores.heads if sizes.group == 1 else scores.queries
     if shape.group == sizes.group:

@@ -131,7 +131,8 @@ def _count(config: Mapping[str, Any]) -> str:
 
 def shapes(config: Config) -> dict[str, Shape]:
     """A shape for each axis of a small model that cuts it alone; tied axes go together."""
-    own, sizes, square = shape_of(config), dims(config), architecture(config).square
+    own, sizes, table = shape_of(config), dims(config), architecture(config)
+    square = table.square
     keys, queries = _fewer_heads(sizes, square)
     heads = {"kv_heads": keys, "heads": queries}
     both = lcm(sizes.heads, queries)  # some classes want a hidden size that the heads divide
@@ -139,7 +140,11 @@ def shapes(config: Config) -> dict[str, Shape]:
     if square:
         heads = hidden = heads | {"hidden": queries * sizes.head_dim}
     cut: dict[str, dict[str, Any]] = {"hidden": hidden, "heads": heads}
-    cut |= {"neurons": {"neurons": sizes.neurons // 2 - 3}, "layers": {"layers": 2}}
+    if "neurons" not in table.keys:  # as many for each hidden unit as ever
+        hidden |= {"neurons": table.neurons_of(hidden["hidden"], 0)}
+        cut |= {"hidden": hidden, "heads": hidden}
+    cut |= {"neurons": {"neurons": sizes.neurons // 2 - 3} if "neurons" in table.keys else hidden}
+    cut |= {"layers": {"layers": 2}}
     cut |= {"experts": {"experts": (sizes.experts + sizes.active) // 2}} if sizes.experts else {}
     return {axis: replace(own, **sizes) for axis, sizes in cut.items()}
 
@@ -271,7 +276,9 @@ def _permuted(model: Any, config: Mapping[str, Any], tokens: Tensor, before: Ten
     """Whether the model computes the same with its units in another order."""
     table, sizes, found = architecture(config), dims(config), copy.deepcopy(model)
     order = torch.Generator().manual_seed(SEED + 1)
-    groups = [torch.randperm(sizes.kv_heads, generator=order) for _ in range(sizes.layers)]
+    # Heads with slopes of their own stay in their places.
+    units = torch.arange(sizes.kv_heads)
+    groups = [units if table.alibi else torch.randperm(len(units), generator=order) for _ in range(sizes.layers)]
     queries = [(g[:, None] * sizes.group + torch.arange(sizes.group)).flatten() for g in groups]
     rows_of_neurons = table.rows("neurons", sizes)
     neurons = [torch.randperm(sizes.neurons, generator=order) for _ in range(rows_of_neurons)]

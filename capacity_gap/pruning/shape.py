@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from capacity_gap.models.axes import architecture, count, dims
 from capacity_gap.pruning.methods import LAYER_SCORES, SYMMETRIC
 from capacity_gap.settings.errors import ConfigError, ImpossibleCell, choose
-from capacity_gap.structure.architecture import Architecture, Config, Dims
+from capacity_gap.structure.architecture import NEURONS_PER_HIDDEN, Architecture, Config, Dims
 
 if TYPE_CHECKING:
     from capacity_gap.pruning.scores import Scores
@@ -147,6 +147,11 @@ def fixed_shape(config: Config, given: str, target_params: int | None = None, *,
             f"fixed={given}: this architecture ties hidden = heads × {sizes.head_dim}, but {hidden} ≠ {heads} × "
             f"{sizes.head_dim}. Say hidden {heads * sizes.head_dim}, or {hidden // sizes.head_dim} heads."
         )
+    if neurons != (tied := table.neurons_of(hidden, neurons)):
+        raise ConfigError(
+            f"fixed={given}: this architecture has {NEURONS_PER_HIDDEN} neurons for each hidden unit. "
+            f"Say {tied} neurons."
+        )
     if hidden % heads:
         raise ConfigError(f"fixed={given}: transformers wants a hidden size that the number of heads divides.")
     found = sizes.with_units(hidden=hidden, kv_heads=kv_heads, neurons=neurons, layers=layers, group=group)
@@ -177,11 +182,15 @@ def spread(shape: Shape, config: Config, scores: "Scores | None", *, layers: str
         return tuple(counts.get(row, 0) for row in range(table.rows(axis, full)))
 
     local = table.square or table.one_set
-    heads = (shape.kv_heads,) * table.rows("heads", full)
+    heads, neurons = (
+        (n,) * table.rows(axis, full) for axis, n in (("heads", shape.kv_heads), ("neurons", shape.neurons))
+    )
     return replace(
         shape,
         layer_heads=heads if local else spread_over("heads", scores.heads, shape.kv_heads, 1),
-        layer_neurons=spread_over("neurons", scores.neurons, shape.neurons, multiple),
+        layer_neurons=spread_over("neurons", scores.neurons, shape.neurons, multiple)
+        if "neurons" in table.keys
+        else neurons,
     )
 
 
@@ -229,7 +238,7 @@ def _candidates(table: Architecture, full: Dims, target: int, layers: int, multi
             # Parameters are linear in the neurons, so the cost of one gives their number by a division.
             each = count(table, replace(bare, neurons=1))
             each -= count(table, bare)
-            neurons = multiple * round((target - count(table, bare)) / each / multiple)
+            neurons = table.neurons_of(hidden, multiple * round((target - count(table, bare)) / each / multiple))
             if multiple <= neurons <= full.neurons:
                 sizes = replace(bare, neurons=neurons)
                 if abs(count(table, sizes) / target - 1) <= TOLERANCE:
@@ -277,7 +286,7 @@ def _no_shape(table: Architecture, full: Dims, target: int, layers: int, multipl
         count(table, full.with_units(hidden=h, kv_heads=k, neurons=n, layers=layers, group=g))
         for h in range(multiple, full.hidden + 1, multiple)
         for k, g in _head_counts(table, h, full)
-        for n in (multiple, max(multiple, full.neurons // multiple * multiple))
+        for n in {table.neurons_of(h, n) for n in (multiple, max(multiple, full.neurons // multiple * multiple))}
     )
     below, above = [s for s in sizes if s < target], [s for s in sizes if s > target]
     near = [f"{s:,}" for s in (*below[-1:], *above[:1])]
@@ -356,7 +365,7 @@ def between(teacher: Dims, final: Shape, share: float, table: Architecture) -> S
     middle = teacher.with_units(
         hidden=hidden,
         kv_heads=kv_heads,
-        neurons=part("neurons"),
+        neurons=table.neurons_of(hidden, part("neurons")),
         layers=part("layers"),
         group=group,
         experts=part("experts") if final.experts else None,

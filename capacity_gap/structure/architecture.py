@@ -5,12 +5,14 @@ The tables themselves are in `architectures.py`; what is counted and cut from th
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from math import prod
 from typing import Any
 
 from capacity_gap.structure.layouts import LAYOUTS
 
 Config = Mapping[str, Any] | Any  # the content of a config.json, or a transformers config object
+NEURONS_PER_HIDDEN = 4  # where config.json does not say how many neurons there are
 
 
 @dataclass(frozen=True)
@@ -117,12 +119,17 @@ class Architecture:
     norm_offset: float = 0.0  # what is added to its weight: Gemma multiplies by 1 + weight
     in_files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # names in files, with {i} and {e}: see below
     leftovers: tuple[str, ...] = ()  # endings of names in files that are no parameters: buffers of older releases
+    alibi: bool = False  # each head has a slope of its own, which follows from how many heads there are
 
     @property
     def head_step(self) -> int:
         """What numbers of heads are multiples of: fused maps may deal them to groups."""
         axes = {axis for axes in self.parameters.values() for axis in axes}
         return max((b.groups for axis in axes for b in LAYOUTS.get(axis, ())), default=1)
+
+    def neurons_of(self, hidden: int, otherwise: int) -> int:
+        """Neurons of a layer of this hidden size: `otherwise`, unless the class fixes how many each hidden unit has."""
+        return otherwise if "neurons" in self.keys else NEURONS_PER_HIDDEN * hidden
 
     @property
     def embedding(self) -> str:
@@ -165,6 +172,24 @@ class Architecture:
     def stack_of(self, pattern: str) -> int:
         """The stack that a row of the table belongs to; the first for what is outside the layers."""
         return next((n for n, stack in enumerate(self.stacks) if pattern.startswith(stack.layer)), 0)
+
+
+def heads_of_same_slopes(heads: int, fewer: int) -> list[int]:
+    """Of a model with `heads` heads, those whose ALiBi slopes the heads of one with `fewer` have, in their order.
+
+    Press et al. 2022 (arXiv 2108.12409): of n heads, n a power of two, head i has the slope 2^(−8i/n). Of another n
+    come first those of the power of two below it, then every second one of the power above. So the slopes of fewer
+    heads are always among those of more.
+    """
+    found = _slopes(heads)
+    return [found.index(slope) for slope in _slopes(fewer)]
+
+
+def _slopes(heads: int) -> list[Fraction]:
+    """−log₂ of the slope of each head, as a share of the largest."""
+    power = 1 << (heads - 1).bit_length()
+    slopes = [Fraction(i, power) for i in range(1, power + 1)]
+    return slopes if heads == power else (slopes[1::2] + slopes[::2])[:heads]
 
 
 def place(axis: str) -> tuple[str, int]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from capacity_gap.settings.errors import ConfigError
-from capacity_gap.structure.architecture import Architecture, Stack, Sublayer
+from capacity_gap.structure.architecture import NEURONS_PER_HIDDEN, Architecture, Stack, Sublayer
 from capacity_gap.structure.probing import Underivable, disagreement, from_config, names_in_files, with_sites
 from capacity_gap.structure.type_facts import ATTENTION, ATTENTION_OUTPUT, FACTS, PER_LAYER, SIZE_KEYS, Facts
 
@@ -55,9 +55,7 @@ def derive(config: Mapping[str, Any]) -> Derived:
         Underivable: a parameter has an axis that is none of the known ones, or layers differ.
     """
     keys, facts = size_keys(config), FACTS.get(str(config["model_type"]), Facts())
-    if facts.uncut:
-        raise Underivable(facts.uncut)
-    if lacking := [axis for axis in NEEDED if axis not in keys]:
+    if lacking := [a for a in NEEDED if a not in keys and not (a == "neurons" and facts.fixed_neurons)]:
         raise Underivable(f"its config.json says nothing of {', '.join(lacking)}")
     probe, square = _probe(config, keys)
     with torch.device("meta"):
@@ -110,7 +108,8 @@ def other_names(model_type: str) -> dict[str, str]:
     """Names by which the class takes keys that it calls otherwise."""
     from transformers import AutoConfig
 
-    return dict(getattr(AutoConfig.for_model(model_type), "attribute_map", None) or {})
+    given = getattr(AutoConfig.for_model(model_type), "attribute_map", None) or {}
+    return {**given, **FACTS.get(model_type, Facts()).names}
 
 
 def size_keys(config: Mapping[str, Any]) -> dict[str, str]:
@@ -127,6 +126,8 @@ def size_keys(config: Mapping[str, Any]) -> dict[str, str]:
     names, known = getattr(made, "attribute_map", {}) or {}, made.to_dict()
     found = {}
     for axis, candidates in SIZE_KEYS.items():
+        if axis == "neurons" and FACTS.get(kind, Facts()).fixed_neurons:
+            continue
         for key in (names.get(c, c) for c in candidates):
             if key in known or key in config:
                 found[axis] = key
@@ -141,7 +142,8 @@ def probe_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _probe(config: Mapping[str, Any], keys: Mapping[str, str]) -> tuple[dict[str, Any], bool]:
     """The same, and whether hidden must be heads × head_dim."""
-    left_out = (*NO_PART, *PER_LAYER)
+    left_out, names = (*NO_PART, *PER_LAYER), other_names(str(config["model_type"]))
+    config = {names.get(k, k): v for k, v in config.items()}
     given = {k: v for k, v in config.items() if k not in left_out and not k.endswith("_token_id")}
     given |= {keys[a]: n for a, n in PROBE.items() if a in keys} | {"pad_token_id": None, "eos_token_id": None}
     given |= {"bos_token_id": None, "use_cache": True}
@@ -178,7 +180,7 @@ def _sizes(keys: Mapping[str, str], square: bool) -> dict[str, int]:
     """The lengths that a dimension of the probe may have, by axis; of two that are equal the first is meant."""
     hidden = SQUARE_HIDDEN if square else PROBE["hidden"]
     width = hidden // PROBE["heads"] if square else PROBE["head_dim"]
-    heads, neurons = PROBE["heads"], PROBE["neurons"]
+    heads, neurons = PROBE["heads"], PROBE["neurons"] if "neurons" in keys else NEURONS_PER_HIDDEN * hidden
     kv_heads = PROBE["kv_heads"] if "kv_heads" in keys else heads
     return {
         "vocab": PROBE["vocab"],
@@ -220,6 +222,7 @@ def _parameters(model: Any, probe: Mapping[str, Any], keys: Mapping[str, str], s
     one = 1 if any(sizes["qkv_multi"] in p.shape for p in model.parameters()) else 0
     if "positions" in keys and not any("positions" in axes for axes in parameters.values()):
         keys = {axis: key for axis, key in keys.items() if axis != "positions"}
+    keys = {**keys, "positions": facts.limit} if facts.limit else keys
     keys = {a: k for a, k in keys.items() if not (a == "kv_heads" and (one or fused & {*ONE_TO_ONE}))}
     offset = facts.position_offset if "positions" in keys else 0
     return Architecture(
@@ -231,6 +234,7 @@ def _parameters(model: Any, probe: Mapping[str, Any], keys: Mapping[str, str], s
         kv_heads=one,
         position_offset=offset,
         leftovers=BUFFERS,
+        alibi=facts.alibi,
     )
 
 

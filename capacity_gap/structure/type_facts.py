@@ -60,8 +60,6 @@ ATTENTION = r"\.(self_attn|attn|attention|self_attention)(\.|$)"
 ATTENTION_OUTPUT = r"\.?(o_proj|out_proj|dense|c_proj|wo)$"
 MLP_OUTPUT = r"(down|fc2|c_proj|4h_to_h|out)"
 
-ALIBI = "the slope of a head (ALiBi) depends on how many there are, and neurons are a multiple of the hidden size"
-
 
 @dataclass(frozen=True)
 class Facts:
@@ -69,10 +67,13 @@ class Facts:
 
     fused: str = ""  # the order inside a map of queries, keys and values (`layouts.py`)
     gated: str = ""  # the order inside a map of gates and inputs
-    uncut: str = ""  # why its models cannot be cut yet
     square: bool = False  # hidden = heads × head_dim, though its config.json may say otherwise
     position_offset: int = 0  # rows of the table of positions before the first position
     positions: str = ""  # "position" where the table's name does not say so
+    alibi: bool = False  # the slope of a head depends on how many there are
+    limit: str = ""  # the entry that limits sequences where there is no table of positions
+    names: Mapping[str, str] = field(default_factory=dict)  # keys that older files of the type use → the class's own
+    fixed_neurons: bool = False  # as many for each hidden unit whatever config.json says
     probe: Mapping[str, Any] = field(default_factory=dict)  # entries that let a small model be made
 
 
@@ -83,8 +84,8 @@ FACTS = {
     "gptj": Facts(probe={"rotary_dim": 4}),
     "codegen": Facts(fused="qkv_in_fours", probe={"rotary_dim": 4}),
     "persimmon": Facts(fused="qkv_by_head"),
-    "bloom": Facts(uncut=ALIBI),
-    "mpt": Facts(uncut=ALIBI),
+    "bloom": Facts(fused="qkv_by_head", square=True, alibi=True, fixed_neurons=True, names={"n_embed": "hidden_size"}),
+    "mpt": Facts(fused="qkv", square=True, alibi=True, limit="max_seq_len", fixed_neurons=True),
     "opt": Facts(position_offset=2),
     "biogpt": Facts(position_offset=2),
     "gpt_oss": Facts(gated="gate_up_by_neuron"),
@@ -125,6 +126,8 @@ COMMON: dict[str, tuple[dict[str, Any], ...]] = {
     "codegen": (),
     "gpt_bigcode": (),
     "biogpt": (),
+    "bloom": (),
+    "mpt": (),
     "mixtral": (),
     "qwen3_moe": ({"norm_topk_prob": True},),
     "olmoe": (),

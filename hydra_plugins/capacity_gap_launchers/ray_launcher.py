@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from capacity_gap.runner.stopping import Noted
 
 LOOPBACK = "127.0.0.1"
+NICENESS = "RAY_worker_niceness"  # Ray reads it as it is written here
 POLL_S = 0.5  # how often a grid that waits looks whether it was asked to end
 
 
@@ -89,6 +90,8 @@ def _start(ray: Any, address: str | None) -> None:
         try:
             # A cluster of one machine listens there alone; one that was named has its own address.
             here = None if address or os.environ.get("RAY_ADDRESS") else LOOPBACK
+            # Ray starts its workers with a niceness of 15: beside any other work a grid would hardly get on.
+            os.environ.setdefault(NICENESS, "0")
             ray.init(address=address, log_to_driver=False, include_dashboard=False, _node_ip_address=here)
         except SystemExit as error:
             raise Interrupted(signal.SIGTERM) from error
