@@ -24,9 +24,9 @@ from scipy.optimize import Bounds, minimize
 
 from capacity_gap.estimators.batched import Array, Minima, Problem, huber, minimise
 from capacity_gap.fit import fitting
-from capacity_gap.fit.forms import FORMS
-from capacity_gap.fit.runs import read_runs
-from capacity_gap.fit.surface import published
+from capacity_gap.surfaces.forms import FORMS
+from capacity_gap.surfaces.runs import read_runs
+from capacity_gap.surfaces.surface import published
 
 TOLERANCE = 1e-9
 NOISE = 0.005  # of the log loss

@@ -7,10 +7,10 @@ import pytest
 
 from capacity_gap.commands import cli
 from capacity_gap.fit import fit_law
-from capacity_gap.fit.surface import SurfaceFit, from_parameters
 from capacity_gap.models.ladders import family
 from capacity_gap.report.recommend import bends, law_draws, read_fit, recommend
 from capacity_gap.settings.errors import UserError
+from capacity_gap.surfaces.surface import SurfaceFit, from_parameters
 from tests.test_surface import QUICK, fit_surface, grid, valley
 
 

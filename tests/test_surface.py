@@ -16,10 +16,10 @@ from capacity_gap.fit import (
     published,
     teachers_of,
 )
-from capacity_gap.fit.forms import FORMS, linex
-from capacity_gap.fit.runs import mixed
-from capacity_gap.fit.surface import PUBLISHED, from_parameters
 from capacity_gap.settings.errors import ConfigError
+from capacity_gap.surfaces.forms import FORMS, linex
+from capacity_gap.surfaces.runs import mixed
+from capacity_gap.surfaces.surface import PUBLISHED, from_parameters
 
 LAW = published("distillation")
 TEACHERS = Teachers(law=LAW.base)  # each trained on 20 tokens a parameter

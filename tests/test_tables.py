@@ -13,10 +13,10 @@ from capacity_gap.evaluate.compare import table
 from capacity_gap.evaluate.other_models import COLUMNS, add_rows, check_table
 from capacity_gap.evaluate.task_scores import as_loss, metric_direction
 from capacity_gap.fit import fit_law, locate_optima, student_growth
-from capacity_gap.fit.fitting import fit_surface
 from capacity_gap.records import tables
 from capacity_gap.report.frontier import record_points
 from capacity_gap.settings.errors import ConfigError, UserError
+from capacity_gap.surfaces.fitting import fit_surface
 
 SCORED = {"model": "m", "params": 1000, "dtype": "fp32", "batch_size": 8, "lm_eval": "0.4.9", "task": "t", "shots": 0}
 SCORED |= {"metric": "acc", "value": 0.5, "stderr": 0.01, "higher_is_better": "True", "samples": 100}

@@ -56,9 +56,10 @@ def run_fit(given: argparse.Namespace) -> int:
     from capacity_gap import records
     from capacity_gap.cell.outdated import without_outdated
     from capacity_gap.evaluate.task_scores import as_loss
-    from capacity_gap.fit.frame import BY, curves
+    from capacity_gap.fit.frame import curves
     from capacity_gap.fit.law import law_from
     from capacity_gap.fit.optimum import locate
+    from capacity_gap.records.columns import BY
 
     frame = _of_sweep(given.source, given.sweep) if given.sweep else records.load(given.source)
     frame, stale = without_outdated(frame, given.source)
@@ -84,8 +85,8 @@ def run_fit(given: argparse.Namespace) -> int:
 
 def _surface(frame, given: argparse.Namespace, metric: str | None):  # type: ignore[no-untyped-def]
     """The additive surface of runs of one kind, printed; None, and why, where there are several kinds."""
-    from capacity_gap.fit.fitting import fit_surface
-    from capacity_gap.fit.runs import mixed
+    from capacity_gap.surfaces.fitting import fit_surface
+    from capacity_gap.surfaces.runs import mixed
 
     if differ := mixed(frame):
         print(f"\nno surface: the runs differ in {differ}. Fit a table of one kind.")
@@ -121,22 +122,30 @@ def _joint_lines(fit: Any) -> Iterator[str]:
     cells = fit.joint.cells
     yield f"one model of all {len(cells.y)} cells: {fit.status}"
     yield f"  {fit.verdict()}"
-    budgets = np.exp(np.unique(np.round(cells.data, 6))) if "d" in fit.joint.terms else [None]
+    budgets = np.exp(np.unique(np.round(cells.data, 6))) if "d" in fit.curve.terms else [None]
     for student in np.exp(np.unique(np.round(cells.student, 6))):
-        for tokens in budgets:
+        for tokens in budgets if fit.curve.powers else []:
             best = fit.best_teacher(student, tokens)
             likely = ", ".join(f"{name} {p:.0%}" for name, p in best.probabilities.items() if p >= SHOWN)
             at = f" at {short_scale(tokens)} tokens" if tokens is not None else ""
             size = short_scale(best.params) if best.params == best.params else "none inside"
             yield f"  student {short_scale(student)}{at}: {size} ({interval(best.interval)}); best rung: {likely}"
-        if "d" in fit.joint.terms:
+        if "d" in fit.curve.terms:
             even = fit.break_even(student)
             said = interval(even.interval) if even.established else "not established"
-            pair = f"{short_scale(even.large)} beats {short_scale(even.small)}"
+            pair = " beats ".join(reversed(fit.curve.shared))
             yield f"    {pair} above {short_scale(even.tokens) if even.tokens == even.tokens else '?'} tokens ({said})"
     scatter = ", ".join(f"{name} {1e3 * sd:.1f}" for name, sd in fit.sds.items())
     yield f"  standard deviations, 1/1000: {scatter}"
-    yield "  " + ", ".join(f"p of {name}: {p:.2g}" for name, p in fit.tests().items())
+    for name, found in fit.exponents().items():
+        low, high = found.interval
+        yield (
+            f"  {name} = {found.value:.2f} ({low:.2f} to {high:.2f})"
+            if high < float("inf")
+            else (f"  {name} = {found.value:.2f} (from {low:.2f} up)")
+        )
+    if tests := fit.tests():
+        yield "  " + ", ".join(f"p of {name}: {p:.2g}" for name, p in tests.items())
 
 
 SHOWN = 0.05  # the least probability of being best that is printed

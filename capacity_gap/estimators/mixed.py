@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy import linalg, sparse, stats
 
-SHAPE = 1.5  # of the prior: 1 lets a component be zero, 2 holds it off
+SHAPE = 1.25  # of the prior: 1 lets a component be zero, 2 holds it off
 SCALE = 2.0  # of the prior, in standard deviations of what the fixed effects leave
 SMALLEST = 1e-3  # of the same: the least standard deviation that is tried
 LEAST_DF = 2.0
@@ -44,23 +44,18 @@ class Contrast:
 
 
 @dataclass(frozen=True)
-class Mixed:
-    """A fitted model: coefficients [P], their covariance [P, P], standard deviations, and what df needs."""
+class Coefficients:
+    """Coefficients [P], their covariance [P, P], and what the degrees of freedom of contrasts need."""
 
     beta: np.ndarray
     covariance: np.ndarray
-    sds: Mapping[str, float]
     sensitivity: np.ndarray  # [K, P, P] derivative of the covariance by each log standard deviation
     certainty: np.ndarray  # [K, K] covariance of the log standard deviations
-    effects: Mapping[str, np.ndarray]  # predicted random effects, by component
-    joint: np.ndarray  # covariance of coefficients and of the errors of effects, in the order of `effects`
-    problem: "_Problem"
-    scale: float
 
-    def part(self, keep: np.ndarray) -> "Mixed":
-        """The same from some of the rows, with the standard deviations of all."""
-        sds = np.array(list(self.sds.values())) / self.scale
-        return _fitted(sds, self.certainty, self.scale, self.problem.part(keep))
+    def of(self, part: slice) -> "Coefficients":
+        """Some of them."""
+        sensitivity = self.sensitivity[:, part, part]
+        return Coefficients(self.beta[part], self.covariance[part, part], sensitivity, self.certainty)
 
     def contrast(self, g: np.ndarray) -> Contrast:
         """Of one vector [P]."""
@@ -74,6 +69,22 @@ class Mixed:
         of_variance = np.einsum("mk,mk->m", slopes @ self.certainty, slopes)
         df = np.where(of_variance > 0, 2 * variance**2 / np.maximum(of_variance, 1e-300), 1e6)
         return G @ self.beta, np.sqrt(np.maximum(variance, 0)), np.clip(df, LEAST_DF, 1e6)
+
+
+@dataclass(frozen=True)
+class Mixed(Coefficients):
+    """A fitted model: its coefficients, standard deviations and random effects."""
+
+    sds: Mapping[str, float]
+    effects: Mapping[str, np.ndarray]  # predicted random effects, by component
+    joint: np.ndarray  # covariance of coefficients and of the errors of effects, in the order of `effects`
+    problem: "_Problem"
+    scale: float
+
+    def part(self, keep: np.ndarray) -> "Mixed":
+        """The same from some of the rows, with the standard deviations of all."""
+        sds = np.array(list(self.sds.values())) / self.scale
+        return _fitted(sds, self.certainty, self.scale, self.problem.part(keep))
 
 
 def fit_mixed(
@@ -303,9 +314,9 @@ def _fitted(sds: np.ndarray, certainty: np.ndarray, scale: float, problem: _Prob
     return Mixed(
         scale * state.solution[:P],
         scale**2 * inverse[:P, :P],
-        {name: float(scale * s) for name, s in zip(names, sds, strict=True)},
         scale**2 * sensitivity,
         certainty,
+        {name: float(scale * s) for name, s in zip(names, sds, strict=True)},
         {name: scale * state.solution[columns] for name, columns in zip(names, problem.columns, strict=False)},
         scale**2 * inverse,
         problem,

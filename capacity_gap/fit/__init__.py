@@ -1,14 +1,14 @@
 """Where each student's best teacher lies, the law that joins them, and surfaces of the loss. Never torch, never W&B."""
 
 from capacity_gap.fit.curse import Curse, Growth, student_growth
-from capacity_gap.fit.fitting import fit_surface
 from capacity_gap.fit.joint_fit import Best, BreakEven, JointFit, fit_joint
 from capacity_gap.fit.law import fit_law
 from capacity_gap.fit.law_fit import LawFit
 from capacity_gap.fit.optimum import Optimum, locate_optima
-from capacity_gap.fit.runs import teachers_of
-from capacity_gap.fit.surface import SurfaceFit, published
-from capacity_gap.fit.teacher import (
+from capacity_gap.surfaces.fitting import fit_surface
+from capacity_gap.surfaces.runs import teachers_of
+from capacity_gap.surfaces.surface import SurfaceFit, published
+from capacity_gap.surfaces.teacher import (
     Teachers,
     best_teacher,
     compute_optimal,

@@ -15,9 +15,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from capacity_gap.fit.frame import BY, Curve, default_metric, require
+from capacity_gap.fit.frame import Curve
 from capacity_gap.fit.optimum import Located
 from capacity_gap.fit.sizes import size_draws
+from capacity_gap.records.columns import BY, default_metric, require
 from capacity_gap.records.tables import numbers
 
 DRAWS = 4000

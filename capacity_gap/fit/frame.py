@@ -1,6 +1,5 @@
 """From a tidy table to curves: loss against log teacher scale, one curve a student (and data scale, family, start)."""
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,16 +7,13 @@ import numpy as np
 import pandas as pd
 
 from capacity_gap.fit.sizes import SIZE_TERMS, SizeSlope, adjust_for_size
-from capacity_gap.records import is_number, scores_of
-from capacity_gap.records.record import parting_columns, repeat_parting_columns
+from capacity_gap.records.columns import AXES, BY, default_metric, require
+from capacity_gap.records.record import repeat_parting_columns
 from capacity_gap.records.tables import numbers
-from capacity_gap.settings.errors import ConfigError, shown
 from capacity_gap.settings.scales import short_scale
 
-AXES = {"total": "", "non_embedding": "_non_embedding"}
 USUAL = "as usual"
 SAME_SIZE = 0.03  # students within 3 % are one student where no nominal scale says so
-BY = parting_columns()  # where a table has them: cells that differ in one of them answer different questions
 # Settings that usually follow from a student's size, or act after the fitted loss is measured. They part curves only
 # where cells that agree in everything else, seeds too, differ in them.
 SETTINGS = repeat_parting_columns()
@@ -105,35 +101,6 @@ def _as_usual(frame: pd.DataFrame) -> pd.DataFrame:
     if "settings" not in frame or frame["settings"].isna().all():
         return frame
     return frame.assign(settings=frame["settings"].fillna(USUAL))
-
-
-def default_metric(frame: pd.DataFrame) -> str:
-    """`loss` if it is a number, else `student_loss`: in our records `loss` is the name of the objective."""
-    _once(frame, ["loss"])
-    if "loss" in frame and (pd.api.types.is_numeric_dtype(frame["loss"]) or is_number("loss", frame)):
-        return "loss"
-    return "student_loss" if "student_loss" in frame else "loss"
-
-
-def require(frame: pd.DataFrame, names: Sequence[str]) -> None:
-    """Raises if the table lacks a column, naming the nearest that it has, or has two of one name."""
-    _once(frame, names)
-    missing = [n for n in names if n not in frame]
-    if scores := [n for n in missing if n.startswith("metrics/")]:
-        held, asked = ", ".join(scores_of(frame)) or "none", ", ".join(map(shown, scores))
-        raise ValueError(
-            f"no run was scored on {asked}. Scores here: {held}. The same grid with evaluate=pico, or evaluate=paper, "
-            "adds scores to what is there; nothing is trained again."
-        )
-    if missing:
-        near = {n: difflib.get_close_matches(n, map(str, frame.columns), n=2, cutoff=0.5) for n in missing}
-        hints = "; ".join(f"{shown(n)} (nearest: {', '.join(c) or 'none'})" for n, c in near.items())
-        raise ValueError(f"the table lacks {hints}. It has: {', '.join(map(str, frame.columns))}.")
-
-
-def _once(frame: pd.DataFrame, names: Sequence[str]) -> None:
-    if twice := [n for n in dict.fromkeys(names) if list(frame.columns).count(n) > 1]:
-        raise ConfigError(f"the table has more than one column {', '.join(twice)}. Rename or drop all but one.")
 
 
 def _usable(frame: pd.DataFrame, student: str, teacher: str, column: str) -> tuple[pd.DataFrame, list[str]]:

@@ -14,24 +14,23 @@ does not reject. docs/joint.md has the reasons and the simulations.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 from threadpoolctl import threadpool_limits
 
 from capacity_gap.estimators.mixed import Contrast, Mixed, fit_mixed
-from capacity_gap.fit.frame import AXES
+from capacity_gap.fit.joint_curve import GRID, NAMES, Centre, JointCurve, root
+from capacity_gap.fit.size_map import size_map
+from capacity_gap.records.columns import AXES
 from capacity_gap.settings.scales import short_scale
 
-LEVEL = 0.95
 ALPHA = 0.05  # of each of the two one-sided tests that make an optimum (Lind and Mehlum 2010)
 ALPHA_WITHOUT = 0.2  # of the same with one rung left out
-ASYMMETRY = 1.0  # standard deviation of λ/κ before the data, per unit of log scale
+# Standard deviations of λ/κ and μ/κ before the data, per unit of log scale and per its square; by power of z.
+UNCERTAIN = {3: 1.0, 4: 1.5}
 ROUNDS = 3  # of moving z to where the optimum seems to be
-GRID = 400  # points on which a set is looked for
-BEYOND = math.log(4.0)  # how far beyond the grid
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,13 @@ class Cells:
     curve: np.ndarray  # codes of (student, budget)
     groups: Mapping[str, np.ndarray]  # codes by random effect
     rungs: Mapping[int, str]  # the names of teachers, by their codes
+    map_sd: float = 0.0  # where `teacher` is a size read off a loss: the scatter about that map
 
     def part(self, keep: np.ndarray) -> "Cells":
         """Some of them."""
         groups = {name: codes[keep] for name, codes in self.groups.items()}
-        return Cells(
-            self.y[keep], self.student[keep], self.teacher[keep], self.data[keep], self.curve[keep], groups, self.rungs
-        )
+        kept = {name: getattr(self, name)[keep] for name in ("y", "student", "teacher", "data", "curve")}
+        return replace(self, **kept, groups=groups)
 
 
 def cells_of(frame: pd.DataFrame, *, axis: str = "total", metric: str = "loss", unpruned: bool = False) -> Cells:
@@ -59,16 +58,19 @@ def cells_of(frame: pd.DataFrame, *, axis: str = "total", metric: str = "loss", 
 
     Args:
         frame: one row a run, all alike but for student, teacher, budget and seeds.
-        axis: `total` parameters, or `non_embedding` ones.
+        axis: `total` parameters, `non_embedding` ones, or `teacher_loss`: of a teacher the size at which its ladder has
+            its loss (`size_map.py`).
         metric: the column that is lower where a student is better.
         unpruned: whether to keep students that are as large as their teacher, which no pruning damages.
     """
-    if axis not in AXES:
-        raise ValueError(f"axis={axis!r} is not known. Allowed: {', '.join(AXES)}.")
-    student, teacher = (np.log(frame[f"{of}_params{AXES[axis]}"].to_numpy(float)) for of in ("student", "teacher"))
-    keep = np.isfinite(student + teacher + frame[metric].to_numpy(float))
+    if axis not in (*AXES, BY_LOSS):
+        raise ValueError(f"axis={axis!r} is not known. Allowed: {', '.join((*AXES, BY_LOSS))}.")
+    ending = AXES.get(axis, "")
+    student, teacher = (np.log(frame[f"{of}_params{ending}"].to_numpy(float)) for of in ("student", "teacher"))
+    quality = frame[BY_LOSS].to_numpy(float) if axis == BY_LOSS else np.zeros(len(frame))
+    keep = np.isfinite(student + teacher + quality + frame[metric].to_numpy(float))
     keep &= unpruned | (teacher > student + SAME)
-    frame, student, teacher = frame[keep], student[keep], teacher[keep]
+    frame, student, teacher, quality = frame[keep], student[keep], teacher[keep], quality[keep]
     data = np.log(frame["data_tokens"].to_numpy(float)) if "data_tokens" in frame else np.zeros(len(frame))
     data = np.zeros(len(frame)) if np.ptp(data) < SAME else data
     seed, of_teacher = (
@@ -93,10 +95,15 @@ def cells_of(frame: pd.DataFrame, *, axis: str = "total", metric: str = "loss", 
         int(code): label if "teacher" in frame else short_scale(math.exp(log))
         for code, label, log in zip(groups["rung"], rung, teacher, strict=True)
     }
-    return Cells(frame[metric].to_numpy(float), student, teacher, data, codes(names, budget), groups, named)
+    cells = Cells(frame[metric].to_numpy(float), student, teacher, data, codes(names, budget), groups, named)
+    if axis != BY_LOSS:
+        return cells
+    found = size_map(teacher, quality, groups["rung"])
+    return replace(cells, teacher=found.size(quality), map_sd=found.sd)
 
 
 SAME = 0.02  # log sizes closer than this are one
+BY_LOSS = "teacher_loss"
 
 
 def _close(logs: np.ndarray) -> np.ndarray:
@@ -108,19 +115,6 @@ def _close(logs: np.ndarray) -> np.ndarray:
     return found.astype(str)
 
 
-@dataclass(frozen=True)
-class Centre:
-    """Where z is zero: log N_T = at + b·log(N_S/N̄) + d·log(D/D̄)."""
-
-    at: float
-    b: float
-    d: float
-
-    def __call__(self, n: np.ndarray | float, d: np.ndarray | float) -> Any:
-        """At a student `n` and a budget `d`, in logs off their means."""
-        return self.at + self.b * n + self.d * d
-
-
 @dataclass(frozen=True, eq=False)
 class Joint:
     """The fitted model, in its own coordinates."""
@@ -130,25 +124,49 @@ class Joint:
     mixed: Mixed
     means: tuple[float, float]  # of log N_S and log D
     terms: tuple[str, ...]  # of the slope: "1", "n", "d"
+    powers: tuple[int, ...]  # of z besides the first
     curves: int
-
-    def row(self, z: np.ndarray, n: np.ndarray, d: np.ndarray, *, derivative: bool = False) -> np.ndarray:
-        """The loss at z less that at 0, or its derivative, as a function of the coefficients [m, P]."""
-        by = {"1": np.ones_like(z), "n": n, "d": d}
-        first = np.ones_like(z) if derivative else z
-        slope = [first * by[t] for t in self.terms]
-        bend = [z, z**2 / 2] if derivative else [z**2 / 2, z**3 / 6]
-        return np.stack([*[np.zeros_like(z)] * self.curves, *slope, *bend], -1)
-
-    def coefficient(self, name: str) -> np.ndarray:
-        """The vector that takes one coefficient."""
-        names = [*self.terms, "κ", "λ"]
-        return np.eye(self.curves + len(names))[self.curves + names.index(name)]
 
     @property
     def curvature(self) -> Contrast:
         """κ."""
-        return self.mixed.contrast(self.coefficient("κ"))
+        return self.curve.contrast(self.curve.unit("κ"))
+
+    @cached_property
+    def curve(self) -> JointCurve:
+        """What questions need of it."""
+        return self.curve_of(self.mixed)
+
+    def curve_of(self, mixed: Mixed) -> JointCurve:
+        """The same by another fit of the same coefficients."""
+        cells, first = self.cells, self.curves
+        last = first + len(self.terms) + len(self.powers)
+        d = cells.data - self.means[1]
+        z = cells.teacher - self.centre(cells.student - self.means[0], d)
+        codes, names = cells.groups["rung"], cells.rungs
+        sizes = {code: float(cells.teacher[codes == code].mean()) for code in names}
+        order = sorted(sizes, key=lambda code: sizes[code])
+        places = list(range(first, last))
+        effects = np.empty(0)
+        if "rung" in mixed.effects:
+            columns = mixed.problem.columns[list(mixed.effects).index("rung")]
+            places += [columns.start + code for code in order]
+            effects = mixed.effects["rung"][order]
+        return JointCurve(
+            self.centre,
+            self.means,
+            self.terms,
+            self.powers,
+            mixed.of(slice(first, last)),
+            (float(z.min()), float(z.max())),
+            (float(d.min()), float(d.max())),
+            {names[code]: sizes[code] for code in order},
+            effects,
+            mixed.joint[np.ix_(places, places)],
+            mixed.sds.get("rung", mixed.sds.get("teacher", 0.0)),
+            _shared(cells),
+            cells.map_sd,
+        )
 
 
 @threadpool_limits.wrap(limits=1)  # its matrices are small: on a machine at work, threads made it thirty times slower
@@ -159,10 +177,12 @@ def fit_cells(cells: Cells) -> Joint:
     n, d = cells.student - means[0], cells.data - means[1]
     centre = Centre(float(np.mean(cells.teacher)), 1.0 if "n" in terms else 0.0, 0.0)
     centre = replace(centre, at=float(np.mean(cells.teacher - centre.b * n)))
+    rungs = len(np.unique(cells.groups["rung"]))
+    powers = (2, *UNCERTAIN) if rungs > 2 else ()
     found = None
     for _ in range(ROUNDS):
-        found = _fit_at(cells, centre, means, terms, found)
-        moved = _moved(found, n, d)
+        found = _fit_at(cells, centre, means, terms, powers, found)
+        moved = _moved(found, n, d) if powers else None
         if moved is None or abs(moved.at - centre.at) + abs(moved.b - centre.b) + abs(moved.d - centre.d) < 0.02:
             break
         centre = moved
@@ -171,28 +191,34 @@ def fit_cells(cells: Cells) -> Joint:
 
 
 def _fit_at(
-    cells: Cells, centre: Centre, means: tuple[float, float], terms: tuple[str, ...], before: Joint | None
+    cells: Cells,
+    centre: Centre,
+    means: tuple[float, float],
+    terms: tuple[str, ...],
+    powers: tuple[int, ...],
+    before: Joint | None,
 ) -> Joint:
     n, d = cells.student - means[0], cells.data - means[1]
     z = cells.teacher - centre(n, d)
     curves = int(cells.curve.max()) + 1
     levels = np.eye(curves)[cells.curve]
     by = {"1": np.ones_like(z), "n": n, "d": d}
-    X = np.column_stack([levels, *[z * by[t] for t in terms], z**2 / 2, z**3 / 6])
+    X = np.column_stack([levels, *[z * by[t] for t in terms], *[z**p / math.factorial(p) for p in powers]])
     groups = {name: np.eye(int(codes.max()) + 1)[codes] for name, codes in cells.groups.items()}
     groups = _told_apart(groups, len(z))
     if curves > 2:
         middle = np.array([z[cells.curve == c].mean() for c in range(curves)])[cells.curve]
         groups["slope"] = levels * (z - middle)[:, None]
-    # λ ~ N(0, (ASYMMETRY·κ)²): one row more, in which it is seen to be zero with that error.
-    error = ASYMMETRY * _typical_curvature(cells.y, X, before)
-    prior, known = np.zeros((1, X.shape[1])), np.zeros(len(z) + 1)
-    prior[0, -1], known[-1] = 1.0, error**2
-    groups = {name: np.vstack([Z, np.zeros(Z.shape[1])]) for name, Z in groups.items()}
-    mixed = fit_mixed(
-        np.append(cells.y, 0.0), np.vstack([X, prior]), groups, known, near=before.mixed.sds if before else None
-    )
-    return Joint(cells, centre, mixed, means, terms, curves)
+    # λ ~ N(0, (UNCERTAIN·κ)²): one row more, in which it is seen to be zero with that error; so μ.
+    shares = [UNCERTAIN[p] for p in powers if p in UNCERTAIN]
+    m = len(shares)
+    typical = _typical_curvature(cells.y, X[:, : X.shape[1] - m], before) if m else 0.0
+    prior = np.eye(X.shape[1])[X.shape[1] - m :]
+    known = np.append(np.zeros(len(z)), [(share * typical) ** 2 for share in shares])
+    groups = {name: np.vstack([Z, np.zeros((m, Z.shape[1]))]) for name, Z in groups.items()}
+    near = before.mixed.sds if before else None
+    mixed = fit_mixed(np.append(cells.y, np.zeros(m)), np.vstack([X, prior]), groups, known, near=near)
+    return Joint(cells, centre, mixed, means, terms, powers, curves)
 
 
 def _told_apart(groups: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
@@ -214,79 +240,35 @@ def _typical_curvature(y: np.ndarray, X: np.ndarray, before: Joint | None) -> fl
     if before is not None:
         found = before.curvature
         return max(abs(found.value), 2 * found.error)
-    flat = X[:, :-1]
-    beta = np.linalg.lstsq(flat, y, rcond=None)[0]
-    rest = y - flat @ beta
-    error = math.sqrt(rest @ rest / max(1, len(y) - flat.shape[1]) * np.linalg.pinv(flat.T @ flat)[-1, -1])
+    beta = np.linalg.lstsq(X, y, rcond=None)[0]
+    rest = y - X @ beta
+    error = math.sqrt(rest @ rest / max(1, len(y) - X.shape[1]) * np.linalg.pinv(X.T @ X)[-1, -1])
     return max(abs(float(beta[-1])), 2 * error)
 
 
 def _moved(joint: Joint, n: np.ndarray, d: np.ndarray) -> Centre | None:
     """Where the optimum is by these coefficients; None where there is none inside the grid."""
-    beta = dict(zip([*joint.terms, "κ", "λ"], joint.mixed.beta[joint.curves :], strict=True))
-    z = joint.cells.teacher - joint.centre(n, d)
-    grid = np.linspace(z.min(), z.max(), GRID)
-    slope = beta["1"] + beta["κ"] * grid + beta["λ"] * grid**2 / 2
-    up = np.flatnonzero((slope[:-1] < 0) & (slope[1:] >= 0))
-    if not len(up) or joint.curvature.t < 1:
+    curve, c = joint.curve, joint.centre
+    grid = np.linspace(*curve.z_span, GRID)
+    at = root(grid, curve.slope(grid))
+    if not math.isfinite(at) or joint.curvature.t < 1:
         return None
-    at = float(grid[up[0]])
-    bend = beta["κ"] + beta["λ"] * at
-    c = joint.centre
+    bend = sum(curve.value(NAMES[p]) * at ** (p - 2) / math.factorial(p - 2) for p in joint.powers)
     if bend <= 0:
         return None
-    b = float(np.clip(c.b - beta.get("n", 0.0) / bend, -1, 3)) if "n" in beta else 0.0
-    return Centre(c.at + at, b, float(np.clip(c.d - beta.get("d", 0.0) / bend, -2, 4)) if "d" in beta else 0.0)
+    b = float(np.clip(c.b - curve.value("n") / bend, -1, 3)) if "n" in joint.terms else 0.0
+    return Centre(c.at + at, b, float(np.clip(c.d - curve.value("d") / bend, -2, 4)) if "d" in joint.terms else 0.0)
 
 
-@dataclass(frozen=True)
-class Set:
-    """All values that a test does not reject: an interval, or one that is open at an end of where was looked."""
-
-    value: float
-    low: float
-    high: float
-    bounded: bool
-
-
-def optimum(joint: Joint, n: float, d: float) -> Set:
-    """log N_T of the best teacher of a student and a budget (logs off their means), and Fieller's set for it."""
-    cells = joint.cells
-    z = cells.teacher - joint.centre(cells.student - joint.means[0], cells.data - joint.means[1])
-    grid = np.linspace(z.min() - BEYOND, z.max() + BEYOND, GRID)
-    rows = joint.row(grid, np.full(GRID, n), np.full(GRID, d), derivative=True)
-    value, error, df = joint.mixed.contrasts(rows)
-    at = _root(grid, value)
-    t = value / error
-    held = np.abs(t) <= stats.t.ppf((1 + LEVEL) / 2, df)
-    shift = joint.centre(n, d)
-    if not math.isfinite(at):
-        return Set(math.nan, -math.inf, math.inf, False)
-    first, last = _around(held, int(np.argmin(np.abs(grid - at))))
-    # Below the set the loss must fall, above it rise: else there is no minimum between.
-    bounded = first > 0 and last < GRID - 1 and bool(t[first - 1] < 0 < t[last + 1])
-    low = grid[first] if first > 0 and t[first - 1] < 0 else -math.inf
-    high = grid[last] if last < GRID - 1 and t[last + 1] > 0 else math.inf
-    return Set(at + shift, low + shift, high + shift, bounded)
-
-
-def _root(grid: np.ndarray, slope: np.ndarray) -> float:
-    """Where a derivative goes from below to above zero, nearest to the middle; NaN if nowhere."""
-    up = np.flatnonzero((slope[:-1] < 0) & (slope[1:] >= 0))
-    if not len(up):
-        return math.nan
-    i = up[np.argmin(np.abs(up - len(grid) / 2))]
-    return float(grid[i] - slope[i] * (grid[i + 1] - grid[i]) / (slope[i + 1] - slope[i]))
-
-
-def _around(held: np.ndarray, i: int) -> tuple[int, int]:
-    """The first and last of the neighbours of `i` that are held too."""
-    first = last = i
-    while first > 0 and held[first - 1]:
-        first -= 1
-    while last < len(held) - 1 and held[last + 1]:
-        last += 1
-    return first, last
+def _shared(cells: Cells) -> tuple[str, str]:
+    """The smallest and the largest teacher that every curve has; of all where no two are in every one."""
+    codes = cells.groups["rung"]
+    each = [set(codes[cells.curve == c].tolist()) for c in np.unique(cells.curve)]
+    common = set.intersection(*each)
+    able = sorted(
+        common if len(common) > 1 else set.union(*each), key=lambda c: float(cells.teacher[codes == c].mean())
+    )
+    return cells.rungs[able[0]], cells.rungs[able[-1]]
 
 
 def ends(joint: Joint, keep: np.ndarray | None = None) -> tuple[Contrast, Contrast]:
@@ -295,42 +277,18 @@ def ends(joint: Joint, keep: np.ndarray | None = None) -> tuple[Contrast, Contra
     `keep`: which cells there are, if not all.
     """
     cells = joint.cells if keep is None else joint.cells.part(keep)
+    curve = joint.curve
     n, d = cells.student - joint.means[0], cells.data - joint.means[1]
     z = cells.teacher - joint.centre(n, d)
     found = []
     for pick in (np.argmin, np.argmax):
         at = [np.flatnonzero(cells.curve == c)[pick(z[cells.curve == c])] for c in np.unique(cells.curve)]
-        found.append(joint.mixed.contrast(joint.row(z[at], n[at], d[at], derivative=True).mean(0)))
+        found.append(curve.contrast(curve.row(z[at], n[at], d[at], derivative=True).mean(0)))
     return found[0], found[1]
 
 
 def without(joint: Joint, rung: int) -> tuple[Contrast, Contrast]:
     """The slopes of `ends` with one rung left out, its variance components kept."""
     keep = joint.cells.groups["rung"] != rung
-    return ends(replace(joint, mixed=joint.mixed.part(np.append(keep, True))), keep)
-
-
-def difference(joint: Joint, small: float, large: float, n: float, d: np.ndarray) -> np.ndarray:
-    """The loss under the larger teacher less that under the smaller one at budgets `d`: rows [m, P]."""
-    both = [np.asarray(x - joint.centre(n, d)) for x in (small, large)]
-    at = np.full_like(d, n)
-    return joint.row(both[1], at, d) - joint.row(both[0], at, d)
-
-
-def break_even(joint: Joint, small: float, large: float, n: float) -> Set:
-    """log D off its mean above which the larger of two teachers (logs) wins, and Fieller's set for it.
-
-    It is established only where the smaller one wins at the least budget of the grid and the larger one at the most,
-    each by a one-sided test at 2.5 %: then the set lies between the two.
-    """
-    d = joint.cells.data - joint.means[1]
-    grid = np.linspace(d.min(), d.max(), GRID)
-    value, error, df = joint.mixed.contrasts(difference(joint, small, large, n, grid))
-    t, limit = value / error, np.asarray(stats.t.ppf((1 + LEVEL) / 2, df))
-    at = _root(grid, -value)
-    bounded = bool(t[0] > limit[0] and t[-1] < -limit[-1])
-    if not math.isfinite(at):
-        return Set(math.nan, -math.inf, math.inf, False)
-    first, last = _around(np.abs(t) <= limit, int(np.argmin(np.abs(grid - at))))
-    low, high = (grid[first] if first > 0 else -math.inf), (grid[last] if last < GRID - 1 else math.inf)
-    return Set(at, low, high, bounded)
+    priors = len(joint.mixed.problem.y) - len(keep)
+    return ends(replace(joint, mixed=joint.mixed.part(np.append(keep, [True] * priors))), keep)

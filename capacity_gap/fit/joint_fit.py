@@ -2,44 +2,42 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from threadpoolctl import threadpool_limits
 
 from capacity_gap.estimators.mixed import Contrast
-from capacity_gap.fit.frame import BY, default_metric, require
 from capacity_gap.fit.joint import (
     ALPHA,
     ALPHA_WITHOUT,
+    BY_LOSS,
     SAME,
     Cells,
     Joint,
-    break_even,
     cells_of,
     ends,
     fit_cells,
-    optimum,
     without,
 )
+from capacity_gap.fit.joint_curve import JointCurve
 from capacity_gap.fit.regression import Estimate
 from capacity_gap.fit.sizes import TIGHT
+from capacity_gap.records.columns import AXES, BY, default_metric, require
 from capacity_gap.settings.scales import short_scale
 
-LEAST_RUNGS = 5  # four coefficients, and one to spare
+LEAST_RUNGS = 5  # slope, curvature, a level, and two to see what the curve does not fit
 LEAST_INSIDE = 3  # students whose optimum lies between their smallest and largest teacher
-DRAWS = 2000
-SEED = 0
 CELLS_ASIDE = ("data_tokens", "epochs")  # what parts curves, and may differ here
 
 
 @dataclass(frozen=True)
 class BreakEven:
     """Tokens above which the larger of two teachers wins, with their set; `established` if a test says so at both ends
-    of the budgets that were tried."""
+    of the budgets that were tried. Unpacks to tokens and interval."""
 
     tokens: float
     interval: tuple[float, float]
@@ -47,11 +45,13 @@ class BreakEven:
     large: float
     established: bool
 
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.tokens, self.interval))
 
-@dataclass(frozen=True)
-class Best:
-    """The best teacher of a student at a budget: its parameters, their set, and of the rungs that were tried the
-    probability of being best and the expected loss above the best one's (nats)."""
+
+class Best(NamedTuple):
+    """The best teacher of a student at a budget: its parameters, their set, and of each rung that is larger than the
+    student the probability of being best and the expected loss above the best one's (nats)."""
 
     params: float
     interval: tuple[float, float]
@@ -60,7 +60,90 @@ class Best:
 
 
 @dataclass(frozen=True)
-class JointFit:
+class Answers:
+    """What the curve of a fitted model says of any student and budget; also of one that was read from a file."""
+
+    curve: JointCurve
+
+    def optimum(self, student_params: float, data_tokens: float | None = None) -> Estimate:
+        """The best teacher's parameters; NaN where the curve has no minimum."""
+        found = self.curve.optimum(*self._at(student_params, data_tokens))
+        return Estimate(math.exp(found.value), (math.exp(found.low), math.exp(found.high)))
+
+    def ratio_at(self, data_tokens: float | None = None) -> Estimate:
+        """The best teacher over its student, at the mean (log) size of the students."""
+        size = math.exp(self.curve.means[0])
+        found = self.optimum(size, data_tokens)
+        return Estimate(found.value / size, (found.interval[0] / size, found.interval[1] / size))
+
+    def break_even(self, student_params: float, small: float | None = None, large: float | None = None) -> BreakEven:
+        """Of two teachers' sizes, by default the smallest and the largest that all curves have.
+
+        Raises:
+            ValueError: all cells have one budget, or `small` is not the smaller one.
+        """
+        if "d" not in self.curve.terms:
+            raise ValueError("a break-even budget needs cells of two budgets (data_tokens) or more; here is one.")
+        ends = zip((small, large), self.curve.shared, strict=True)
+        low, high = (math.log(size) if size else self.curve.rungs[name] for size, name in ends)
+        if not low < high:
+            raise ValueError(f"small={math.exp(low):,.0f} is not below large={math.exp(high):,.0f} parameters.")
+        found = self.curve.break_even(low, high, self._at(student_params, None)[0])
+        back = self.curve.means[1]
+        interval = math.exp(found.low + back), math.exp(found.high + back)
+        return BreakEven(math.exp(found.value + back), interval, math.exp(low), math.exp(high), found.bounded)
+
+    def best_teacher(
+        self, student_params: float, data_tokens: float | None = None, *, rungs: Mapping[str, float] | None = None
+    ) -> Best:
+        """At any student and budget.
+
+        Args:
+            student_params: of the student.
+            data_tokens: by default the mean (log) budget.
+            rungs: parameters of the teachers that can be had, by name; by default those that were tried. One that was
+                tried counts with its own effect, what the smooth curve does not fit of it.
+        """
+        n, d = self._at(student_params, data_tokens)
+        found = self.optimum(student_params, data_tokens)
+        sizes = self.curve.rungs if rungs is None else {name: math.log(size) for name, size in rungs.items()}
+        larger = {k: size for k, size in sizes.items() if size > math.log(student_params) + SAME} or dict(sizes)
+        losses = self.curve.draws(larger, n, d)
+        best = losses.argmin(1)
+        share = [float((best == i).mean()) for i in range(len(larger))]
+        above = (losses - losses.min(1, keepdims=True)).mean(0).tolist()
+        probabilities, regret = (dict(zip(larger, x, strict=True)) for x in (share, above))
+        return Best(found.value, found.interval, probabilities, regret)
+
+    def exponents(self) -> dict[str, Estimate]:
+        """b and d of log N_T* = a + b·log N_S + d·log D with their sets; those that these cells do not hold are left
+        out."""
+        held = {"n": "b", "d": "d"}
+        found = {held[t]: self.curve.exponent(t) for t in self.curve.terms if t in held and self.curve.powers}
+        return {name: Estimate(s.value, (float(s.low), float(s.high))) for name, s in found.items()}
+
+    def tests(self) -> dict[str, float]:
+        """p of what the published law says of `log N_T* = a + b·log N_S + d·log D`: b = 1, d = 0, b + d = 1."""
+        c = self.curve
+        found: dict[str, np.ndarray] = {}
+        bend = c.unit("κ")
+        if "n" in c.terms and c.powers:
+            found["b = 1"] = c.unit("n") - (c.centre.b - 1) * bend
+        if "d" in c.terms:
+            found["d = 0"] = c.unit("d") - c.centre.d * bend
+        if "n" in c.terms and "d" in c.terms and c.powers:
+            found["b + d = 1"] = c.unit("n") + c.unit("d") - (c.centre.b + c.centre.d - 1) * bend
+        return {name: c.contrast(g).p() for name, g in found.items()}
+
+    def _at(self, student_params: float, data_tokens: float | None) -> tuple[float, float]:
+        """A student and a budget as logs off their means; no budget is the mean one."""
+        mean = self.curve.means
+        d = 0.0 if data_tokens is None or "d" not in self.curve.terms else math.log(data_tokens) - mean[1]
+        return math.log(student_params) - mean[0], d
+
+
+@dataclass(frozen=True)
+class JointFit(Answers):
     """The model of all cells of one table. Intervals are 95 %; they may be open at an end.
 
     `status`: `law`, an optimum inside the grid that every rung left out leaves standing; `provisional`, one that falls
@@ -72,67 +155,8 @@ class JointFit:
     missing: str
     rests_on: tuple[str, ...]
     inside: int
+    axis: str
     joint: Joint
-
-    def optimum(self, student_params: float, data_tokens: float | None = None) -> Estimate:
-        """The best teacher's parameters; NaN where the curve has no minimum."""
-        found = optimum(self.joint, *self._at(student_params, data_tokens))
-        return Estimate(math.exp(found.value), (math.exp(found.low), math.exp(found.high)))
-
-    def ratio_at(self, data_tokens: float | None = None) -> Estimate:
-        """The best teacher over its student, at the mean (log) size of the students."""
-        size = math.exp(self.joint.means[0])
-        found = self.optimum(size, data_tokens)
-        return Estimate(found.value / size, (found.interval[0] / size, found.interval[1] / size))
-
-    def break_even(self, student_params: float, small: float | None = None, large: float | None = None) -> BreakEven:
-        """Of two teachers' sizes, by default those of the ladder's ends.
-
-        Raises:
-            ValueError: all cells have one budget, or `small` is not the smaller one.
-        """
-        if "d" not in self.joint.terms:
-            raise ValueError("a break-even budget needs cells of two budgets (data_tokens) or more; here is one.")
-        low, high = (math.log(x) for x in (small or self._ends[0], large or self._ends[1]))
-        if not low < high:
-            raise ValueError(f"small={small} is not below large={large}.")
-        found = break_even(self.joint, low, high, self._at(student_params, None)[0])
-        back = self.joint.means[1]
-        interval = math.exp(found.low + back), math.exp(found.high + back)
-        return BreakEven(math.exp(found.value + back), interval, math.exp(low), math.exp(high), found.bounded)
-
-    def best_teacher(self, student_params: float, data_tokens: float | None = None) -> Best:
-        """At any student and budget. Rungs larger than the student count, with their own effects: what the smooth curve
-        does not fit.
-        """
-        n, d = self._at(student_params, data_tokens)
-        found = self.optimum(student_params, data_tokens)
-        larger = [code for code in self._rungs if self._size(code) > math.log(student_params) + SAME] or self._rungs
-        losses = self._draws(n, d, larger)
-        best = losses.argmin(1)
-        labels = [self.joint.cells.rungs[code] for code in larger]
-        share = [float((best == i).mean()) for i in range(len(labels))]
-        above = (losses - losses.min(1, keepdims=True)).mean(0)
-        return Best(
-            found.value,
-            found.interval,
-            dict(zip(labels, share, strict=True)),
-            {name: float(a) for name, a in zip(labels, above, strict=True)},
-        )
-
-    def tests(self) -> dict[str, float]:
-        """p of what the published law says of `log N_T* = a + b·log N_S + d·log D`: b = 1, d = 0, b + d = 1."""
-        j = self.joint
-        found: dict[str, np.ndarray] = {}
-        bend = j.coefficient("κ")
-        if "n" in j.terms:
-            found["b = 1"] = j.coefficient("n") - (j.centre.b - 1) * bend
-        if "d" in j.terms:
-            found["d = 0"] = j.coefficient("d") - j.centre.d * bend
-        if "n" in j.terms and "d" in j.terms:
-            both = j.coefficient("n") + j.coefficient("d")
-            found["b + d = 1"] = both - (j.centre.b + j.centre.d - 1) * bend
-        return {name: j.mixed.contrast(g).p() for name, g in found.items()}
 
     @property
     def sds(self) -> Mapping[str, float]:
@@ -148,7 +172,7 @@ class JointFit:
                 return f"{said}."
             return f"{said}, but without {' or '.join(self.rests_on)} there is no optimum."
         if self.status == "break_even":
-            found = self.break_even(math.exp(self.joint.means[0]))
+            found = self.break_even(math.exp(self.curve.means[0]))
             sizes = [short_scale(x) for x in (found.small, found.large)]
             low, high = (short_scale(x) for x in found.interval)
             return (
@@ -169,53 +193,12 @@ class JointFit:
             "tests": self.tests(),
             "sds": dict(self.sds),
             "students_inside": self.inside,
+            "axis": self.axis,
+            "exponents": {name: asdict(found) for name, found in self.exponents().items()},
         }
-        if "d" in self.joint.terms:
-            found["break_even"] = asdict(self.break_even(math.exp(self.joint.means[0])))
-        return json.dumps(found, indent=2, default=float)
-
-    @cached_property
-    def _ends(self) -> tuple[float, float]:
-        """The smallest and the largest teacher that every curve has."""
-        cells = self.joint.cells
-        each = [set(np.round(cells.teacher[cells.curve == c], 9)) for c in range(self.joint.curves)]
-        shared = sorted(set.intersection(*each)) or sorted(set.union(*each))
-        return math.exp(shared[0]), math.exp(shared[-1])
-
-    @cached_property
-    def _rungs(self) -> list[int]:
-        """Codes of the rungs, smallest first."""
-        codes = np.unique(self.joint.cells.groups["rung"])
-        return sorted(codes.tolist(), key=self._size)
-
-    def _at(self, student_params: float, data_tokens: float | None) -> tuple[float, float]:
-        """A student and a budget as logs off their means; no budget is the mean one."""
-        mean = self.joint.means
-        d = 0.0 if data_tokens is None or "d" not in self.joint.terms else math.log(data_tokens) - mean[1]
-        return math.log(student_params) - mean[0], d
-
-    def _size(self, code: int) -> float:
-        """log parameters of a rung."""
-        cells = self.joint.cells
-        return float(cells.teacher[cells.groups["rung"] == code].mean())
-
-    def _draws(self, n: float, d: float, rungs: list[int]) -> np.ndarray:
-        """Losses of some rungs by the posterior of coefficients and rung effects [DRAWS, rungs], but for the level."""
-        j, teacher = self.joint, np.array([self._size(code) for code in rungs])
-        rows = j.row(teacher - j.centre(n, d), np.full(len(teacher), n), np.full(len(teacher), d))
-        W = np.zeros((len(teacher), len(j.mixed.joint)))
-        W[:, : rows.shape[1]] = rows
-        mean = rows @ j.mixed.beta
-        if "rung" in j.mixed.effects:
-            columns = j.mixed.problem.columns[list(j.mixed.effects).index("rung")]
-            W[np.arange(len(teacher)), columns.start + np.array(rungs)] = 1.0
-            mean = mean + j.mixed.effects["rung"][rungs]
-        covariance = W @ j.mixed.joint @ W.T
-        values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
-        generator = np.random.default_rng(SEED)
-        df = min(float(j.mixed.contrast(j.coefficient("κ")).df), 1e3)
-        normal = generator.standard_normal((DRAWS, len(teacher))) * np.sqrt(np.maximum(values, 0))
-        return mean + (normal @ vectors.T) * np.sqrt(df / generator.chisquare(df, (DRAWS, 1)))
+        if "d" in self.curve.terms:
+            found["break_even"] = asdict(self.break_even(math.exp(self.curve.means[0])))
+        return json.dumps(found | {"model": self.curve.to_dict()}, indent=1, default=float)
 
 
 def _range(interval: tuple[float, float]) -> str:
@@ -231,7 +214,8 @@ def fit_joint(
     Args:
         frame: tidy, one row a run: `student_params, teacher_params, loss`; may have `data_tokens`, `seed`,
             `teacher_seed`, and the names `student` and `teacher`. Rows alike but for these.
-        axis: count `total` parameters or `non_embedding` ones.
+        axis: count `total` parameters or `non_embedding` ones; or `teacher_loss`, which takes a teacher for as large as
+            its loss (column `teacher_loss`) says that it is. Answers are sizes all the same.
         metric: the column to minimise, by default `loss`, or `student_loss` of our records.
         unpruned: whether students as large as their teacher are fitted too: these were not pruned.
 
@@ -239,7 +223,9 @@ def fit_joint(
         ValueError: columns are missing, rows differ in what parts curves, or there are too few rungs.
     """
     column = metric or default_metric(frame)
-    require(frame, ["student_params", "teacher_params", column])
+    ending = AXES.get(axis, "")
+    sizes = [f"{of}_params{ending}" for of in ("student", "teacher")]
+    require(frame, [*sizes, column, *([BY_LOSS] if axis == BY_LOSS else [])])
     if "status" in frame:
         frame = frame[frame["status"] == "done"]
     if "data_tokens" in frame and (frame["data_tokens"] > 0).any():
@@ -255,10 +241,9 @@ def fit_joint(
         frame = frame.drop_duplicates("cell")
     cells = cells_of(frame, axis=axis, metric=column, unpruned=unpruned)
     _check_sizes(cells)
-    rungs = np.unique(cells.groups["rung"])
-    if len(rungs) < LEAST_RUNGS:
-        raise ValueError(f"{len(rungs)} teachers are too few: a curve with asymmetry needs {LEAST_RUNGS} or more.")
-    return _said(fit_cells(cells))
+    if len(np.unique(cells.groups["rung"])) < 2:
+        raise ValueError("all cells have one teacher, or none larger than its student: nothing to compare.")
+    return _said(fit_cells(cells), axis)
 
 
 @threadpool_limits.wrap(limits=1)
@@ -272,8 +257,8 @@ def _check_sizes(cells: Cells) -> None:
         )
 
 
-def _said(joint: Joint) -> JointFit:
-    first = JointFit("", "", (), _inside(joint), joint)
+def _said(joint: Joint, axis: str) -> JointFit:
+    first = JointFit(joint.curve, "", "", (), _inside(joint), axis, joint)
     status, missing, rests_on = _status(first)
     return replace(first, status=status, missing=missing, rests_on=rests_on)
 
@@ -283,7 +268,7 @@ def _inside(joint: Joint) -> int:
     cells, found = joint.cells, 0
     for n in np.unique(np.round(cells.student - joint.means[0], 6)):
         mine = cells.teacher[np.abs(cells.student - joint.means[0] - n) < 1e-5]
-        at = optimum(joint, float(n), 0.0).value
+        at = joint.curve.optimum(float(n), 0.0).value
         found += bool(mine.min() < at < mine.max())
     return found
 
@@ -296,18 +281,20 @@ def _passes(pair: Sequence[Contrast], alpha: float) -> bool:
 
 def _status(fit: JointFit) -> tuple[str, str, tuple[str, ...]]:
     joint = fit.joint
-    pair = ends(joint)
-    missing = _missing(pair)
+    pair, rungs = ends(joint), len(fit.curve.rungs)
+    enough = rungs >= LEAST_RUNGS
+    missing = _missing(pair) if enough else f"An optimum takes {LEAST_RUNGS} teachers or more; there are {rungs}."
     students = len(np.unique(np.round(joint.cells.student, 6)))
-    if _passes(pair, ALPHA):
-        rests = [joint.cells.rungs[c] for c in fit._rungs if not _passes(without(joint, c), ALPHA_WITHOUT)]
+    if enough and _passes(pair, ALPHA):
+        codes = {name: code for code, name in joint.cells.rungs.items()}
+        rests = [n for n in fit.curve.rungs if not _passes(without(joint, codes[n]), ALPHA_WITHOUT)]
         if not rests and fit.inside >= LEAST_INSIDE:
             return "law", "", ()
         if rests:
             return "provisional", "", tuple(rests)
         missing = f"{fit.inside} of {students} students have their optimum inside the grid; a law takes {LEAST_INSIDE}."
         return "provisional", missing, ()
-    if "d" in joint.terms and fit.break_even(math.exp(joint.means[0])).established:
+    if "d" in fit.curve.terms and fit.break_even(math.exp(fit.curve.means[0])).established:
         return "break_even", missing, ()
     return "no_optimum", missing, ()
 

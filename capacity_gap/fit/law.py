@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from capacity_gap.fit.curse import curses
-from capacity_gap.fit.frame import BY, Curve, curves
+from capacity_gap.fit.frame import Curve, curves
 from capacity_gap.fit.law_fit import LEAST_STUDENTS, LawFit
 from capacity_gap.fit.null import has_inner_minimum, null_p_value, rests_on, without_outer
 from capacity_gap.fit.optimum import BOOTSTRAPS, Located, locate
@@ -29,6 +29,7 @@ from capacity_gap.fit.regression import (
     without_bounds_alone,
 )
 from capacity_gap.fit.valley import LEAST_TEACHERS
+from capacity_gap.records.columns import BY
 
 LEVEL = 0.05
 KEPT_DRAWS = 200

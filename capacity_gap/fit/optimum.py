@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from capacity_gap.fit.frame import BY, Curve, curves
+from capacity_gap.fit.frame import Curve, curves
 from capacity_gap.fit.noise import Noise, components
 from capacity_gap.fit.sizes import size_draws
 from capacity_gap.fit.valley import LEAST_TEACHERS, METHODS, SHAPES, Design, Grid, Valley, near_the_best
+from capacity_gap.records.columns import BY
 
 FLAT_NATS = 0.005  # differences below this are too small to matter: flat even without noise
 BOOTSTRAPS = 1000

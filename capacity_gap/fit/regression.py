@@ -17,8 +17,8 @@ import numpy as np
 from scipy import stats
 
 from capacity_gap.estimators.censored import ABOVE, BELOW, SEEN, scatter, tobit
-from capacity_gap.fit.frame import BY
 from capacity_gap.fit.optimum import Located
+from capacity_gap.records.columns import BY
 
 NAMED = ("interior", "left_edge", "right_edge")  # what enters a law: an optimum, or a bound
 END = 1e-9  # in log scale

@@ -18,9 +18,10 @@ from capacity_gap import records
 from capacity_gap.cell.outdated import without_outdated
 from capacity_gap.evaluate.task_scores import as_loss
 from capacity_gap.fit import LawFit
-from capacity_gap.fit.frame import AXES, Curve, curves, default_metric
+from capacity_gap.fit.frame import Curve, curves
 from capacity_gap.fit.law import law_from
 from capacity_gap.fit.optimum import Optimum, locate
+from capacity_gap.records.columns import AXES, default_metric
 from capacity_gap.records.load import BESIDE_SCORES, sweep_frame
 from capacity_gap.records.tables import numbers
 from capacity_gap.report.plots import LOSSES

@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from capacity_gap.fit.surface import SurfaceFit
-from capacity_gap.fit.teacher import FLAT_NATS, best_teacher
 from capacity_gap.models.accounting import forward_flops, non_embedding, train_flops
 from capacity_gap.models.axes import config_with, dims
 from capacity_gap.models.ladders import Family, Shape
@@ -23,6 +21,8 @@ from capacity_gap.pruning.shape import TOLERANCE, choose_shape, sized, unfit
 from capacity_gap.settings.errors import ConfigError, UserError
 from capacity_gap.settings.places import RESULTS
 from capacity_gap.settings.scales import format_scale
+from capacity_gap.surfaces.surface import SurfaceFit
+from capacity_gap.surfaces.teacher import FLAT_NATS, best_teacher
 
 ADVICE = {"bounds": "No rung is recommended: nothing was established. Who must choose takes"}
 PUBLISHED_FIT = RESULTS / "pico" / "law.json"
@@ -141,7 +141,9 @@ def recommend(
         surface: an additive surface.
     """
     if surface is not None and surface.form != "additive":
-        raise UserError(f"recommend reads additive surfaces; this one is {surface.form}: use capacity_gap.fit.teacher.")
+        raise UserError(
+            f"recommend reads additive surfaces; this one is {surface.form}: use capacity_gap.surfaces.teacher."
+        )
     axis = str(law["axis"] if law is not None else surface.axis if surface is not None else "total")
     ask = _question(family, student_params, data_tokens, axis)
     if law is not None and law["status"] == "law":

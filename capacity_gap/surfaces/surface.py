@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from capacity_gap.estimators.batched import Array
-from capacity_gap.fit.forms import FORMS, VANISHED
-from capacity_gap.fit.runs import log_columns
 from capacity_gap.settings.errors import ConfigError
+from capacity_gap.surfaces.forms import FORMS, VANISHED
+from capacity_gap.surfaces.runs import log_columns
 
 EDGE = 1e-6  # relative: nearer to the end of a span is inside it
 

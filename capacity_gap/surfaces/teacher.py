@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from capacity_gap.estimators.batched import Array
-from capacity_gap.fit.surface import SurfaceFit
 from capacity_gap.settings.errors import ConfigError, choose
+from capacity_gap.surfaces.surface import SurfaceFit
 
 FLAT_NATS = 0.005  # differences below this are too small to matter
 LEVEL = 0.05  # of the permutation null

@@ -9,10 +9,10 @@ import pandas as pd
 from scipy import stats
 
 from capacity_gap.estimators.batched import Array, Minima, Problem, huber, minimise
-from capacity_gap.fit.forms import FORMS, Form
-from capacity_gap.fit.runs import Runs, collinear, constant, log_columns, read_runs, two_values
-from capacity_gap.fit.surface import SurfaceFit, centred
 from capacity_gap.settings.errors import ConfigError, choose
+from capacity_gap.surfaces.forms import FORMS, Form
+from capacity_gap.surfaces.runs import Runs, collinear, constant, log_columns, read_runs, two_values
+from capacity_gap.surfaces.surface import SurfaceFit, centred
 
 SCREENED = 2048  # starts that are looked at; the best of them are run to the end
 DISTINCT = 1e-2  # minima whose parameters differ by less are one

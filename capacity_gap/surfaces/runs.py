@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 
 from capacity_gap.estimators.batched import Array
-from capacity_gap.fit.frame import AXES, BY, default_metric, require
 from capacity_gap.records import is_number
+from capacity_gap.records.columns import AXES, BY, default_metric, require
 from capacity_gap.records.tables import numbers as numeric
 from capacity_gap.settings.errors import ConfigError
 
