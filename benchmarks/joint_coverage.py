@@ -3,7 +3,7 @@
     python -m benchmarks.joint_coverage [--out results/joint_coverage.csv]    40 minutes on two cores
 
 Designs are fixed here, before any result. Seeds below 2,000 chose the priors and thresholds of `fit/joint.py`; seeds
-from 10,000 on judge: 2,000 grids of each null and each design whose power is claimed, 500 of the others. Students and
+from 20,000 on judge: 2,000 grids of each null and each design whose power is claimed, 500 of the others. Students and
 teachers are those of study one (students of 40k to 110k, teachers from 55k to 900k, each larger than its student).
 `STUDY` is its noise as the model itself reads it in `results/pico`: a trained teacher 16 mnats, a rung's misfit 8, a
 teacher with a student 6, a teacher at a budget 7, a run 10. Curvature is study one's, 0.0225 per squared log unit.
@@ -33,7 +33,7 @@ from capacity_gap.estimators.mixed import Coefficients
 from capacity_gap.fit.joint import ALPHA, Cells, cells_of, ends, fit_cells
 from capacity_gap.fit.joint_curve import Centre, JointCurve, Set
 
-FIRST_SEED = 10_000
+FIRST_SEED = 20_000
 STUDENTS = np.log(np.array([40e3, 55e3, 80e3, 110e3]))
 TEACHERS = np.log(np.array([55e3, 900e3]))
 LARGE, SMALL = math.log(900e3), math.log(120e3)
@@ -139,7 +139,7 @@ class Design:
         found = Coefficients(covariance @ weighted.T @ cells.y, covariance, none, np.zeros((1, 1))).of(slice(-3, None))
         span, zero = (float(z.min()), float(z.max())), (0.0, 0.0)
         here = Centre(0, 0, 0)
-        curve = JointCurve(here, zero, ("1",), (2, 3), found, span, zero, {}, np.empty(0), none[0], 0.0, ("", ""))
+        curve = JointCurve(here, zero, ("1",), (2, 3), found, span, zero, zero, {}, np.empty(0), none[0], 0.0, ("", ""))
         return curve.optimum(0.0, 0.0)
 
 

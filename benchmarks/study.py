@@ -1,7 +1,7 @@
 """Every figure and number of the pico study, from its records.
 
     python -m benchmarks.study export STORE [--data 0,300k]     copy the study's cells out of a store, to results/pico/
-    python -m benchmarks.study figures      law.json, arms.json, docs/study_*.png, the tables in the pages
+    python -m benchmarks.study figures      law.json, joint.json, arms.json, docs/study_*.png, the tables in the pages
 
 Tables stand in the pages between `<!-- NAME -->` and `<!-- /NAME -->`; a test makes them again and compares.
 """
@@ -24,6 +24,7 @@ from benchmarks.study_elsewhere import (
     unpruned_surface,
     unpruned_table,
 )
+from benchmarks.study_joint import PAIR, joint_of, odds_table, standing_table
 from benchmarks.study_surface import contour_table, forecast_table, surface_of, surface_table
 from benchmarks.study_tables import (
     argmin_table,
@@ -33,12 +34,14 @@ from benchmarks.study_tables import (
     factors_table,
     laws_table,
     luck_table,
+    markdown,
     optima_table,
     ratios_table,
     teachers_table,
 )
 from capacity_gap import records
 from capacity_gap.fit import SurfaceFit
+from capacity_gap.report.joint_tables import best_table, even_table, plot_joint
 from capacity_gap.report.plots import plot_curves, plot_law, save_figure
 from capacity_gap.settings.scales import parse_scale
 
@@ -77,7 +80,7 @@ def load() -> pd.DataFrame:
 def pages(frame: pd.DataFrame, arms: list[Arm], surface: SurfaceFit | None = None) -> dict[str, str]:
     """The tables of the pages, by name. `surface`: of the main arm, fitted here if it is not given."""
     trained, main = [a for a in arms if a.budgets != [0]], main_of(arms)
-    surface = surface or surface_of(main)
+    surface, joint = surface or surface_of(main), joint_of(main)
     teachers = frame.drop_duplicates(["family", "teacher", "teacher_data", "teacher_seed", "corpus"])
     return {
         "cells": f"{len(frame)} cells under {len(teachers)} teachers.",
@@ -88,6 +91,10 @@ def pages(frame: pd.DataFrame, arms: list[Arm], surface: SurfaceFit | None = Non
         "surface": surface_table(surface),
         "contour": contour_table(surface, main),
         "forecast": forecast_table(main),
+        "joint": markdown(*best_table(joint)),
+        "even": markdown(*even_table(joint, PAIR)),
+        "odds": odds_table(main),
+        "standing": standing_table(joint, main),
         "argmin": argmin_table(main),
         "unpruned": unpruned_table(main),
         "unpruned_surface": unpruned_surface(main, surface),
@@ -133,7 +140,8 @@ def figures() -> None:
     for page in PAGES:
         page.write_text(filled(page.read_text(), tables))
     fits = {f"{a.name}, {n}": json.loads(a.fit(n).to_json()) | {"draws": []} for a in arms for n in a.budgets}
-    for name, found in (("law", main.law.to_json()), ("surface", surface.to_json()), ("arms", json.dumps(fits))):
+    published = {"law": main.law.to_json(), "surface": surface.to_json(), "joint": joint_of(main).to_json()}
+    for name, found in (published | {"arms": json.dumps(fits)}).items():
         indent = None if name == "surface" else 1  # its draws would take a line a number
         (RECORDS / f"{name}.json").write_text(json.dumps(_rounded(json.loads(found)), indent=indent) + "\n")
     for arm in arms:
@@ -142,6 +150,7 @@ def figures() -> None:
     if families := [a for a in elsewhere(arms) if a.differs == {"family"}]:
         _draw(plot_curves(together(families).located), "study_curves_architectures")
     _draw(plot_law(main.law), "study_law", dpi=130)
+    _draw(plot_joint(joint_of(main)), "study_joint", dpi=130)
     print(main.law.summary(), surface.summary(), sep="\n\n")
 
 

@@ -165,7 +165,7 @@ def test_command(tmp_path, capsys):
             ["--student", "1b", "--family", "pico", "--fit", "law.json"],
             "student=1b is larger than every rung of family",
         ),
-        (["--student", "1b", "--family", "pico", "--fit", "bad.json"], "is neither a law.json nor a surface.json"),
+        (["--student", "1b", "--family", "pico", "--fit", "bad.json"], "is no law.json, joint.json or surface.json"),
     ],
 )
 def test_bad_questions_are_one_clear_paragraph(words, said, tmp_path, capsys, monkeypatch):
@@ -199,7 +199,7 @@ def test_fit_writes_a_surface_that_recommend_reads(tmp_path, capsys):
 def test_a_law_from_data_and_its_own_draws_agree_with_its_prediction(tmp_path):
     law = fit_law(grid(valley, noise=0.002, seeds=1).query("data_tokens == 3e6"))
     law.save(tmp_path / "law.json")
-    given, surface = read_fit(tmp_path / "law.json")
+    given, surface, _ = read_fit(tmp_path / "law.json")
     assert surface is None and given["status"] == "law" and len(given["draws"]) > 100
     draws = law_draws(given)
     middle = np.median(draws[:, 0] + draws[:, 1] * np.log(1e5))

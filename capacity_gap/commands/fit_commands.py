@@ -1,6 +1,7 @@
 """The commands `fit` and `recommend`: what a table of records says about teachers."""
 
 import argparse
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,11 @@ def _add_fit(commands: Any) -> None:
     )
     fit.add_argument("--sweep", metavar="NAME", help="of a store: only the cells of this sweep (`store ls` names them)")
     fit.add_argument("--surface", action="store_true", help="also the additive loss surface (docs/surfaces.md)")
-    fit.add_argument("--joint", action="store_true", help="also one model of all cells (docs/joint.md)")
+    fit.add_argument("--joint", action="store_true", help="all that the model of all cells says (docs/joint.md)")
     fit.add_argument(
-        "--out", type=out_folder, help="folder for law.json, optima.csv and the figures; without it, only text"
+        "--out",
+        type=out_folder,
+        help="folder for law.json, joint.json, optima.csv and the figures; without it, only text",
     )
     fit.set_defaults(run=run_fit)
 
@@ -41,12 +44,14 @@ def _add_recommend(commands: Any) -> None:
     told = "Say which rung of a ladder to take as the teacher, and how sure that is."
     recommend = commands.add_parser("recommend", description=told)
     recommend.add_argument("--student", required=True, help="total parameters, such as 1b")
-    recommend.add_argument("--family", required=True, help="the ladder, such as qwen2_5")
+    recommend.add_argument(
+        "--family", required=True, help="the ladder, such as qwen2_5; or models, ORG/NAME,FOLDER,..."
+    )
     recommend.add_argument(
         "--data", default="20x", help="distillation tokens, such as 10b, or 20x parameters (default)"
     )
     recommend.add_argument(
-        "--fit", type=Path, help="a law.json or surface.json of `fit` (default: the study's, results/pico)"
+        "--fit", type=Path, help="a law.json, joint.json or surface.json of `fit` (default: the study's, results/pico)"
     )
     recommend.set_defaults(run=run_recommend)
 
@@ -73,11 +78,9 @@ def run_fit(given: argparse.Namespace) -> int:
     law = law_from(located, axis=given.axis, notes=[*stale, *notes])
     print(law.summary())
     surface = _surface(frame, given, metric) if given.surface else None
-    joint = _joint(frame, given, metric) if given.joint else None
+    joint = _joint(frame, given, metric)
     if given.out:
-        _write_fit(law, located, given.out, metric)
-        if joint is not None:
-            (given.out / "joint.json").write_text(joint.to_json() + "\n")
+        _write_fit(law, located, joint, given.out, metric)
         if surface is not None:
             (given.out / "surface.json").write_text(surface.to_json() + "\n")
     return 0
@@ -105,7 +108,8 @@ def _joint(frame, given: argparse.Namespace, metric: str | None):  # type: ignor
     except ValueError as error:
         print(f"\nno model of all cells: {error}")
         return None
-    print("\n" + "\n".join(_joint_lines(fit)))
+    lines = list(_joint_lines(fit))
+    print("\n" + "\n".join(lines if given.joint else lines[:2]))
     return fit
 
 
@@ -134,7 +138,7 @@ def _joint_lines(fit: Any) -> Iterator[str]:
             even = fit.break_even(student)
             said = interval(even.interval) if even.established else "not established"
             pair = " beats ".join(reversed(fit.curve.shared))
-            yield f"    {pair} above {short_scale(even.tokens) if even.tokens == even.tokens else '?'} tokens ({said})"
+            yield f"  student {short_scale(student)}: {pair} above {short_scale(even.tokens) if even.tokens == even.tokens else '?'} tokens ({said})"
     scatter = ", ".join(f"{name} {1e3 * sd:.1f}" for name, sd in fit.sds.items())
     yield f"  standard deviations, 1/1000: {scatter}"
     for name, found in fit.exponents().items():
@@ -159,33 +163,44 @@ def _of_sweep(source: str, name: str):  # type: ignore[no-untyped-def]
     return sweep_frame(open_store(source), name)
 
 
-def _write_fit(law, located, out: Path, metric: str | None) -> None:  # type: ignore[no-untyped-def]
+def _write_fit(law, located, joint, out: Path, metric: str | None) -> None:  # type: ignore[no-untyped-def]
     import pandas as pd
 
     from capacity_gap.records.tables import write_csv
+    from capacity_gap.report.joint_tables import plot_joint
     from capacity_gap.report.plots import plot_curves, plot_law, save_figure
+    from capacity_gap.store.files import write_json
 
     out.mkdir(parents=True, exist_ok=True)
     law.save(out / "law.json")
     write_csv(pd.DataFrame([o.to_dict() for o in law.optima]), out / "optima.csv")
     write_csv(located.residuals(), out / "residuals.csv", float_format="%.6g")
     drawn = {"curves": plot_curves(located, metric=metric), "law": plot_law(law)}
+    tables = [out / name for name in ("law.json", "optima.csv", "residuals.csv")]
+    if joint is not None:
+        drawn["joint"] = plot_joint(joint)
+        write_json(out / "joint.json", json.loads(joint.to_json()))
+        tables.append(out / "joint.json")
     figures = [path for name, figure in drawn.items() for path in save_figure(figure, out / name)]
-    tables = (out / "law.json", out / "optima.csv", out / "residuals.csv")
     print("\nwritten: " + ", ".join(str(p) for p in (*tables, *figures)))
 
 
 def run_recommend(given: argparse.Namespace) -> int:
     """Prints the ladder with what the fit says of each rung."""
-    from capacity_gap.models.ladders import family
+    from capacity_gap.models.checkpoints import is_checkpoint
+    from capacity_gap.models.folders import checkpoint_family
+    from capacity_gap.models.ladders import FAMILIES, family
     from capacity_gap.report.recommend import read_fit, recommend
     from capacity_gap.settings.scales import parse_scale, parse_tokens
 
-    ladder, student = family(given.family), parse_scale(given.student, key="--student")
+    own = [name for name in given.family.split(",") if name]
+    mine = given.family not in FAMILIES and (len(own) > 1 or is_checkpoint(given.family))
+    ladder = checkpoint_family(own, planning=True) if mine else family(given.family)
+    student = parse_scale(given.student, key="--student")
     tokens = parse_tokens(given.data, params=student, key="--data")
-    law, surface = read_fit(given.fit)
+    law, surface, joint = read_fit(given.fit)
     try:
-        told = recommend(ladder, student, tokens, law, surface).summary()
+        told = recommend(ladder, student, tokens, law, surface, joint).summary()
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         if given.fit is None or isinstance(error, UserError):
             raise

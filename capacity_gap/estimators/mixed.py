@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy import linalg, sparse, stats
 
-SHAPE = 1.25  # of the prior: 1 lets a component be zero, 2 holds it off
+SHAPE = 1.3  # of the prior: 1 lets a component be zero, 2 holds it off
 SCALE = 2.0  # of the prior, in standard deviations of what the fixed effects leave
 SMALLEST = 1e-3  # of the same: the least standard deviation that is tried
 LEAST_DF = 2.0

@@ -57,7 +57,8 @@ class JointCurve:
     powers: tuple[int, ...]  # of z besides the first
     coefficients: Coefficients
     z_span: tuple[float, float]  # of the cells
-    d_span: tuple[float, float]  # of their budgets, off the mean
+    n_span: tuple[float, float]  # of their students and budgets, off the means
+    d_span: tuple[float, float]
     rungs: Mapping[str, float]  # log size of each teacher that was tried
     effects: np.ndarray  # [R] of those rungs: what the curve does not fit
     spread: np.ndarray  # covariance of coefficients and effects [p + R, p + R]
@@ -184,6 +185,7 @@ class JointCurve:
             "sensitivity": c.sensitivity.tolist(),
             "certainty": c.certainty.tolist(),
             "z_span": list(self.z_span),
+            "n_span": list(self.n_span),
             "d_span": list(self.d_span),
             "rungs": dict(self.rungs),
             "effects": self.effects.tolist(),
@@ -204,6 +206,7 @@ class JointCurve:
             tuple(map(int, given["powers"])),
             Coefficients(*parts),
             _pair(given["z_span"]),
+            _pair(given["n_span"]),
             _pair(given["d_span"]),
             {str(k): float(v) for k, v in given["rungs"].items()},
             np.asarray(given["effects"], float),

@@ -157,6 +157,7 @@ class JointFit(Answers):
     inside: int
     axis: str
     joint: Joint
+    families: tuple[str, ...] = ()
 
     @property
     def sds(self) -> Mapping[str, float]:
@@ -182,7 +183,9 @@ class JointFit(Answers):
         return f"no optimum and no break-even budget is established. {self.missing}"
 
     def to_json(self) -> str:
-        """Status, components, tests, and the numbers at the mean student and budget."""
+        """Status, components, tests, the numbers at the mean student and budget, and the model, which `Answers` reads.
+        Null stands for an end that is open.
+        """
         ratio = self.ratio_at()
         found = {
             "status": self.status,
@@ -194,11 +197,23 @@ class JointFit(Answers):
             "sds": dict(self.sds),
             "students_inside": self.inside,
             "axis": self.axis,
+            "families": list(self.families),
             "exponents": {name: asdict(found) for name, found in self.exponents().items()},
         }
         if "d" in self.curve.terms:
             found["break_even"] = asdict(self.break_even(math.exp(self.curve.means[0])))
-        return json.dumps(found | {"model": self.curve.to_dict()}, indent=1, default=float)
+        return json.dumps(_finite(found | {"model": self.curve.to_dict()}), indent=1, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """The same for JSON, which has no infinities: null where an interval is open, or nothing was found."""
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    return value
 
 
 def _range(interval: tuple[float, float]) -> str:
@@ -243,7 +258,8 @@ def fit_joint(
     _check_sizes(cells)
     if len(np.unique(cells.groups["rung"])) < 2:
         raise ValueError("all cells have one teacher, or none larger than its student: nothing to compare.")
-    return _said(fit_cells(cells), axis)
+    families = tuple(sorted(frame["family"].dropna().astype(str).unique())) if "family" in frame else ()
+    return replace(_said(fit_cells(cells), axis), families=families)
 
 
 @threadpool_limits.wrap(limits=1)

@@ -17,7 +17,7 @@ import pandas as pd
 from capacity_gap import records
 from capacity_gap.cell.outdated import without_outdated
 from capacity_gap.evaluate.task_scores import as_loss
-from capacity_gap.fit import LawFit
+from capacity_gap.fit import JointFit, LawFit, fit_joint
 from capacity_gap.fit.frame import Curve, curves
 from capacity_gap.fit.law import law_from
 from capacity_gap.fit.optimum import Optimum, locate
@@ -85,6 +85,8 @@ class Content:
     panels: list[Panel]
     notes: list[str]
     problem: str | None
+    joint: JointFit | None
+    joint_problem: str
     histories: dict[str, pd.DataFrame]
     commands: list[str]
     names: list[str]
@@ -158,6 +160,7 @@ def gather(source: str, *, sweep: str | None = None, axis: str = "total", metric
         law = law_from(locate(found), axis=axis, notes=notes) if found else None
     except ValueError as error:
         problem = str(error)
+    joint, joint_problem = _joint(frame, axis, metric)
     optima: Sequence[Optimum | None] = law.optima if law and len(law.optima) == len(found) else [None] * len(found)
     labels = arm_labels([c.key for c in found])
     drawn = once(frame, metric or default_metric(frame))
@@ -173,10 +176,20 @@ def gather(source: str, *, sweep: str | None = None, axis: str = "total", metric
         panels=panels,
         notes=[*stale, *notes],
         problem=problem or (None if found else "No cell is done yet."),
+        joint=joint,
+        joint_problem=joint_problem,
         histories=histories(store.root, frame) if store else {},
         commands=[c for name, cells in known.items() for c in commands(name, cells.values())],
         names=list(known),
     )
+
+
+def _joint(frame: pd.DataFrame, axis: str, metric: str | None) -> tuple[JointFit | None, str]:
+    """The model of all cells, or why there is none."""
+    try:
+        return fit_joint(frame, axis=axis, metric=metric), ""
+    except ValueError as error:
+        return None, str(error)
 
 
 def _numeric(frame: pd.DataFrame, axis: str, metric: str | None) -> pd.DataFrame:

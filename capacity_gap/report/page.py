@@ -9,6 +9,7 @@ import pandas as pd
 
 from capacity_gap import __version__
 from capacity_gap.report.content import Content, causes, cell_name, constants, costs, gather, tasks
+from capacity_gap.report.joint_tables import best_table, even_table
 from capacity_gap.report.plots import LOSSES, VERDICTS
 from capacity_gap.settings.errors import UserError
 
@@ -66,6 +67,7 @@ def render(content: Content, *, title: str) -> str:
         status=content.law.status if content.law else "none",
         badge=VERDICTS.get(content.law.status, content.law.status) if content.law else "no fit",
         verdict=content.law.verdict() if content.law else content.problem,
+        joint=_joint(content),
         null_p=getattr(content.law, "null_p", None),
         summary=content.law.summary() if content.law else None,
         counts=_counts(content),
@@ -137,6 +139,17 @@ def _score(row: pd.Series, name: str) -> str:
     if value != value:
         return "–"
     return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None and error == error else "")
+
+
+def _joint(content: Content) -> dict[str, Any] | None:
+    """What the model of all cells says, for the page."""
+    if content.joint is None:
+        return None
+    found = content.joint
+    scatter = ", ".join(f"{name} {1e3 * sd:.1f}" for name, sd in found.sds.items())
+    tests = ", ".join(f"{name}: p = {p:.2g}" for name, p in found.tests().items())
+    tables = [table for table in (best_table(found), even_table(found)) if table[1]]
+    return {"status": found.status, "verdict": found.verdict(), "tables": tables, "sds": scatter, "tests": tests}
 
 
 def _costs(content: Content) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ gives both at once. Where there is neither, each curve's own bounds say which ru
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from capacity_gap.models.axes import config_with, dims
 from capacity_gap.models.ladders import Family, Shape
 from capacity_gap.pruning.common_shape import common_shape
 from capacity_gap.pruning.shape import TOLERANCE, choose_shape, sized, unfit
+from capacity_gap.report.advice import Ask, Recommendation, Rung, answer, between, other_family, scored, short
+from capacity_gap.report.joint_advice import by_joint
 from capacity_gap.settings.errors import ConfigError, UserError
 from capacity_gap.settings.places import RESULTS
 from capacity_gap.settings.scales import format_scale
 from capacity_gap.surfaces.surface import SurfaceFit
 from capacity_gap.surfaces.teacher import FLAT_NATS, best_teacher
 
-ADVICE = {"bounds": "No rung is recommended: nothing was established. Who must choose takes"}
 PUBLISHED_FIT = RESULTS / "pico" / "law.json"
 DRAWS = 4000  # where a law brings none of its own
 Z = 1.96
@@ -32,76 +33,8 @@ Z = 1.96
 Array = np.ndarray
 
 
-@dataclass(frozen=True)
-class Rung:
-    """One teacher that could be taken. `flops` are the student's training and the teacher's forward passes.
-
-    `probability` that it is the best of the ladder and `regret` (expected loss above the best, nats per token) are None
-    where the fit cannot say; `allowed` counts the curves whose bounds do not rule it out, where only those are known.
-    """
-
-    name: str
-    teacher_params: int
-    ratio: float
-    flops: float
-    probability: float | None = None
-    regret: float | None = None
-    allowed: int | None = None
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """What to take, and on what grounds: `basis` is `law`, `surface`, `bounds` or `nothing`."""
-
-    student_params: int
-    family: str
-    data_tokens: int
-    axis: str
-    basis: str
-    best: str | None
-    rungs: tuple[Rung, ...]
-    findings: tuple[str, ...]
-    warnings: tuple[str, ...]
-
-    def summary(self) -> str:
-        """The ladder as a table, then what is known and what is not."""
-        per = self.data_tokens / self.student_params
-        lines = [
-            f"Student of {format_scale(self.student_params)} parameters, family {self.family}, "
-            f"{format_scale(self.data_tokens)} tokens ({per:.3g} per parameter). Basis: {self.basis}",
-            f"{'rung':>8} {'teacher/student':>15} {'P(best)':>8} {'regret, nats':>12} {'allowed':>8} {'FLOPs':>9}",
-        ]
-        for r in self.rungs:
-            chance = "–" if r.probability is None else f"{r.probability:.0%}"
-            regret = "–" if r.regret is None else f"{r.regret:.4f}"
-            allowed = "–" if r.allowed is None else str(r.allowed)
-            row = f"{r.name:>8} {r.ratio:>15.2f} {chance:>8} {regret:>12} {allowed:>8} {r.flops:>9.2g}"
-            lines.append(row + (f"  {r.note}" if r.note else ""))
-        lines += [*self.findings, *(f"WARNING: {w}" for w in self.warnings)]
-        last = f"{ADVICE.get(self.basis, 'Take')} {self.best}." if self.best else "No rung is recommended."
-        return "\n".join([*lines, "", last])
-
-
-@dataclass(frozen=True)
-class _Ask:
-    """The question: rungs large enough, smallest first, as the fit's axis counts parameters."""
-
-    family: Family
-    student: int
-    tokens: int
-    axis: str
-    rungs: tuple[Rung, ...]
-    student_count: float  # on the axis
-
-    @property
-    def x(self) -> Array:
-        """log teacher scale of each rung."""
-        return np.log([r.ratio * self.student_count for r in self.rungs])
-
-
-def read_fit(file: Path | None) -> tuple[dict[str, Any] | None, SurfaceFit | None]:
-    """The law and the surface that a file offers; beside a law.json, a surface.json is read too.
+def read_fit(file: Path | None) -> tuple[dict[str, Any] | None, SurfaceFit | None, dict[str, Any] | None]:
+    """The law, the surface and the model of all cells that a file offers; beside a law.json the other two are read.
 
     Raises:
         UserError: there is no such file, or it holds neither.
@@ -118,20 +51,38 @@ def read_fit(file: Path | None) -> tuple[dict[str, Any] | None, SurfaceFit | Non
     try:
         given = json.loads(path.read_text())
         if "form" in given:
-            return None, SurfaceFit.from_json(path.read_text())
+            return None, SurfaceFit.from_json(path.read_text()), None
+        if "model" in given:
+            return None, None, _joint_of(given)
         law = {key: given[key] for key in ("status", "axis", "optima")} | given
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"--fit={path} is neither a law.json nor a surface.json of `python -m capacity_gap fit` ({error!r})."
+            f"--fit={path} is no law.json, joint.json or surface.json of `python -m capacity_gap fit` ({error!r})."
         ) from error
-    beside = path.with_name("surface.json")
-    return law, SurfaceFit.from_json(beside.read_text()) if beside.is_file() else None
+    surface, joint = (path.with_name(name) for name in ("surface.json", "joint.json"))
+    return (
+        law,
+        SurfaceFit.from_json(surface.read_text()) if surface.is_file() else None,
+        _joint_of(json.loads(joint.read_text())) if joint.is_file() else None,
+    )
+
+
+def _joint_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A joint.json with what is asked of it."""
+    asked = ("status", "verdict", "rests_on", "ratio", "axis", "families", "model")
+    return {key: given[key] for key in asked} | dict(given)
 
 
 def recommend(
-    family: Family, student_params: int, data_tokens: int, law: Mapping[str, Any] | None, surface: SurfaceFit | None
+    family: Family,
+    student_params: int,
+    data_tokens: int,
+    law: Mapping[str, Any] | None,
+    surface: SurfaceFit | None,
+    joint: Mapping[str, Any] | None = None,
 ) -> Recommendation:
-    """Ranks the rungs of a ladder for one student: by the law if there is one, else the surface, else the bounds.
+    """Ranks the rungs of a ladder for one student: by the model of all cells if it established an optimum or a
+    break-even budget, else the law, else the surface, else the bounds.
 
     Args:
         family: the ladder.
@@ -139,22 +90,26 @@ def recommend(
         data_tokens: distillation tokens.
         law: the content of a law.json.
         surface: an additive surface.
+        joint: the content of a joint.json.
     """
     if surface is not None and surface.form != "additive":
         raise UserError(
             f"recommend reads additive surfaces; this one is {surface.form}: use capacity_gap.surfaces.teacher."
         )
-    axis = str(law["axis"] if law is not None else surface.axis if surface is not None else "total")
+    axis = str(joint["axis"] if joint else law["axis"] if law else surface.axis if surface is not None else "total")
     ask = _question(family, student_params, data_tokens, axis)
+    if joint and (found := by_joint(ask, joint, _against(joint, law))):
+        return found
     if law is not None and law["status"] == "law":
         return _by_law(ask, law)
-    told = [_no_law(law)] if law is not None else []
+    told = [f"The model of all cells: {joint['verdict']}"] if joint else []
+    told += [_no_law(law)] if law is not None else []
     if surface is not None and surface.parameters:
         return _by_surface(ask, surface, told)
     return _by_bounds(ask, law["optima"] if law is not None else [], told)
 
 
-def _question(family: Family, student: int, tokens: int, axis: str) -> _Ask:
+def _question(family: Family, student: int, tokens: int, axis: str) -> Ask:
     able = {r: n for r, n in family.params.items() if n >= student * (1 - TOLERANCE)}
     if not able:
         raise ConfigError(
@@ -170,7 +125,7 @@ def _question(family: Family, student: int, tokens: int, axis: str) -> _Ask:
         flops = train_flops(shape, tokens) + forward_flops(teacher, tokens)
         note = "" if not shared or not unfit(shared, dims(teacher)) else "cannot hold the common student"
         rungs.append(Rung(name, able[name], size / count, flops, note=note))
-    return _Ask(family, student, tokens, axis, tuple(rungs), float(count))
+    return Ask(family, student, tokens, axis, tuple(rungs), float(count))
 
 
 def _student_shape(family: Family, student: int) -> tuple[Shape, Any]:
@@ -186,7 +141,7 @@ def _student_shape(family: Family, student: int) -> tuple[Shape, Any]:
     return config_with(config, sized(dims(config), shape)), shared
 
 
-def _by_law(ask: _Ask, law: Mapping[str, Any]) -> Recommendation:
+def _by_law(ask: Ask, law: Mapping[str, Any]) -> Recommendation:
     optima = [o for o in law["optima"] if o["status"] == "interior"]
     draws = law_draws(law)
     best = draws[:, 0] + draws[:, 1] * np.log(ask.student_count)
@@ -194,14 +149,14 @@ def _by_law(ask: _Ask, law: Mapping[str, Any]) -> Recommendation:
     away = ask.x[None, :] - best[:, None]
     known = bool(np.isfinite(left))
     excess = away**2 * (np.where(away < 0, left, right) if known else 1.0)
-    rungs, first = _scored(ask.rungs, excess, known=known)
+    rungs, first = scored(ask.rungs, excess, known=known)
     low, middle, high = np.exp(np.quantile(best, (0.025, 0.5, 0.975)))
     findings = [
-        f"The law puts the best teacher at {middle / ask.student_count:.2f} times the student: {_short(middle)} "
-        f"parameters ({ask.axis}; 95 % {_short(low)} to {_short(high)}).",
+        f"The law puts the best teacher at {middle / ask.student_count:.2f} times the student: {short(middle)} "
+        f"parameters ({ask.axis}; 95 % {short(low)} to {short(high)}).",
         _made_on(law["optima"]),
     ]
-    return _answer(ask, "law", first, rungs, findings, [*_extrapolation(ask, optima), *_beyond(ask, best)])
+    return answer(ask, "law", first, rungs, findings, [*_extrapolation(ask, optima), *_beyond(ask, best)])
 
 
 def law_draws(law: Mapping[str, Any], *, seed: int = 0) -> Array:
@@ -237,21 +192,7 @@ def bends(optima: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     return (right if np.isnan(left) else left), (left if np.isnan(right) else right)
 
 
-def _scored(rungs: Sequence[Rung], excess: Array, *, known: bool) -> tuple[tuple[Rung, ...], str]:
-    """Rungs with the share of draws [B, R] in which each has the least loss, and its mean loss above that.
-
-    Where the size of losses is not known (`known`), nearness in log scale still tells which is the best.
-    """
-    chance = np.bincount(excess.argmin(axis=1), minlength=len(rungs)) / len(excess)
-    regret = (excess - excess.min(axis=1, keepdims=True)).mean(axis=0)
-    made = tuple(
-        replace(r, probability=float(p), regret=float(g) if known else None)
-        for r, p, g in zip(rungs, chance, regret, strict=True)
-    )
-    return made, made[int(regret.argmin() if known else chance.argmax())].name
-
-
-def _by_surface(ask: _Ask, surface: SurfaceFit, told: list[str]) -> Recommendation:
+def _by_surface(ask: Ask, surface: SurfaceFit, told: list[str]) -> Recommendation:
     low, high = surface.span["ratio"]
     tested = [r for r in ask.rungs if low <= r.ratio <= high]
     never = [replace(r, note="; ".join(filter(None, (r.note, "ratio never tested")))) for r in ask.rungs]
@@ -260,17 +201,17 @@ def _by_surface(ask: _Ask, surface: SurfaceFit, told: list[str]) -> Recommendati
     findings = [*told, *_surface_findings(surface, choice.status, choice.ratio, choice.interval)]
     away = surface.outside(student_params=ask.student_count, data_tokens=float(ask.tokens), teacher_params=1.0)
     warnings = [f"this EXTRAPOLATES in {_known(surface, k)}" for k in away if k not in ("teacher_params", "ratio")]
-    warnings += _other_family(ask, surface.families)
+    warnings += other_family(ask, surface.families)
     if not tested:
-        return _answer(ask, "nothing", None, untested, findings, [*warnings, "no rung has a ratio that was tested"])
+        return answer(ask, "nothing", None, untested, findings, [*warnings, "no rung has a ratio that was tested"])
     if choice.status == "flat":
-        return _answer(ask, "surface", tested[0].name, (*tested, *untested), findings, warnings)
+        return answer(ask, "surface", tested[0].name, (*tested, *untested), findings, warnings)
     teachers = np.array([r.ratio * ask.student_count for r in tested])
     at = {"student_params": ask.student_count, "data_tokens": float(ask.tokens), "teacher_params": teachers}
     losses = surface.predict_draws(**at) if surface.draws else surface.predict(**at)[None]
-    rungs, first = _scored(tested, losses, known=True)
+    rungs, first = scored(tested, losses, known=True)
     ordered = tuple(sorted((*rungs, *untested), key=lambda r: r.ratio))
-    return _answer(ask, "surface", first, ordered, findings, warnings)
+    return answer(ask, "surface", first, ordered, findings, warnings)
 
 
 def _surface_findings(
@@ -284,24 +225,24 @@ def _surface_findings(
         "may be better yet, but none was tried.",
     }
     if ratio is not None:
-        ends = " to ".join("…" if v is None else _short(v) for v in interval)
+        ends = " to ".join("…" if v is None else short(v) for v in interval)
         said["interior"] = (
             f"The surface puts the best teacher at {ratio:.2f} times the student (95 % {ends} parameters)."
         )
-    spans = [f"{k} {_between(*ends)}" for k, ends in surface.span.items()]
+    spans = [f"{k} {between(*ends)}" for k, ends in surface.span.items()]
     return [said[status], f"The surface was fitted to {surface.runs} runs: {', '.join(spans)}."]
 
 
 def _known(surface: SurfaceFit, name: str) -> str:
-    return f"{name}, fitted on {_between(*surface.span[name])}: what is said supposes that the form holds there"
+    return f"{name}, fitted on {between(*surface.span[name])}: what is said supposes that the form holds there"
 
 
-def _by_bounds(ask: _Ask, optima: Sequence[Mapping[str, Any]], told: list[str]) -> Recommendation:
+def _by_bounds(ask: Ask, optima: Sequence[Mapping[str, Any]], told: list[str]) -> Recommendation:
     """The smallest of the rungs that most curves allow; curves that are flat or not unimodal rule nothing out."""
     bounding = [o for o in optima if o["status"] in ("interior", "left_edge", "right_edge")]
     if not bounding:
         findings = [*told, *([_made_on(optima)] if optima else []), "No curve bounds the best teacher on any side."]
-        return _answer(ask, "nothing", None, ask.rungs, findings, [])
+        return answer(ask, "nothing", None, ask.rungs, findings, [])
     rungs = [replace(r, allowed=sum(_allows(o, r.ratio) for o in bounding)) for r in ask.rungs]
     most = max(r.allowed or 0 for r in rungs)
     best = next(r for r in rungs if r.allowed == most)
@@ -313,12 +254,30 @@ def _by_bounds(ask: _Ask, optima: Sequence[Mapping[str, Any]], told: list[str]) 
         f"{best.name} is the smallest rung that the most curves ({most} of {len(bounding)}) allow. That is no law.",
     ]
     name = best.name if most else None
-    return _answer(ask, "bounds" if most else "nothing", name, rungs, findings, _extrapolation(ask, bounding))
+    return answer(ask, "bounds" if most else "nothing", name, rungs, findings, _extrapolation(ask, bounding))
 
 
 def _allows(optimum: Mapping[str, Any], ratio: float) -> bool:
     low, high = (None if v is None else v / optimum["student_params"] for v in optimum["interval"])
     return (low is None or ratio >= low) and (high is None or ratio <= high)
+
+
+def _against(joint: Mapping[str, Any], law: Mapping[str, Any] | None) -> list[str]:
+    """What the fit curve by curve says, where it is something else, and why."""
+    if law is None or joint["status"] == "break_even":
+        return []
+    if law["status"] != "law":
+        return [
+            f"Curve by curve there is no law (status {law['status']}). The model of all cells has more power: its "
+            "curves share curvature, and each teacher's own error is seen in all of them."
+        ]
+    (low, high), (least, most) = law["ratio_interval"], joint["ratio"]["interval"]
+    if low <= (np.inf if most is None else most) and (least or 0.0) <= high:
+        return []
+    return [
+        f"Curve by curve the ratio is {law['ratio']:.2g} ({low:.2g} to {high:.2g}), which disagrees: that interval "
+        "takes the shape of each curve for known. The model of all cells averages over shapes."
+    ]
 
 
 def _no_law(law: Mapping[str, Any]) -> str:
@@ -334,22 +293,22 @@ def _no_law(law: Mapping[str, Any]) -> str:
 def _made_on(optima: Sequence[Mapping[str, Any]]) -> str:
     """At what scale the fit was made."""
     students = [o["student_params"] for o in optima]
-    said = [f"students of {_between(min(students), max(students))} parameters"] if students else ["nothing"]
+    said = [f"students of {between(min(students), max(students))} parameters"] if students else ["nothing"]
     if tokens := [o["data_tokens"] for o in optima if o.get("data_tokens")]:
-        said.append(f"{_between(min(tokens), max(tokens))} tokens")
+        said.append(f"{between(min(tokens), max(tokens))} tokens")
     if families := sorted({o["family"] for o in optima if o.get("family")}):
         said.append(f"family {', '.join(families)}")
     return f"The fit was made on {', '.join(said)}."
 
 
-def _extrapolation(ask: _Ask, optima: Sequence[Mapping[str, Any]]) -> list[str]:
+def _extrapolation(ask: Ask, optima: Sequence[Mapping[str, Any]]) -> list[str]:
     """In which respects the question lies outside the fit."""
     found = []
     students = [o["student_params"] for o in optima]
     low, high = min(students), max(students)
     if not low * (1 - TOLERANCE) <= ask.student_count <= high * (1 + TOLERANCE):
         over = ask.student_count > high
-        times = f"{_short(ask.student_count / high)} times the largest" if over else "below the smallest"
+        times = f"{short(ask.student_count / high)} times the largest" if over else "below the smallest"
         found.append(f"this EXTRAPOLATES: the student is {times} in the fit; what is said supposes that it holds there")
     per = [o["data_tokens"] / o["student_params"] for o in optima if o.get("data_tokens")]
     asked = ask.tokens / ask.student_count
@@ -358,16 +317,10 @@ def _extrapolation(ask: _Ask, optima: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{asked:.3g} tokens per parameter lie outside the fit ({min(per):.3g} to {max(per):.3g}); the best "
             "teacher is known to move with the budget"
         )
-    return [*found, *_other_family(ask, sorted({o["family"] for o in optima if o.get("family")}))]
+    return [*found, *other_family(ask, sorted({o["family"] for o in optima if o.get("family")}))]
 
 
-def _other_family(ask: _Ask, families: Sequence[str]) -> list[str]:
-    if not families or ask.family.name in families:
-        return []
-    return [f"no run of the fit is of family {ask.family.name} (it saw {', '.join(families)})"]
-
-
-def _beyond(ask: _Ask, best: Array) -> list[str]:
+def _beyond(ask: Ask, best: Array) -> list[str]:
     """Whether the ladder ends before the law's best teacher."""
     above, below = float((best > ask.x[-1]).mean()), float((best < ask.x[0]).mean())
     found = [f"the best teacher lies above the ladder's last rung with probability {above:.0%}"] if above > 0.5 else []
@@ -375,20 +328,3 @@ def _beyond(ask: _Ask, best: Array) -> list[str]:
         *found,
         *([f"it lies below the ladder's first rung that fits with probability {below:.0%}"] if below > 0.5 else []),
     ]
-
-
-def _answer(
-    ask: _Ask, basis: str, best: str | None, rungs: Sequence[Rung], findings: Sequence[str], warnings: Sequence[str]
-) -> Recommendation:
-    asked = (ask.student, ask.family.name, ask.tokens, ask.axis)
-    return Recommendation(*asked, basis, best, tuple(rungs), tuple(findings), tuple(warnings))
-
-
-def _short(count: float) -> str:
-    """A scale to three digits."""
-    return format_scale(int(float(f"{count:.3g}"))) if count >= 1000 else f"{count:.3g}"
-
-
-def _between(low: float, high: float) -> str:
-    first, last = _short(low), _short(high)
-    return first if first == last else f"{first} to {last}"

@@ -1,0 +1,100 @@
+"""The study's main arm as one model of all cells (docs/joint.md), beside what its curves said one by one."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from benchmarks.study_arms import Arm
+from benchmarks.study_tables import markdown
+from capacity_gap.fit import JointFit, fit_joint
+from capacity_gap.fit.joint_forecast import forecast
+from capacity_gap.report.joint_tables import ratio
+from capacity_gap.settings.scales import format_scale, short_scale
+
+LARGEST = 1_200_000  # tokens of the budget that is foretold
+PAIR = (120_200, 899_712)  # teachers of the break-even budget: those of the contrasts between arms
+EVEN = 0.5
+
+
+def joint_of(arm: Arm) -> JointFit:
+    """The model of the cells of an arm, without those that are not pruned."""
+    return fit_joint(arm.frame, metric="student_loss")
+
+
+def _students(arm: Arm) -> list[tuple[float, str]]:
+    return sorted({(float(n), str(s)) for n, s in arm.frame[["student_params", "student"]].to_numpy()})
+
+
+def odds_of(arm: Arm) -> list[dict[str, Any]]:
+    """Each student and pair of teachers at the largest budget: foretold odds of the larger one, and what came."""
+    past = arm.frame[arm.frame["data_tokens"] < LARGEST]
+    last = past["data_tokens"].max()
+    told, rows = forecast(fit_joint(past, metric="student_loss")), []
+    for params, student in _students(arm):
+        mine = arm.frame[arm.frame["student"] == student].groupby(["data_tokens", "teacher"])["student_loss"].mean()
+        means = {n: mine[n] for n in (last, LARGEST)}
+        for (small, large), odds in told.order(params, LARGEST).items():
+            if all(name in found for name in (small, large) for found in means.values()):
+                before, came = (bool(found[large] < found[small]) for found in (means[last], means[LARGEST]))
+                rows.append({"odds": odds, "came": came, "before": before, "flattened": told.flattened})
+    return rows
+
+
+def odds_table(arm: Arm) -> str:
+    """How right the odds were, and how sure, beside `as at the last budget`."""
+    rows = odds_of(arm)
+    odds, came, before = (np.array([row[k] for row in rows], float) for k in ("odds", "came", "before"))
+    said = np.maximum(odds, 1 - odds)
+    right = (odds > EVEN) == came.astype(bool)
+    found = [
+        ["as at the last budget", f"{np.mean(before == came):.0%}", "100%", f"{np.mean((before - came) ** 2):.3f}"],
+        ["one model of all cells", f"{right.mean():.0%}", f"{said.mean():.0%}", f"{np.mean((odds - came) ** 2):.3f}"],
+    ]
+    for low, high in ((0.5, 0.7), (0.7, 0.8), (0.8, 1.0)):
+        part = (said > low) & (said <= high)
+        if part.any():
+            name = f"of these, odds of {low:.0%} to {high:.0%} ({part.sum()} pairs)"
+            found.append([name, f"{right[part].mean():.0%}", f"{said[part].mean():.0%}", ""])
+    return markdown([f"{len(rows)} pairs", "right", "said", "Brier score"], found)
+
+
+def standing_table(fit: JointFit, arm: Arm) -> str:
+    """What the curves one by one, or the surface, had said, and what the model of all cells says of it."""
+    tests, powers = fit.tests(), fit.exponents()
+    students = {name: params for params, name in _students(arm)}
+    curves = {(str(o.student), o.data_tokens): o for o in arm.law.optima}
+    rows = []
+    for student, tokens in (("55k", 300_000), ("40k", 600_000), ("55k", 600_000)):
+        was, params = curves[student, tokens], students[student]
+        best = fit.best_teacher(params, tokens)
+        ends = [math.nan if x is None else x for x in was.interval]
+        said = f"best ratio of {student} at {format_scale(tokens)}: " + (
+            ratio(was.teacher_params, ends, params) if was.teacher_params else was.status
+        )
+        now = ratio(best.params, best.interval, params)
+        rows.append([said, now, "the interval was too narrow: it took the shape of the curve for known"])
+    between = {name: f"{e.value:.2f} ({e.interval[0]:.2f} to {e.interval[1]:.2f})" for name, e in powers.items()}
+    between = {name: text.replace(" to inf", " up") for name, text in between.items()}
+    rows.append(
+        [
+            "the best teacher grows with tokens",
+            f"d = {between['d']}; d = 0 has p {tests['d = 0']:.1g}",
+            "stands",
+        ]
+    )
+    rows.append(
+        [
+            "ratio ∝ (tokens a parameter)^ν, ν = 0.81 (0.54 to 1.11)",
+            f"b = {between['b']}, so that the ratio hangs on tokens; b + d = 1 has p {tests['b + d = 1']:.1g}",
+            "falls: ν is an artefact of a form that holds b + d = 1",
+        ]
+    )
+    verdict = "stands" if fit.status in ("no_optimum", "break_even") else f"stands as `{fit.status}` only"
+    without = f"without {' or '.join(fit.rests_on)} there is no optimum" if fit.rests_on else "every rung may go"
+    rows.append(["no single ratio is established", f"status `{fit.status}`: {without}", verdict])
+    even = [fit.break_even(params, *PAIR) for params in students.values()]
+    held = sum(found.established for found in even)
+    found = f"120k and 900k break even at {short_scale(even[0].tokens)} (40k) to {short_scale(even[-1].tokens)} (110k)"
+    rows.append(["large teachers win at 1.2M, small ones at 300k", f"{found}; established for {held} of 4", "stands"])
+    return markdown(["said before", "one model of all cells", "so"], rows)

@@ -1,0 +1,121 @@
+"""A recommendation: the rungs of a ladder, what a fit says of each, on what grounds. Imports no torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from capacity_gap.models.ladders import Family
+from capacity_gap.settings.scales import format_scale
+
+ADVICE = {"bounds": "No rung is recommended: nothing was established. Who must choose takes"}
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One teacher that could be taken. `flops` are the student's training and the teacher's forward passes.
+
+    `probability` that it is the best of the ladder and `regret` (expected loss above the best, nats per token) are None
+    where the fit cannot say; `allowed` counts the curves whose bounds do not rule it out, where only those are known.
+    """
+
+    name: str
+    teacher_params: int
+    ratio: float
+    flops: float
+    probability: float | None = None
+    regret: float | None = None
+    allowed: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to take, and on what grounds: `basis` is `joint`, `law`, `surface`, `bounds` or `nothing`."""
+
+    student_params: int
+    family: str
+    data_tokens: int
+    axis: str
+    basis: str
+    best: str | None
+    rungs: tuple[Rung, ...]
+    findings: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def summary(self) -> str:
+        """The ladder as a table, then what is known and what is not."""
+        per = self.data_tokens / self.student_params
+        lines = [
+            f"Student of {format_scale(self.student_params)} parameters, family {self.family}, "
+            f"{format_scale(self.data_tokens)} tokens ({per:.3g} per parameter). Basis: {self.basis}",
+            f"{'rung':>8} {'teacher/student':>15} {'P(best)':>8} {'regret, nats':>12} {'allowed':>8} {'FLOPs':>9}",
+        ]
+        for r in self.rungs:
+            chance = "–" if r.probability is None else f"{r.probability:.0%}"
+            regret = "–" if r.regret is None else f"{r.regret:.4f}"
+            allowed = "–" if r.allowed is None else str(r.allowed)
+            row = f"{r.name:>8} {r.ratio:>15.2f} {chance:>8} {regret:>12} {allowed:>8} {r.flops:>9.2g}"
+            lines.append(row + (f"  {r.note}" if r.note else ""))
+        lines += [*self.findings, *(f"WARNING: {w}" for w in self.warnings)]
+        last = f"{ADVICE.get(self.basis, 'Take')} {self.best}." if self.best else "No rung is recommended."
+        return "\n".join([*lines, "", last])
+
+
+@dataclass(frozen=True)
+class Ask:
+    """The question: rungs large enough, smallest first, as the fit's axis counts parameters."""
+
+    family: Family
+    student: int
+    tokens: int
+    axis: str
+    rungs: tuple[Rung, ...]
+    student_count: float  # on the axis
+
+    @property
+    def x(self) -> Array:
+        """log teacher scale of each rung."""
+        return np.log([r.ratio * self.student_count for r in self.rungs])
+
+
+def scored(rungs: Sequence[Rung], excess: Array, *, known: bool) -> tuple[tuple[Rung, ...], str]:
+    """Rungs with the share of draws [B, R] in which each has the least loss, and its mean loss above that.
+
+    Where the size of losses is not known (`known`), nearness in log scale still tells which is the best.
+    """
+    chance = np.bincount(excess.argmin(axis=1), minlength=len(rungs)) / len(excess)
+    regret = (excess - excess.min(axis=1, keepdims=True)).mean(axis=0)
+    made = tuple(
+        replace(r, probability=float(p), regret=float(g) if known else None)
+        for r, p, g in zip(rungs, chance, regret, strict=True)
+    )
+    return made, made[int(regret.argmin() if known else chance.argmax())].name
+
+
+def other_family(ask: Ask, families: Sequence[str]) -> list[str]:
+    """A warning where no run of the fit is of the ladder that is asked about."""
+    if not families or ask.family.name in families:
+        return []
+    return [f"no run of the fit is of family {ask.family.name} (it saw {', '.join(families)})"]
+
+
+def answer(
+    ask: Ask, basis: str, best: str | None, rungs: Sequence[Rung], findings: Sequence[str], warnings: Sequence[str]
+) -> Recommendation:
+    """The question with what was found."""
+    asked = (ask.student, ask.family.name, ask.tokens, ask.axis)
+    return Recommendation(*asked, basis, best, tuple(rungs), tuple(findings), tuple(warnings))
+
+
+def short(count: float) -> str:
+    """A scale to three digits."""
+    return format_scale(int(float(f"{count:.3g}"))) if count >= 1000 else f"{count:.3g}"
+
+
+def between(low: float, high: float) -> str:
+    """Two scales as a range."""
+    first, last = short(low), short(high)
+    return first if first == last else f"{first} to {last}"

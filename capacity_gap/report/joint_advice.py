@@ -1,0 +1,115 @@
+"""What a joint.json says of the rungs of a ladder: an optimum, or a break-even budget alone. Imports no torch."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from capacity_gap.fit.joint_curve import JointCurve
+from capacity_gap.fit.joint_fit import Answers, BreakEven
+from capacity_gap.report.advice import Ask, Recommendation, Rung, answer, between, other_family, short
+
+FAR = math.log(10.0)  # beyond the sizes and budgets of a fit: what is said there is a guess
+GUESS = "GUESS: "
+
+
+def by_joint(ask: Ask, held: Mapping[str, Any], told: list[str]) -> Recommendation | None:
+    """The answer of the model of all cells, or None where it established nothing.
+
+    Each rung's probability of being best is given only with an optimum, and within a factor of ten of the sizes and
+    budgets that were fitted.
+
+    Args:
+        ask: the question.
+        held: the content of a joint.json.
+        told: what is to be said first.
+    """
+    answers = Answers(JointCurve.from_dict(held["model"]))
+    away, warnings = _outside(ask, answers.curve)
+    warnings += other_family(ask, held["families"])
+    guess = GUESS if away > FAR else ""
+    if held["status"] in ("law", "provisional"):
+        return _by_optimum(ask, answers, held, told, warnings, guess)
+    if held["status"] == "break_even":
+        return _by_break_even(ask, answers, told, warnings, guess)
+    return None
+
+
+def _outside(ask: Ask, curve: JointCurve) -> tuple[float, list[str]]:
+    """How far beyond the fit the question lies (log), and in what."""
+    n, d = math.log(ask.student_count) - curve.means[0], math.log(ask.tokens) - curve.means[1]
+    asked = {"student": (n, curve.n_span, curve.means[0], "parameters")}
+    if "d" in curve.terms:
+        asked["budget"] = (d, curve.d_span, curve.means[1], "tokens")
+    farthest, said = 0.0, []
+    for what, (x, (low, high), mean, unit) in asked.items():
+        far = max(low - x, x - high)
+        farthest = max(farthest, far)
+        if far > 0.03:
+            span = between(math.exp(low + mean), math.exp(high + mean))
+            said.append(
+                f"this EXTRAPOLATES: the {what} lies {short(math.exp(far))} times beyond the {span} {unit} of the fit"
+            )
+    return farthest, said
+
+
+def _by_optimum(
+    ask: Ask, answers: Answers, held: Mapping[str, Any], told: list[str], warnings: list[str], guess: str
+) -> Recommendation:
+    sizes = {r.name: r.ratio * ask.student_count for r in ask.rungs}
+    best = answers.best_teacher(ask.student_count, float(ask.tokens), rungs=sizes)
+    findings = [*told, f"{guess}The model of all cells ({held['status']}) puts the best teacher at {_size(best)}."]
+    if held["rests_on"]:
+        findings.append(f"That rests on the rung {' and '.join(held['rests_on'])}: without it there is no optimum.")
+    rungs, first = ask.rungs, min(best.regret, key=lambda name: best.regret[name])
+    if not guess:
+        known = best.probabilities
+        rungs = tuple(
+            replace(r, probability=known[r.name], regret=best.regret[r.name]) if r.name in known else r for r in rungs
+        )
+    return answer(ask, "joint", first, rungs, findings, warnings)
+
+
+def _size(best: Any) -> str:
+    """The best teacher's parameters with their set."""
+    if not math.isfinite(best.params):
+        return "no size inside what was tried"
+    low, high = (short(x) if 0 < x < math.inf else "open" for x in best.interval)
+    return f"{short(best.params)} parameters (95 % {low} to {high})"
+
+
+def _by_break_even(
+    ask: Ask, answers: Answers, told: list[str], warnings: list[str], guess: str
+) -> Recommendation | None:
+    """Which of two teachers, by the tokens that there are; all in tokens."""
+    curve = answers.curve
+    ends = [math.exp(curve.rungs[name]) for name in curve.shared]
+    pair = [_nearest(ask, size) for size in ends]
+    if pair[0].name == pair[1].name:
+        pair = [ask.rungs[0], ask.rungs[-1]]
+    small, large = (r.ratio * ask.student_count for r in pair)
+    if not small < large:
+        return None
+    even = answers.break_even(ask.student_count, small, large)
+    findings = [*told, f"{guess}{_said(even, pair)}", "Nothing was established of rungs between or beyond the two."]
+    if not even.established or guess:
+        return answer(ask, "joint", None, ask.rungs, findings, warnings)
+    low, high = even.interval
+    if low <= ask.tokens <= high:
+        findings.append(f"{short(ask.tokens)} tokens lie within that range: neither can be recommended over the other.")
+        return answer(ask, "joint", None, ask.rungs, findings, warnings)
+    chosen = pair[0] if ask.tokens < low else pair[1]
+    return answer(ask, "joint", chosen.name, ask.rungs, findings, warnings)
+
+
+def _nearest(ask: Ask, size: float) -> Rung:
+    return min(ask.rungs, key=lambda r: abs(math.log(r.ratio * ask.student_count / size)))
+
+
+def _said(even: BreakEven, pair: list[Rung]) -> str:
+    small, large = (r.name for r in pair)
+    if not math.isfinite(even.tokens):
+        return f"Between the budgets of the fit the order of {small} and {large} does not change."
+    low, high = (short(x) if 0 < x < math.inf else "open" for x in even.interval)
+    sure = f"95 % {low} to {high}" if even.established else "not established"
+    return f"Above {short(even.tokens)} tokens ({sure}) {large} is the better teacher, below it {small}."

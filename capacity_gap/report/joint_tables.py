@@ -1,0 +1,111 @@
+"""What the model of all cells says, as tables and a figure."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from capacity_gap.fit.joint_fit import JointFit
+from capacity_gap.report.plots import POINT
+from capacity_gap.settings.scales import short_scale
+
+Table = tuple[list[str], list[list[str]]]
+POINTS = 60  # of a line in the figure
+WIDEST = 4  # panels beside one another
+LOWEST, HIGHEST = 0.5, 64.0  # ratios that are drawn
+PAPER = 2.5
+
+
+def students_of(fit: JointFit) -> dict[str, float]:
+    """The students of a fit, smallest first, by name."""
+    sizes = np.exp(np.unique(np.round(fit.joint.cells.student, 6)))
+    return {short_scale(size): float(size) for size in sizes}
+
+
+def budgets_of(fit: JointFit) -> list[float | None]:
+    """Its budgets in tokens, smallest first; None alone where they are all alike."""
+    if "d" not in fit.curve.terms:
+        return [None]
+    return [float(x) for x in np.exp(np.unique(np.round(fit.joint.cells.data, 6)))]
+
+
+def ratio(params: float, interval: Sequence[float], student: float) -> str:
+    """A best teacher and its set as ratios to its student; ≥ and ≤ where the set is open."""
+    low, high = (x / student for x in interval)
+    if low > 0 and high < math.inf:
+        return f"{params / student:.1f} ({low:.1f} to {high:.1f})"
+    if high < math.inf:
+        return f"≤ {high:.1f}"
+    return f"≥ {low:.1f}" if low > 0 else "open"
+
+
+def best_table(fit: JointFit) -> Table:
+    """Best ratio with its set, and the likeliest rung, for each student and budget."""
+    budgets, rows = budgets_of(fit), []
+    for name, params in students_of(fit).items():
+        cells = []
+        for tokens in budgets:
+            best = fit.best_teacher(params, tokens)
+            likely = max(best.probabilities, key=lambda n: best.probabilities[n])
+            sure = f"{likely} {best.probabilities[likely]:.0%}"
+            cells.append(f"{ratio(best.params, best.interval, params)}; {sure}" if fit.curve.powers else sure)
+        rows.append([name, *cells])
+    return ["student", *(f"{short_scale(n)} tokens" if n else "best teacher / student" for n in budgets)], rows
+
+
+def even_table(fit: JointFit, pair: tuple[float, float] | None = None) -> Table:
+    """Tokens above which the larger of two teachers wins, for each student; no rows where all have one budget."""
+    rows = []
+    for name, params in students_of(fit).items() if "d" in fit.curve.terms else ():
+        found = fit.break_even(params, *(pair or (None, None)))
+        low, high = (short_scale(x) if 0 < x < math.inf else "open" for x in found.interval)
+        tokens = short_scale(found.tokens) if math.isfinite(found.tokens) else "–"
+        per = f"{found.tokens / params:.1f}" if math.isfinite(found.tokens) else "–"
+        rows.append([name, tokens, f"{low} to {high}", per, "yes" if found.established else "no"])
+    return ["student", "tokens", "95 % set", "tokens a parameter", "established"], rows
+
+
+def plot_joint(fit: JointFit) -> Figure:
+    """The best teacher over its student: against tokens, a panel a student, or against students where all budgets are
+    alike. Bands are 95 % sets, which may be open at an end; dotted: no optimum was established.
+    """
+    sizes, budgets = list(students_of(fit).items()), budgets_of(fit)
+    alone = budgets == [None]
+    shown = [("all students", sizes[0][1])] if alone else sizes
+    width = min(len(shown), WIDEST)
+    rows = math.ceil(len(shown) / width)
+    figure = Figure(figsize=(max(5.2, 2.9 * width), 3.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, width, squeeze=False, sharex=True, sharey=True).flatten()
+    ticks = [size for _, size in sizes] if alone else [float(x or 0) for x in budgets]
+    at = np.geomspace(ticks[0], ticks[-1], POINTS)
+    for axes, (name, size) in zip(panels, shown, strict=False):
+        found = [(x, fit.optimum(x)) if alone else (size, fit.optimum(size, x)) for x in at]
+        _panel(axes, at, found, ticks, sure=fit.status in ("law", "provisional"))
+        axes.set_title(name if alone else f"student {name}", fontsize=9)
+    for unused in panels[len(shown) :]:
+        unused.set_visible(False)
+    panels[0].annotate("2.5× (the paper)", (ticks[0], PAPER), fontsize=7, color="#666666", va="bottom")
+    figure.supxlabel("student parameters" if alone else "tokens of distillation", fontsize=9)
+    figure.supylabel("best teacher / student", fontsize=9)
+    figure.suptitle(f"one model of all {len(fit.joint.cells.y)} cells: {fit.status}", fontsize=9)
+    return figure
+
+
+def _panel(axes, at, found, ticks: Sequence[float], *, sure: bool) -> None:  # type: ignore[no-untyped-def]
+    axes.set_xscale("log")
+    axes.set_yscale("log", base=2)
+    values = np.array([best.value / size for size, best in found])
+    low, high = (np.array([best.interval[i] / size for size, best in found]) for i in (0, 1))
+    axes.plot(at, values, color=POINT, lw=1.5, ls="-" if sure else ":")
+    axes.fill_between(at, np.maximum(low, LOWEST / 9), np.minimum(high, 9 * HIGHEST), color=POINT, alpha=0.15, lw=0)
+    axes.axhline(PAPER, color="#999999", lw=0.8, ls="--")
+    axes.set_ylim(LOWEST, HIGHEST)
+    axes.set_xticks(ticks)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: short_scale(count)))
+    axes.yaxis.set_major_locator(LogLocator(base=2))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda r, _: f"{r:g}×"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(labelsize=7)
+    axes.grid(alpha=0.25, lw=0.5)

@@ -1,0 +1,125 @@
+"""Recommendations by the model of all cells: an optimum, a break-even budget alone, guesses, own checkpoints."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from benchmarks.joint_coverage import QUIET
+from capacity_gap.commands import cli
+from capacity_gap.fit import fit_joint
+from capacity_gap.models.ladders import family
+from capacity_gap.report.joint_tables import best_table, even_table, plot_joint, ratio
+from capacity_gap.report.recommend import read_fit, recommend
+from tests.small_models import small_model
+from tests.test_joint import NAMED, study_one, table
+from tests.test_recommend import a_law
+
+PICO = family("pico")
+
+
+def held(fit):
+    return json.loads(fit.to_json())
+
+
+@pytest.fixture(scope="module")
+def one():
+    return held(fit_joint(study_one()))
+
+
+@pytest.fixture(scope="module")
+def two():
+    frame = study_one()
+    return held(fit_joint(frame[frame["teacher"].isin(["120k", "900k"])]))
+
+
+def test_an_optimum_gives_each_rung_its_probability_and_says_what_it_rests_on(one):
+    found = recommend(PICO, 55_000, 300_000, None, None, one)
+    rungs = {r.name: r for r in found.rungs}
+    assert (found.basis, found.best) == ("joint", "80k")
+    assert sum(r.probability or 0 for r in found.rungs) == pytest.approx(1)
+    assert rungs["80k"].probability > 0.5 and rungs["900k"].regret > rungs["80k"].regret
+    assert rungs["55k"].probability is None, "a student as large as its teacher is not pruned"
+    said = found.summary()
+    assert "The model of all cells (provisional) puts the best teacher at 10" in said
+    assert "rests on the rung 55k: without it there is no optimum" in said and "EXTRAPOLATES" not in said
+    assert recommend(PICO, 55_000, 1_200_000, None, None, one).best == "900k", "the best teacher grows with tokens"
+
+
+@pytest.mark.parametrize(("tokens", "best"), [(200_000, "120k"), (600_000, None), (1_200_000, "900k")])
+def test_a_break_even_budget_alone_decides_by_tokens(two, tokens, best):
+    found = recommend(PICO, 80_000, tokens, None, None, two)
+    assert (found.basis, found.best) == ("joint", best)
+    assert all(r.probability is None for r in found.rungs)
+    said = found.summary()
+    assert "900k is the better teacher, below it 120k" in said
+    assert ("neither can be recommended" in said) == (best is None)
+
+
+def test_what_lies_far_beyond_a_fit_is_called_a_guess_before_its_number(one, two):
+    near = recommend(PICO, 150_000, 1_000_000, None, None, one).summary()
+    assert "EXTRAPOLATES: the student lies 1.37 times beyond the 39.9k to 110k parameters" in near and "GUESS" not in near
+    for fit in (one, two):
+        far = recommend(family("qwen2_5"), 1_000_000_000, 20_000_000_000, None, None, fit)
+        assert all(r.probability is None for r in far.rungs)
+        (line,) = (text for text in far.findings if "GUESS" in text)
+        assert line.startswith("GUESS: ")
+
+
+def test_fits_that_disagree_say_why(one):
+    none = a_law(status="no_optimum")
+    assert "Curve by curve there is no law" in recommend(PICO, 55_000, 300_000, none, None, one).summary()
+    narrow = a_law(ratio=30.0, ratio_interval=[28.0, 32.0])
+    clear = held(fit_joint(table("cubic +0.000, little noise")))
+    assert (
+        "which disagrees: that interval takes the shape"
+        in recommend(PICO, 60_000, 300_000, narrow, None, clear).summary()
+    )
+    same = recommend(PICO, 60_000, 300_000, a_law(), None, clear)
+    assert same.basis == "joint" and "disagrees" not in same.summary()
+
+
+def test_nothing_established_falls_back_to_the_law():
+    flat = held(fit_joint(table("flat")))
+    found = recommend(PICO, 100_000, 1_000_000, a_law(), None, flat)
+    assert found.basis == "law"
+    bounds = recommend(PICO, 100_000, 1_000_000, a_law(status="no_optimum"), None, flat)
+    assert "The model of all cells: no optimum and no break-even budget is established" in bounds.summary()
+
+
+def test_the_command_reads_joint_json_and_a_ladder_of_ones_own(tmp_path, capsys, one):
+    (tmp_path / "joint.json").write_text(json.dumps(one))
+    (tmp_path / "law.json").write_text(json.dumps(a_law(status="no_optimum")))
+    law, surface, joint = read_fit(tmp_path / "law.json")
+    assert (law["status"], surface, joint["status"]) == ("no_optimum", None, "provisional")
+    for name, hidden in (("small", 12), ("large", 24)):
+        small_model("llama", hidden_size=hidden, vocab_size=500).save_pretrained(tmp_path / name)
+    ladder = f"{tmp_path / 'small'},{tmp_path / 'large'}"
+    words = ["recommend", "--student", "5324", "--family", ladder, "--data", "300k"]
+    assert cli.main([*words, "--fit", str(tmp_path / "joint.json")]) == 0
+    said = capsys.readouterr().out
+    assert "small" in said and "large" in said and "EXTRAPOLATES: the student lies" in said
+    (tmp_path / "joint.json").write_text(json.dumps({"model": {}}))
+    assert cli.main([*words, "--fit", str(tmp_path / "joint.json")]) == 2
+    assert "is no law.json, joint.json or surface.json" in capsys.readouterr().err
+
+
+def test_tables_and_the_figure_say_the_same():
+    fit = fit_joint(study_one())
+    head, rows = best_table(fit)
+    assert head == ["student", "150k tokens", "300k tokens", "600k tokens", "1.2m tokens"]
+    assert [row[0] for row in rows] == ["40k", "55k", "80k", "110k"]
+    best = fit.best_teacher(55e3, 3e5)
+    assert rows[1][2].startswith(f"{best.params / 55e3:.1f} (") and rows[1][4].startswith("≥ ")
+    assert [row[-1] for row in even_table(fit)[1]].count("yes") >= 3
+    figure = plot_joint(fit)
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title() for axes in panels] == ["student 40k", "student 55k", "student 80k", "student 110k"]
+    x, y = panels[1].lines[0].get_data()
+    at = int(np.argmin(np.abs(np.log(x) - math.log(6e5))))
+    assert y[at] == pytest.approx(fit.optimum(float(x[at]) * 0 + 55e3, float(x[at])).value / 55e3, rel=0.02)
+    alone = fit_joint(replace(NAMED["study one: 8 rungs, 3 seeds"], noise=QUIET).table(np.random.default_rng(1)))
+    assert even_table(alone)[1] == [] and len(plot_joint(alone).axes) == 1
+    assert [ratio(3.0, ends, 1.0) for ends in ((0, 2), (2, math.inf), (0, math.inf))] == ["≤ 2.0", "≥ 2.0", "open"]
