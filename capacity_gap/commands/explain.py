@@ -74,7 +74,8 @@ def leave_output() -> None:
 def paragraph(error: BaseException) -> str | None:
     """What a user did wrong, in one paragraph; None for an error of ours, whose traceback is wanted."""
     if isinstance(error, UserError):
-        return str(error)
+        # A name that was given may hold what a terminal would act on.
+        return "".join(sign if sign.isprintable() or sign == "\n" else ascii(sign)[1:-1] for sign in str(error))
     if isinstance(error, OSError) and error.filename is not None:
         return f"{shown(error.filename)}: {error.strerror}."
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of the output itself

@@ -138,7 +138,8 @@ def _joint_lines(fit: Any) -> Iterator[str]:
             even = fit.break_even(student)
             said = interval(even.interval) if even.established else "not established"
             pair = " beats ".join(reversed(fit.curve.shared))
-            yield f"  student {short_scale(student)}: {pair} above {short_scale(even.tokens) if even.tokens == even.tokens else '?'} tokens ({said})"
+            tokens = short_scale(even.tokens) if even.tokens == even.tokens else "?"
+            yield f"  student {short_scale(student)}: {pair} above {tokens} tokens ({said})"
     scatter = ", ".join(f"{name} {1e3 * sd:.1f}" for name, sd in fit.sds.items())
     yield f"  standard deviations, 1/1000: {scatter}"
     for name, found in fit.exponents().items():
@@ -194,7 +195,7 @@ def run_recommend(given: argparse.Namespace) -> int:
     from capacity_gap.settings.scales import parse_scale, parse_tokens
 
     own = [name for name in given.family.split(",") if name]
-    mine = given.family not in FAMILIES and (len(own) > 1 or is_checkpoint(given.family))
+    mine = bool(own) and given.family not in FAMILIES and (len(own) > 1 or is_checkpoint(given.family))
     ladder = checkpoint_family(own, planning=True) if mine else family(given.family)
     student = parse_scale(given.student, key="--student")
     tokens = parse_tokens(given.data, params=student, key="--data")

@@ -71,7 +71,8 @@ def cells_of(frame: pd.DataFrame, *, axis: str = "total", metric: str = "loss", 
     keep = np.isfinite(student + teacher + quality + frame[metric].to_numpy(float))
     keep &= unpruned | (teacher > student + SAME)
     frame, student, teacher, quality = frame[keep], student[keep], teacher[keep], quality[keep]
-    data = np.log(frame["data_tokens"].to_numpy(float)) if "data_tokens" in frame else np.zeros(len(frame))
+    tokens = frame["data_tokens"].to_numpy(float) if "data_tokens" in frame else np.zeros(len(frame))
+    data = np.log(tokens) if (tokens > 0).all() else np.zeros(len(frame))  # pruning alone has none
     data = np.zeros(len(frame)) if np.ptp(data) < SAME else data
     seed, of_teacher = (
         frame[c].astype(str).to_numpy() if c in frame else np.full(len(frame), "") for c in ("seed", "teacher_seed")

@@ -41,9 +41,8 @@ def read_fit(file: Path | None) -> tuple[dict[str, Any] | None, SurfaceFit | Non
     """
     path = file or PUBLISHED_FIT
     if not path.is_file():
-        what = (
-            f"--fit={path} does not exist" if file else f"the published fit, {path.name} of results/pico, is not here"
-        )
+        what = f"--fit={path} does not exist"
+        what = what if file else f"the published fit, {path.name} of results/pico, is not here"
         raise UserError(
             f"{what}. Make one: `python -m capacity_gap fit STORE --surface --out DIR`, then "
             "`recommend … --fit DIR/law.json`."
