@@ -66,7 +66,8 @@ def test_what_lies_far_beyond_a_fit_is_called_a_guess_before_its_number(one, two
         far = recommend(family("qwen2_5"), 1_000_000_000, 20_000_000_000, None, None, fit)
         assert all(r.probability is None for r in far.rungs)
         (line,) = (text for text in far.findings if "GUESS" in text)
-        assert line.startswith("GUESS: ")
+        assert line.startswith("GUESS: ") and far.best is None
+        assert "Two teachers at two budgets near your own scale" in far.summary()
 
 
 def test_fits_that_disagree_say_why(one):

@@ -11,6 +11,10 @@ from capacity_gap.report.advice import Ask, Recommendation, Rung, answer, betwee
 
 FAR = math.log(10.0)  # beyond the sizes and budgets of a fit: what is said there is a guess
 GUESS = "GUESS: "
+NEARER = (
+    "Nothing is recommended so far from the fit. Two teachers at two budgets near your own scale say more: `fit` then "
+    "says at how many tokens the larger one begins to win."
+)
 
 
 def by_joint(ask: Ask, held: Mapping[str, Any], told: list[str]) -> Recommendation | None:
@@ -61,12 +65,12 @@ def _by_optimum(
     findings = [*told, f"{guess}The model of all cells ({held['status']}) puts the best teacher at {_size(best)}."]
     if held["rests_on"]:
         findings.append(f"That rests on the rung {' and '.join(held['rests_on'])}: without it there is no optimum.")
-    rungs, first = ask.rungs, min(best.regret, key=lambda name: best.regret[name])
-    if not guess:
-        known = best.probabilities
-        rungs = tuple(
-            replace(r, probability=known[r.name], regret=best.regret[r.name]) if r.name in known else r for r in rungs
-        )
+    if guess:
+        return answer(ask, "joint", None, ask.rungs, [*findings, NEARER], warnings)
+    known, first = best.probabilities, min(best.regret, key=lambda name: best.regret[name])
+    rungs = [
+        replace(r, probability=known[r.name], regret=best.regret[r.name]) if r.name in known else r for r in ask.rungs
+    ]
     return answer(ask, "joint", first, rungs, findings, warnings)
 
 
@@ -92,7 +96,9 @@ def _by_break_even(
         return None
     even = answers.break_even(ask.student_count, small, large)
     findings = [*told, f"{guess}{_said(even, pair)}", "Nothing was established of rungs between or beyond the two."]
-    if not even.established or guess:
+    if guess:
+        return answer(ask, "joint", None, ask.rungs, [*findings, NEARER], warnings)
+    if not even.established:
         return answer(ask, "joint", None, ask.rungs, findings, warnings)
     low, high = even.interval
     if low <= ask.tokens <= high:
