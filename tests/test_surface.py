@@ -14,6 +14,7 @@ from capacity_gap.fit import (
     distil_or_direct_at_compute,
     fit_surface,
     published,
+    select_surface,
     teachers_of,
 )
 from capacity_gap.settings.errors import ConfigError
@@ -324,3 +325,29 @@ def test_runs_of_several_kinds_are_noticed():
     assert mixed(frame.assign(init="pruned")) == ""
     both = pd.concat([frame.assign(init="pruned"), frame.assign(init="random")])
     assert mixed(both) == "init (pruned, random)"
+
+
+def of_text(**noise):
+    """Runs of the published law of text alone, whose form `chinchilla` cannot follow."""
+    n, d = (x.ravel() for x in np.meshgrid(np.geomspace(1e8, 1e10, 6), np.geomspace(1e9, 5e11, 7)))
+    frame = pd.DataFrame({"student_params": n, "data_tokens": d})
+    loss = published("supervised").predict(student_params=n, data_tokens=d)
+    return frame.assign(loss=loss * (1 + noise.get("sd", 0.0) * np.random.default_rng(0).standard_normal(len(n))))
+
+
+def test_the_form_that_foretells_the_dearest_runs_is_chosen():
+    found = select_surface(of_text(sd=0.001), bootstraps=0)
+    by_form = {t.form: t for t in found.trials}
+    assert found.surface.form == "supervised" and found.foretold == 4
+    assert by_form["supervised"].error < 0.003 < by_form["chinchilla"].error
+    assert by_form["supervised"].r2 > 0.9
+    assert found.surface.runs == 42, "the chosen form is fitted to all runs"
+
+
+def test_forms_that_cannot_be_compared_are_refused():
+    with pytest.raises(ConfigError, match="take different inputs"):
+        select_surface(of_text(), ("chinchilla", "additive"))
+    with pytest.raises(ConfigError, match="too few to foretell"):
+        select_surface(of_text().head(8))
+    with pytest.raises(ConfigError, match="form='cubic' is not"):
+        select_surface(of_text(), ("cubic",))

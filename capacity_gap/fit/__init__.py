@@ -7,6 +7,7 @@ from capacity_gap.fit.law_fit import LawFit
 from capacity_gap.fit.optimum import Optimum, locate_optima
 from capacity_gap.surfaces.fitting import fit_surface
 from capacity_gap.surfaces.runs import teachers_of
+from capacity_gap.surfaces.selection import Selection, select_surface
 from capacity_gap.surfaces.surface import SurfaceFit, published
 from capacity_gap.surfaces.teacher import (
     Teachers,
@@ -24,6 +25,7 @@ __all__ = [
     "JointFit",
     "LawFit",
     "Optimum",
+    "Selection",
     "SurfaceFit",
     "Teachers",
     "best_teacher",
@@ -35,6 +37,7 @@ __all__ = [
     "fit_surface",
     "locate_optima",
     "published",
+    "select_surface",
     "student_growth",
     "teachers_of",
 ]

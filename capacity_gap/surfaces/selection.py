@@ -1,0 +1,92 @@
+"""Which form of a loss surface to trust beyond the data: the one that foretells the dearest runs from the others."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from capacity_gap.settings.errors import ConfigError, choose
+from capacity_gap.surfaces.fitting import fit_surface
+from capacity_gap.surfaces.forms import FORMS
+from capacity_gap.surfaces.runs import read_runs
+from capacity_gap.surfaces.surface import SurfaceFit
+
+SHARE = 0.1  # of the runs, the dearest, that are foretold
+LEAST = 3  # of them
+OF_TEXT = ("chinchilla", "supervised")  # forms of student and tokens alone
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How a form foretold the dearest runs: mean and largest |L̂/L − 1|, and R² of the loss over those runs."""
+
+    form: str
+    error: float
+    largest: float
+    r2: float
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The form that foretold best, fitted to all runs, and how each did. `foretold` runs, dearer than all others."""
+
+    surface: SurfaceFit
+    trials: tuple[Trial, ...]
+    foretold: int
+
+
+def select_surface(
+    frame: pd.DataFrame,
+    forms: Sequence[str] = OF_TEXT,
+    *,
+    metric: str | None = None,
+    axis: str = "total",
+    share: float = SHARE,
+    bootstraps: int = 1000,
+    seed: int = 0,
+) -> Selection:
+    """Fits each form to the cheaper runs and asks it for the dearest ones; the one nearest to these is fitted to all.
+
+    A run costs 6·N·D, N its student's parameters. Interpolation says little about forms: all fit it.
+
+    Args:
+        frame: one row a run, as `fit_surface` reads it.
+        forms: of one kind of input; by default those of student and tokens alone.
+        metric: the loss column, by default `loss`, or `student_loss` of our records.
+        axis: count `total` parameters or `non_embedding` ones.
+        share: of the runs, the dearest, to be foretold.
+        bootstraps: of the final fit.
+        seed: of starts and draws.
+
+    Raises:
+        ConfigError: a form is unknown, forms take different inputs, or there are too few runs.
+    """
+    for form in forms:
+        choose("form", form, FORMS)
+    if len({FORMS[form].inputs for form in forms}) > 1:
+        raise ConfigError(f"forms={list(forms)} take different inputs; what they foretell cannot be compared.")
+    runs = read_runs(frame, FORMS[forms[0]].inputs, metric=metric, axis=axis, cluster=None)
+    cost = 6 * runs.inputs["student_params"] * runs.inputs["data_tokens"]
+    held = max(LEAST, round(share * len(cost)))
+    if len(cost) < 3 * held:
+        raise ConfigError(f"{len(cost)} runs are too few to foretell the dearest {held} of them. Give 9 or more.")
+    table = pd.DataFrame({**runs.inputs, "loss": runs.loss})
+    order = np.argsort(cost, kind="stable")
+    near, far = table.iloc[order[:-held]], table.iloc[order[-held:]]
+    trials = []
+    for form in forms:
+        fit = fit_surface(near, form, bootstraps=0, permutations=0, seed=seed)
+        trials.append(Trial(form, *foretold(fit, far)))
+    best = min(trials, key=lambda t: t.error)
+    surface = fit_surface(frame, best.form, metric=metric, axis=axis, bootstraps=bootstraps, seed=seed)
+    return Selection(surface, tuple(trials), held)
+
+
+def foretold(fit: SurfaceFit, runs: pd.DataFrame) -> tuple[float, float, float]:
+    """Mean and largest relative error, and R², of a surface at other runs (columns of its inputs, and `loss`)."""
+    seen = runs["loss"].to_numpy(float)
+    given = fit.predict(**{name: runs[name].to_numpy(float) for name in FORMS[fit.form].inputs})
+    away = np.abs(given / seen - 1)
+    r2 = 1 - float(((given - seen) ** 2).sum() / ((seen - seen.mean()) ** 2).sum())
+    return float(away.mean()), float(away.max()), r2
