@@ -1,7 +1,9 @@
 """Tables as spreadsheets save them: read with the right values, or refused by column, line and value."""
 
+import contextlib
 import csv
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -17,6 +19,7 @@ from capacity_gap.records import tables
 from capacity_gap.report.frontier import record_points
 from capacity_gap.settings.errors import ConfigError, UserError
 from capacity_gap.surfaces.fitting import fit_surface
+from tests.test_fit import grid, valley
 
 SCORED = {"model": "m", "params": 1000, "dtype": "fp32", "batch_size": 8, "lm_eval": "0.4.9", "task": "t", "shots": 0}
 SCORED |= {"metric": "acc", "value": 0.5, "stderr": 0.01, "higher_is_better": "True", "samples": 100}
@@ -261,3 +264,42 @@ def test_text_that_begins_a_formula_is_written_as_text(tmp_path):
     assert [line.rpartition(",")[0].strip('"') for line in lines] == [*(f"'{n}" for n in names[:5]), *names[5:]]
     assert all(line.endswith(",-1.5") for line in lines), "numbers stay numbers"
     assert [tables.as_given(str(tables.no_formula(n))) for n in names] == names
+
+
+THEIRS = {"student_params": "config.n_student", "teacher_params": "config.n_teacher", "loss": "val/loss"}
+
+
+def foreign(folder, **more):
+    """A table as someone else's tracker exports it."""
+    frame = grid(valley, noise=0.002)[["student_params", "teacher_params", "loss", "seed"]]
+    file = folder / "theirs.csv"
+    frame.rename(columns=THEIRS).assign(**more).to_csv(file, index=False)
+    return file
+
+
+def test_a_table_from_elsewhere_is_fitted_and_reported_by_its_own_names(tmp_path, capsys):
+    file = foreign(tmp_path)
+    pairs = ",".join(f"{ours}={theirs}" for ours, theirs in THEIRS.items())
+    assert cli.main(["fit", str(file), "--columns", pairs]) == 0
+    mine = capsys.readouterr().out
+    grid(valley, noise=0.002).to_csv(tmp_path / "ours.csv", index=False)
+    assert cli.main(["fit", str(tmp_path / "ours.csv")]) == 0
+    assert capsys.readouterr().out.splitlines()[:3] == mine.splitlines()[:3]
+    assert cli.main(["report", str(file), "--columns", pairs, "--out", str(tmp_path / "page.html")]) == 0
+    assert "One model of all cells" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "more", "said"),
+    [
+        ("student_params=config.n_studnet", {}, r"no column config.n_studnet \(nearest: config.n_student"),
+        ("student_params=config.n_student", {"student_params": 1.0}, "has a column student_params already"),
+        ("student_params=config.n_student", {"config.n_student": "many"}, "'many' is no number"),
+        ("student_params", {}, "cannot be read; write OURS=THEIRS"),
+        ("a=b,a=c", {}, "cannot be read; write OURS=THEIRS"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused(tmp_path, capsys, given, more, said):
+    with contextlib.suppress(SystemExit):
+        assert cli.main(["fit", str(foreign(tmp_path, **more)), "--columns", given]) == 2
+    assert re.search(said, capsys.readouterr().err)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.commands.options import out_folder
+from capacity_gap.commands.options import COLUMNS, columns, out_folder
 from capacity_gap.settings.errors import UserError, shown
 
 
@@ -22,6 +22,7 @@ def _add_fit(commands: Any) -> None:
     fit.add_argument("source", help="a store, a folder of CSV files, a .csv or a .parquet file")
     fit.add_argument("--axis", choices=("total", "non_embedding"), default="total", help="which parameters are counted")
     fit.add_argument("--metric", help="column to fit (default: student_loss, or loss in foreign tables)")
+    fit.add_argument("--columns", type=columns, default={}, metavar="OURS=THEIRS,...", help=COLUMNS)
     fit.add_argument("--by", help="columns that part curves, such as family,data_tokens (default: every setting)")
     fit.add_argument(
         "--method",
@@ -64,10 +65,10 @@ def run_fit(given: argparse.Namespace) -> int:
     from capacity_gap.fit.frame import curves
     from capacity_gap.fit.law import law_from
     from capacity_gap.fit.optimum import locate
-    from capacity_gap.records.columns import BY
+    from capacity_gap.records.columns import BY, renamed
 
     frame = _of_sweep(given.source, given.sweep) if given.sweep else records.load(given.source)
-    frame, stale = without_outdated(frame, given.source)
+    frame, stale = without_outdated(renamed(frame, given.columns), given.source)
     by = [c for c in given.by.split(",") if c] if given.by is not None else BY
     frame, metric = as_loss(frame, given.metric)
     try:

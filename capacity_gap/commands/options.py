@@ -54,6 +54,22 @@ def amount(given: str) -> float:
     return value
 
 
+COLUMNS = "names of a table from elsewhere: student_params=n_student,teacher_params=n_teacher,loss=val_loss,..."
+
+
+def columns(given: str) -> dict[str, str]:
+    """Pairs `OURS=THEIRS`, with commas between."""
+    found: dict[str, str] = {}
+    for pair in given.split(","):
+        ours, sign, theirs = (part.strip() for part in pair.partition("="))
+        if not (ours and sign and theirs) or ours in found:
+            raise argparse.ArgumentTypeError(
+                f"{shown(given)} cannot be read; write OURS=THEIRS,OURS=THEIRS, such as student_params=n_student"
+            )
+        found[ours] = theirs
+    return found
+
+
 def _out(given: str, is_kind: Callable[[Path], bool], said: str) -> Path:
     """A place of one kind that is there or can be made."""
     path = _path(given)

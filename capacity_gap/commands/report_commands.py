@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.commands.options import out_file
+from capacity_gap.commands.options import COLUMNS, columns, out_file
 
 
 def add(commands: Any) -> None:
@@ -22,6 +22,7 @@ def _add_report(commands: Any) -> None:
     report.add_argument("--sweep", metavar="NAME", help="of a store: only this sweep (`store ls` names them)")
     report.add_argument("--axis", choices=("total", "non_embedding"), default="total", help="which parameters count")
     report.add_argument("--metric", help="column to minimise (default: student_loss, or loss in foreign tables)")
+    report.add_argument("--columns", type=columns, default={}, metavar="OURS=THEIRS,...", help=COLUMNS)
     report.set_defaults(run=run_report)
 
 
@@ -47,7 +48,8 @@ def run_report(given: argparse.Namespace) -> int:
     """Writes the report and says what it says."""
     from capacity_gap.report.page import write_report
 
-    content = write_report(given.source, given.out, sweep=given.sweep, axis=given.axis, metric=given.metric)
+    named = {"sweep": given.sweep, "axis": given.axis, "metric": given.metric, "columns": given.columns}
+    content = write_report(given.source, given.out, **named)
     print(content.law.verdict() if content.law else content.problem)
     print(f"\nwritten: {given.out} ({given.out.stat().st_size / 1e6:.1f} MB)")
     return 0

@@ -1,12 +1,13 @@
 """Which columns of a table fits read: sizes by axis, the loss, and what parts curves."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
 from capacity_gap.records import is_number, scores_of
 from capacity_gap.records.record import parting_columns
+from capacity_gap.records.tables import numbers
 from capacity_gap.settings.errors import ConfigError, shown
 
 AXES = {"total": "", "non_embedding": "_non_embedding"}
@@ -40,3 +41,26 @@ def require(frame: pd.DataFrame, names: Sequence[str]) -> None:
 def _once(frame: pd.DataFrame, names: Sequence[str]) -> None:
     if twice := [n for n in dict.fromkeys(names) if list(frame.columns).count(n) > 1]:
         raise ConfigError(f"the table has more than one column {', '.join(twice)}. Rename or drop all but one.")
+
+
+def renamed(frame: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
+    """A table from elsewhere with the columns that fits read: `names` maps each to what the table calls it.
+
+    Raises:
+        ConfigError: the table lacks a column, or has another one under the name that is wanted, or text for a number.
+    """
+    held = list(map(str, frame.columns))
+    for wanted, given in names.items():
+        if given not in held:
+            near = ", ".join(difflib.get_close_matches(given, held, n=3, cutoff=0.5)) or "none"
+            raise ConfigError(
+                f"--columns {wanted}={shown(given)}: the table has no column {shown(given)} (nearest: {near}). "
+                f"It has: {', '.join(map(shown, held))}."
+            )
+        if wanted in held and wanted not in names.values() and given != wanted:
+            raise ConfigError(
+                f"--columns {wanted}={shown(given)}: the table has a column {wanted} already. Rename or drop one."
+            )
+    found = frame.rename(columns={given: wanted for wanted, given in names.items()})
+    _once(found, list(names))
+    return numbers(found, [name for name in names if is_number(name, found)])

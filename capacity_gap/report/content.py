@@ -21,7 +21,7 @@ from capacity_gap.fit import JointFit, LawFit, fit_joint
 from capacity_gap.fit.frame import Curve, curves
 from capacity_gap.fit.law import law_from
 from capacity_gap.fit.optimum import Optimum, locate
-from capacity_gap.records.columns import AXES, default_metric
+from capacity_gap.records.columns import AXES, default_metric, renamed
 from capacity_gap.records.load import BESIDE_SCORES, sweep_frame
 from capacity_gap.records.tables import numbers
 from capacity_gap.report.plots import LOSSES
@@ -146,11 +146,18 @@ class Content:
         return {float(n): str(name) for n, name in pairs.itertuples(index=False) if len(str(name)) <= LONGEST_RUNG}
 
 
-def gather(source: str, *, sweep: str | None = None, axis: str = "total", metric: str | None = None) -> Content:
+def gather(
+    source: str,
+    *,
+    sweep: str | None = None,
+    axis: str = "total",
+    metric: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Content:
     """Reads a store, or any other source of records, and fits it; what cannot be fitted is told, not raised."""
     store = open_store(source) if sweep or is_store(user_path(source)) else None
     frame = sweep_frame(store, sweep) if store and sweep else records.load(source)
-    frame, stale = without_outdated(frame, source)
+    frame, stale = without_outdated(renamed(frame, columns or {}), source)
     frame, metric = as_loss(_numeric(frame.reset_index(drop=True), axis, metric), metric)
     found: list[Curve] = []
     notes: list[str] = []

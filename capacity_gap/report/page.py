@@ -24,7 +24,13 @@ HELD_OUT = {
 
 
 def write_report(
-    source: str, out: Path, *, sweep: str | None = None, axis: str = "total", metric: str | None = None
+    source: str,
+    out: Path,
+    *,
+    sweep: str | None = None,
+    axis: str = "total",
+    metric: str | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Content:
     """Writes the report of `source` to `out`; the same records give the same file.
 
@@ -34,11 +40,12 @@ def write_report(
         sweep: of a store: only this grid.
         axis: count `total` parameters or `non_embedding` ones.
         metric: the column to minimise, by default the held-out loss.
+        columns: of a table from elsewhere, what it calls the columns that fits read.
 
     Raises:
         UserError: there are no records, or the extra `[report]` is not installed.
     """
-    content = gather(source, sweep=sweep, axis=axis, metric=metric)
+    content = gather(source, sweep=sweep, axis=axis, metric=metric, columns=columns or {})
     title = f"Capacity gap: {sweep or ', '.join(content.names) or Path(source).name}"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(render(content, title=title), encoding="utf-8")
