@@ -257,6 +257,9 @@ def test_the_command_prints_the_model_and_writes_it(tmp_path, capsys):
     assert cli.main(["fit", str(tmp_path / "one.csv"), "--joint", "--out", str(tmp_path / "out")]) == 0
     assert "one model of all 264 cells: provisional" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "joint.json").read_text())["rests_on"] == ["55k"]
+    assert cli.main(["fit", str(tmp_path / "one.csv"), "--axis", "teacher_loss", "--out", str(tmp_path / "rated")]) == 0
+    assert json.loads((tmp_path / "rated" / "joint.json").read_text())["axis"] == "teacher_loss"
+    assert (tmp_path / "rated" / "joint.png").stat().st_size > 10_000
     assert cli.main(["fit", str(ROOT / "results" / "pico" / "study_architectures.csv"), "--joint"]) == 0
     assert "no model of all cells: one model is for cells alike but for" in capsys.readouterr().out
 

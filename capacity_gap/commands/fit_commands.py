@@ -20,7 +20,8 @@ def _add_fit(commands: Any) -> None:
     told = "Locate each student's best teacher, fit the ratio law, and draw the curves."
     fit = commands.add_parser("fit", description=told)
     fit.add_argument("source", help="a store, a folder of CSV files, a .csv or a .parquet file")
-    fit.add_argument("--axis", choices=("total", "non_embedding"), default="total", help="which parameters are counted")
+    told = "which parameters are counted; teacher_loss: teachers by their loss, in the model of all cells alone"
+    fit.add_argument("--axis", choices=("total", "non_embedding", "teacher_loss"), default="total", help=told)
     fit.add_argument("--metric", help="column to fit (default: student_loss, or loss in foreign tables)")
     fit.add_argument("--columns", type=columns, default={}, metavar="OURS=THEIRS,...", help=COLUMNS)
     fit.add_argument("--by", help="columns that part curves, such as family,data_tokens (default: every setting)")
@@ -65,18 +66,19 @@ def run_fit(given: argparse.Namespace) -> int:
     from capacity_gap.fit.frame import curves
     from capacity_gap.fit.law import law_from
     from capacity_gap.fit.optimum import locate
-    from capacity_gap.records.columns import BY, renamed
+    from capacity_gap.records.columns import AXES, BY, renamed
 
     frame = _of_sweep(given.source, given.sweep) if given.sweep else records.load(given.source)
     frame, stale = without_outdated(renamed(frame, given.columns), given.source)
     by = [c for c in given.by.split(",") if c] if given.by is not None else BY
     frame, metric = as_loss(frame, given.metric)
+    axis = given.axis if given.axis in AXES else "total"
     try:
-        found, notes = curves(frame, metric=metric, axis=given.axis, by=by)
+        found, notes = curves(frame, metric=metric, axis=axis, by=by)
         located = locate(found, method=given.method)
     except ValueError as error:
         raise UserError("; ".join([str(error), *stale])) from error
-    law = law_from(located, axis=given.axis, notes=[*stale, *notes])
+    law = law_from(located, axis=axis, notes=[*stale, *notes])
     print(law.summary())
     surface = _surface(frame, given, metric) if given.surface else None
     joint = _joint(frame, given, metric)
@@ -89,13 +91,14 @@ def run_fit(given: argparse.Namespace) -> int:
 
 def _surface(frame, given: argparse.Namespace, metric: str | None):  # type: ignore[no-untyped-def]
     """The additive surface of runs of one kind, printed; None, and why, where there are several kinds."""
+    from capacity_gap.records.columns import AXES
     from capacity_gap.surfaces.fitting import fit_surface
     from capacity_gap.surfaces.runs import mixed
 
     if differ := mixed(frame):
         print(f"\nno surface: the runs differ in {differ}. Fit a table of one kind.")
         return None
-    surface = fit_surface(frame, metric=metric, axis=given.axis)
+    surface = fit_surface(frame, metric=metric, axis=given.axis if given.axis in AXES else "total")
     print("\n" + surface.summary())
     return surface
 
