@@ -351,3 +351,38 @@ def test_forms_that_cannot_be_compared_are_refused():
         select_surface(of_text().head(8))
     with pytest.raises(ConfigError, match="form='cubic' is not"):
         select_surface(of_text(), ("cubic",))
+
+
+def planted(b, d, *, noise=0.0):
+    """Students under teachers whose best is log N_T* = a + b·log N_S + d·log D, off the means of the grid."""
+    n, data, t = (
+        x.ravel()
+        for x in np.meshgrid(np.log([1e8, 2e8, 4e8]), np.log([2e9, 6e9, 2e10]), np.log(np.geomspace(1.5e8, 2e10, 9)))
+    )
+    keep = t > n + 0.1
+    n, data, t = n[keep], data[keep], t[keep]
+    u = t - (np.log(8e8) + b * (n - np.log(2e8)) + d * (data - np.log(6e9)))
+    loss = 1.8 + 0.9 * np.exp(-0.3 * (n - np.log(2e8))) + 0.5 * np.exp(-0.3 * (data - np.log(6e9))) + 0.02 * u**2
+    loss = loss + noise * np.random.default_rng(1).standard_normal(len(n))
+    sizes = {"student_params": np.exp(n), "teacher_params": np.exp(t), "data_tokens": np.exp(data)}
+    return pd.DataFrame({**sizes, "loss": loss})
+
+
+def test_b_and_d_are_found_where_they_are_free_and_nu_is_an_artefact_where_not():
+    frame = planted(1.0, 1.3, noise=1e-4)
+    free = fit_surface(frame, "additive_free", bootstraps=50, permutations=0)
+    assert free.parameters["b"] == pytest.approx(1.0, abs=0.03)
+    assert free.parameters["d"] == pytest.approx(1.3, abs=0.03)
+    assert free.intervals["d"][0] < 1.3 < free.intervals["d"][1] and free.intervals["d"][0] > 1.2
+    tied = fit_surface(frame, "additive", bootstraps=0, permutations=0)
+    assert tied.residual > 5 * free.residual
+    assert 0.1 < tied.parameters["nu"] < 1.2, "neither d nor 1 - b: the form holds b + d = 1"
+    choice = best_teacher(free, student_params=2e8, data_tokens=6e9)
+    assert choice.teacher_params is None or choice.teacher_params == pytest.approx(8e8, rel=0.03)
+
+
+def test_a_single_student_or_budget_holds_b_or_d():
+    frame = planted(1.0, 0.5)
+    one_budget = frame[np.isclose(frame["data_tokens"], 6e9)]
+    found = fit_surface(one_budget, "additive_free", bootstraps=0, permutations=0)
+    assert "d" in found.held and found.parameters["b"] == pytest.approx(1.0, abs=0.05)

@@ -91,7 +91,7 @@ def recommend(
         surface: an additive surface.
         joint: the content of a joint.json.
     """
-    if surface is not None and surface.form != "additive":
+    if surface is not None and surface.form not in ("additive", "additive_free"):
         raise UserError(
             f"recommend reads additive surfaces; this one is {surface.form}: use capacity_gap.surfaces.teacher."
         )

@@ -39,7 +39,7 @@ def fit_surface(
 
     Args:
         frame: one row a run; needs the form's inputs and a loss. Rows are taken as they are: pass one kind of run.
-        form: `additive`, `distillation`, `chinchilla` or `supervised`.
+        form: `additive`, `additive_free`, `distillation`, `chinchilla` or `supervised`.
         metric: the loss column, by default `loss`, or `student_loss` of our records.
         axis: count `total` parameters or `non_embedding` ones.
         base: for `distillation`: the surface of students trained on text alone, L̃(N_S, D_S).
@@ -116,13 +116,15 @@ def _from_data(form: Form, runs: Runs, logs: Mapping[str, Array], centre: Mappin
 def _unidentified(form: Form, logs: Mapping[str, Array]) -> tuple[dict[str, float], tuple[str, ...]]:
     """Parameters that these columns do not identify, the values they are held at, and why."""
     holds: dict[str, float] = {}
+    chinchilla = FORMS["chinchilla"].parameters
     notes = []
     for column, parameters in form.alone.items():
         if column in logs and constant(logs[column]):
             holds.update(parameters)
             notes.append(f"{column} takes one value: {', '.join(parameters)} held")
         elif column in form.inputs[:2] and column in logs and two_values(logs[column]):
-            notes.append(f"{column} takes two values: {' and '.join(parameters)} cannot be told apart, only their term")
+            term = " and ".join(name for name in parameters if name in chinchilla)
+            notes.append(f"{column} takes two values: {term} cannot be told apart, only their term")
     if collinear(logs["student_params"], logs["data_tokens"]):
         holds.update(form.alone["data_tokens"])
         notes.append("data_tokens grow in step with student_params: A/N^alpha stands for both, log_B and beta held")
@@ -237,7 +239,7 @@ def _null_p(task: _Task, minima: Minima, permutations: int, generator: np.random
     dealt = np.concatenate([third[None], _dealt(task.logs, third, permutations, generator)])
     problem = replace(task.problem, columns={**task.problem.columns, **_teacher_columns(task, dealt)})
     weights = np.ones(len(third))
-    starts = _gap_starts(task, minima.theta[0]) if task.form.name == "additive" else list(minima.theta[:3])
+    starts = _gap_starts(task, minima.theta[0]) if "mu" in task.form.parameters else list(minima.theta[:3])
     tries = [minimise(problem, np.tile(s, (len(dealt), 1)), weights, tolerance=ROUGHLY) for s in starts]
     value = _best_of(tries).value
     # The slack counts ties, such as the identity permutation, against the claim.
@@ -246,7 +248,7 @@ def _null_p(task: _Task, minima: Minima, permutations: int, generator: np.random
 
 def _teacher_columns(task: _Task, dealt: Array) -> dict[str, Array]:
     """The columns that know the teacher, for other teachers (logs of their parameters, or of their losses)."""
-    if task.form.name == "additive":
+    if "mu" in task.form.parameters:
         return {"ratio": dealt - task.logs["student_params"] - task.centre["ratio"]}
     return {"teacher_loss": dealt - task.centre["teacher_loss"], "log_teacher_loss": dealt}
 
@@ -333,7 +335,8 @@ def _doubts(task: _Task, names: Sequence[str], at_bound: Sequence[str], draws: M
                 f"{(~draws.converged).sum()} of {len(draws.converged)} bootstraps were stopped before they converged"
             )
     if "c" in at_bound:
-        notes.append("c = 0: no capacity gap in these data, so k, ratio and nu mean nothing")
+        others = " and ".join(n for n in names if n in ("ratio", "nu", "b", "d"))
+        notes.append(f"c = 0: no capacity gap in these data, so k and {others} mean nothing")
     elif "ratio" in at_bound:
         notes.append("the best ratio lies at the edge of what the fit allows: the loss only falls, or only rises")
     return notes

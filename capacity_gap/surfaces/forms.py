@@ -162,18 +162,33 @@ def additive_loss(theta: Array, x: Columns, slopes: bool) -> tuple[Array, Array 
     parabola c·u²/2, for k > 0 steeper above the best teacher, for k < 0 steeper below. Far to the left of its centre it
     is a plain power law in N_T, so that a loss which only falls is fitted by a centre at its bound, not inside.
     """
-    E, a, alpha, b, beta, c, k, mu, nu = _parts(theta)
-    n, d, ratio, per = (x[name] for name in ("student_params", "data_tokens", "ratio", "tokens_per_param"))
+    *powers, c, k, mu, nu = _parts(theta)
+    ratio, per = (x[name] for name in ("ratio", "tokens_per_param"))
+    return _gapped(powers, x, ratio - mu - nu * per, c, k, [per] if slopes else None)
+
+
+def additive_free_loss(theta: Array, x: Columns, slopes: bool) -> tuple[Array, Array | None]:
+    """The same with u = log N_T − a − b·log N_S − d·log D: the additive surface is the case b + d = 1."""
+    *powers, c, k, mu, b, d = _parts(theta)
+    n, tokens, ratio = (x[name] for name in ("student_params", "data_tokens", "ratio"))
+    return _gapped(powers, x, ratio - mu - (b - 1) * n - d * tokens, c, k, [n, tokens] if slopes else None)
+
+
+def _gapped(
+    powers: Sequence[Array], x: Columns, u: Array, c: Array, k: Array, moved: Sequence[Array] | None
+) -> tuple[Array, Array | None]:
+    """E + A/N_S^α + B/D^β + c·u²·h(k·u), and its slopes; `moved`: what each parameter behind μ multiplies in u."""
+    E, a, alpha, b, beta = powers
+    n, d = x["student_params"], x["data_tokens"]
     of_n, of_d = np.exp(a - alpha * n), np.exp(b - beta * d)
-    u = ratio - mu - nu * per
     h, h_slope = linex(k * u)
     shape = u * u * h
     loss = E + of_n + of_d + c * shape
-    if not slopes:
+    if moved is None:
         return loss, None
     fall = -c * u * (1 + k * u * h)  # −c·(e^{ku} − 1)/k
-    grads = [np.ones(1), of_n, -n * of_n, of_d, -d * of_d, shape, c * u**3 * h_slope, fall, per * fall]
-    return loss, _filled(grads, loss)
+    grads = [np.ones(1), of_n, -n * of_n, of_d, -d * of_d, shape, c * u**3 * h_slope, fall]
+    return loss, _filled([*grads, *(column * fall for column in moved)], loss)
 
 
 def additive_natural(theta: Array, at: Mapping[str, float]) -> dict[str, Array]:
@@ -183,6 +198,13 @@ def additive_natural(theta: Array, at: Mapping[str, float]) -> dict[str, Array]:
     found = chinchilla_natural(theta[:, :5], at)
     c, k, mu, nu = theta[:, 5:].T
     return {**found, "c": c, "k": k, "ratio": np.exp(mu + at["ratio"]), "nu": nu}
+
+
+def additive_free_natural(theta: Array, at: Mapping[str, float]) -> dict[str, Array]:
+    """`ratio` is N_T*/N_S at the data's mean (log) student and tokens; b and d are those of log N_T*."""
+    found = chinchilla_natural(theta[:, :5], at)
+    c, k, mu, b, d = theta[:, 5:].T
+    return {**found, "c": c, "k": k, "ratio": np.exp(mu + at["ratio"]), "b": b, "d": d}
 
 
 _POWERS = ("student_params", "data_tokens")
@@ -244,4 +266,20 @@ ADDITIVE = Form(
     natural=additive_natural,
     alone={**_ALONE, "tokens_per_param": {"nu": 0.0}},
 )
-FORMS = {f.name: f for f in (CHINCHILLA, SUPERVISED, DISTILLATION, ADDITIVE)}
+ADDITIVE_FREE = Form(
+    name="additive_free",
+    equation="L = E + A/N_S^alpha + B/D^beta + c*(exp(k*u) - k*u - 1)/k^2, u = log(N_T) - a - b*log(N_S) - d*log(D)",
+    inputs=(*_POWERS, "teacher_params"),
+    parameters=(*_NAMES, "c", "k", "mu", "b", "d"),
+    lower=(*_LOWER, 0.0, -3.0, np.nan, -3.0, -4.0),
+    upper=(*_UPPER, np.inf, 3.0, np.nan, 5.0, 4.0),
+    low=(*_LOW, 0.0, -1.0, np.nan, 0.7, -0.3),
+    high=(*_HIGH, 0.1, 1.0, np.nan, 1.3, 0.3),
+    loss=additive_free_loss,
+    natural=additive_free_natural,
+    alone={
+        "student_params": {**_ALONE["student_params"], "b": 1.0},
+        "data_tokens": {**_ALONE["data_tokens"], "d": 0.0},
+    },
+)
+FORMS = {f.name: f for f in (CHINCHILLA, SUPERVISED, DISTILLATION, ADDITIVE, ADDITIVE_FREE)}

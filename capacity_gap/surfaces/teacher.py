@@ -76,7 +76,7 @@ class TeacherChoice:
 
 
 def _needs_teacher(surface: SurfaceFit) -> None:
-    choose("form", surface.form, ("additive", "distillation"))
+    choose("form", surface.form, ("additive", "additive_free", "distillation"))
 
 
 def searched(surface: SurfaceFit, student_params: float) -> tuple[float, float]:
