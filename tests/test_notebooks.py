@@ -28,5 +28,5 @@ def test_runs_from_top_to_bottom(file, tmp_path):
     from nbclient import NotebookClient
 
     notebook = nbformat.read(file, as_version=4)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert all(c.execution_count for c in notebook.cells if c.cell_type == "code")
