@@ -227,7 +227,7 @@ def test_teachers_count_by_their_loss():
     plain = rated.optimum(60e3).interval
     assert math.log(wide[1] / wide[0]) > math.log(plain[1] / plain[0]) + 0.1
     assert json.loads(rated.to_json())["axis"] == "teacher_loss"
-    with pytest.raises(ValueError, match="do not fall with their size"):
+    with pytest.raises(ValueError, match="does not fall with size"):
         fit_joint(by_loss(sign=1.0), axis="teacher_loss")
     with pytest.raises(ValueError, match="lacks teacher_loss"):
         fit_joint(frame.drop(columns="teacher_loss"), axis="teacher_loss")
@@ -240,6 +240,32 @@ def test_a_size_is_read_off_a_loss_inside_the_ladder_and_beyond():
     np.testing.assert_allclose(found.size(loss), sizes, atol=1e-3)
     assert found.sd < 1e-6
     assert found.size(np.array([loss.max() + 0.02]))[0] < sizes.min() < found.size(np.array([loss.max()]))[0] + 1e-6
+
+
+def test_budgets_in_step_with_students_are_one_slope():
+    frame = table("break-even, 2 budgets").query("data_tokens == 300000")
+    frame = frame.assign(data_tokens=(20 * frame["student_params"]).round(-3))
+    fit = fit_joint(frame)
+    assert fit.curve.terms == ("1", "n") and fit.status in ("no_optimum", "provisional", "law")
+
+
+def test_an_empty_seed_and_names_at_several_sizes():
+    frame = table().assign(seed=lambda f: f["seed"].where(f.index != 3))
+    assert fit_joint(frame).status
+    twice = pd.concat([table(), table().assign(teacher_params=lambda f: 10 * f["teacher_params"])], ignore_index=True)
+    named = twice.assign(teacher=twice["teacher_params"].rank(method="dense").mod(8).astype(int).astype(str))
+    with pytest.raises(ValueError, match="teachers called 0 have from"):
+        fit_joint(named)
+
+
+def test_a_rungs_own_data_decide_where_it_alone_could_be_absorbed():
+    """One seed and one budget: then the rung has the most groups of all components."""
+    frame = replace(NAMED["24 rungs, 1 seed"], rungs=12).table(np.random.default_rng(5))
+    best = frame["teacher_params"].unique()[6]
+    frame.loc[frame["teacher_params"] == best, "loss"] -= 0.2
+    fit = fit_joint(frame)
+    name = next(n for n, size in fit.curve.rungs.items() if abs(size - math.log(best)) < 1e-6)
+    assert fit.best_teacher(55e3).probabilities[name] > 0.5
 
 
 def test_what_is_printed_of_study_one():

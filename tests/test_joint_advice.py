@@ -62,12 +62,18 @@ def test_what_lies_far_beyond_a_fit_is_called_a_guess_before_its_number(one, two
     near = recommend(PICO, 150_000, 1_000_000, None, None, one).summary()
     assert "EXTRAPOLATES: the student lies 1.37 times beyond the 39.9k to 110k parameters" in near
     assert "GUESS" not in near
-    for fit in (one, two):
-        far = recommend(family("qwen2_5"), 1_000_000_000, 20_000_000_000, None, None, fit)
-        assert all(r.probability is None for r in far.rungs)
-        (line,) = (text for text in far.findings if "GUESS" in text)
-        assert line.startswith("GUESS: ") and far.best is None
-        assert "Two teachers at two budgets near your own scale" in far.summary()
+    far, other = (
+        recommend(family("qwen2_5"), 1_000_000_000, 20_000_000_000, None, None, fit).summary() for fit in (one, two)
+    )
+    assert "No rung that can hold the student is near the teachers of the fit" in far
+    assert "The fit compared teachers of 120k and 900k parameters; this ladder has no two rungs near these" in other
+    for said in (far, other):
+        assert said.endswith("No rung is recommended.") and said.count("EXTRAPOLATES") == 3 and "P(best)" in said
+    guess = recommend(PICO, 55_000, 30_000_000, None, None, one)
+    (line,) = (text for text in guess.findings if "GUESS" in text)
+    assert line.startswith("GUESS: ") and guess.best is None
+    assert all(r.probability is None for r in guess.rungs)
+    assert "Two teachers at two budgets near your own scale" in guess.summary()
 
 
 def test_fits_that_disagree_say_why(one):
@@ -125,3 +131,50 @@ def test_tables_and_the_figure_say_the_same():
     alone = fit_joint(replace(NAMED["study one: 8 rungs, 3 seeds"], noise=QUIET).table(np.random.default_rng(1)))
     assert even_table(alone)[1] == [] and len(plot_joint(alone).axes) == 1
     assert [ratio(3.0, ends, 1.0) for ends in ((0, 2), (2, math.inf), (0, math.inf))] == ["≤ 2.0", "≥ 2.0", "open"]
+
+
+def test_rungs_that_cannot_hold_the_student_are_not_recommended():
+    """And a ladder whose smallest rung lacks the common student's layers is answered at all."""
+    clear = held(fit_joint(table("cubic +0.000, little noise")))
+    found = recommend(family("qwen2_5"), 300_000_000, 4_000_000_000, a_law(), None, clear)
+    assert any(r.note for r in found.rungs)
+
+
+def test_a_break_even_beyond_the_teachers_that_were_tried_is_not_established():
+    fit = fit_joint(study_one())
+    assert fit.break_even(55e3, 120e3, 900e3).established
+    assert not fit.break_even(55e3, 120, 900).established and not fit.break_even(55e3, 1e5, 1e12).established
+    with pytest.raises(ValueError, match="student_params=-1 must be positive"):
+        fit.break_even(-1)
+
+
+def test_rows_that_say_nothing_are_refused_or_counted_once():
+    frame = study_one()
+    twice = fit_joint(np_repeat(frame)).break_even(55e3)
+    assert twice.tokens == pytest.approx(fit_joint(frame).break_even(55e3).tokens, rel=1e-6)
+    assert twice.interval == fit_joint(frame).break_even(55e3).interval
+    with pytest.raises(ValueError, match="data_tokens must be positive"):
+        fit_joint(frame.assign(data_tokens=-frame["data_tokens"]))
+    swapped = frame.rename(columns={"student_params": "teacher_params", "teacher_params": "student_params"})
+    with pytest.raises(ValueError, match="no row has a positive size"):
+        fit_joint(swapped)
+
+
+def np_repeat(frame):
+    return frame.loc[np.repeat(frame.index, 2)].assign(cell=lambda f: range(len(f)))
+
+
+def test_a_rung_of_another_family_with_an_equal_name_has_no_effect_of_its_own(one):
+    mine, other = (recommend(family(name), 55_000, 600_000, None, None, one) for name in ("pico", "pico_gpt2"))
+    sure = [max(r.probability or 0 for r in found.rungs) for found in (mine, other)]
+    assert sure[1] < sure[0] and other.best == "270k"
+
+
+def test_a_fit_of_one_budget_says_so_at_another():
+    fit = held(fit_joint(study_one().query("data_tokens == 600000")))
+    fit = fit | {"status": "provisional"}
+    assert (
+        "EXTRAPOLATES: the budget lies 2 times beyond the 600k tokens"
+        in recommend(PICO, 55_000, 1_200_000, None, None, fit).summary()
+    )
+    assert recommend(PICO, 55_000, 60_000_000, None, None, fit).best is None

@@ -82,6 +82,11 @@ def run_fit(given: argparse.Namespace) -> int:
     print(law.summary())
     surface = _surface(frame, given, metric) if given.surface else None
     joint = _joint(frame, given, metric)
+    if joint is not None and (law.status == "law") != (joint.status == "law"):
+        print(
+            "  Where the two differ, the model of all cells stands: it shares curvature and each teacher's error over "
+            "all curves, and averages over their shape (docs/joint.md)."
+        )
     if given.out:
         _write_fit(law, located, joint, given.out, metric)
         if surface is not None:
@@ -140,6 +145,9 @@ def _joint_lines(fit: Any) -> Iterator[str]:
             yield f"  student {short_scale(student)}{at}: {size} ({interval(best.interval)}); best rung: {likely}"
         if "d" in fit.curve.terms:
             even = fit.break_even(student)
+            if even.tokens != even.tokens:
+                yield f"  student {short_scale(student)}: the order of these two does not change between the budgets"
+                continue
             said = interval(even.interval) if even.established else "not established"
             pair = " beats ".join(reversed(fit.curve.shared))
             tokens = short_scale(even.tokens) if even.tokens == even.tokens else "?"
@@ -182,8 +190,10 @@ def _write_fit(law, located, joint, out: Path, metric: str | None) -> None:  # t
     write_csv(located.residuals(), out / "residuals.csv", float_format="%.6g")
     drawn = {"curves": plot_curves(located, metric=metric), "law": plot_law(law)}
     tables = [out / name for name in ("law.json", "optima.csv", "residuals.csv")]
+    for stale in ("joint.json", "joint.png", "joint.svg"):
+        (out / stale).unlink(missing_ok=True)  # of an earlier table: `recommend` reads it beside law.json
     if joint is not None:
-        drawn["joint"] = plot_joint(joint)
+        drawn |= {"joint": plot_joint(joint)} if joint.curve.powers else {}
         write_json(out / "joint.json", json.loads(joint.to_json()))
         tables.append(out / "joint.json")
     figures = [path for name, figure in drawn.items() for path in save_figure(figure, out / name)]

@@ -7,7 +7,7 @@ priors that keep a mode off zero): a component of which eight rungs say nothing 
 Degrees of freedom of a contrast are Satterthwaite's, from the curvature of that function.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -94,6 +94,7 @@ def fit_mixed(
     known: np.ndarray | None = None,
     *,
     near: Mapping[str, float] | None = None,
+    wanted: Collection[str] = (),
 ) -> Mixed:
     """Fits by restricted likelihood.
 
@@ -103,12 +104,13 @@ def fit_mixed(
         groups: of each random effect its matrix Z [n, m].
         known: variance [n] of rows whose error is known; 0 where it is estimated.
         near: standard deviations to start from.
+        wanted: components whose predicted effects are asked for: the largest of the others may be absorbed.
     """
     ols = np.linalg.lstsq(X, y, rcond=None)[0]
     rest = (y - X @ ols)[known == 0] if known is not None else y - X @ ols
     scale = max(float(np.sqrt(rest @ rest / max(1, len(rest) - X.shape[1]))), 1e-9)
     fixed = np.zeros(len(y)) if known is None else known / scale**2
-    problem = _Problem.of(groups, fixed, X, y / scale)
+    problem = _Problem.of(groups, fixed, X, y / scale, wanted)
     start = np.full(len(problem.names), 0.4)
     if near:
         start = np.array([near[n] / scale if n in near else s for n, s in zip(problem.names, start, strict=True)])
@@ -150,10 +152,18 @@ class _Problem:
     P: int
 
     @classmethod
-    def of(cls, groups: Mapping[str, np.ndarray], fixed: np.ndarray, X: np.ndarray, y: np.ndarray) -> "_Problem":
-        """Absorbs the component with the most groups among those that part the rows."""
+    def of(
+        cls,
+        groups: Mapping[str, np.ndarray],
+        fixed: np.ndarray,
+        X: np.ndarray,
+        y: np.ndarray,
+        wanted: Collection[str] = (),
+    ) -> "_Problem":
+        """Absorbs the component with the most groups among those that part the rows and are not `wanted`."""
         free = fixed == 0
         parts = [n for n, Z in groups.items() if np.isin(Z, (0, 1)).all() and (Z[free].sum(1) == 1).all()]
+        parts = [n for n in parts if n not in wanted]
         most = max(parts, key=lambda n: groups[n].shape[1], default=None)
         inside = [n for n in groups if n != most]
         blocks, columns, at = [X], [], X.shape[1]

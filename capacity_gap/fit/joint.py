@@ -66,19 +66,23 @@ def cells_of(frame: pd.DataFrame, *, axis: str = "total", metric: str = "loss", 
     if axis not in (*AXES, BY_LOSS):
         raise ValueError(f"axis={axis!r} is not known. Allowed: {', '.join((*AXES, BY_LOSS))}.")
     ending = AXES.get(axis, "")
-    student, teacher = (np.log(frame[f"{of}_params{ending}"].to_numpy(float)) for of in ("student", "teacher"))
+    sizes = (frame[f"{of}_params{ending}"].to_numpy(float) for of in ("student", "teacher"))
+    student, teacher = (np.log(np.where(size > 0, size, np.nan)) for size in sizes)
     quality = frame[BY_LOSS].to_numpy(float) if axis == BY_LOSS else np.zeros(len(frame))
     keep = np.isfinite(student + teacher + quality + frame[metric].to_numpy(float))
-    keep &= unpruned | (teacher > student + SAME)
+    keep = keep & (unpruned | (teacher > student + SAME))
     frame, student, teacher, quality = frame[keep], student[keep], teacher[keep], quality[keep]
+    if frame.empty:
+        raise ValueError("no row has a positive size of student and teacher, a teacher larger than it, and a loss.")
     tokens = frame["data_tokens"].to_numpy(float) if "data_tokens" in frame else np.zeros(len(frame))
     data = np.log(tokens) if (tokens > 0).all() else np.zeros(len(frame))  # pruning alone has none
     data = np.zeros(len(frame)) if np.ptp(data) < SAME else data
     seed, of_teacher = (
-        frame[c].astype(str).to_numpy() if c in frame else np.full(len(frame), "") for c in ("seed", "teacher_seed")
+        frame[c].astype(object).fillna("").astype(str).to_numpy() if c in frame else np.full(len(frame), "")
+        for c in ("seed", "teacher_seed")
     )
-    names = frame["student"].astype(str).to_numpy() if "student" in frame else _close(student)
-    rung = frame["teacher"].astype(str).to_numpy() if "teacher" in frame else _close(teacher)
+    names = frame["student"].astype(str).to_numpy() if "student" in frame else close_names(student)
+    rung = frame["teacher"].astype(str).to_numpy() if "teacher" in frame else close_names(teacher)
     budget = np.char.mod("%.9g", data)
 
     def codes(*parts: np.ndarray) -> np.ndarray:
@@ -96,6 +100,7 @@ def cells_of(frame: pd.DataFrame, *, axis: str = "total", metric: str = "loss", 
         int(code): label if "teacher" in frame else short_scale(math.exp(log))
         for code, label, log in zip(groups["rung"], rung, teacher, strict=True)
     }
+    _check_rungs(teacher, groups["rung"], named)
     cells = Cells(frame[metric].to_numpy(float), student, teacher, data, codes(names, budget), groups, named)
     if axis != BY_LOSS:
         return cells
@@ -105,9 +110,22 @@ def cells_of(frame: pd.DataFrame, *, axis: str = "total", metric: str = "loss", 
 
 SAME = 0.02  # log sizes closer than this are one
 BY_LOSS = "teacher_loss"
+IN_STEP = 0.05  # log: budgets this close to a line in log student size are that line
 
 
-def _close(logs: np.ndarray) -> np.ndarray:
+def _check_rungs(teacher: np.ndarray, codes: np.ndarray, named: Mapping[int, str]) -> None:
+    """Raises where teachers of one name have several sizes: they are not one rung."""
+    for code, name in named.items():
+        sizes = teacher[codes == code]
+        if np.ptp(sizes) > SAME:
+            low, high = (short_scale(math.exp(x)) for x in (sizes.min(), sizes.max()))
+            raise ValueError(
+                f"teachers called {name} have from {low} to {high} parameters. Give each size a name of its own in the "
+                "column teacher, or leave the column out."
+            )
+
+
+def close_names(logs: np.ndarray) -> np.ndarray:
     """A name for each value, shared by those next to each other."""
     order = np.argsort(logs)
     jumps = np.concatenate([[0], np.cumsum(np.diff(logs[order]) > SAME)])
@@ -179,17 +197,31 @@ def fit_cells(cells: Cells) -> Joint:
     n, d = cells.student - means[0], cells.data - means[1]
     centre = Centre(float(np.mean(cells.teacher)), 1.0 if "n" in terms else 0.0, 0.0)
     centre = replace(centre, at=float(np.mean(cells.teacher - centre.b * n)))
+    if len(terms) == 3 and _in_step(n, d):
+        terms = ("1", "n")  # budgets grow with students: one slope stands for both
     rungs = len(np.unique(cells.groups["rung"]))
     powers = (2, *UNCERTAIN) if rungs > 2 else ()
     found = None
     for _ in range(ROUNDS):
-        found = _fit_at(cells, centre, means, terms, powers, found)
+        try:
+            found = _fit_at(cells, centre, means, terms, powers, found)
+        except np.linalg.LinAlgError as error:
+            raise ValueError(
+                "these cells do not determine the model: students and teachers differ together, or too few teachers "
+                "stand over one student. Give every student the same teachers."
+            ) from error
         moved = _moved(found, n, d) if powers else None
         if moved is None or abs(moved.at - centre.at) + abs(moved.b - centre.b) + abs(moved.d - centre.d) < 0.02:
             break
         centre = moved
     assert found is not None
     return found
+
+
+def _in_step(n: np.ndarray, d: np.ndarray) -> bool:
+    """Whether budgets follow from students, as in 20 tokens a parameter."""
+    line = np.polyfit(n, d, 1)
+    return bool(np.std(d - np.polyval(line, n)) < IN_STEP)
 
 
 def _fit_at(
@@ -219,7 +251,9 @@ def _fit_at(
     known = np.append(np.zeros(len(z)), [(share * typical) ** 2 for share in shares])
     groups = {name: np.vstack([Z, np.zeros((m, Z.shape[1]))]) for name, Z in groups.items()}
     near = before.mixed.sds if before else None
-    mixed = fit_mixed(np.append(cells.y, np.zeros(m)), np.vstack([X, prior]), groups, known, near=near)
+    mixed = fit_mixed(
+        np.append(cells.y, np.zeros(m)), np.vstack([X, prior]), groups, known, near=near, wanted=("rung", "teacher")
+    )
     return Joint(cells, centre, mixed, means, terms, powers, curves)
 
 

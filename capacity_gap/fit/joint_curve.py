@@ -2,7 +2,8 @@
 
 The loss at a teacher, less a level that all teachers share, is linear in the coefficients. A derivative, or a
 difference of two teachers, is so too. Sets for the best teacher and the break-even budget are therefore Fieller's
-(1954): all values at which a t test does not reject.
+(1954): the values around the estimate at which a t test does not reject. Far from it others may be held too, where the
+curve is flat or turns down again; these are no part of a set.
 """
 
 import math

@@ -19,6 +19,7 @@ from capacity_gap.fit.joint import (
     Cells,
     Joint,
     cells_of,
+    close_names,
     ends,
     fit_cells,
     without,
@@ -27,9 +28,11 @@ from capacity_gap.fit.joint_curve import JointCurve
 from capacity_gap.fit.regression import Estimate
 from capacity_gap.fit.sizes import TIGHT
 from capacity_gap.records.columns import AXES, BY, default_metric, require
+from capacity_gap.records.tables import numbers
 from capacity_gap.settings.scales import short_scale
 
 LEAST_RUNGS = 5  # slope, curvature, a level, and two to see what the curve does not fit
+NEAR = 0.1  # log: teachers this close to those that were tried are these
 LEAST_INSIDE = 3  # students whose optimum lies between their smallest and largest teacher
 CELLS_ASIDE = ("data_tokens", "epochs")  # what parts curves, and may differ here
 
@@ -89,9 +92,12 @@ class Answers:
         if not low < high:
             raise ValueError(f"small={math.exp(low):,.0f} is not below large={math.exp(high):,.0f} parameters.")
         found = self.curve.break_even(low, high, self._at(student_params, None)[0])
-        back = self.curve.means[1]
+        back, tried = self.curve.means[1], self.curve.rungs.values()
+        inside = min(tried) - NEAR <= low and high <= max(tried) + NEAR  # beyond the teachers that were tried: a guess
         interval = math.exp(found.low + back), math.exp(found.high + back)
-        return BreakEven(math.exp(found.value + back), interval, math.exp(low), math.exp(high), found.bounded)
+        return BreakEven(
+            math.exp(found.value + back), interval, math.exp(low), math.exp(high), found.bounded and inside
+        )
 
     def best_teacher(
         self, student_params: float, data_tokens: float | None = None, *, rungs: Mapping[str, float] | None = None
@@ -136,7 +142,14 @@ class Answers:
         return {name: c.contrast(g).p() for name, g in found.items()}
 
     def _at(self, student_params: float, data_tokens: float | None) -> tuple[float, float]:
-        """A student and a budget as logs off their means; no budget is the mean one."""
+        """A student and a budget as logs off their means; no budget is the mean one.
+
+        Raises:
+            ValueError: one of them is not positive.
+        """
+        for name, given in (("student_params", student_params), ("data_tokens", data_tokens)):
+            if given is not None and not 0 < given < math.inf:
+                raise ValueError(f"{name}={given} must be positive.")
         mean = self.curve.means
         d = 0.0 if data_tokens is None or "d" not in self.curve.terms else math.log(data_tokens) - mean[1]
         return math.log(student_params) - mean[0], d
@@ -158,6 +171,7 @@ class JointFit(Answers):
     axis: str
     joint: Joint
     families: tuple[str, ...] = ()
+    budget: float | None = None  # tokens, where all cells have the same
 
     @property
     def sds(self) -> Mapping[str, float]:
@@ -198,6 +212,7 @@ class JointFit(Answers):
             "students_inside": self.inside,
             "axis": self.axis,
             "families": list(self.families),
+            "budget": self.budget,
             "exponents": {name: asdict(found) for name, found in self.exponents().items()},
         }
         if "d" in self.curve.terms:
@@ -241,8 +256,13 @@ def fit_joint(
     ending = AXES.get(axis, "")
     sizes = [f"{of}_params{ending}" for of in ("student", "teacher")]
     require(frame, [*sizes, column, *([BY_LOSS] if axis == BY_LOSS else [])])
+    frame = numbers(frame, [*sizes, column, *([BY_LOSS] if axis == BY_LOSS else []), "data_tokens"])
     if "status" in frame:
         frame = frame[frame["status"] == "done"]
+    if "data_tokens" in frame and (frame["data_tokens"] < 0).any():
+        raise ValueError(
+            f"data_tokens must be positive; rows {list(frame.index[frame['data_tokens'] < 0])[:10]} are not."
+        )
     if "data_tokens" in frame and (frame["data_tokens"] > 0).any():
         frame = frame[frame["data_tokens"] > 0]  # the others were pruned, and not trained
     differ = [c for c in BY if c in frame and c not in CELLS_ASIDE and frame[c].nunique(dropna=False) > 1]
@@ -254,12 +274,16 @@ def fit_joint(
         )
     if "cell" in frame:
         frame = frame.drop_duplicates("cell")
+    same = [c for c in (*sizes, column, "data_tokens", "seed", "teacher_seed", "student", "teacher") if c in frame]
+    frame = frame.drop_duplicates(same)  # the same model recorded twice is no more evidence
     cells = cells_of(frame, axis=axis, metric=column, unpruned=unpruned)
     _check_sizes(cells)
     if len(np.unique(cells.groups["rung"])) < 2:
         raise ValueError("all cells have one teacher, or none larger than its student: nothing to compare.")
     families = tuple(sorted(frame["family"].dropna().astype(str).unique())) if "family" in frame else ()
-    return replace(_said(fit_cells(cells), axis), families=families)
+    tokens = frame["data_tokens"].dropna().unique().tolist() if "data_tokens" in frame else [0]
+    budget = float(tokens[0]) if len(tokens) == 1 and tokens[0] > 0 else None
+    return replace(_said(fit_cells(cells), axis), families=families, budget=budget)
 
 
 @threadpool_limits.wrap(limits=1)
@@ -282,10 +306,11 @@ def _said(joint: Joint, axis: str) -> JointFit:
 def _inside(joint: Joint) -> int:
     """Students whose optimum, at the mean budget, lies between their smallest and largest teacher."""
     cells, found = joint.cells, 0
-    for n in np.unique(np.round(cells.student - joint.means[0], 6)):
-        mine = cells.teacher[np.abs(cells.student - joint.means[0] - n) < 1e-5]
-        at = joint.curve.optimum(float(n), 0.0).value
-        found += bool(mine.min() < at < mine.max())
+    names = close_names(cells.student)
+    for name in np.unique(names):
+        mine = names == name
+        at = joint.curve.optimum(float(cells.student[mine].mean()) - joint.means[0], 0.0).value
+        found += bool(cells.teacher[mine].min() < at < cells.teacher[mine].max())
     return found
 
 
@@ -300,7 +325,7 @@ def _status(fit: JointFit) -> tuple[str, str, tuple[str, ...]]:
     pair, rungs = ends(joint), len(fit.curve.rungs)
     enough = rungs >= LEAST_RUNGS
     missing = _missing(pair) if enough else f"An optimum takes {LEAST_RUNGS} teachers or more; there are {rungs}."
-    students = len(np.unique(np.round(joint.cells.student, 6)))
+    students = len(np.unique(close_names(joint.cells.student)))
     if enough and _passes(pair, ALPHA):
         codes = {name: code for code, name in joint.cells.rungs.items()}
         rests = [n for n in fit.curve.rungs if not _passes(without(joint, codes[n]), ALPHA_WITHOUT)]

@@ -18,6 +18,7 @@ from capacity_gap.fit.joint_fit import JointFit
 Pair = tuple[str, str]
 LEAST_BUDGETS = 3
 FLATTEST = 20.0
+FARTHEST = 10.0  # times the largest budget
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,15 @@ class Forecast:
             data_tokens: of the budget.
             seeds: runs that each mean is of.
         """
+        for name, given in (("student_params", student_params), ("data_tokens", data_tokens), ("seeds", seeds)):
+            if not 0 < given < math.inf:
+                raise ValueError(f"{name}={given} must be positive.")
+        largest = self.joint.means[1] + self.joint.curve.d_span[1]
+        if math.log(data_tokens) - largest > math.log(FARTHEST):
+            raise ValueError(
+                f"data_tokens={data_tokens:,.0f} is more than {FARTHEST:g} times the largest budget of the fit, "
+                f"{math.exp(largest):,.0f}: nothing is known so far away."
+            )
         found = _statistics(self.joint, math.log(student_params), math.log(data_tokens), seeds)
         return {pair: float(stats.t.cdf(t / self.flattened, df)) for pair, (t, df) in found.items()}
 

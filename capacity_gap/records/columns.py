@@ -50,6 +50,8 @@ def renamed(frame: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
         ConfigError: the table lacks a column, or has another one under the name that is wanted, or text for a number.
     """
     held = list(map(str, frame.columns))
+    if len(set(names.values())) < len(names):
+        raise ConfigError("--columns names one column of the table twice. Each of ours is another of theirs.")
     for wanted, given in names.items():
         if given not in held:
             near = ", ".join(difflib.get_close_matches(given, held, n=3, cutoff=0.5)) or "none"

@@ -9,6 +9,8 @@ from capacity_gap.fit.joint_curve import JointCurve
 from capacity_gap.fit.joint_fit import Answers, BreakEven
 from capacity_gap.report.advice import Ask, Recommendation, Rung, answer, between, other_family, short
 
+NEAR = 0.1  # log: sizes this close are one
+LIKE = math.log(1.5)  # rungs this close to two compared teachers stand for them
 FAR = math.log(10.0)  # beyond the sizes and budgets of a fit: what is said there is a guess
 GUESS = "GUESS: "
 NEARER = (
@@ -29,7 +31,7 @@ def by_joint(ask: Ask, held: Mapping[str, Any], told: list[str]) -> Recommendati
         told: what is to be said first.
     """
     answers = Answers(JointCurve.from_dict(held["model"]))
-    away, warnings = _outside(ask, answers.curve)
+    away, warnings = _outside(ask, answers.curve, held.get("budget"))
     warnings += other_family(ask, held["families"])
     guess = GUESS if away > FAR else ""
     if held["status"] in ("law", "provisional"):
@@ -39,12 +41,16 @@ def by_joint(ask: Ask, held: Mapping[str, Any], told: list[str]) -> Recommendati
     return None
 
 
-def _outside(ask: Ask, curve: JointCurve) -> tuple[float, list[str]]:
+def _outside(ask: Ask, curve: JointCurve, budget: float | None) -> tuple[float, list[str]]:
     """How far beyond the fit the question lies (log), and in what."""
     n, d = math.log(ask.student_count) - curve.means[0], math.log(ask.tokens) - curve.means[1]
     asked = {"student": (n, curve.n_span, curve.means[0], "parameters")}
     if "d" in curve.terms:
         asked["budget"] = (d, curve.d_span, curve.means[1], "tokens")
+    if "d" not in curve.terms and budget:
+        one = math.log(budget)
+        asked["budget"] = (math.log(ask.tokens), (one, one), 0.0, "tokens")
+    tried = sorted(curve.rungs.values())
     farthest, said = 0.0, []
     for what, (x, (low, high), mean, unit) in asked.items():
         far = max(low - x, x - high)
@@ -54,24 +60,48 @@ def _outside(ask: Ask, curve: JointCurve) -> tuple[float, list[str]]:
             said.append(
                 f"this EXTRAPOLATES: the {what} lies {short(math.exp(far))} times beyond the {span} {unit} of the fit"
             )
+    if (far := max(tried[0] - float(ask.x[-1]), float(ask.x[0]) - tried[-1])) > NEAR:
+        farthest = max(farthest, far)
+        span = between(math.exp(tried[0]), math.exp(tried[-1]))
+        said.append(f"this EXTRAPOLATES: no rung is among the teachers of {span} parameters that were tried")
     return farthest, said
 
 
 def _by_optimum(
     ask: Ask, answers: Answers, held: Mapping[str, Any], told: list[str], warnings: list[str], guess: str
 ) -> Recommendation:
-    sizes = {r.name: r.ratio * ask.student_count for r in ask.rungs}
+    low, high = min(answers.curve.rungs.values()), max(answers.curve.rungs.values())
+    able = [r for r, x in zip(ask.rungs, ask.x, strict=True) if not r.note and low - FAR <= x <= high + FAR]
+    if not able:
+        return answer(
+            ask,
+            "joint",
+            None,
+            ask.rungs,
+            [*told, "No rung that can hold the student is near the teachers of the fit."],
+            warnings,
+        )
+    # A rung that was tried has its own effect, and its size as the fit counts it; names of other families say nothing.
+    tried = answers.curve.rungs if ask.family.name in held["families"] or not held["families"] else {}
+    same = {r.name for r in able if r.name in tried and (held["axis"] == "teacher_loss" or _as_tried(ask, r, tried))}
+    sizes = {r.name if r.name in same else f"{r.name} (new)": r.ratio * ask.student_count for r in able}
+    sizes |= {name: math.exp(tried[name]) for name in same}
     best = answers.best_teacher(ask.student_count, float(ask.tokens), rungs=sizes)
     findings = [*told, f"{guess}The model of all cells ({held['status']}) puts the best teacher at {_size(best)}."]
     if held["rests_on"]:
         findings.append(f"That rests on the rung {' and '.join(held['rests_on'])}: without it there is no optimum.")
     if guess:
         return answer(ask, "joint", None, ask.rungs, [*findings, NEARER], warnings)
-    known, first = best.probabilities, min(best.regret, key=lambda name: best.regret[name])
-    rungs = [
-        replace(r, probability=known[r.name], regret=best.regret[r.name]) if r.name in known else r for r in ask.rungs
-    ]
+    if not any(best.interval[0] <= size <= best.interval[1] for size in sizes.values()):
+        findings.append("No rung lies in that range: probabilities and regret compare the rungs of this ladder alone.")
+    known, regret = ({k.removesuffix(" (new)"): v for k, v in x.items()} for x in (best.probabilities, best.regret))
+    first = min(regret, key=lambda name: regret[name])
+    rungs = [replace(r, probability=known[r.name], regret=regret[r.name]) if r.name in known else r for r in ask.rungs]
     return answer(ask, "joint", first, rungs, findings, warnings)
+
+
+def _as_tried(ask: Ask, rung: Rung, tried: Mapping[str, float]) -> bool:
+    return abs(math.log(rung.ratio * ask.student_count) - tried[rung.name]) < NEAR
 
 
 def _size(best: Any) -> str:
@@ -89,11 +119,12 @@ def _by_break_even(
     curve = answers.curve
     ends = [math.exp(curve.rungs[name]) for name in curve.shared]
     pair = [_nearest(ask, size) for size in ends]
-    if pair[0].name == pair[1].name:
-        pair = [ask.rungs[0], ask.rungs[-1]]
     small, large = (r.ratio * ask.student_count for r in pair)
-    if not small < large:
-        return None
+    apart = [abs(math.log(x / size)) for x, size in zip((small, large), ends, strict=True)]
+    if max(apart) > LIKE or any(r.note for r in pair):
+        tried = " and ".join(short(size) for size in ends)
+        said = f"The fit compared teachers of {tried} parameters; this ladder has no two rungs near these."
+        return answer(ask, "joint", None, ask.rungs, [*told, said], warnings)
     even = answers.break_even(ask.student_count, small, large)
     findings = [*told, f"{guess}{_said(even, pair)}", "Nothing was established of rungs between or beyond the two."]
     if guess:

@@ -40,6 +40,8 @@ def read_fit(file: Path | None) -> tuple[dict[str, Any] | None, SurfaceFit | Non
         UserError: there is no such file, or it holds neither.
     """
     path = file or PUBLISHED_FIT
+    if path.is_dir():
+        path = next((path / name for name in ("law.json", "joint.json") if (path / name).is_file()), path / "law.json")
     if not path.is_file():
         what = f"--fit={path} does not exist"
         what = what if file else f"the published fit, {path.name} of results/pico, is not here"
@@ -99,9 +101,10 @@ def recommend(
     ask = _question(family, student_params, data_tokens, axis)
     if joint and (found := by_joint(ask, joint, _against(joint, law))):
         return found
-    if law is not None and law["status"] == "law":
-        return _by_law(ask, law)
     told = [f"The model of all cells: {joint['verdict']}"] if joint else []
+    if law is not None and law["status"] == "law":
+        found = _by_law(ask, law)
+        return replace(found, findings=(*told, *found.findings))
     told += [_no_law(law)] if law is not None else []
     if surface is not None and surface.parameters:
         return _by_surface(ask, surface, told)
@@ -129,12 +132,14 @@ def _question(family: Family, student: int, tokens: int, axis: str) -> Ask:
 
 def _student_shape(family: Family, student: int) -> tuple[Shape, Any]:
     """The student's config for counting FLOPs, and the shape common to all rungs, where there is one."""
-    origin = min(
-        (r for r, n in family.params.items() if n >= student * (1 - TOLERANCE)), key=lambda r: family.params[r]
+    able = sorted(
+        (r for r, n in family.params.items() if n >= student * (1 - TOLERANCE)), key=family.params.__getitem__
     )
-    config = family.rungs[origin]
+    config = family.rungs[able[0]]
     try:
         shape = shared = common_shape(family.rungs, student, multiple=family.multiple)
+        # Not every rung that is large enough holds it: it may have fewer layers.
+        config = next((family.rungs[r] for r in able if not unfit(shared, dims(family.rungs[r]))), config)
     except ConfigError:
         shape, shared = choose_shape(config, student, multiple=family.multiple), None
     return config_with(config, sized(dims(config), shape)), shared

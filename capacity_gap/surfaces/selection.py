@@ -14,6 +14,7 @@ from capacity_gap.surfaces.surface import SurfaceFit
 
 SHARE = 0.1  # of the runs, the dearest, that are foretold
 LEAST = 3  # of them
+MOST = 0.5
 OF_TEXT = ("chinchilla", "supervised")  # forms of student and tokens alone
 
 
@@ -64,6 +65,8 @@ def select_surface(
     """
     for form in forms:
         choose("form", form, FORMS)
+    if not 0 < share <= MOST:
+        raise ConfigError(f"share={share} is out of range: above 0, at most {MOST}.")
     if len({FORMS[form].inputs for form in forms}) > 1:
         raise ConfigError(f"forms={list(forms)} take different inputs; what they foretell cannot be compared.")
     runs = read_runs(frame, FORMS[forms[0]].inputs, metric=metric, axis=axis, cluster=None)
