@@ -254,7 +254,7 @@ def test_an_empty_seed_and_names_at_several_sizes():
     assert fit_joint(frame).status
     twice = pd.concat([table(), table().assign(teacher_params=lambda f: 10 * f["teacher_params"])], ignore_index=True)
     named = twice.assign(teacher=twice["teacher_params"].rank(method="dense").mod(8).astype(int).astype(str))
-    with pytest.raises(ValueError, match="teachers called 0 have from"):
+    with pytest.raises(ValueError, match="teachers called . have from"):
         fit_joint(named)
 
 
