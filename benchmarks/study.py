@@ -40,7 +40,7 @@ from benchmarks.study_tables import (
     teachers_table,
 )
 from capacity_gap import records
-from capacity_gap.fit import SurfaceFit
+from capacity_gap.fit import JointFit, SurfaceFit
 from capacity_gap.report.joint_tables import best_table, even_table, plot_joint
 from capacity_gap.report.plots import plot_curves, plot_law, save_figure
 from capacity_gap.settings.scales import parse_scale
@@ -77,10 +77,12 @@ def load() -> pd.DataFrame:
 # Pages
 
 
-def pages(frame: pd.DataFrame, arms: list[Arm], surface: SurfaceFit | None = None) -> dict[str, str]:
-    """The tables of the pages, by name. `surface`: of the main arm, fitted here if it is not given."""
+def pages(
+    frame: pd.DataFrame, arms: list[Arm], surface: SurfaceFit | None = None, joint: JointFit | None = None
+) -> dict[str, str]:
+    """The tables of the pages, by name. `surface`, `joint`: of the main arm, fitted here if they are not given."""
     trained, main = [a for a in arms if a.budgets != [0]], main_of(arms)
-    surface, joint = surface or surface_of(main), joint_of(main)
+    surface, joint = surface or surface_of(main), joint or joint_of(main)
     teachers = frame.drop_duplicates(["family", "teacher", "teacher_data", "teacher_seed", "corpus"])
     return {
         "cells": f"{len(frame)} cells under {len(teachers)} teachers.",
@@ -133,14 +135,14 @@ def figures() -> None:
     frame = load()
     arms = arms_of(frame)
     main = main_of(arms)
-    surface = surface_of(main)
-    tables = pages(frame, arms, surface)
+    surface, joint = surface_of(main), joint_of(main)
+    tables = pages(frame, arms, surface, joint)
     if missing := [n for n in tables if not any(f"<!-- {n} -->" in page.read_text() for page in PAGES)]:
         raise SystemExit(f"no page has a place for {', '.join(missing)}: <!-- NAME --> … <!-- /NAME -->")
     for page in PAGES:
         page.write_text(filled(page.read_text(), tables))
     fits = {f"{a.name}, {n}": json.loads(a.fit(n).to_json()) | {"draws": []} for a in arms for n in a.budgets}
-    published = {"law": main.law.to_json(), "surface": surface.to_json(), "joint": joint_of(main).to_json()}
+    published = {"law": main.law.to_json(), "surface": surface.to_json(), "joint": joint.to_json()}
     for name, found in (published | {"arms": json.dumps(fits)}).items():
         indent = None if name == "surface" else 1  # its draws would take a line a number
         (RECORDS / f"{name}.json").write_text(json.dumps(_rounded(json.loads(found)), indent=indent) + "\n")
@@ -150,7 +152,7 @@ def figures() -> None:
     if families := [a for a in elsewhere(arms) if a.differs == {"family"}]:
         _draw(plot_curves(together(families).located), "study_curves_architectures")
     _draw(plot_law(main.law), "study_law", dpi=130)
-    _draw(plot_joint(joint_of(main)), "study_joint", dpi=130)
+    _draw(plot_joint(joint), "study_joint", dpi=130)
     print(main.law.summary(), surface.summary(), sep="\n\n")
 
 

@@ -1,7 +1,6 @@
 """The commands `fit` and `recommend`: what a table of records says about teachers."""
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,7 @@ def run_fit(given: argparse.Namespace) -> int:
         raise UserError("; ".join([str(error), *stale])) from error
     law = law_from(located, axis=axis, notes=[*stale, *notes])
     print(law.summary())
-    surface = _surface(frame, given, metric) if given.surface else None
+    surface = _surface(frame, axis, metric) if given.surface else None
     joint = _joint(frame, given, metric)
     if joint is not None and (law.status == "law") != (joint.status == "law"):
         print(
@@ -94,16 +93,15 @@ def run_fit(given: argparse.Namespace) -> int:
     return 0
 
 
-def _surface(frame, given: argparse.Namespace, metric: str | None):  # type: ignore[no-untyped-def]
+def _surface(frame, axis: str, metric: str | None):  # type: ignore[no-untyped-def]
     """The additive surface of runs of one kind, printed; None, and why, where there are several kinds."""
-    from capacity_gap.records.columns import AXES
     from capacity_gap.surfaces.fitting import fit_surface
     from capacity_gap.surfaces.runs import mixed
 
     if differ := mixed(frame):
         print(f"\nno surface: the runs differ in {differ}. Fit a table of one kind.")
         return None
-    surface = fit_surface(frame, metric=metric, axis=given.axis if given.axis in AXES else "total")
+    surface = fit_surface(frame, metric=metric, axis=axis)
     print("\n" + surface.summary())
     return surface
 
@@ -150,8 +148,7 @@ def _joint_lines(fit: Any) -> Iterator[str]:
                 continue
             said = interval(even.interval) if even.established else "not established"
             pair = " beats ".join(reversed(fit.curve.shared))
-            tokens = short_scale(even.tokens) if even.tokens == even.tokens else "?"
-            yield f"  student {short_scale(student)}: {pair} above {tokens} tokens ({said})"
+            yield f"  student {short_scale(student)}: {pair} above {short_scale(even.tokens)} tokens ({said})"
     scatter = ", ".join(f"{name} {1e3 * sd:.1f}" for name, sd in fit.sds.items())
     yield f"  standard deviations, 1/1000: {scatter}"
     for name, found in fit.exponents().items():
@@ -194,7 +191,7 @@ def _write_fit(law, located, joint, out: Path, metric: str | None) -> None:  # t
         (out / stale).unlink(missing_ok=True)  # of an earlier table: `recommend` reads it beside law.json
     if joint is not None:
         drawn |= {"joint": plot_joint(joint)} if joint.curve.powers else {}
-        write_json(out / "joint.json", json.loads(joint.to_json()))
+        write_json(out / "joint.json", joint.to_dict())
         tables.append(out / "joint.json")
     figures = [path for name, figure in drawn.items() for path in save_figure(figure, out / name)]
     print("\nwritten: " + ", ".join(str(p) for p in (*tables, *figures)))

@@ -128,9 +128,7 @@ class JointCurve:
         bounded = bool(t[0] > limit[0] and t[-1] < -limit[-1])
         if not math.isfinite(at):
             return Set(math.nan, -math.inf, math.inf, False)
-        first, last = _around(np.abs(t) <= limit, int(np.argmin(np.abs(grid - at))))
-        low, high = (grid[first] if first > 0 else -math.inf), (grid[last] if last < GRID - 1 else math.inf)
-        return Set(at, low, high, bounded)
+        return Set(at, *_ends(grid, np.abs(t) <= limit, at), bounded)
 
     def exponent(self, name: str) -> Set:
         """b ("n") or d ("d") of log N_T* = a + b·log N_S + d·log D."""
@@ -145,8 +143,7 @@ class JointCurve:
         if not grid[0] < at < grid[-1]:
             return Set(at, -math.inf, math.inf, False)
         held = np.abs(value / error) <= stats.t.ppf((1 + LEVEL) / 2, df)
-        first, last = _around(held, int(np.argmin(np.abs(grid - at))))
-        low, high = (grid[first] if first > 0 else -math.inf), (grid[last] if last < len(grid) - 1 else math.inf)
+        low, high = _ends(grid, held, at)
         return Set(at, low, high, math.isfinite(high - low))
 
     def draws(self, sizes: Mapping[str, float], n: float, d: float) -> np.ndarray:
@@ -230,6 +227,12 @@ def root(grid: np.ndarray, slope: np.ndarray) -> float:
         return math.nan
     i = up[np.argmin(np.abs(up - len(grid) / 2))]
     return float(grid[i] - slope[i] * (grid[i + 1] - grid[i]) / (slope[i + 1] - slope[i]))
+
+
+def _ends(grid: np.ndarray, held: np.ndarray, at: float) -> tuple[float, float]:
+    """The least and largest value held around `at`; infinite where all are, up to an end of the grid."""
+    first, last = _around(held, int(np.argmin(np.abs(grid - at))))
+    return (grid[first] if first > 0 else -math.inf), (grid[last] if last < len(grid) - 1 else math.inf)
 
 
 def _around(held: np.ndarray, i: int) -> tuple[int, int]:

@@ -197,8 +197,12 @@ class JointFit(Answers):
         return f"no optimum and no break-even budget is established. {self.missing}"
 
     def to_json(self) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
+
+    def to_dict(self) -> dict[str, Any]:
         """Status, components, tests, the numbers at the mean student and budget, and the model, which `Answers` reads.
-        Null stands for an end that is open.
+        None stands for an end that is open.
         """
         ratio = self.ratio_at()
         found = {
@@ -217,7 +221,7 @@ class JointFit(Answers):
         }
         if "d" in self.curve.terms:
             found["break_even"] = asdict(self.break_even(math.exp(self.curve.means[0])))
-        return json.dumps(_finite(found | {"model": self.curve.to_dict()}), indent=1, allow_nan=False)
+        return _finite(found | {"model": self.curve.to_dict()})
 
 
 def _finite(value: Any) -> Any:

@@ -112,9 +112,7 @@ def _size(best: Any) -> str:
     return f"{short(best.params)} parameters (95 % {low} to {high})"
 
 
-def _by_break_even(
-    ask: Ask, answers: Answers, told: list[str], warnings: list[str], guess: str
-) -> Recommendation | None:
+def _by_break_even(ask: Ask, answers: Answers, told: list[str], warnings: list[str], guess: str) -> Recommendation:
     """Which of two teachers, by the tokens that there are; all in tokens."""
     curve = answers.curve
     ends = [math.exp(curve.rungs[name]) for name in curve.shared]
