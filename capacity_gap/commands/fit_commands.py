@@ -122,8 +122,6 @@ def _joint(frame, given: argparse.Namespace, metric: str | None):  # type: ignor
 
 def _joint_lines(fit: Any) -> Iterator[str]:
     """What the model of all cells says, line by line."""
-    import numpy as np
-
     from capacity_gap.settings.scales import short_scale
 
     def interval(found: Sequence[float]) -> str:
@@ -133,9 +131,8 @@ def _joint_lines(fit: Any) -> Iterator[str]:
     cells = fit.joint.cells
     yield f"one model of all {len(cells.y)} cells: {fit.status}"
     yield f"  {fit.verdict()}"
-    budgets = np.exp(np.unique(np.round(cells.data, 6))) if "d" in fit.curve.terms else [None]
-    for student in np.exp(np.unique(np.round(cells.student, 6))):
-        for tokens in budgets if fit.curve.powers else []:
+    for student in fit.students.values():
+        for tokens in fit.budgets if fit.curve.powers else []:
             best = fit.best_teacher(student, tokens)
             likely = ", ".join(f"{name} {p:.0%}" for name, p in best.probabilities.items() if p >= SHOWN)
             at = f" at {short_scale(tokens)} tokens" if tokens is not None else ""

@@ -178,6 +178,19 @@ class JointFit(Answers):
         """Standard deviations of the random effects and of one run, in nats."""
         return self.joint.mixed.sds
 
+    @property
+    def students(self) -> dict[str, float]:
+        """Parameters of the students, smallest first, by short names."""
+        sizes = np.exp(np.unique(np.round(self.joint.cells.student, 6)))
+        return {short_scale(size): float(size) for size in sizes}
+
+    @property
+    def budgets(self) -> list[float | None]:
+        """Tokens, smallest first; None alone where all cells have one budget."""
+        if "d" not in self.curve.terms:
+            return [None]
+        return [float(x) for x in np.exp(np.unique(np.round(self.joint.cells.data, 6)))]
+
     def verdict(self) -> str:
         """What was found, in a sentence or two."""
         if self.status in ("law", "provisional"):

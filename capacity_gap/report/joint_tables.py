@@ -18,19 +18,6 @@ LOWEST, HIGHEST = 0.5, 64.0  # ratios that are drawn
 PAPER = 2.5
 
 
-def students_of(fit: JointFit) -> dict[str, float]:
-    """The students of a fit, smallest first, by name."""
-    sizes = np.exp(np.unique(np.round(fit.joint.cells.student, 6)))
-    return {short_scale(size): float(size) for size in sizes}
-
-
-def budgets_of(fit: JointFit) -> list[float | None]:
-    """Its budgets in tokens, smallest first; None alone where they are all alike."""
-    if "d" not in fit.curve.terms:
-        return [None]
-    return [float(x) for x in np.exp(np.unique(np.round(fit.joint.cells.data, 6)))]
-
-
 def ratio(params: float, interval: Sequence[float], student: float) -> str:
     """A best teacher and its set as ratios to its student; ≥ and ≤ where the set is open."""
     low, high = (x / student for x in interval)
@@ -43,8 +30,8 @@ def ratio(params: float, interval: Sequence[float], student: float) -> str:
 
 def best_table(fit: JointFit) -> Table:
     """Best ratio with its set, and the likeliest rung, for each student and budget."""
-    budgets, rows = budgets_of(fit), []
-    for name, params in students_of(fit).items():
+    budgets, rows = fit.budgets, []
+    for name, params in fit.students.items():
         cells = []
         for tokens in budgets:
             best = fit.best_teacher(params, tokens)
@@ -58,7 +45,7 @@ def best_table(fit: JointFit) -> Table:
 def even_table(fit: JointFit, pair: tuple[float, float] | None = None) -> Table:
     """Tokens above which the larger of two teachers wins, for each student; no rows where all have one budget."""
     rows = []
-    for name, params in students_of(fit).items() if "d" in fit.curve.terms else ():
+    for name, params in fit.students.items() if "d" in fit.curve.terms else ():
         found = fit.break_even(params, *(pair or (None, None)))
         low, high = (short_scale(x) if 0 < x < math.inf else "open" for x in found.interval)
         tokens = short_scale(found.tokens) if math.isfinite(found.tokens) else "–"
@@ -71,7 +58,7 @@ def plot_joint(fit: JointFit) -> Figure:
     """The best teacher over its student: against tokens, a panel a student, or against students where all budgets are
     alike. Bands are 95 % sets, which may be open at an end; dotted: no optimum was established.
     """
-    sizes, budgets = list(students_of(fit).items()), budgets_of(fit)
+    sizes, budgets = list(fit.students.items()), fit.budgets
     alone = budgets == [None]
     shown = [("all students", sizes[0][1])] if alone else sizes
     width = min(len(shown), WIDEST)
