@@ -109,7 +109,12 @@ PICO_HIDDEN = {
     "pico_neox": {"80k": 24, "120k": 32, "180k": 40, "270k": 56, "400k": 72, "600k": 88, "900k": 112},
     "pico_t5": {"80k": 32, "120k": 40, "180k": 48, "270k": 64, "400k": 80, "600k": 96, "900k": 120},
     "pico_mistral": {"80k": 32, "130k": 48, "180k": 48, "270k": 64, "400k": 80, "600k": 96, "900k": 128},
+    "small": {"5m": 192, "7m": 224, "10m": 288, "14m": 352, "20m": 416, "28m": 512, "40m": 608, "50m": 672},
 }
+# The small family, for one GPU: eight layers, heads of 32, neurons about 2.6 times the hidden size.
+SMALL_VOCABULARY = 8192
+SMALL_HEAD = 32
+SMALL_LAYERS = 8
 _ENDS = {"bos_token_id": 0, "eos_token_id": 0}
 
 
@@ -132,6 +137,19 @@ def _pico_llama(hidden: int, neurons: int) -> Shape:
         "attention_bias": False,
         "mlp_bias": False,
         **_ENDS,
+    }
+
+
+def _small_llama(hidden: int, neurons: int) -> Shape:
+    """The same at sizes for a GPU."""
+    heads = hidden // SMALL_HEAD
+    return {
+        **_pico_llama(hidden, neurons),
+        "vocab_size": SMALL_VOCABULARY,
+        "num_hidden_layers": SMALL_LAYERS,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": SMALL_HEAD,
     }
 
 
@@ -203,13 +221,13 @@ def _pico_t5(hidden: int, neurons: int) -> Shape:
     }
 
 
-def _pico(name: str, make: Callable[[int, int], Shape]) -> Family:
+def _pico(name: str, make: Callable[[int, int], Shape], multiple: int = 1) -> Family:
     """The ladder of one pico architecture: for each rung, as many neurons as make its name true."""
     rungs = {}
     for rung, hidden in PICO_HIDDEN[name].items():
         bare, one = (count_params(make(hidden, neurons)) for neurons in (1, 2))
         rungs[rung] = make(hidden, 1 + round((parse_scale(rung, key="rung") - bare) / (one - bare)))
-    return Family(name, rungs, multiple=1)
+    return Family(name, rungs, multiple)
 
 
 def published_family(
@@ -245,6 +263,7 @@ add_family(_pico("pico_gpt2", _pico_gpt2))
 add_family(_pico("pico_neox", _pico_neox))
 add_family(_pico("pico_mistral", _pico_mistral))
 add_family(_pico("pico_t5", _pico_t5))
+add_family(_pico("small", _small_llama, multiple=8))
 for _name, _ladder in PUBLISHED.items():
     add_family(published_family(_name, **vars(_ladder)), dtype="bf16")
 
