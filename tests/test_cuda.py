@@ -73,7 +73,7 @@ def test_one_rank_over_nccl_agrees(tiny, on_cpu, tmp_path, sharding):
 
 
 def test_a_cell_that_is_stopped_goes_on(tiny, tmp_path):
-    words = [*tiny, *CELL, "data=150k", "epochs=2", "family.teacher_data=30k", f"store={tmp_path}"]
+    words = [*tiny, *CELL, "data=140k", "epochs=2", "family.teacher_data=30k", f"store={tmp_path}"]
     started = subprocess.Popen(
         [sys.executable, str(ROOT / "run.py"), *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -133,7 +133,7 @@ def test_scores_and_students_are_those_of_the_cpu(name):
     here = expressive_scores(copy.deepcopy(model).cuda(), [b.cuda() for b in batches])
     there = expressive_scores(model, batches)
     for a, b in zip((here.heads, here.neurons, here.hidden), (there.heads, there.neurons, there.hidden), strict=True):
-        torch.testing.assert_close(torch.as_tensor(a).cpu(), torch.as_tensor(b), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(torch.as_tensor(a).cpu(), torch.as_tensor(b), rtol=1e-4, atol=1e-7)
     params = sum(p.numel() for p in model.parameters())
     shape = choose_shape(model.config, int(0.7 * params), multiple=1)
     students = [prune(m, s, shape) for m, s in ((copy.deepcopy(model).cuda(), here), (model, there))]

@@ -38,7 +38,7 @@ class Recipe:
     warmup: float  # share of all steps
     precision: str
     dtype: str  # in which checkpoints are held while they teach
-    micro_batch_size: int | None  # sequences on a device at once, which changes no result; None: the whole batch
+    micro_batch_tokens: int | None  # on a device at once, which changes no result; None: the whole batch
     score_batch: int  # sequences of one batch that pruning scores are taken over
     rate_of_trained: float  # peak rate times width of students that begin cut or trained; 0.4 from random weights
     multiple: int | None  # of hidden size and neurons; None: the family's
@@ -50,8 +50,8 @@ RECIPES = (
     # Batches: 0.5M tokens below 1B and 1M above, sequences of 2,048 (Brown et al. 2020, table 2.1). Warm-up: 3 % of the
     # steps (Sheared-LLaMA). Widths: matrix units of an A100 want multiples of 64 at 16 bits (NVIDIA's guide "Matrix
     # Multiplication Background"); 128 from 1B on, so that halves split over two devices are such multiples too.
-    Recipe("small", 1e9, 256, 2**19, 2048, 0.03, "bf16", "bf16", 8, 1, 0.2, 64),
-    Recipe("large", float("inf"), 512, 2**20, 2048, 0.03, "bf16", "bf16", 4, 1, 0.2, 128),
+    Recipe("small", 1e9, 256, 2**19, 2048, 0.03, "bf16", "bf16", 2**14, 1, 0.2, 64),
+    Recipe("large", float("inf"), 512, 2**20, 2048, 0.03, "bf16", "bf16", 2**13, 1, 0.2, 128),
 )
 
 
@@ -82,7 +82,7 @@ def with_recipe(
             batch_size=train.batch_size or _batch(recipe, length, data),
             warmup=found["train.warmup"] if train.warmup is None else train.warmup,
             precision=train.precision or recipe.precision,
-            micro_batch_size=train.micro_batch_size or recipe.micro_batch_size,
+            micro_batch_size=train.micro_batch_size or _micro_batch(recipe, length),
             learning_rate_times_width=train.learning_rate_times_width or found["train.learning_rate_times_width"],
         ),
         prune=replace(config.prune, batch_size=config.prune.batch_size or found["prune.batch_size"]),
@@ -141,6 +141,11 @@ def _batch(recipe: Recipe, length: int, data: int) -> int:
         return recipe.batch_size
     wanted = min(recipe.batch_tokens, data / LEAST_STEPS) / length
     return max(LEAST_BATCH, 2 ** (max(1, int(wanted)).bit_length() - 1))
+
+
+def _micro_batch(recipe: Recipe, length: int) -> int | None:
+    """Sequences on a device at once. By tokens: eight short sequences leave a GPU waiting for its kernels' launches."""
+    return None if recipe.micro_batch_tokens is None else max(1, recipe.micro_batch_tokens // length)
 
 
 def recipe_line(config: RunConfig, params: int, multiple: int | None) -> str:

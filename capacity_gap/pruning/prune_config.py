@@ -50,6 +50,13 @@ class PruneConfig:
         computed=True,
     )
     batches: int = setting(32, "Batches that scores are taken over.", least=1, most=10**6)
+    calibration: int = setting(
+        0,
+        "Which sequences of the training text scores are taken over: 0 the first ones, 1 those after them, and so on.",
+        least=0,
+        most=10**6,
+        later=True,
+    )
     # The expressive score depends on the batch: its absolute value comes after the batch's sum.
     batch_size: int | None = setting(None, "Sequences of one such batch; null: the recipe's.", least=1, most=2**20)
     fixed: str | None = setting(

@@ -19,6 +19,8 @@ def scores_stage(cell: ResolvedCell, teacher: Stage, shape: Mapping[str, Any], t
     given = {"method": c.method, "batches": c.batches, "batch_size": cell.score_batch, **cell.arithmetic}
     method = SCORES.entry(c.method)
     given |= method.identity_as("method")
+    if c.calibration:
+        given["calibration"] = c.calibration
     if method.traits["seeded"]:
         given["seed"] = cell.config.seed
     if method.traits["embedding_gradients"]:
@@ -46,7 +48,7 @@ def score_units(run: StageRun) -> None:
     model = load_teacher(run.inputs["teacher"], run.runtime)
     check_proved(model.config.to_dict())
     packed = packed_split(run, "train")
-    chosen = packing.subset(packed, given["batches"] * given["batch_size"] * packed.sequence_length)
+    chosen = _calibration(packed, given["batches"] * given["batch_size"], given.get("calibration", 0))
 
     def batches() -> Iterator[Any]:
         for part in chosen.reshape(given["batches"], given["batch_size"]):
@@ -61,3 +63,9 @@ def score_units(run: StageRun) -> None:
     if by := given.get("layers"):
         found = dataclasses.replace(found, layers=LAYER_SCORES[by](model, batches()))
     found.save(run.out)
+
+
+def _calibration(packed: Any, count: int, which: int) -> Any:
+    """The indices of the `which`-th run of `count` sequences in the training permutation."""
+    needed = (which + 1) * count * packed.sequence_length
+    return packing.subset(packed, needed)[-count:]
