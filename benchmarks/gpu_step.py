@@ -47,7 +47,10 @@ SMOL = {
     "tie_word_embeddings": True,
 }
 CASES = {
-    "80M under 135M": ({**SMOL, "hidden_size": 448, "intermediate_size": 1088, "num_attention_heads": 6}, SMOL),
+    "80M under 135M": (
+        {**SMOL, "hidden_size": 448, "intermediate_size": 1088, "num_attention_heads": 7, "num_key_value_heads": 7},
+        SMOL,
+    ),
     "5M under 20M": (FAMILIES["small"].rungs["5m"], FAMILIES["small"].rungs["20m"]),
 }
 CHUNKS = (2**22, 2**24, 2**26, 2**28)

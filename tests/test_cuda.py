@@ -12,6 +12,7 @@ import torch
 from capacity_gap import records
 from capacity_gap.distill import distill_loss, divergences, fused
 from capacity_gap.models.accounting import peak_flops
+from capacity_gap.models.axes import dims
 from capacity_gap.pruning import choose_shape, expressive_scores, prune
 from tests.conftest import ROOT, compose, ran, run_py
 from tests.small_models import SMALL, small_model
@@ -134,8 +135,9 @@ def test_scores_and_students_are_those_of_the_cpu(name):
     there = expressive_scores(model, batches)
     for a, b in zip((here.heads, here.neurons, here.hidden), (there.heads, there.neurons, there.hidden), strict=True):
         torch.testing.assert_close(torch.as_tensor(a).cpu(), torch.as_tensor(b), rtol=1e-4, atol=1e-7)
-    params = sum(p.numel() for p in model.parameters())
-    shape = choose_shape(model.config, int(0.7 * params), multiple=1)
+    kept = dims(model.config.to_dict())
+    fixed = f"{kept.layers}x{kept.hidden // 2}x{kept.kv_heads // 2 * kept.heads // kept.kv_heads}x{kept.neurons // 2}"
+    shape = choose_shape(model.config, 0, "fixed", fixed=fixed)
     students = [prune(m, s, shape) for m, s in ((copy.deepcopy(model).cuda(), here), (model, there))]
     for a, b in zip(*(s.state_dict().values() for s in students), strict=True):
         torch.testing.assert_close(a.cpu(), b)
