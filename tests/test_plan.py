@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from capacity_gap.cell import pipeline
+from capacity_gap.cell.resolved import ResolvedCell
 from capacity_gap.data.corpora import CORPORA
 from capacity_gap.data.corpus_config import CorpusConfig
 from capacity_gap.data.sources import size
@@ -353,3 +354,9 @@ def test_one_calibration_cell_foretells_a_grid(tiny, tmp_path):
 def test_people_read_seconds_and_bytes():
     assert [format_seconds(s) for s in (40, 720, 12240)] == ["40 s", "12 min", "3.4 h"]
     assert [format_bytes(b) for b in (5e5, 1.2e7, 3.4e9, 1.28e12)] == ["500 kB", "12 MB", "3.4 GB", "1,280 GB"]
+
+
+@pytest.mark.parametrize(("length", "micro"), [(2048, 8), (256, 64), (32_768, 1)])
+def test_default_micro_batches_count_tokens(length, micro):
+    given = ["family=qwen2_5", "student=0.3b", "teacher=0.5b", "corpus=fineweb_edu", f"corpus.sequence_length={length}"]
+    assert ResolvedCell.read(compose(given)).config.train.micro_batch_size == micro

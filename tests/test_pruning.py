@@ -2,9 +2,12 @@
 
 import time
 
+import numpy as np
 import pytest
 import torch
 
+from capacity_gap.cell.stages.score_units import _calibration
+from capacity_gap.data import packing
 from capacity_gap.models.axes import architecture, config_with, count_params, dims, pattern_of
 from capacity_gap.models.building import auto_class
 from capacity_gap.models.ladders import FAMILIES
@@ -311,3 +314,11 @@ def test_scores_round_trip_and_random_ones_follow_their_seed(tmp_path):
     again = Scores.load(tmp_path)
     assert torch.equal(again.heads, one.heads)
     assert again.method == "random"
+
+
+def test_calibration_sets_follow_one_another_and_share_nothing():
+    packed = type("Packed", (), {"sequence_length": 8, "__len__": lambda self: 100})()
+    first, second = (_calibration(packed, 20, which) for which in (0, 1))
+    assert np.array_equal(np.concatenate([first, second]), packing.subset(packed, 40 * 8))
+    with pytest.raises(ConfigError, match="holds 800"):
+        _calibration(packed, 20, 5)

@@ -1,7 +1,7 @@
 """Liger's fused kernels (extra `[liger]`) for the objectives that they compute exactly: CE, alone or with forward KL.
 
 They are Triton kernels, so this is for CUDA. The arithmetic of this file is tested with torch's own losses in the
-kernels' place; the kernels themselves have not been run by us.
+kernels' place, and on a GPU with the kernels (`tests/test_cuda.py`).
 """
 
 import functools
