@@ -4,6 +4,8 @@ from capacity_gap.fit.curse import Curse, Growth, student_growth
 from capacity_gap.fit.joint_fit import Best, BreakEven, JointFit, fit_joint
 from capacity_gap.fit.law import fit_law
 from capacity_gap.fit.law_fit import LawFit
+from capacity_gap.fit.next_cells import Candidate, next_cells, within_budget
+from capacity_gap.fit.next_model import Goal
 from capacity_gap.fit.optimum import Optimum, locate_optima
 from capacity_gap.surfaces.fitting import fit_surface
 from capacity_gap.surfaces.runs import teachers_of
@@ -20,7 +22,9 @@ from capacity_gap.surfaces.teacher import (
 __all__ = [
     "Best",
     "BreakEven",
+    "Candidate",
     "Curse",
+    "Goal",
     "Growth",
     "JointFit",
     "LawFit",
@@ -36,8 +40,10 @@ __all__ = [
     "fit_law",
     "fit_surface",
     "locate_optima",
+    "next_cells",
     "published",
     "select_surface",
     "student_growth",
     "teachers_of",
+    "within_budget",
 ]

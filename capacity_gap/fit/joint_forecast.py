@@ -62,7 +62,7 @@ def forecast(fit: JointFit) -> Forecast:
             f"a forecast needs {LEAST_BUDGETS} budgets or more, the last of which is foretold from those before it to "
             f"see how far its odds can be trusted; here are {len(budgets)}."
         )
-    before = fit_cells(_coded_anew(cells, cells.data < budgets[-1] - SAME))
+    before = fit_cells(coded_anew(cells, cells.data < budgets[-1] - SAME))
     t, df, larger = _seen(before, cells, float(budgets[-1]))
 
     def surprise(log_factor: float) -> float:
@@ -73,7 +73,7 @@ def forecast(fit: JointFit) -> Forecast:
     return Forecast(fit.joint, math.exp(float(best.x)))
 
 
-def _coded_anew(cells: Cells, keep: np.ndarray) -> Cells:
+def coded_anew(cells: Cells, keep: np.ndarray) -> Cells:
     """Some of the cells, with codes from zero on."""
     part = cells.part(keep)
     groups = {name: np.unique(codes, return_inverse=True)[1] for name, codes in part.groups.items()}

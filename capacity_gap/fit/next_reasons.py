@@ -1,0 +1,103 @@
+"""Why a cell was chosen, in a sentence made from the cells before it: nothing is said that a count does not bear out."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from capacity_gap.fit.joint import SAME
+from capacity_gap.fit.next_costs import Bills
+from capacity_gap.fit.next_model import Belief
+from capacity_gap.settings.scales import short_scale
+
+NEAR = math.log(1.4)  # within this of the seeming optimum a teacher is at it
+
+
+def reasons(
+    belief: Belief, frame: pd.DataFrame, pool: pd.DataFrame, bills: Bills, paid: np.ndarray, chosen: Sequence[int]
+) -> list[str]:
+    """A sentence for each of the `chosen` cells of the pool, in their order.
+
+    Args:
+        belief: what was known before.
+        frame: the cells so far.
+        pool: the candidates.
+        bills: their costs.
+        paid: which shared parts were paid for before.
+        chosen: indices of the pool.
+    """
+    cells, known = belief.cells, belief.known
+    before, told = list(range(known)), []
+    paid = paid.copy()
+    table = pd.concat([frame, pool], ignore_index=True)
+    for i in chosen:
+        at = known + i
+        said = [_name(table, at), _place(belief, i, before), _new(belief, table, at, before), _teacher(bills, i, paid)]
+        told.append(f"{said[0]}: {'; '.join(part for part in said[1:] if part)}.")
+        paid[bills.needs[i]] = True
+        before.append(at)
+    return told
+
+
+def _name(table: pd.DataFrame, at: int) -> str:
+    """The teacher, the student and the budget."""
+    row = table.iloc[at]
+    student, teacher = (
+        str(row[of]) if of in table else short_scale(row[f"{of}_params"]) for of in ("student", "teacher")
+    )
+    tokens = f" at {short_scale(row['data_tokens'])} tokens" if "data_tokens" in table else ""
+    return f"{teacher} for {student}{tokens}"
+
+
+def _place(belief: Belief, i: int, before: Sequence[int]) -> str:
+    """Where the teacher stands among those of its curve, and beside what seems to be the best one."""
+    cells, at = belief.cells, belief.known + i
+    off = float(cells.teacher[at] - belief.optimum[i])
+    mine = [j for j in before if cells.curve[j] == cells.curve[at]]
+    if not mine:
+        return "first cell of this student and budget, which others are compared with"
+    tried = cells.teacher[mine]
+    if abs(off) <= NEAR:
+        return "near the teacher that seems best"
+    beyond = bool((tried < cells.teacher[at] - SAME).all() if off > 0 else (tried > cells.teacher[at] + SAME).all())
+    side = "above" if off > 0 else "below"
+    if beyond:
+        end = "largest" if off > 0 else "smallest"
+        return f"{side} the teacher that seems best, and the {end} of this student and budget so far: slope and curvature"
+    return f"{side} the teacher that seems best"
+
+
+def _new(belief: Belief, table: pd.DataFrame, at: int, before: Sequence[int]) -> str:
+    """What no cell before it has: a teacher's size, a student, a budget, a teacher of another seed."""
+    groups, cells = belief.cells.groups, belief.cells
+    last = list(before)
+    same_rung = [j for j in last if groups["rung"][j] == groups["rung"][at]]
+    if not same_rung:
+        return "a teacher size that was not tried"
+    if not any(groups["teacher"][j] == groups["teacher"][at] for j in same_rung):
+        seeds = len({int(groups["teacher"][j]) for j in same_rung}) + 1
+        return f"trained teacher number {seeds} of this size, which tells size from the seed of its training"
+    if not any(abs(cells.student[j] - cells.student[at]) <= SAME for j in last):
+        return "a student that was not tried"
+    if not any(abs(cells.data[j] - cells.data[at]) <= SAME for j in last):
+        return "a budget that was not tried"
+    repeated = [j for j in same_rung if cells.curve[j] == cells.curve[at] and _trained(groups, j, at)]
+    return "another seed of a student under a teacher that it was run with" if repeated else ""
+
+
+def _trained(groups: dict[str, np.ndarray], i: int, j: int) -> bool:
+    return bool(groups["teacher"][i] == groups["teacher"][j])
+
+
+def _teacher(bills: Bills, i: int, paid: np.ndarray) -> str:
+    """Whether the dearest thing that it shares is there already."""
+    shared = [int(p) for p in bills.needs[i] if p < len(bills.keys) and _kind(bills, int(p)) == "teacher"]
+    if not shared:
+        return ""
+    return "its teacher is there already" if all(paid[shared]) else "its teacher is to be trained"
+
+
+def _kind(bills: Bills, part: int) -> str:
+    key = bills.keys[part]
+    return str(key[0]) if isinstance(key, tuple) and key else str(key)
