@@ -19,28 +19,24 @@ part of the full grid's FLOPs that was spent, each teacher and cached signal cou
 for it; `there`: they are there already. `covers`: whether the set at the stop holds the true value.
 """
 
-import argparse
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from benchmarks.study_arms import arms_of, main_of
-from capacity_gap import records
-from capacity_gap.fit.joint import SAME, Cells, cells_of, fit_cells
+from capacity_gap.fit.joint import SAME, Cells, Joint, cells_of, fit_cells
 from capacity_gap.fit.joint_curve import JointCurve, Set
 from capacity_gap.fit.joint_forecast import coded_anew
 from capacity_gap.fit.next_cells import next_cells
-from capacity_gap.fit.next_costs import Arithmetic, Bills, Cost
 from capacity_gap.fit.next_model import CURVATURE, STUDY, Goal
+from capacity_gap.records.bills import Arithmetic, Bills, Cost
 from capacity_gap.settings.places import RESULTS
 from capacity_gap.settings.scales import short_scale
 from capacity_gap.store.files import read_json
@@ -53,6 +49,7 @@ SEEDS = 3
 BUDGETS = np.array([0.5, 1.0, 2.0, 4.0])
 STOPS = {"law": 1.5, "target": 1.25, "break_even": 1.5}
 MODES = ("paid", "there")
+STEEP = 0.6  # a cubic term of a fifth of the quadratic: METHOD's worst for a parabola
 Loss = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -88,10 +85,16 @@ class Surface:
         y = self.loss(x, n, d)
         sd, draw = self.noise, rng.standard_normal
         y = y + sd["rung"] * draw(R)[k] + sd["teacher"] * draw((R, SEEDS))[k, s]
-        y += sd["teacher x student"] * draw((R, SEEDS, S))[k, s, i] + sd["teacher x budget"] * draw((R, SEEDS, B))[k, s, j]
+        y += (
+            sd["teacher x student"] * draw((R, SEEDS, S))[k, s, i]
+            + sd["teacher x budget"] * draw((R, SEEDS, B))[k, s, j]
+        )
         y += sd["seed x budget"] * draw((S, SEEDS, B))[i, s, j] + sd["error"] * draw(len(i))
         y += sd["slope"] * draw((S, B))[i, j] * (x - np.log(self.teachers).mean())
-        names = {"student": [short_scale(v) for v in self.students[i]], "teacher": [short_scale(v) for v in self.teachers[k]]}
+        names = {
+            "student": [short_scale(v) for v in self.students[i]],
+            "teacher": [short_scale(v) for v in self.teachers[k]],
+        }
         sizes = {"student_params": self.students[i], "teacher_params": self.teachers[k], "data_tokens": self.budgets[j]}
         tokens = {"teacher_tokens": self.teacher_tokens[k]}
         return pd.DataFrame({**names, **sizes, **tokens, "seed": s, "teacher_seed": s, "loss": y})
@@ -130,77 +133,101 @@ def _published() -> Surface:
 def _steep() -> Surface:
     def loss(x: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
         z = x - n - math.log(2.5) - 0.5 * (d - np.log(PICO_BUDGETS).mean())
-        return 3 - 0.3 * (n - 11) - 0.1 * (d - 13) + CURVATURE * (np.exp(z) - z - 1)
+        return 3 - 0.3 * (n - 11) - 0.1 * (d - 13) + CURVATURE / STEEP**2 * (np.exp(STEEP * z) - STEEP * z - 1)
 
     tokens = np.full(len(PICO_TEACHERS), 1e6)
     return Surface("steep", PICO_STUDENTS, PICO_TEACHERS, PICO_BUDGETS, tokens, loss, dict(STUDY))
 
 
-SURFACES: dict[str, Callable[[], Surface]] = {"joint": cache(_joint), "published": cache(_published), "steep": cache(_steep)}
+SURFACES: dict[str, Callable[[], Surface]] = {
+    "joint": cache(_joint),
+    "published": cache(_published),
+    "steep": cache(_steep),
+}
+
+
+class Answer(NamedTuple):
+    """What a fit says of a goal by one measure."""
+
+    width: float
+    covers: bool
+
+
+Asked = tuple[str, str]  # goal and measure
+MEASURES = ("set", "slope")
 
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """A full grid with its losses, and what is asked of it."""
+    """A full grid with its losses, what is asked of it, and the true answers (logs), where they are known."""
 
     table: pd.DataFrame
     cells: Cells
     goals: dict[str, Goal]
-    full: dict[str, Set]
+    true: dict[str, float]
+    full: dict[Asked, Answer]
 
     @classmethod
-    def of(cls, table: pd.DataFrame, goals: dict[str, Goal]) -> "Study":
+    def of(cls, table: pd.DataFrame, goals: dict[str, Goal], true: dict[str, float]) -> "Study":
         """Fits the full grid."""
-        cells = cells_of(table)
-        every = cls(table, cells, goals, {})
-        return cls(table, cells, goals, every.answers(range(len(table))))
+        bare = cls(table, cells_of(table), goals, true, {})
+        return replace(bare, full=bare.answers(range(len(table))))
 
     @property
     def means(self) -> tuple[float, float]:
         """Of log N_S and log D: where the law's ratio is asked for."""
         return float(self.cells.student.mean()), float(self.cells.data.mean())
 
-    def answers(self, chosen: Sequence[int]) -> dict[str, Set]:
-        """The set of each goal by some of the cells; open where the model cannot be fitted."""
+    def answers(self, chosen: Sequence[int]) -> dict[Asked, Answer]:
+        """Of each goal by some of the cells; nothing where the model cannot be fitted."""
         keep = np.zeros(len(self.table), bool)
         keep[list(chosen)] = True
         try:
             joint = fit_cells(coded_anew(self.cells, keep))
         except ValueError:
-            return dict.fromkeys(self.goals, OPEN)
-        return {name: self._answer(joint, goal) for name, goal in self.goals.items()}
+            return {}
+        found = {}
+        for name, goal in self.goals.items():
+            found |= {(name, measure): got for measure, got in self._answer(joint, goal, self.true.get(name, math.nan))}
+        return found
 
-    def _answer(self, joint: Any, goal: Goal) -> Set:
+    def _answer(self, joint: Joint, goal: Goal, true: float) -> Iterator[tuple[str, Answer]]:
         n = math.log(goal.student_params) if goal.student_params else self.means[0]
         d = math.log(goal.data_tokens) if goal.data_tokens else self.means[1]
         n, d = n - joint.means[0], d - joint.means[1]
-        if goal.kind != "break_even":
-            return joint.curve.optimum(n, d) if joint.powers else OPEN
-        if "d" not in joint.terms:
-            return OPEN
-        assert goal.small and goal.large
-        found = joint.curve.break_even(math.log(goal.small), math.log(goal.large), n)
-        back = joint.means[1]
-        return Set(found.value + back, found.low + back, found.high + back, found.bounded)
+        if goal.kind != "break_even" and joint.powers:
+            yield "set", _of(joint.curve.optimum(n, d), true)
+            if math.isfinite(true):
+                row = joint.curve.row(true - joint.curve.centre(n, d), n, d, derivative=True)
+                slope = joint.curve.contrast(row)
+                quantile = float(stats.t.ppf(0.975, slope.df))
+                yield "slope", Answer(2 * quantile * slope.error, abs(slope.t) <= quantile)
+        elif goal.kind == "break_even" and "d" in joint.terms:
+            assert goal.small and goal.large
+            yield "set", _of(joint.curve.break_even(math.log(goal.small), math.log(goal.large), n), true)
 
-    def reached(self, name: str, found: Set) -> bool:
-        """Whether a set is narrow enough."""
-        full = self.full[name]
-        return found.bounded and found.high - found.low <= STOPS[name] * (full.high - full.low)
+    def reached(self, asked: Asked, found: dict[Asked, Answer]) -> bool:
+        """Whether an answer is as narrow as the full grid's, times `STOPS`."""
+        return asked in found and found[asked].width <= STOPS[asked[0]] * self.full[asked].width
+
+    def closed(self) -> list[Asked]:
+        """What the full grid answers."""
+        return [asked for asked, found in self.full.items() if math.isfinite(found.width)]
 
 
-OPEN = Set(math.nan, -math.inf, math.inf, False)
+def _of(found: Set, true: float) -> Answer:
+    return Answer(found.high - found.low if found.bounded else math.inf, found.low <= true <= found.high)
 
 
-def stopped(study: Study, order: Iterator[list[int]], names: Sequence[str]) -> dict[str, tuple[list[int], Set]]:
-    """Where each goal is reached: the cells by then, and its set."""
+def stopped(study: Study, order: Iterator[list[int]], asked: Sequence[Asked]) -> dict[Asked, tuple[list[int], Answer]]:
+    """Where each answer is reached: the cells by then, and the answer."""
     chosen: list[int] = []
-    found: dict[str, tuple[list[int], Set]] = {}
+    found: dict[Asked, tuple[list[int], Answer]] = {}
     for more in order:
         chosen = [*chosen, *more]
         answers = study.answers(chosen)
-        found |= {n: (chosen, answers[n]) for n in names if n not in found and study.reached(n, answers[n])}
-        if len(found) == len(names):
+        found |= {a: (chosen, answers[a]) for a in asked if a not in found and study.reached(a, answers)}
+        if len(found) == len(asked):
             break
     return found
 
@@ -230,53 +257,49 @@ def flops(bills: Bills, chosen: Sequence[int]) -> float:
 COSTS: dict[str, Cost] = {"paid": Arithmetic(), "there": Arithmetic(teacher_tokens=None)}
 
 
-def one(name: str, seed: int) -> list[dict[str, Any]]:
-    """Every policy on one study."""
+def study_of(name: str, seed: int) -> tuple[Study, np.random.Generator]:
+    """A simulated study."""
     surface = SURFACES[name]()
     rng = np.random.default_rng([seed, sum(map(ord, name))])
-    table = surface.table(rng)
+    table, target = surface.table(rng), surface.target
+    assert target.student_params and target.data_tokens
+    means = (float(np.log(table[c]).mean()) for c in ("student_params", "data_tokens"))
+    true = {
+        "law": surface.best(*means),
+        "target": surface.best(*map(math.log, (target.student_params, target.data_tokens))),
+    }
+    return Study.of(table, {"law": Goal(), "target": target}, true), rng
+
+
+def one(name: str, seed: int) -> list[dict[str, Any]]:
+    """Every policy on one study: a row for each goal, measure and way of paying."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        study = Study.of(table, {"law": Goal(), "target": surface.target})
-        means = study.means
-        target = surface.target
-        true = {
-            "law": surface.best(*means),
-            "target": surface.best(math.log(target.student_params or 1), math.log(target.data_tokens or 1)),
-        }
-        return list(_rows(study, true, {"surface": name, "seed": seed}, rng))
+        study, rng = study_of(name, seed)
+        return [{"surface": name, "seed": seed, **row} for row in _rows(study, rng)]
 
 
-def _shift(study: Study, joint_means: tuple[float, float]) -> float:
-    return joint_means[0] - study.means[0]
-
-
-def _rows(study: Study, true: dict[str, float], said: dict[str, Any], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
-    table, names = study.table, [n for n in study.goals if study.full[n].bounded]
-    for name in set(study.goals) - set(names):
-        yield {**said, "goal": name, "policy": "open"}
-    bills = {mode: Bills.of(table, COSTS[mode]) for mode in MODES}
-    everything = range(len(table))
+def _rows(study: Study, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+    table, asked = study.table, study.closed()
+    for (goal, measure), full in study.full.items():
+        kind = "full" if math.isfinite(full.width) else "open"
+        yield {"policy": kind, "goal": goal, "measure": measure, "covers": full.covers}
     order = table.sort_values(["seed", "data_tokens", "student_params", "teacher_params"]).index.to_numpy()
-    fixed = {"random": rng.permutation(len(table)), "factorial": order}
-    for policy, mine in fixed.items():
-        found = stopped(study, listed(mine), names)
+    for policy, mine in {"random": rng.permutation(len(table)), "factorial": order}.items():
+        found = stopped(study, listed(mine), asked)
         for mode in MODES:
-            yield from _stops(study, found, true, {**said, "policy": policy, "mode": mode}, bills[mode])
-    for mode in MODES:
-        for name in names:
-            found = stopped(study, greedy(study, study.goals[name], COSTS[mode]), [name])
-            yield from _stops(study, found, true, {**said, "policy": "greedy", "mode": mode}, bills[mode])
-    for name in names:
-        full = study.full[name]
-        yield {**said, "goal": name, "policy": "full", "covers": full.low <= true[name] <= full.high}
-    assert everything
+            yield from _stops(study, found, mode, policy)
+    for mode, goal in itertools.product(MODES, study.goals):
+        mine = [a for a in asked if a[0] == goal]
+        found = stopped(study, greedy(study, study.goals[goal], COSTS[mode]), mine)
+        yield from _stops(study, found, mode, "greedy")
 
 
 def _stops(
-    study: Study, found: dict[str, tuple[list[int], Set]], true: dict[str, float], said: dict[str, Any], bills: Bills
+    study: Study, found: dict[Asked, tuple[list[int], Answer]], mode: str, policy: str
 ) -> Iterator[dict[str, Any]]:
+    bills = Bills.of(study.table, COSTS[mode])
     whole = flops(bills, range(len(study.table)))
-    for name, (chosen, got) in found.items():
-        row = {"goal": name, "share": flops(bills, chosen) / whole, "cells": len(chosen)}
-        yield {**said, **row, "covers": got.low <= true[name] <= got.high}
+    for (goal, measure), (chosen, got) in found.items():
+        row = {"policy": policy, "mode": mode, "goal": goal, "measure": measure}
+        yield {**row, "share": flops(bills, chosen) / whole, "cells": len(chosen), "covers": got.covers}

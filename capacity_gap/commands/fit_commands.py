@@ -1,18 +1,20 @@
-"""The commands `fit` and `recommend`: what a table of records says about teachers."""
+"""The commands `fit`, `recommend` and `next`: what a table of records says about teachers."""
 
 import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from capacity_gap.commands import next_command
 from capacity_gap.commands.options import COLUMNS, columns, out_folder
 from capacity_gap.settings.errors import UserError, shown
 
 
 def add(commands: Any) -> None:
-    """Adds the two commands to the command line's parser."""
+    """Adds the three commands to the command line's parser."""
     _add_fit(commands)
     _add_recommend(commands)
+    next_command.add(commands)
 
 
 def _add_fit(commands: Any) -> None:

@@ -282,13 +282,7 @@ def fit_joint(
         )
     if "data_tokens" in frame and (frame["data_tokens"] > 0).any():
         frame = frame[frame["data_tokens"] > 0]  # the others were pruned, and not trained
-    differ = [c for c in BY if c in frame and c not in CELLS_ASIDE and frame[c].nunique(dropna=False) > 1]
-    if differ:
-        some = {c: ", ".join(map(str, frame[c].unique()[:4])) for c in differ}
-        said = "; ".join(f"{c} ({values})" for c, values in some.items())
-        raise ValueError(
-            f"one model is for cells alike but for student, teacher, budget and seeds; here differ {said}."
-        )
+    check_alike(frame)
     if "cell" in frame:
         frame = frame.drop_duplicates("cell")
     same = [c for c in (*sizes, column, "data_tokens", "seed", "teacher_seed", "student", "teacher") if c in frame]
@@ -301,6 +295,17 @@ def fit_joint(
     tokens = frame["data_tokens"].dropna().unique().tolist() if "data_tokens" in frame else [0]
     budget = float(tokens[0]) if len(tokens) == 1 and tokens[0] > 0 else None
     return replace(_said(fit_cells(cells), axis), families=families, budget=budget)
+
+
+def check_alike(frame: pd.DataFrame) -> None:
+    """Raises where cells differ in settings that part curves."""
+    differ = [c for c in BY if c in frame and c not in CELLS_ASIDE and frame[c].nunique(dropna=False) > 1]
+    if differ:
+        some = {c: ", ".join(map(str, frame[c].unique()[:4])) for c in differ}
+        said = "; ".join(f"{c} ({values})" for c, values in some.items())
+        raise ValueError(
+            f"one model is for cells alike but for student, teacher, budget and seeds; here differ {said}."
+        )
 
 
 @threadpool_limits.wrap(limits=1)

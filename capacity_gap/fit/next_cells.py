@@ -6,7 +6,7 @@ The joint model (`next_model.py`) says what each cell would tell; costs count wh
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,11 @@ import pandas as pd
 from threadpoolctl import threadpool_limits
 
 from capacity_gap.fit.joint import SAME, close_names
-from capacity_gap.fit.next_costs import Arithmetic, Bills, Cost
+from capacity_gap.fit.joint_fit import check_alike
 from capacity_gap.fit.next_model import Belief, Goal, believe
 from capacity_gap.fit.next_reasons import reasons
 from capacity_gap.fit.next_search import LEAST_STUDENTS, LEAST_TEACHERS, Pairs, Search, core
+from capacity_gap.records.bills import Arithmetic, Bills, Cost
 from capacity_gap.records.columns import default_metric, require
 from capacity_gap.records.tables import numbers
 
@@ -186,6 +187,7 @@ def _losses(frame: pd.DataFrame, pool: pd.DataFrame) -> pd.DataFrame:
         frame = frame[frame["status"] == "done"]
     if "data_tokens" in frame and "data_tokens" in pool:
         frame = frame[frame["data_tokens"] > 0]
+    check_alike(frame)
     return frame.assign(loss=frame[metric]).dropna(subset=["loss"])
 
 

@@ -34,11 +34,18 @@ CURVATURE = 0.045  # second derivative of study one's loss by log teacher size
 RATIO = 2.5  # where the optimum is assumed before any cell
 LEVEL_SD = 3.0  # of a curve's level: nothing is known of it
 # Standard deviations of slope and curvature, over a typical curvature; of the slope that is log units of the optimum.
+import os
+
 WIDTHS = {"1": 2.0, "n": 1.0, "d": 1.5, "κ": 1.0}
+E = lambda k, v: float(os.environ.get(k, v))
+WIDTHS["κ"] = E("WK", 1)
+WIDTHS["1"] = E("W1", 2)
+WIDTHS["d"] = E("WD", 1.5)
+WIDTHS["n"] = E("WN", 1)
 POWERS = (2, *UNCERTAIN)
 LEAST_RUNGS = 3  # teachers from which the joint model is fitted
 LEAST_CELLS = 10
-STEADY = 30.0  # cells that the prior standard deviations count for
+STEADY = E("STEADY", 30)  # cells that the prior standard deviations count for
 
 
 @dataclass(frozen=True)
@@ -145,9 +152,7 @@ class _Model:
         d = joint.centre.d if "d" in joint.terms else 0.0
         at = joint.centre.at + b * (means[0] - joint.means[0]) + d * (means[1] - joint.means[1])
         bend = joint.curvature
-        return cls(
-            cells, known, Centre(at, b, d), means, _sds(joint), max(abs(bend.value), 2 * bend.error), level
-        )
+        return cls(cells, known, Centre(at, b, d), means, _sds(joint), max(abs(bend.value), 2 * bend.error), level)
 
     @property
     def n(self) -> np.ndarray:
@@ -227,8 +232,10 @@ class _Model:
 
 
 GRID = 200
-NODES = np.array([-1.0, 0.0, 1.0])  # where about the optimum the slope is looked at, in its standard deviations
-MOST = 1.0  # log: and how far from it at most
+NODES = E("NW", 1) * np.array(
+    [-1.0, 0.0, 1.0]
+)  # where about the optimum the slope is looked at, in its standard deviations
+MOST = E("MOST", 1.0)  # log: and how far from it at most
 
 
 def row(z: np.ndarray | float, n: np.ndarray | float, d: np.ndarray | float, *, derivative: bool = False) -> np.ndarray:

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 
 from capacity_gap.fit.joint import SAME
-from capacity_gap.fit.next_costs import Bills
 from capacity_gap.fit.next_model import Belief
+from capacity_gap.records.bills import Bills
 from capacity_gap.settings.scales import short_scale
 
 NEAR = math.log(1.4)  # within this of the seeming optimum a teacher is at it
@@ -64,7 +64,9 @@ def _place(belief: Belief, i: int, before: Sequence[int]) -> str:
     side = "above" if off > 0 else "below"
     if beyond:
         end = "largest" if off > 0 else "smallest"
-        return f"{side} the teacher that seems best, and the {end} of this student and budget so far: slope and curvature"
+        return (
+            f"{side} the teacher that seems best, and the {end} of this student and budget so far: slope and curvature"
+        )
     return f"{side} the teacher that seems best"
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from capacity_gap.fit.next_costs import Bills
 from capacity_gap.fit.next_model import Belief
+from capacity_gap.records.bills import Bills
 
 LONGEST = 6  # cells of a bundle
 LEAST_STUDENTS, LEAST_TEACHERS = 3, 4  # that a law takes
@@ -146,7 +146,7 @@ def core(search: Search, pairs: Pairs, budget: float = math.inf) -> list[int]:
     rate = -math.inf
     for code in np.unique(pairs.rest)[:MOST_TRIED]:
         mine = np.flatnonzero(pairs.rest == code)
-        there = {pair: -1 for pair in pairs.run}
+        there = dict.fromkeys(pairs.run, -1)
         there |= {(int(pairs.students[i]), int(pairs.teachers[i])): int(i) for i in mine}
         for block in _blocks(there):
             cost = search.bills.total(block, search.paid)

@@ -1,7 +1,7 @@
 """What cells cost in FLOPs, where what several of them need is paid for once."""
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,9 @@ class Bills:
                 parts[place[key]] = flops
         own = np.array([own for own, _ in told], float)
         if not (np.isfinite(own) & (own > 0)).all() or not (np.isfinite(parts) & (parts >= 0)).all():
-            raise ValueError("cost must give FLOPs: above zero for each cell's own part, zero or more for what it shares.")
+            raise ValueError(
+                "cost must give FLOPs: above zero for each cell's own part, zero or more for what it shares."
+            )
         return cls(own, parts, needs, keys)
 
     def paid(self, cells: pd.DataFrame, cost: Cost) -> np.ndarray:
@@ -96,8 +98,3 @@ def spent(cells: pd.DataFrame, cost: Cost) -> float:
     """FLOPs of a table of cells, what they share counted once."""
     bills = Bills.of(cells, cost)
     return bills.total(range(len(cells)), np.zeros(len(bills.parts), bool))
-
-
-def keys_of(cells: Iterable[Row], cost: Cost) -> set[Hashable]:
-    """What cells share, or would."""
-    return {key for cell in cells for key in cost(cell)[1]}

@@ -1,0 +1,181 @@
+"""The command `next`: which cells to run next, why, and the command that runs them."""
+
+import argparse
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from capacity_gap.commands.options import COLUMNS, columns, whole
+from capacity_gap.settings.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from capacity_gap.fit import Candidate, Goal
+
+GOALS = ("target", "law", "break_even")
+
+
+def add(commands: Any) -> None:
+    """Adds the command to the command line's parser."""
+    told = "Say which cells to run next: those that narrow an answer most per FLOP."
+    parser = commands.add_parser("next", description=told)
+    parser.add_argument("source", help="a store, or anything else that `fit` reads; a store may be empty")
+    parser.add_argument("--goal", choices=GOALS, help="what is to be known (default: target, or law without --student)")
+    parser.add_argument("--student", help="total parameters of a target or a break-even budget, such as 80k")
+    parser.add_argument("--data", help="distillation tokens of a target, such as 1.2m, or 20x parameters")
+    parser.add_argument("--small", help="of a break-even budget: the smaller teacher's parameters")
+    parser.add_argument("--large", help="and the larger one's")
+    parser.add_argument("--k", type=whole(), default=6, help="cells (default: %(default)s)")
+    parser.add_argument("--pool", type=Path, metavar="FILE", help="a .csv of candidates, a row each")
+    parser.add_argument("--students", help="of the pool, such as 40k,80k (default: those of the records)")
+    parser.add_argument("--teachers", help="rungs of the pool (default: all of the family)")
+    parser.add_argument("--budgets", help="tokens of the pool (default: those of the records)")
+    parser.add_argument("--seeds", help="of the pool, such as 0,1,2 (default: those of the records and one more)")
+    parser.add_argument("--family", help="the ladder of teachers (default: that of the records, else pico)")
+    parser.add_argument("--sweep", metavar="NAME", help="of a store: only the cells of this sweep")
+    parser.add_argument("--columns", type=columns, default={}, metavar="OURS=THEIRS,...", help=COLUMNS)
+    parser.add_argument("--json", action="store_true", help="as JSON, for programs")
+    parser.set_defaults(run=run_next)
+
+
+def run_next(given: argparse.Namespace) -> int:
+    """Prints the cells and the commands that run them."""
+    from capacity_gap.fit import next_cells
+    from capacity_gap.report.next_pool import family_of
+
+    frame = _records(given)
+    ladder = family_of(frame, given.family)
+    pool = _pool(given, frame, ladder)
+    settings, cost = _settings(given, frame, ladder.name)
+    try:
+        found = next_cells(frame, pool, goal=_goal(given), k=given.k, cost=cost)
+    except ValueError as error:
+        raise error if isinstance(error, UserError) else ConfigError(str(error)) from error
+    lines = commands_for(found, settings)
+    if given.json:
+        rows = [{"cell": c.cell, "gain": c.gain, "cost_flops": c.cost, "reason": c.reason} for c in found]
+        print(json.dumps({"cells": rows, "commands": lines}, indent=1, default=str))
+        return 0
+    print("\n".join(_table(found, len(pool))))
+    print("\n" + "\n".join(lines))
+    if not settings and len(frame):
+        print("The table does not say how its cells were run: add their other settings to the command.")
+    return 0
+
+
+def _records(given: argparse.Namespace) -> "pd.DataFrame":
+    """The cells so far; an empty table for an empty store."""
+    from capacity_gap import records
+    from capacity_gap.cell.outdated import without_outdated
+    from capacity_gap.records.columns import renamed
+    from capacity_gap.records.load import sweep_frame
+    from capacity_gap.store.contents import open_store
+
+    frame = sweep_frame(open_store(given.source), given.sweep) if given.sweep else records.load(given.source)
+    return without_outdated(renamed(frame, given.columns), given.source)[0]
+
+
+def _goal(given: argparse.Namespace) -> "Goal":
+    """What was asked for.
+
+    Raises:
+        ConfigError: an option that the goal needs is missing, or one was given that it does not read.
+    """
+    from capacity_gap.fit import Goal
+    from capacity_gap.settings.scales import parse_scale, parse_tokens
+
+    kind = given.goal or ("target" if given.student else "law")
+    needs = {"law": (), "target": ("student", "data"), "break_even": ("student", "small", "large")}[kind]
+    for name in ("student", "data", "small", "large"):
+        if (getattr(given, name) is None) == (name in needs):
+            takes = ", ".join(f"--{n}" for n in needs) or "none of --student, --data, --small, --large"
+            what = "is missing" if name in needs else "is not read"
+            raise ConfigError(f"--goal {kind}: --{name} {what}. It takes {takes}.")
+    if kind == "law":
+        return Goal()
+    student = parse_scale(given.student, key="--student")
+    if kind == "target":
+        return Goal("target", student, parse_tokens(given.data, params=student, key="--data"))
+    small, large = (parse_scale(getattr(given, name), key=f"--{name}") for name in ("small", "large"))
+    return Goal("break_even", student, small=small, large=large)
+
+
+def _pool(given: argparse.Namespace, frame: "pd.DataFrame", ladder: Any) -> "pd.DataFrame":
+    """The candidates: a file's, or the products of what was given and what the records have."""
+    from capacity_gap import records
+    from capacity_gap.report.next_pool import make_pool
+    from capacity_gap.settings.scales import parse_scale, parse_tokens
+
+    ranges = {name: getattr(given, name) for name in ("students", "teachers", "budgets", "seeds")}
+    if given.pool:
+        if any(ranges.values()):
+            raise ConfigError("--pool names every candidate: leave out --students, --teachers, --budgets and --seeds.")
+        return records.load(given.pool)
+    lists = {name: [v for v in text.split(",") if v] if text else [] for name, text in ranges.items()}
+    if wrong := [seed for seed in lists["seeds"] if not (seed.isascii() and seed.isdigit())]:
+        raise ConfigError(f"--seeds {wrong[0]} is no whole number. Write such as 0,1,2.")
+    student = parse_scale(given.student, key="--student") if given.student else None
+    tokens = parse_tokens(given.data, params=student or 1, key="--data") if given.data else None
+    return make_pool(
+        frame,
+        ladder,
+        students=lists["students"] or ([given.student] if given.student else []),
+        teachers=lists["teachers"],
+        budgets=[parse_scale(b, key="--budgets") for b in lists["budgets"]] or ([tokens] if tokens else []),
+        seeds=[int(s) for s in lists["seeds"]],
+        given=frozenset(name for name in lists if lists[name]),
+    )
+
+
+def _settings(given: argparse.Namespace, frame: "pd.DataFrame", family: str) -> tuple[list[str], Any]:
+    """The overrides that cells of a store share, and what cells cost by their stages; by arithmetic without a store."""
+    from capacity_gap.records.bills import Arithmetic
+    from capacity_gap.settings.places import user_path
+    from capacity_gap.store.files import is_store
+
+    if not is_store(user_path(given.source)):
+        own = [f"family={family}"] if family not in ("pico", "") else []
+        return own, Arithmetic()
+    from capacity_gap.commands.stage_costs import StageCost, shared_overrides
+
+    overrides = shared_overrides(given.source, frame, family)
+    return overrides, StageCost.of(overrides)
+
+
+def _table(found: Sequence["Candidate"], tried: int) -> list[str]:
+    """The cells as text."""
+    lines = [f"the next {len(found)} of {tried} cells, by the share of the answer's variance they remove per FLOP:"]
+    lines += ["   gain   FLOPs  why"]
+    for c in found:
+        seeds = f" seed {c.cell['seed']}" if "seed" in c.cell else ""
+        lines.append(f"  {c.gain:5.1%} {c.cost:7.1e} {seeds.strip():>7}  {c.reason}")
+    total, spent = sum(c.gain for c in found), sum(c.cost for c in found)
+    lines.append(f"  {total:5.1%} {spent:7.1e}          together")
+    return lines
+
+
+def commands_for(found: Sequence["Candidate"], settings: Sequence[str]) -> list[str]:
+    """The fewest `run.py -m` commands that make these cells and no others."""
+    from capacity_gap.report.products import products
+    from capacity_gap.settings.places import RUN_WORDS
+    from capacity_gap.settings.scales import format_scale, short_scale
+
+    names = ("student", "teacher", "data", "seed", "teacher_seed")
+    rows = []
+    for c in found:
+        row = {name: str(c.cell[name]) for name in names if name in c.cell}
+        row |= {of: short_scale(c.cell[f"{of}_params"]) for of in ("student", "teacher") if of not in c.cell}
+        rows.append(row | {"data": format_scale(int(c.cell["data_tokens"]))} if "data_tokens" in c.cell else row)
+    paired = all("seed" in row and row["seed"] == row.get("teacher_seed") for row in rows)
+    keys = [name for name in names if name in rows[0] and not (paired and name == "teacher_seed")]
+    tail = ["teacher_seed=${seed}"] if paired else []
+    words = [*RUN_WORDS, "-m", *(s for s in settings if not s.startswith("store="))]
+    stores = [s for s in settings if s.startswith("store=")]
+    made = products(keys, [tuple(row[key] for key in keys) for row in rows])
+    return [
+        shlex.join([*words, *(f"{key}={','.join(v)}" for key, v in zip(keys, part, strict=True)), *tail, *stores])
+        for part in made
+    ]

@@ -1,0 +1,76 @@
+"""What cells of a store cost: FLOPs of the stages that the store lacks, each counted once."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from capacity_gap.settings.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from capacity_gap.cell.config import RunConfig
+    from capacity_gap.store.stage import Store
+
+OF_A_CELL = ("student", "teacher", "data", "seed", "teacher_seed")
+OWN = ("student", "distil", "instruct", "prefer", "evaluate", "record")  # stages of one cell alone
+LEAST = 1.0  # FLOPs: a cell whose stages are all there still is one
+
+
+def shared_overrides(source: str, frame: "pd.DataFrame", family: str) -> list[str]:
+    """The settings that the cells of a store were run with, but for what tells them apart, and the store itself."""
+    from capacity_gap.runner.rerun import DROPPED, quoted
+    from capacity_gap.store.contents import open_store, sweeps
+
+    store = open_store(source)
+    mine = set("record/" + frame["cell"].astype(str)) if "cell" in frame else set()
+    noted = [cell for cells in sweeps(store).values() for key, cell in cells.items() if key in mine]
+    kept = [f"family={family}"] if not noted and family != "pico" else []
+    for override in noted[-1]["overrides"] if noted else ():
+        name = override.lstrip("+").partition("=")[0]
+        if not override.startswith(DROPPED) and name not in OF_A_CELL:
+            kept.append(override)
+    return [*kept, f"store={quoted(str(store.root))}"]
+
+
+@dataclass(frozen=True, eq=False)
+class StageCost:
+    """FLOPs of cells with the settings `base`, by their stages: those that several cells need are shared."""
+
+    base: "RunConfig"
+    store: "Store"
+    known: dict[tuple, tuple[float, Mapping[Hashable, float]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, overrides: Sequence[str]) -> "StageCost":
+        """Of cells that these overrides make."""
+        from hydra import compose, initialize_config_dir
+
+        from capacity_gap.cell import config
+        from capacity_gap.settings.places import CONF
+        from capacity_gap.store.stage import Store
+
+        config.register()
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            base = config.from_hydra(compose("config", overrides=[*overrides]))
+        return cls(base, Store(base.store_path))
+
+    def __call__(self, cell: Mapping[str, Any]) -> tuple[float, Mapping[Hashable, float]]:
+        """FLOPs of a cell's own stages, and of those that it shares and the store lacks."""
+        from capacity_gap.cell.pipeline import resolve
+        from capacity_gap.store.stage import closure
+
+        named = {k: str(cell[k]) for k in ("student", "teacher") if k in cell}
+        named |= {"data": str(int(cell["data_tokens"]))} if "data_tokens" in cell else {}
+        seeds = {k: int(cell[k]) for k in ("seed", "teacher_seed") if k in cell and str(cell[k]).isdigit()}
+        place = (*named.items(), *seeds.items())
+        if place not in self.known:
+            try:
+                stages = closure(resolve(replace(self.base, **named, **seeds)).record)
+            except UserError as error:
+                raise UserError(f"the pool holds a cell that cannot be run, {dict(place)}: {error}") from error
+            own = sum(s.cost for s in stages.values() if s.name in OWN and not self.store.has(s))
+            shared = {k: s.cost for k, s in stages.items() if s.name not in OWN and s.cost > 0}
+            kept = {(s.name, k): 0.0 if self.store.has(s) else shared[k] for k, s in stages.items() if k in shared}
+            self.known[place] = (max(LEAST, own), kept)
+        return self.known[place]

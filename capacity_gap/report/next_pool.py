@@ -1,0 +1,120 @@
+"""The cells that could be run next: students and budgets of records under every rung of a ladder. Imports no torch."""
+
+from collections.abc import Sequence
+from itertools import product
+
+import pandas as pd
+
+from capacity_gap.models.ladders import FAMILIES, Family, family
+from capacity_gap.settings.errors import ConfigError
+from capacity_gap.settings.scales import format_scale, parse_scale
+
+USUAL = "pico"
+EQUAL = 1.02  # a teacher that is larger by less is no teacher that is pruned
+
+
+def family_of(frame: pd.DataFrame, named: str | None) -> Family:
+    """The ladder that is named, or that of the records; of a table from elsewhere the teachers that it has.
+
+    Raises:
+        ConfigError: the records are of several families, or the name is not known.
+    """
+    held = sorted(frame["family"].dropna().astype(str).unique()) if "family" in frame else []
+    if named:
+        return family(named)
+    if len(held) > 1:
+        raise ConfigError(f"the records are of several families: {', '.join(held)}. Name one: --family {held[0]}.")
+    if held and held[0] in FAMILIES:
+        return family(held[0])
+    return family(USUAL) if frame.empty else Family("", {}, 1)
+
+
+def make_pool(
+    frame: pd.DataFrame,
+    ladder: Family,
+    *,
+    students: Sequence[str],
+    teachers: Sequence[str],
+    budgets: Sequence[int],
+    seeds: Sequence[int],
+    given: frozenset[str],
+) -> pd.DataFrame:
+    """Every product of students, teachers, budgets and seeds whose teacher is larger than its student.
+
+    Args:
+        frame: records so far.
+        ladder: of the teachers; one without rungs for those of the records alone.
+        students: names, beside those of the records unless they were `given`.
+        teachers: names of rungs; by default all of the ladder.
+        budgets: tokens, beside those of the records unless they were `given`.
+        seeds: by default those of the records and one more.
+        given: which of these four are all that is to be tried.
+
+    Returns:
+        Columns student, student_params, teacher, teacher_params, data_tokens, seed, teacher_seed.
+
+    Raises:
+        ConfigError: there is no student, no teacher or no budget, or a name is not known.
+    """
+    by_student, by_teacher = (_sizes(frame, of) for of in ("student", "teacher"))
+    named = {name: by_student.get(name) or parse_scale(name, key="--students") for name in students}
+    chosen = named if "students" in given else {**by_student, **named}
+    rungs = {name: ladder.params[name] for name in map(ladder.rung, teachers)} if ladder.rungs else {}
+    if teachers and not ladder.rungs:
+        rungs = {name: by_teacher.get(name) or parse_scale(name, key="--teachers") for name in teachers}
+    rungs = rungs or dict(ladder.params) or by_teacher
+    tokens = [*budgets] if "budgets" in given else sorted({*_values(frame, "data_tokens"), *budgets})
+    for what, held in (("students", chosen), ("budgets", tokens)):
+        if not held:
+            raise ConfigError(
+                f"the records name no {what}. Give some: --{what} {'40k,80k,110k' if what == 'students' else '300k,1.2m'}."
+            )
+    pairs = _seeds(frame, seeds, trained=not ladder.published)
+    rows = [
+        (s, n, t, m, d, *pair)
+        for (s, n), (t, m), d, pair in product(chosen.items(), rungs.items(), tokens, pairs)
+        if m > EQUAL * n
+    ]
+    names = ["student", "student_params", "teacher", "teacher_params", "data_tokens", "seed", "teacher_seed"]
+    if not rows:
+        raise ConfigError(
+            f"no teacher of {', '.join(rungs)} is larger than a student of {', '.join(chosen)}. Name larger ones with "
+            "--teachers, or smaller students."
+        )
+    return pd.DataFrame(rows, columns=names)
+
+
+def _sizes(frame: pd.DataFrame, of: str) -> dict[str, float]:
+    """Parameters by name, smallest first; a table without names is called by its sizes."""
+    if f"{of}_params" not in frame or frame.empty:
+        return {}
+    sizes = pd.to_numeric(frame[f"{of}_params"], errors="coerce")
+    names = frame[of].astype(str) if of in frame else sizes.dropna().round().astype(int).map(format_scale)
+    found = sizes.groupby(names).median().dropna().sort_values()
+    return {str(name): float(size) for name, size in found.items()}
+
+
+def _values(frame: pd.DataFrame, column: str) -> list[int]:
+    if column not in frame:
+        return []
+    found = pd.to_numeric(frame[column], errors="coerce").dropna()
+    return sorted({int(v) for v in found if v > 0})
+
+
+def _seeds(frame: pd.DataFrame, given: Sequence[int], *, trained: bool) -> list[tuple[int, int]]:
+    """Seeds with the teacher's: the same where the records have it so, or where there is nothing to go by."""
+    first = _whole(frame, "seed")
+    seeds = [*given] or [*range(max(first, default=-1) + 2)]
+    if not trained:
+        return [(s, 0) for s in seeds]
+    both = {"seed", "teacher_seed"} <= set(frame.columns) and len(frame)
+    if not both or bool((frame["seed"].astype(str) == frame["teacher_seed"].astype(str)).all()):
+        return [(s, s) for s in seeds]
+    teachers = range(max(_whole(frame, "teacher_seed"), default=-1) + 2)
+    return [*product(seeds, teachers)]
+
+
+def _whole(frame: pd.DataFrame, column: str) -> list[int]:
+    """The whole numbers of a column of labels."""
+    held = frame[column].dropna() if column in frame else []
+    return sorted({int(float(v)) for v in held if str(v).replace(".0", "").isdigit()})
