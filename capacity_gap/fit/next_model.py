@@ -34,18 +34,11 @@ CURVATURE = 0.045  # second derivative of study one's loss by log teacher size
 RATIO = 2.5  # where the optimum is assumed before any cell
 LEVEL_SD = 3.0  # of a curve's level: nothing is known of it
 # Standard deviations of slope and curvature, over a typical curvature; of the slope that is log units of the optimum.
-import os
-
 WIDTHS = {"1": 2.0, "n": 1.0, "d": 1.5, "κ": 1.0}
-E = lambda k, v: float(os.environ.get(k, v))
-WIDTHS["κ"] = E("WK", 1)
-WIDTHS["1"] = E("W1", 2)
-WIDTHS["d"] = E("WD", 1.5)
-WIDTHS["n"] = E("WN", 1)
 POWERS = (2, *UNCERTAIN)
 LEAST_RUNGS = 3  # teachers from which the joint model is fitted
 LEAST_CELLS = 10
-STEADY = E("STEADY", 30)  # cells that the prior standard deviations count for
+STEADY = 30.0  # cells that the prior standard deviations count for
 
 
 @dataclass(frozen=True)
@@ -218,7 +211,7 @@ class _Model:
         at = lowest(beta, n, d, span)
         here = row(at, n, d, derivative=True)
         sd = math.sqrt(float((here @ spread @ here.T)[0, 0])) / self.curvature
-        return row(np.clip(at + NODES * min(sd, MOST), *span), n, d, derivative=True)
+        return row(np.clip(at + np.clip(NODES * sd, -MOST, MOST), *span), n, d, derivative=True)
 
     def _difference(self, goal: Goal, n: float, beta: np.ndarray) -> np.ndarray:
         """The larger teacher's loss less the smaller one's at the budget where that seems to be nearest to zero."""
@@ -232,10 +225,9 @@ class _Model:
 
 
 GRID = 200
-NODES = E("NW", 1) * np.array(
-    [-1.0, 0.0, 1.0]
-)  # where about the optimum the slope is looked at, in its standard deviations
-MOST = E("MOST", 1.0)  # log: and how far from it at most
+# Where about the optimum the slope is looked at, in standard deviations of it: there a set of 95 % ends.
+NODES = np.array([-2.0, 0.0, 2.0])
+MOST = 1.3  # log: and how far from it at most; half a set of study one
 
 
 def row(z: np.ndarray | float, n: np.ndarray | float, d: np.ndarray | float, *, derivative: bool = False) -> np.ndarray:

@@ -28,8 +28,7 @@ class Search:
     """
 
     covariance: np.ndarray  # [M, M]
-    goal: np.ndarray  # [M, J]
-    variance: np.ndarray  # [J] of the contrasts at first
+    goal: np.ndarray  # [M, J] over the contrasts' first standard deviations and √J: squares add up to shares
     error: float
     bills: Bills
     paid: np.ndarray  # [P + 1]
@@ -44,21 +43,21 @@ class Search:
     def of(cls, belief: Belief, bills: Bills, paid: np.ndarray) -> "Search":
         """Before any is chosen."""
         left = np.ones(len(bills.own), bool)
-        variance = np.maximum(belief.variance, 1e-300)
-        return cls(belief.covariance.copy(), belief.goal.copy(), variance, belief.error, bills, paid.copy(), left)
+        goal = belief.goal / np.sqrt(np.maximum(belief.variance, 1e-300) * len(belief.variance))
+        return cls(belief.covariance.copy(), goal, belief.error, bills, paid.copy(), left)
 
     def gain(self, cells: Sequence[int]) -> float:
         """The share of the goal's first variance that cells would remove together."""
         index = list(cells)
         inside = self.covariance[np.ix_(index, index)] + self.error * np.eye(len(index))
         lower = np.linalg.solve(inside, self.goal[index])
-        return float(np.mean(np.einsum("mj,mj->j", self.goal[index], lower) / self.variance))
+        return float((self.goal[index] * lower).sum())
 
     def add(self, i: int) -> None:
         """Chooses a cell: its variance and cost are taken off."""
         column = self.covariance[:, i] / math.sqrt(self.error + self.covariance[i, i])
         goal = self.goal[i] / math.sqrt(self.error + self.covariance[i, i])
-        self.gains.append(float(np.mean(goal**2 / self.variance)))
+        self.gains.append(float(goal @ goal))
         self.costs.append(float(self.bills.each(self.paid)[i]))
         self.covariance -= np.outer(column, column)
         self.goal -= np.outer(column, goal)
@@ -100,7 +99,7 @@ class _Bundles:
         """Adds to each the cell that makes its gain per cost largest; at first its seed."""
         search, each = self.search, np.arange(len(self.seeds))
         noisy = search.error + self.diagonal
-        drop = np.mean(self.goal**2 / search.variance, -1) / noisy
+        drop = np.einsum("smj,smj->sm", self.goal, self.goal) / noisy
         cost = search.bills.each(self.paid)
         spent = self.spent[:, None] + cost
         rate = np.where(self.open & (spent <= budget), (self.gained[:, None] + drop) / spent, -math.inf)
