@@ -123,7 +123,7 @@ BAD = [
     (["seed=1.5"], "seed=1.5 has the wrong type: it should be a whole number"),
     (["train.device=tpu"], "train.device=tpu is out of range. Allowed: auto, cpu, cuda"),
     (["student=40k,50k"], "student=40k,50k gives several values: a grid wants -m"),
-    (["budget_hours=1e-6"], "budget_hours=1e-06, but this grid needs about"),
+    (["budget_hours=1e-6"], "budget_hours=1e-06, but this needs about"),
     (["store=/proc/none"], "store=/proc/none cannot be written"),
 ]
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from capacity_gap.cell.pipeline import resolve
-from capacity_gap.runner import grid
+from capacity_gap.runner import grid, waves
 from capacity_gap.runner.run_cell import run_config
 from capacity_gap.runtime.process import Runtime
 from capacity_gap.settings.errors import Busy, ConfigError, Damaged
@@ -58,14 +58,14 @@ def launcher(store, stages, faults):
 def test_every_stage_of_a_calm_wave_runs_once_longest_first(wave):
     store, stages, jobs = wave
     launch, log = launcher(store, stages, {})
-    assert grid._launch_wave(jobs, store, launch, retries=0) == {}
+    assert waves._launch_wave(jobs, store, launch, retries=0) == {}
     assert log == ["0", "1", "2"]
 
 
 def test_a_crash_costs_only_itself(wave):
     store, stages, jobs = wave
     launch, log = launcher(store, stages, {"1": [RuntimeError("boom")]})
-    assert grid._launch_wave(jobs, store, launch, retries=0) == {stages[1].key: "boom"}
+    assert waves._launch_wave(jobs, store, launch, retries=0) == {stages[1].key: "boom"}
     assert [store.has(s) for s in stages] == [True, False, True]
     assert log == ["0", "1", "2"]
 
@@ -73,14 +73,14 @@ def test_a_crash_costs_only_itself(wave):
 def test_a_killed_worker_that_breaks_the_pool_costs_nothing_if_it_was_an_accident(wave):
     store, stages, jobs = wave
     launch, log = launcher(store, stages, {"0": ["kill"]})
-    assert grid._launch_wave(jobs, store, launch, retries=0) == {}
+    assert waves._launch_wave(jobs, store, launch, retries=0) == {}
     assert log == ["0", "1", "2", "0"], "what the lost pool had begun runs again, alone and last"
 
 
 def test_a_job_that_kills_its_worker_costs_only_itself(wave):
     store, stages, jobs = wave
     launch, log = launcher(store, stages, {"0": ["kill", "kill"]})
-    assert grid._launch_wave(jobs, store, launch, retries=0) == {
+    assert waves._launch_wave(jobs, store, launch, retries=0) == {
         stages[0].key: "its process died (a worker was killed)"
     }
     assert [store.has(s) for s in stages] == [False, True, True]
@@ -90,7 +90,7 @@ def test_a_job_that_kills_its_worker_costs_only_itself(wave):
 def test_retries_are_for_what_died_or_crashed(wave):
     store, stages, jobs = wave
     launch, log = launcher(store, stages, {"0": ["kill", "kill", None], "1": [RuntimeError("once"), None]})
-    assert grid._launch_wave(jobs, store, launch, retries=1) == {}
+    assert waves._launch_wave(jobs, store, launch, retries=1) == {}
     assert log.count("0") == 3
     assert log.count("1") == 2
     assert all(store.has(s) for s in stages)
@@ -99,7 +99,7 @@ def test_retries_are_for_what_died_or_crashed(wave):
 def test_a_wrong_setting_is_not_retried(wave):
     store, stages, jobs = wave
     launch, log = launcher(store, stages, {"1": [ConfigError("wrong"), None]})
-    assert grid._launch_wave(jobs, store, launch, retries=5) == {stages[1].key: "wrong"}
+    assert waves._launch_wave(jobs, store, launch, retries=5) == {stages[1].key: "wrong"}
     assert log.count("1") == 1
 
 
@@ -110,13 +110,13 @@ def test_a_launcher_that_cannot_launch_is_an_error_not_a_loop(wave):
         raise Died("no such partition")
 
     with pytest.raises(Died, match="no such partition"):
-        grid._launch_wave(jobs, store, launch, retries=3)
+        waves._launch_wave(jobs, store, launch, retries=3)
 
 
 def test_an_endless_killer_ends_after_its_retries(wave):
     store, stages, jobs = wave
     launch, log = launcher(store, stages, {"2": ["kill"] * 9})
-    assert grid._launch_wave(jobs, store, launch, retries=2) == {
+    assert waves._launch_wave(jobs, store, launch, retries=2) == {
         stages[2].key: "its process died (a worker was killed)"
     }
     assert log.count("2") == 4, "with others, and alone: once and twice again"
@@ -125,7 +125,7 @@ def test_an_endless_killer_ends_after_its_retries(wave):
 def test_what_another_grid_is_at_is_waited_for_not_counted(wave):
     store, stages, jobs = wave
     launch, log = launcher(store, stages, {"1": [Busy("another is at it"), Busy("still"), None]})
-    assert grid._launch_wave(jobs, store, launch, retries=0) == {}
+    assert waves._launch_wave(jobs, store, launch, retries=0) == {}
     assert log.count("1") == 3
 
 
@@ -143,7 +143,7 @@ def test_a_damaged_stage_that_its_job_did_not_make_again_has_failed(wave):
     def launch(overrides, initial_job_idx):
         return [SimpleNamespace(_return_value=None)] * len(overrides)
 
-    assert grid._launch_wave(jobs, store, launch, retries=0) == {stages[1].key: grid.DIED}
+    assert waves._launch_wave(jobs, store, launch, retries=0) == {stages[1].key: waves.DIED}
 
 
 def test_a_damaged_shared_stage_is_made_again_once_in_its_own_wave(wave):
@@ -151,9 +151,9 @@ def test_a_damaged_shared_stage_is_made_again_once_in_its_own_wave(wave):
     store.compute(shared, Runtime())
     ends = [Stage("record", 1, {"n": n}, {"shared": shared}, write) for n in range(2)]
     cells = [(SimpleNamespace(record=end), [str(n)]) for n, end in enumerate(ends)]
-    assert grid._wave(cells, [[shared], [shared]], store, {}) == {}
+    assert waves._wave(cells, [[shared], [shared]], store, {}) == {}
     halve(store, shared)
-    assert list(grid._wave(cells, [[shared], [shared]], store, {})) == [shared.key]
+    assert list(waves._wave(cells, [[shared], [shared]], store, {})) == [shared.key]
 
 
 @pytest.mark.parametrize("remakes", [True, False])
@@ -184,7 +184,7 @@ def test_batches_limit_what_a_launcher_is_given_at_once():
         given.append(list(jobs))
         return jobs
 
-    assert grid._in_batches(launch, 2)(list("abcde"), initial_job_idx=0) == list("abcde")
+    assert waves._in_batches(launch, 2)(list("abcde"), initial_job_idx=0) == list("abcde")
     assert given == [["a", "b"], ["c", "d"], ["e"]]
 
 

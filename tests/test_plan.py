@@ -323,7 +323,7 @@ def test_a_grid_over_its_budget_is_refused_before_anything_is_written(tiny, tmp_
     plan = make_plan([cell], Store(tmp_path))
     check_budget(plan, None)
     check_budget(plan, 1e6)
-    with pytest.raises(ConfigError, match="budget_hours=0.1, but this grid needs about .* device-hours .* x 1 devices"):
+    with pytest.raises(ConfigError, match="budget_hours=0.1, but this needs about .* device-hours .* x 1 devices"):
         check_budget(plan, 0.1)
     (four,) = cells_of(*tiny, "throughput=1e6", "devices=4")
     costly = make_plan([four], Store(tmp_path))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
 
+from capacity_gap.cell.strategy_config import FACTORIAL, STRATEGIES, NextConfig
 from capacity_gap.cell.teacher_config import AdaptConfig, FamilyConfig
 from capacity_gap.data.corpora import CORPORA, MIXTURE
 from capacity_gap.data.corpus_config import AUTO as ANY_CORPUS
@@ -55,9 +56,22 @@ class RunConfig:
     plan: bool = setting(False, "Say what would run and what it costs; start nothing.", decides=False)
     fail_fast: bool = setting(False, "Of a grid: launch no further wave once something has failed.", decides=False)
     retries: int = setting(0, "Of a grid: how often crashed work is started again.", least=0, most=1000, decides=False)
+    strategy: str = setting(
+        FACTORIAL,
+        "Of a grid: factorial runs all of it; adaptive runs in rounds the cells that narrow next.goal most per second.",
+        allowed=STRATEGIES,
+        decides=False,
+    )
+    until: float | None = setting(
+        None,
+        "Of strategy=adaptive: end once the 95 % interval's upper end is at most this times its lower one.",
+        above=1,
+        most=1e6,
+        decides=False,
+    )
     budget_hours: float | None = setting(
         None,
-        "Refuse what costs more device-hours (devices times hours) than this.",
+        "Refuse what costs more device-hours (devices times hours) than this; strategy=adaptive ends there.",
         above=0,
         most=1e9,
         decides=False,
@@ -88,6 +102,7 @@ class RunConfig:
         "Modules of your own, such as [my_loss], that register losses, scores, corpora and more.",
         decides=False,
     )
+    next: NextConfig = setting(NextConfig, "The question of strategy=adaptive.")
     family: FamilyConfig = setting(FamilyConfig, "Teachers.")
     corpus: CorpusConfig = setting(CorpusConfig, "Text.")
     expand: ExpandConfig = setting(ExpandConfig, "A second script's tokens.")

@@ -103,11 +103,17 @@ def _show(store: "Store", name: str, cells: Mapping[str, Any], *, failures: bool
     """Prints one grid and, if asked, why its cells failed; returns how many did."""
     from rich.console import Console
 
+    from capacity_gap.report.rounds import reasons, round_line
     from capacity_gap.runner.progress import View, table
+    from capacity_gap.store.contents import rounds_of
 
     now = View(store, cells).snapshot()
     title = f"{name}: {now.share:.0%} of {len(cells)} cells"
     Console(highlight=False, soft_wrap=True).print(table(now, cells, title=title))
+    for number, note in enumerate(notes := rounds_of(store, name), 1):
+        print(f"  {round_line(note)}")
+        for reason in reasons(note) if number == len(notes) else ():
+            print(f"    {reason}")
     failed = [key for key, state in now.cells.items() if state == "failed"]
     for key in failed if failures else ():
         print(_autopsy(store, key, cells[key]))

@@ -6,7 +6,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from capacity_gap.report.products import products
 from capacity_gap.settings.errors import Damaged
 from capacity_gap.settings.places import RUN_WORDS, TOOL_WORDS, user_path
 from capacity_gap.settings.scales import short_scale
-from capacity_gap.store.contents import open_store, sweeps
+from capacity_gap.store.contents import open_store, rounds_of, sweeps
 from capacity_gap.store.files import is_store, name_left_out, read_all
 
 HISTORY_POINTS = 40  # a training curve is averaged in so many bins: single batches are noise
@@ -90,6 +90,7 @@ class Content:
     histories: dict[str, pd.DataFrame]
     commands: list[str]
     names: list[str]
+    rounds: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # of adaptive grids, by name
 
     @property
     def done(self) -> pd.DataFrame:
@@ -188,6 +189,7 @@ def gather(
         histories=histories(store.root, frame) if store else {},
         commands=[c for name, cells in known.items() for c in commands(name, cells.values())],
         names=list(known),
+        rounds={name: noted for name in known if store and (noted := rounds_of(store, name))},
     )
 
 

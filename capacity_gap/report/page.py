@@ -11,6 +11,7 @@ from capacity_gap import __version__
 from capacity_gap.report.content import Content, causes, cell_name, constants, costs, gather, tasks
 from capacity_gap.report.joint_tables import best_table, even_table
 from capacity_gap.report.plots import LOSSES, VERDICTS
+from capacity_gap.report.rounds import rounds_table
 from capacity_gap.settings.errors import UserError
 
 TEMPLATE = "page.html.j2"
@@ -75,6 +76,7 @@ def render(content: Content, *, title: str) -> str:
         badge=VERDICTS.get(content.law.status, content.law.status) if content.law else "no fit",
         verdict=content.law.verdict() if content.law else content.problem,
         joint=_joint(content),
+        rounds={name: (notes[0].get("what", "answer"), rounds_table(notes)) for name, notes in content.rounds.items()},
         null_p=getattr(content.law, "null_p", None),
         summary=content.law.summary() if content.law else None,
         counts=_counts(content),

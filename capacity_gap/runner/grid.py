@@ -1,37 +1,29 @@
-"""A grid in waves: what several cells share runs first, then the cells; finished work is never run again.
+"""A grid: every cell is read and planned, then run in waves, all at once or in rounds; nothing finished runs again.
 
-Hydra launchers run a list of jobs and know nothing of stages. So each wave is one such list: a job is a cell's own
-overrides plus `only=<stage>`, or, in the last wave, the cell itself. Imports no torch.
+Imports no torch.
 """
 
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from capacity_gap.cell.config import from_hydra
-from capacity_gap.cell.pipeline import Cell, in_waves, resolve
+from capacity_gap.cell.pipeline import Cell, resolve
 from capacity_gap.cell.recipes import check_corpus, no_corpus
+from capacity_gap.cell.strategy_config import ADAPTIVE
 from capacity_gap.report.sweep_run import mirror_sweep
+from capacity_gap.runner.adaptive import Rounds
+from capacity_gap.runner.budget import check_affordable
 from capacity_gap.runner.machines import Machines
-from capacity_gap.runner.plan import check_budget, make_plan, noted_cell
-from capacity_gap.runner.progress import View, Watch
-from capacity_gap.runner.run_cell import fail
-from capacity_gap.runner.stopping import ending_workers
+from capacity_gap.runner.plan import make_plan, noted_cell
+from capacity_gap.runner.waves import Crew, Launch
 from capacity_gap.runtime.process import check_threads
-from capacity_gap.settings.errors import Busy, ConfigError, ImpossibleCell, UserError
+from capacity_gap.settings.errors import ConfigError, ImpossibleCell
 from capacity_gap.settings.hashing import fingerprint
-from capacity_gap.store.contents import failure_file, note_sweep
-from capacity_gap.store.files import explaining_full_disk
-from capacity_gap.store.lease import POLL_S, Pulse
-from capacity_gap.store.stage import Stage, Store, closure
+from capacity_gap.store.stage import Store
 from capacity_gap.tracking.wandb_runs import settled
-
-Launch = Callable[..., Sequence[Any]]
-DIED = "its process died"
-Wave = dict[str, tuple[Stage, list[str]]]  # by stage key: what is wanted, and the overrides of a job that makes it
 
 
 @dataclass(frozen=True)
@@ -97,8 +89,14 @@ def run_grid(
     plan = make_plan([c for c, _ in cells.values()], store, machines=machines)
     if first.plan:
         print("\n".join([*plan.lines, *outcome.warnings.values(), *_skipped(outcome)]))
-    check_budget(plan, first.budget_hours)
+    name = first.sweep or _name(jobs)
+    rounds = Rounds(cells, store, name, plan.worker, plan.speed)
+    adaptive = first.strategy == ADAPTIVE
+    if not adaptive:
+        check_affordable(rounds, first.budget_hours, plan.device_hours, plan.reckoning)
     if first.plan:
+        if adaptive:
+            print("\n".join(rounds.planned()))
         return True
     for warning in plan.too_short:
         print(warning, file=sys.stderr)
@@ -106,40 +104,20 @@ def run_grid(
         for threads in {cell.config.train.threads for cell, _ in cells.values()}:
             check_threads(threads)
     settled(first.tracking)  # says once, for all workers, if W&B cannot be had
-    name = first.sweep or _name(jobs)
-    noted = {c.record.key: noted_cell(c, overrides, plan.speed) for c, overrides in cells.values()}
-    with explaining_full_disk(store.root, "the note of what is to run"):
-        store.create()
-        note_sweep(store, name, noted)
-    # A recorded cell runs again if a stage behind it was set aside as damaged.
-    todo = {digest: c for digest, c in cells.items() if not store.finished(c[0].record)}
-    for cell, _ in todo.values():
-        failure_file(store, cell.record.key).unlink(missing_ok=True)
-    with ending_workers() as asked, Watch(View(store, noted), reused=len(cells) - len(todo)) as watch:
-        launch = _in_batches(asked.telling(launch) if pool else launch, max_batch_size)
-        causes = _run_waves(list(todo.values()), store, launch, watch)
+    crew = Crew(store, name, launch, max_batch_size, pool)
+    if adaptive:
+        cells = rounds.run(crew)
+    else:
+        noted = {c.record.key: noted_cell(c, overrides, plan.speed) for c, overrides in cells.values()}
+        crew.note(noted)
+        crew.run(cells, noted)
     for digest, (cell, _) in cells.items():
         done = store.finished(cell.record)
-        status = ("done" if digest in todo else "reused") if done else "failed"
-        outcome.add(cell.name, status, "" if done else causes.get(cell.record.key, DIED))
-        # A record stays as it is where only something behind it could not be made again.
-        if not done and not store.is_sound(cell.record):
-            fail(cell, store, causes.get(cell.record.key, DIED))
+        status = ("done" if digest in crew.started else "reused") if done else "failed"
+        outcome.add(cell.name, status, "" if done else crew.cause(cell))
     _print_outcome(outcome, store)
-    mirror_sweep(store, name, first.tracking, changed=bool(todo))
+    mirror_sweep(store, name, first.tracking, changed=bool(crew.started))
     return not outcome.counts["failed"]
-
-
-def _in_batches(launch: Launch, size: int | None) -> Launch:
-    """A launcher that is given at most `size` jobs at once."""
-    if size is None:
-        return launch
-
-    def launch_all(jobs: Sequence[Any], initial_job_idx: int) -> list[Any]:
-        parts = [jobs[i : i + size] for i in range(0, len(jobs), size)]
-        return [r for part in parts for r in launch(part, initial_job_idx=initial_job_idx)]
-
-    return launch_all
 
 
 def _resolve(jobs: Sequence[Job], outcome: Outcome) -> dict[str, tuple[Cell, list[str]]]:
@@ -174,108 +152,6 @@ def _name(jobs: Sequence[Job]) -> str:
 
 def _given(job: Job) -> str:
     return " ".join(o for o in job.overrides if not o.startswith("hydra"))
-
-
-def _run_waves(cells: list[tuple[Cell, list[str]]], store: Store, launch: Launch, watch: Watch) -> dict[str, str]:
-    """Launches wave after wave; returns the cause of every stage and cell that failed, by key."""
-    causes: dict[str, str] = {}
-    if not cells:
-        return causes
-    settings = cells[0][0].config
-    for stages in in_waves([cell for cell, _ in cells]):
-        wave = _wave(cells, stages, store, causes)
-        if causes and settings.fail_fast:
-            for cell, _ in cells:
-                causes.setdefault(cell.record.key, "not started: fail_fast, and another cell failed")
-            break
-        if wave:
-            watch.wave(next(iter(wave.values()))[0].name, len(wave))
-            causes |= _launch_wave(wave, store, launch, settings.retries)
-    return causes
-
-
-def _launch_wave(wave: Wave, store: Store, launch: Launch, retries: int) -> dict[str, str]:
-    """Launches one wave until all of it is there or has failed; returns the causes.
-
-    A user's error is final. Whatever crashed or died is started again `retries` times. A worker that is killed can take
-    a launcher's whole pool with it, and nobody can say which one it was: what had been started by then is suspect, and
-    is launched again alone, after all others. Other grids' stages are waited for here, where no device idles.
-    """
-    causes: dict[str, str] = {}
-    deaths: Counter = Counter()
-    suspects: set[str] = set()
-    idle = 0
-    pending = dict(wave)
-    while pending:
-        ordered = sorted(pending.values(), key=lambda job: -_effort(job[0], store))  # longest first
-        jobs = [job for job in ordered if job[0].key not in suspects] or ordered[:1]
-        errors, broken = _launch(launch, jobs)
-        idle = 1 + idle if broken and not any(store.finished(s) or store.started(s) for s, _ in jobs) else 0
-        if broken and idle == 2:
-            raise broken  # the launcher itself does not work: twice nothing was even started
-        for (stage, _), error in zip(jobs, errors, strict=True):
-            if store.finished(stage):
-                del pending[stage.key]
-            elif broken and len(jobs) > 1:
-                suspects |= {stage.key} if store.started(stage) else set()
-            # Busy is no failure, and where nothing was started the launcher failed, not the job.
-            elif not isinstance(error, Busy) and not idle:
-                deaths[stage.key] += 1
-                if isinstance(error, UserError) or deaths[stage.key] > retries:
-                    causes[stage.key] = str(error) if error else DIED + (f" ({broken})" if broken else "")
-                    del pending[stage.key]
-        if any(isinstance(error, Busy) for error in errors):
-            _wait_for_others(store, pending)
-    return causes
-
-
-def _wait_for_others(store: Store, pending: Wave) -> None:
-    """Returns when at least one of the stages is there, or free to be computed here."""
-    pulses: dict[str, Pulse] = {}
-
-    def is_at_work(key: str) -> bool:
-        # A stage may be set aside or deleted while we wait, so what is missing is asked for anew each time.
-        pulse = pulses.setdefault(key, Pulse(store.work / key.replace("/", "-")))
-        return pulse.state() in ("alive", "silent")
-
-    while pending and all(any(map(is_at_work, store.missing(stage))) for stage, _ in pending.values()):
-        time.sleep(POLL_S)
-
-
-def _launch(launch: Launch, jobs: list[tuple[Stage, list[str]]]) -> tuple[list[Exception | None], Exception | None]:
-    """One call of the launcher: the error of each job, and the launcher's own if it broke."""
-    try:
-        returns = launch([overrides for _, overrides in jobs], initial_job_idx=0)
-    except UserError:
-        raise  # the launcher's own settings are wrong
-    except Exception as error:
-        return [None] * len(jobs), error
-    # Not `return_value`, which raises the error of one job and would hide the results of the others.
-    values = [getattr(r, "_return_value", None) for r in returns]
-    return [v if isinstance(v, Exception) else None for v in values], None
-
-
-def _wave(cells: list[tuple[Cell, list[str]]], stages: list[list[Stage]], store: Store, causes: dict[str, str]) -> Wave:
-    """The jobs of one wave, by stage; a cell whose shared stages failed is not launched but takes their cause.
-
-    `stages`: what each cell needs in it.
-    """
-    wave: Wave = {}
-    for (cell, overrides), wanted in zip(cells, stages, strict=True):
-        broken = [causes[key] for key in closure(cell.record) if key in causes]
-        if broken:
-            causes.setdefault(cell.record.key, broken[0])
-            continue
-        for stage in wanted:
-            if stage is cell.record:
-                wave[stage.key] = (stage, overrides)
-            elif not store.finished(stage):
-                wave[stage.key] = (stage, [*overrides, f"only={stage.key}"])
-    return wave
-
-
-def _effort(stage: Stage, store: Store) -> float:
-    return sum(s.cost for s in store.missing(stage).values())
 
 
 def _skipped(outcome: Outcome) -> list[str]:

@@ -73,6 +73,12 @@ class Plan:
         return self.worker_s * self.worker.devices / 3600
 
     @property
+    def reckoning(self) -> str:
+        """How the device-hours come about."""
+        hours = format_hours(self.worker_s / 3600)
+        return f"{hours} hours of one worker x {self.worker.devices:g} devices; speed {self.speed.source}"
+
+    @property
     def too_short(self) -> list[str]:
         """The texts that are too short, in words."""
         return [text for text in self.texts if text.startswith("warning")]
@@ -194,8 +200,6 @@ def check_budget(plan: Plan, hours: float | None) -> None:
     """Raises if the grid costs more device-hours than `budget_hours` allows."""
     if hours is not None and plan.device_hours > hours:
         raise ConfigError(
-            f"budget_hours={hours:g}, but this grid needs about {format_hours(plan.device_hours)} device-hours "
-            f"({format_hours(plan.worker_s / 3600)} hours of one worker x {plan.worker.devices:g} devices; speed "
-            f"{plan.speed.source}). Nothing was started. Raise budget_hours, or run fewer cells: `plan=true` says what "
-            "each teacher and each curve takes."
+            f"budget_hours={hours:g}, but this needs about {format_hours(plan.device_hours)} device-hours "
+            f"({plan.reckoning}). Nothing was started. Raise budget_hours, or give fewer tokens or a smaller teacher."
         )

@@ -3,7 +3,7 @@
 import os
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,8 +104,10 @@ def needed(keys: Iterable[str], found: dict[str, Entry]) -> set[str]:
     return seen
 
 
-def note_sweep(store: Store, name: str, cells: dict[str, dict[str, Any]]) -> None:
-    """Writes down which cells a grid is made of; a grown grid adds to what is there.
+def note_sweep(
+    store: Store, name: str, cells: dict[str, dict[str, Any]], *, about: Mapping[str, Any] | None = None
+) -> None:
+    """Writes down which cells a grid is made of; a grown grid adds to what is there. `about`: of a round of it.
 
     Every start with other cells writes one more file, `<store>/sweeps/<name>.<hash of its cells>.json`. No file ever
     changes its cells or its name, so that many processes may note cells of one sweep at once and none loses another's.
@@ -115,7 +117,14 @@ def note_sweep(store: Store, name: str, cells: dict[str, dict[str, Any]]) -> Non
     # Several first starts may each draw an id; the smallest is the sweep's for all readers.
     own = min([part["id"] for part in parts if part.get("id")], default=uuid.uuid4().hex[:12])
     same = (part["file"] for part in parts if part["cells"].keys() == cells.keys())
-    write_checked(next(same, _note_file(store, name, cells)), {"name": name, "id": own, "cells": cells})
+    write_checked(
+        next(same, _note_file(store, name, cells)), {"name": name, "id": own, **(about or {}), "cells": cells}
+    )
+
+
+def rounds_of(store: Store, name: str) -> list[dict[str, Any]]:
+    """The rounds of an adaptive grid, first to last: `round`, `answer`, `gain`, `device_hours`, `cells`."""
+    return sorted((part for part in _parts(store, name) if "round" in part), key=lambda part: part["round"])
 
 
 def _note_file(store: Store, name: str, cells: Iterable[str]) -> Path:

@@ -1,0 +1,61 @@
+"""The rounds of an adaptive grid in words: the answer before each, what was run and why."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from capacity_gap.settings.scales import short_scale
+
+Answer = Sequence[float | None]  # value, lower end, upper end; None where there is no end, or no value
+
+
+def answer_text(found: Answer | None, what: str) -> str:
+    """The answer so far, named."""
+    return f"{what}: {bounds_text(found)}"
+
+
+def bounds_text(found: Answer | None) -> str:
+    """A value with its interval, and by what factor that is wide."""
+    if found is None or not _known(found[0]):
+        return "not known yet"
+    value, low, high = found
+    lower, upper = _known(low) and low > 0, _known(high)  # type: ignore[operator]
+    ends = f"{_short(low) if lower else 'no lower bound'} to {_short(high) if upper else 'no upper bound'}"
+    ratio = f", a factor of {high / low:.3g}" if lower and upper else ""  # type: ignore[operator]
+    return f"{_short(value)} ({ends}{ratio})"
+
+
+def round_line(note: Mapping[str, Any]) -> str:
+    """One round: cells, device-hours as planned, and the answer before it."""
+    cells = len(note["cells"])
+    many = "cell" if cells == 1 else "cells"
+    said = answer_text(note.get("answer"), note.get("what", "answer"))
+    return f"round {note['round']}: {cells} {many}, {note.get('device_hours', 0.0):.2g} device-hours; before it, {said}"
+
+
+def reasons(note: Mapping[str, Any]) -> list[str]:
+    """Why its cells were chosen, each reason once."""
+    return list(dict.fromkeys(cell.get("reason", "") for cell in note["cells"].values()))
+
+
+def rounds_table(notes: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """For the report: round, cells, device-hours, the answer before it, its reasons."""
+    return [
+        [
+            str(note["round"]),
+            str(len(note["cells"])),
+            f"{note.get('device_hours', 0.0):.2g}",
+            bounds_text(note.get("answer")),
+            " ".join(reasons(note)),
+        ]
+        for note in notes
+    ]
+
+
+def _known(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _short(value: float | None) -> str:
+    assert value is not None
+    return short_scale(value) if value >= 1000 else f"{value:.3g}"

@@ -1,0 +1,329 @@
+"""A grid in rounds: of its cells those run first that narrow an answer most per second, until it is narrow enough.
+
+Every round is noted in the store before it runs, with the answer so far and a reason for each cell. The same command
+first finishes a round that was cut short, and goes on from there. Imports no torch.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from capacity_gap.cell.config import RunConfig
+from capacity_gap.cell.pipeline import Cell
+from capacity_gap.fit.regression import Estimate
+from capacity_gap.report.rounds import answer_text, reasons, round_line
+from capacity_gap.runner.machines import Worker
+from capacity_gap.runner.plan import noted_cell
+from capacity_gap.runner.plan_lines import counted, format_hours
+from capacity_gap.runner.speed import Speed, speed
+from capacity_gap.runner.waves import Crew
+from capacity_gap.settings.errors import ConfigError, Damaged, UserError
+from capacity_gap.store.contents import rounds_of
+from capacity_gap.store.files import META, NUMBER, read_json
+from capacity_gap.store.stage import Stage, Store, closure
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from capacity_gap.fit import Candidate, Goal
+
+Cells = Mapping[str, tuple[Cell, list[str]]]  # by digest: a cell and the overrides that make it
+LEAST_GAIN = 0.02  # share of the answer's variance: a round that is expected to remove less is not run
+SECOND = 1e-3  # the least a cell costs: one whose stages are all there costs next to nothing
+
+
+@dataclass(frozen=True)
+class Round:
+    """What is run next, and why."""
+
+    number: int
+    cells: Mapping[str, tuple[Cell, list[str]]]
+    reasons: Mapping[str, str]  # by digest
+    before: Estimate | None  # the answer so far; None while there is none
+    gain: float
+    device_hours: float
+    noted: bool = False  # in the store, by a command that was cut short
+
+    def note(self, what: str) -> dict[str, Any]:
+        """For the store, besides the cells; an open end of an interval is null."""
+        return {
+            "round": self.number,
+            "what": what,
+            "answer": _ends(self.before),
+            "gain": self.gain,
+            "device_hours": self.device_hours,
+        }
+
+    def lines(self, what: str) -> list[str]:
+        """The round as text."""
+        shown = {**self.note(what), "cells": {d: {"reason": r} for d, r in self.reasons.items()}}
+        return [round_line(shown), *(f"  {reason}" for reason in reasons(shown))]
+
+
+@dataclass(frozen=True, eq=False)
+class Rounds:
+    """The rounds of one grid. Iterating gives what is to be run now, until there is a reason to end."""
+
+    cells: Cells
+    store: Store
+    name: str
+    worker: Worker
+    planned_speed: Speed  # before anything was run
+
+    def run(self, crew: Crew) -> dict[str, tuple[Cell, list[str]]]:
+        """Runs round after round; returns the cells of all of them."""
+        try:
+            for found in self:
+                noted = self._noted(found)
+                if not found.noted:
+                    crew.note(noted, found.note(self.what))
+                print("\n".join(found.lines(self.what)), flush=True)
+                crew.run(found.cells, noted)
+        except StopRounds as end:
+            print(f"ended: {end}\n{answer_text(_ends(self.answer()), self.what)}", flush=True)
+        run = {key for part in rounds_of(self.store, self.name) for key in part["cells"]}
+        return {digest: given for digest, given in self.cells.items() if given[0].record.key in run}
+
+    def planned(self) -> list[str]:
+        """The next round as text; nothing is started."""
+        try:
+            return next(iter(self)).lines(self.what)
+        except StopRounds as end:
+            return [f"no further round: {end}"]
+
+    def speed(self) -> Speed:
+        """Of a worker, as measured by now."""
+        shared = {s.name for cell, _ in self.cells.values() for s in closure(cell.record).values() if s.collective}
+        return speed(self.store, self.worker, throughput=self.config.throughput, collective=shared)[0]
+
+    def _noted(self, found: Round) -> dict[str, dict[str, Any]]:
+        """What the store is told of a round's cells: also why each was chosen, and which stages it makes."""
+        notes = {}
+        for digest, (cell, overrides) in found.cells.items():
+            made = [key for key, stage in closure(cell.record).items() if not self.store.has(stage)]
+            note = noted_cell(cell, overrides, self.planned_speed)
+            notes[cell.record.key] = {**note, "reason": found.reasons[digest], "made": made}
+        return notes
+
+    @property
+    def config(self) -> RunConfig:
+        """Of any cell: what the rounds are for is the same in all."""
+        return next(iter(self.cells.values()))[0].config
+
+    @property
+    def goal(self) -> "Goal":
+        """What is to be known better."""
+        from capacity_gap.fit import Goal
+
+        asked = self.config.next
+        return Goal(asked.goal, **asked.sizes)
+
+    @property
+    def what(self) -> str:
+        """The answer's name."""
+        asked = self.config.next
+        return {
+            "law": "best teacher over student",
+            "target": f"best teacher of {asked.student} at {asked.data} tokens",
+            "break_even": f"tokens from which {asked.large} beats {asked.small} for {asked.student}",
+        }[asked.goal]
+
+    def __iter__(self) -> Iterator[Round]:
+        """Raises `StopRounds` with the reason at the end."""
+        if left := self.unfinished():
+            yield left
+        tried: set[str] = set()
+        while True:
+            found = self.next(tried)
+            tried |= found.cells.keys()
+            yield found
+
+    def unfinished(self) -> Round | None:
+        """The cells of noted rounds that are not there yet: of a command that was cut short."""
+        noted = rounds_of(self.store, self.name)
+        keys = {key: cell for part in noted for key, cell in part["cells"].items()}
+        left = {
+            digest: given
+            for digest, given in self.cells.items()
+            if given[0].record.key in keys and not self.store.finished(given[0].record)
+        }
+        if not left:
+            return None
+        reasons = {digest: keys[given[0].record.key].get("reason", "") for digest, given in left.items()}
+        return Round(len(noted), left, reasons, self.answer(), 0.0, self.hours(left), noted=True)
+
+    def next(self, tried: set[str]) -> Round:
+        """The next round.
+
+        Args:
+            tried: digests of cells that were run by this process: those that failed are not chosen again.
+
+        Raises:
+            StopRounds: there is a reason to end.
+        """
+        from capacity_gap.fit import next_cells
+
+        answer, config = self.answer(), self.config
+        if narrow_enough(answer, config.until):
+            raise StopRounds(f"narrow enough: until={config.until:g}")
+        pool = {d: given for d, given in self.cells.items() if d not in tried}
+        frame, rows = self.frame(), pool_rows(pool)
+        try:
+            found = next_cells(frame, rows, goal=self.goal, k=config.next.k, cost=self._bill(self.speed()))
+        except ValueError as error:
+            if isinstance(error, UserError) or not len(frame):
+                raise ConfigError(str(error)) from error
+            raise StopRounds(f"nothing is left to run ({error})") from error
+        gain = sum(c.gain for c in found)
+        if gain < LEAST_GAIN and answer is not None:
+            cells = counted(len(found), "cell")
+            raise StopRounds(f"nothing left would help: the best {cells} would remove {gain:.1%} of the variance")
+        found = self._affordable(found)
+        chosen = {str(c.cell["cell"]): self.cells[str(c.cell["cell"])] for c in found}
+        reasons = {str(c.cell["cell"]): c.reason for c in found}
+        number = len(rounds_of(self.store, self.name)) + 1
+        return Round(number, chosen, reasons, answer, sum(c.gain for c in found), self.hours(chosen))
+
+    def within(self, hours: float) -> dict[str, tuple[Cell, list[str]]]:
+        """The part of the grid that narrows the goal most and needs no more device-hours.
+
+        Raises:
+            ValueError: there is none.
+        """
+        from capacity_gap.fit import within_budget
+
+        seconds = hours * 3600 / self.worker.devices
+        bill = self._bill(self.speed())
+        found = within_budget(self.frame(), pool_rows(self.cells), goal=self.goal, budget=seconds, cost=bill)
+        return {digest: self.cells[digest] for c in found if (digest := str(c.cell["cell"]))}
+
+    def _affordable(self, found: "list[Candidate]") -> "list[Candidate]":
+        """The first cells that the budget still holds.
+
+        Raises:
+            StopRounds: it holds none.
+        """
+        if self.config.budget_hours is None:
+            return found
+        left = self.config.budget_hours - self.spent_hours()
+        for count in range(len(found), 0, -1):
+            if self.hours({str(c.cell["cell"]): self.cells[str(c.cell["cell"])] for c in found[:count]}) <= left:
+                return found[:count]
+        cost = self.hours({(d := str(found[0].cell["cell"])): self.cells[d]})
+        raise StopRounds(
+            f"the budget is spent: {format_hours(max(0.0, left))} hours of budget_hours={self.config.budget_hours:g} "
+            f"are left, and the next cell takes {format_hours(cost)}"
+        )
+
+    def frame(self) -> "pd.DataFrame":
+        """The finished cells of this grid."""
+        from capacity_gap.records import read, to_frame
+
+        done = {d for d, (cell, _) in self.cells.items() if self.store.finished(cell.record)}
+        frame = to_frame(read(self.store.root))
+        return frame[frame["cell"].isin(done) & (frame["status"] == "done")].reset_index(drop=True)
+
+    def answer(self) -> Estimate | None:
+        """The answer so far, with its 95 % interval; None while the cells are too few."""
+        return answer(self.frame(), self.goal)
+
+    def _bill(self, pace: Speed) -> Callable[[Mapping[str, Any]], tuple[float, Mapping[Hashable, float]]]:
+        """What cells cost: seconds of their own stages, and of those that others of the grid need too and the store
+        lacks."""
+        there: dict[str, bool] = {}
+
+        def seconds(stage: Stage) -> float:
+            if stage.key not in there:
+                there[stage.key] = self.store.has(stage)
+            return 0.0 if there[stage.key] else pace.seconds(stage)
+
+        def cost(row: Mapping[str, Any]) -> tuple[float, Mapping[Hashable, float]]:
+            stages = closure(self.cells[str(row["cell"])][0].record)
+            own = sum(seconds(s) for k, s in stages.items() if k not in self._shared)
+            return max(SECOND, own), {k: seconds(s) for k, s in stages.items() if k in self._shared}
+
+        return cost
+
+    @cached_property
+    def _shared(self) -> set[str]:
+        """Stages that several cells of the grid need."""
+        return _common(self.cells)
+
+    def hours(self, cells: Cells) -> float:
+        """Device-hours of what these cells lack."""
+        stages: dict[str, Stage] = {}
+        for cell, _ in cells.values():
+            stages |= closure(cell.record)
+        pace = self.speed()
+        return sum(pace.seconds(s) for s in stages.values() if not self.store.has(s)) * self.worker.devices / 3600
+
+    def spent_hours(self) -> float:
+        """Device-hours that the rounds took: what their stages took, or were thought to where that is not known."""
+        made: dict[str, float] = {}
+        for part in rounds_of(self.store, self.name):
+            for cell in part["cells"].values():
+                made.update({key: cell["stages"][key] for key in cell.get("made", ())})
+        return sum(self._took(key, planned) for key, planned in made.items()) * self.worker.devices / 3600
+
+    def _took(self, key: str, planned: float) -> float:
+        try:
+            meta = read_json(self.store.root / key / META, {"wall_s": NUMBER})
+        except (OSError, Damaged):
+            return 0.0  # not made yet
+        return max(planned, float(meta["wall_s"])) if meta.get("resumed") else float(meta["wall_s"])
+
+
+class StopRounds(Exception):
+    """Why no further round is run."""
+
+
+def answer(frame: "pd.DataFrame", goal: "Goal") -> Estimate | None:
+    """What the joint model of some cells says of a goal: a ratio, parameters or tokens; None where it says nothing."""
+    from capacity_gap.fit import fit_joint
+
+    try:
+        fit = fit_joint(frame)
+        if goal.kind == "law":
+            return fit.ratio_at()
+        assert goal.student_params is not None
+        if goal.kind == "target":
+            return fit.optimum(goal.student_params, goal.data_tokens)
+        tokens, interval = fit.break_even(goal.student_params, goal.small, goal.large)
+    except ValueError:
+        return None
+    return Estimate(tokens, interval)
+
+
+def narrow_enough(found: Estimate | None, until: float | None) -> bool:
+    """Whether the interval's upper end is at most `until` times its lower one."""
+    if found is None or until is None:
+        return False
+    low, high = found.interval
+    return bool(math.isfinite(found.value) and low > 0 and high / low <= until)
+
+
+def pool_rows(cells: Cells) -> "pd.DataFrame":
+    """Candidates as `next_cells` takes them, each with its digest in `cell`."""
+    import pandas as pd
+
+    names = ("student", "teacher", "data_tokens", "seed", "teacher_seed", "student_params", "teacher_params")
+    return pd.DataFrame([{"cell": d, **{k: c.description[k] for k in names}} for d, (c, _) in cells.items()])
+
+
+def _common(cells: Cells) -> set[str]:
+    seen: set[str] = set()
+    shared: set[str] = set()
+    for cell, _ in cells.values():
+        keys = closure(cell.record).keys()
+        shared |= seen & keys
+        seen |= keys
+    return shared
+
+
+def _ends(found: Estimate | None) -> list[float | None] | None:
+    """Value and ends of an interval, None where one is not finite."""
+    if found is None:
+        return None
+    return [float(x) if math.isfinite(x) else None for x in (found.value, *found.interval)]

@@ -1,0 +1,66 @@
+"""A budget that cuts: of a grid that costs too much, the part that says most for the hours there are. No torch."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+
+from capacity_gap.report.products import products
+from capacity_gap.runner.adaptive import Cells, Rounds
+from capacity_gap.runner.plan_lines import counted, format_hours
+from capacity_gap.settings.errors import ConfigError
+from capacity_gap.settings.places import RUN_WORDS
+
+MOST_CELLS = 1000  # of a grid that a part is chosen from: the search takes the square of their number
+SHOWN = 6  # commands
+
+
+def proposed(rounds: Rounds, hours: float) -> str:
+    """The best part of a grid that costs no more device-hours, as text: what it holds and the commands that run it."""
+    try:
+        part = rounds.within(hours)
+    except ValueError as error:
+        return f"No part of it was found that answers next.goal={rounds.config.next.goal}: {error}"
+    students, teachers = (len({c.description[of] for c, _ in part.values()}) for of in ("student", "teacher"))
+    said = (
+        f"The best part that fits is {counted(len(part), 'cell')} ({counted(students, 'student')}, "
+        f"{counted(teachers, 'teacher')}, {format_hours(rounds.hours(part))} device-hours):"
+    )
+    lines = commands(part, [overrides for _, overrides in rounds.cells.values()])
+    more = [f"  … and {len(lines) - SHOWN} more commands"] if len(lines) > SHOWN else []
+    choose = "Or add strategy=adaptive, which chooses cells as results come and ends at the budget."
+    return "\n".join([said, *(f"  {line}" for line in lines[:SHOWN]), *more, choose])
+
+
+def commands(part: Cells, all_overrides: Sequence[Sequence[str]]) -> list[str]:
+    """The fewest `run.py -m` commands that run these cells of a grid and no others."""
+    rows = [dict(_split(o) for o in overrides) for overrides in all_overrides]
+    keys = [key for key in rows[0] if len({row.get(key) for row in rows}) > 1]
+    same = [o for o in all_overrides[0] if _split(o)[0] not in keys]
+    chosen = [dict(_split(o) for o in overrides) for _, overrides in part.values()]
+    hydra = [word for word in sys.argv[1:] if word.startswith("hydra")]
+    found = []
+    for product in products(keys, [tuple(row[key] for key in keys) for row in chosen]):
+        axes = [f"{key}={','.join(values)}" for key, values in zip(keys, product, strict=True)]
+        found.append(shlex.join([*RUN_WORDS, "-m", *same, *axes, *hydra]))
+    return found
+
+
+def _split(override: str) -> tuple[str, str]:
+    key, _, value = override.partition("=")
+    return key, value
+
+
+def check_affordable(rounds: Rounds, hours: float | None, needed: float, said: str) -> None:
+    """Raises where a grid needs more device-hours than there are, and says what could be run instead.
+
+    Raises:
+        ConfigError: always where `needed` is more than `hours`. `said` tells how that is known.
+    """
+    if hours is None or needed <= hours:
+        return
+    few = len(rounds.cells) <= MOST_CELLS
+    instead = proposed(rounds, hours) if few else "Add strategy=adaptive, or run fewer cells."
+    raise ConfigError(
+        f"budget_hours={hours:g}, but this needs about {format_hours(needed)} device-hours ({said}). Nothing was "
+        f"started. Raise budget_hours; plan=true says what each teacher and each curve takes. {instead}"
+    )

@@ -1,0 +1,234 @@
+"""Grids in rounds: what is chosen, why it ends, what the store is told, and that a stopped one goes on."""
+
+import itertools
+import math
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from capacity_gap import records
+from capacity_gap.cell import pipeline
+from capacity_gap.cell.strategy_config import NextConfig
+from capacity_gap.fit.regression import Estimate
+from capacity_gap.report.rounds import bounds_text, round_line
+from capacity_gap.runner import budget
+from capacity_gap.runner.adaptive import Rounds, StopRounds, narrow_enough, pool_rows
+from capacity_gap.runner.plan import make_plan
+from capacity_gap.settings.errors import ConfigError
+from capacity_gap.store.contents import note_sweep, rounds_of
+from capacity_gap.store.stage import Store, closure
+from tests.conftest import ROOT, compose, run_here, run_py
+
+STUDENTS, TEACHERS, SEEDS = ("40k", "55k", "80k"), ("80k", "120k", "180k", "270k", "400k"), (0, 1)
+AXES = ["student=40k,55k,80k", "teacher=80k,120k,180k,270k,400k", "seed=0,1", "teacher_seed=${seed}"]
+
+
+@pytest.fixture
+def rounds(tiny, tmp_path):
+    """Of a grid of thirty cells in an empty store, with settings."""
+
+    def make(*given):
+        cells, base = {}, compose([*tiny, f"store={tmp_path}", "strategy=adaptive", *given])
+        for s, t, seed in itertools.product(STUDENTS, TEACHERS, SEEDS):
+            if s == t:
+                continue
+            words = [f"student={s}", f"teacher={t}", f"seed={seed}", f"teacher_seed={seed}"]
+            cell = pipeline.resolve(replace(base, student=s, teacher=t, seed=seed, teacher_seed=seed))
+            cells[cell.record.digest] = (cell, words)
+        store = Store(tmp_path)
+        plan = make_plan([c for c, _ in cells.values()], store)
+        return Rounds(cells, store, "grid", plan.worker, plan.speed)
+
+    return make
+
+
+def measured(rounds, *, noise=0.002, best=2.5, curvature=0.05):
+    """Losses of all cells with a best teacher at `best` times the student."""
+    frame, rng = pool_rows(rounds.cells), np.random.default_rng(0)
+    z = np.log(frame["teacher_params"] / (best * frame["student_params"]))
+    return frame.assign(loss=3 + curvature / 2 * z**2 + noise * rng.standard_normal(len(frame)), status="done")
+
+
+def test_the_first_round_of_an_empty_store_has_the_cells_asked_for_with_reasons_and_hours(rounds):
+    found = rounds("next.k=5").next(set())
+    assert (found.number, len(found.cells), found.before) == (1, 5, None)
+    assert all(found.reasons[digest] for digest in found.cells)
+    made = {s.key: s for cell, _ in found.cells.values() for s in closure(cell.record).values()}
+    pace = make_plan([c for c, _ in found.cells.values()], Store(next(iter(found.cells.values()))[0].config.store_path))
+    assert found.device_hours == pytest.approx(sum(map(pace.speed.seconds, made.values())) / 3600)
+
+
+def test_it_ends_once_the_interval_is_narrow_enough(rounds, monkeypatch):
+    mine = rounds("until=1000")
+    known = measured(mine)
+    monkeypatch.setattr(Rounds, "frame", lambda self: known)
+    with pytest.raises(StopRounds, match="narrow enough: until=1000"):
+        mine.next(set())
+    answer = mine.answer()
+    assert answer.interval[0] < 2.5 < answer.interval[1] < 1000 * answer.interval[0]
+
+
+def test_it_goes_on_while_the_interval_is_wide(rounds, monkeypatch):
+    mine = rounds("until=1.0001", "next.goal=target", "next.student=60k", "next.data=6k")
+    known = measured(mine, noise=0.01).iloc[::2]
+    monkeypatch.setattr(Rounds, "frame", lambda self: known)
+    found = mine.next(set())
+    assert not set(found.cells) & set(known["cell"]), "nothing is run twice"
+    assert 0 < found.gain < 1
+
+
+def test_the_budget_holds_the_first_cells_and_then_none(rounds):
+    whole = rounds("next.k=4").next(set())
+    some = rounds("next.k=4", f"budget_hours={0.9 * whole.device_hours}").next(set())
+    assert 1 <= len(some.cells) < 4
+    assert set(some.cells) < set(whole.cells)
+    with pytest.raises(StopRounds, match="the budget is spent: 1e-09 hours of budget_hours=1e-09 are left"):
+        rounds("budget_hours=1e-9").next(set())
+
+
+def test_hours_of_rounds_count_what_their_stages_took(rounds):
+    mine = rounds()
+    cell, words = next(iter(mine.cells.values()))
+    key = cell.record.key
+    stages = dict.fromkeys(closure(cell.record), 1800.0)
+    made = list(stages)[:2]
+    note_sweep(
+        mine.store, "grid", {key: {"name": "a", "overrides": words, "stages": stages, "made": made}}, about={"round": 1}
+    )
+    assert mine.spent_hours() == 0, "nothing is made yet"
+    folder = mine.store.root / made[0]
+    folder.mkdir(parents=True)
+    (folder / "stage.json").write_text('{"wall_s": 720.0}')
+    assert mine.spent_hours() == pytest.approx(0.2)
+    (folder / "stage.json").write_text('{"wall_s": 720.0, "resumed": true}')
+    assert mine.spent_hours() == pytest.approx(0.5), "of a resumed stage only the last part was timed"
+
+
+def test_a_round_that_was_cut_short_comes_first(rounds):
+    mine = rounds("next.k=3")
+    digest, (cell, words) = list(mine.cells.items())[7]
+    noted = {"name": "a", "overrides": words, "stages": {}, "reason": "because", "made": []}
+    note_sweep(mine.store, "grid", {cell.record.key: noted}, about={"round": 1})
+    first = next(iter(mine))
+    assert (list(first.cells), first.reasons[digest], first.noted) == ([digest], "because", True)
+
+
+def test_nothing_is_left_after_all_cells(rounds, monkeypatch):
+    mine = rounds()
+    known = measured(mine)
+    monkeypatch.setattr(Rounds, "frame", lambda self: known)
+    with pytest.raises(StopRounds, match="nothing is left to run"):
+        mine.next(set())
+    monkeypatch.setattr(Rounds, "frame", lambda self: known.iloc[:20])
+    with pytest.raises(StopRounds, match="nothing is left to run"):
+        mine.next(set(known["cell"][20:]))
+
+
+@pytest.mark.parametrize(
+    ("found", "until", "enough"),
+    [
+        (None, 2, False),
+        (Estimate(2.5, (2.0, 3.0)), None, False),
+        (Estimate(2.5, (2.0, 3.0)), 1.5, True),
+        (Estimate(2.5, (2.0, 3.01)), 1.5, False),
+        (Estimate(2.5, (0.0, 3.0)), 1e6, False),
+        (Estimate(2.5, (2.0, math.inf)), 1e6, False),
+        (Estimate(math.nan, (2.0, 3.0)), 2, False),
+    ],
+)
+def test_narrow_enough(found, until, enough):
+    assert narrow_enough(found, until) is enough
+
+
+def test_answers_in_words():
+    assert bounds_text(None) == "not known yet"
+    assert bounds_text([2.5, 2.0, 3.0]) == "2.5 (2 to 3, a factor of 1.5)"
+    assert bounds_text([120e3, None, 300e3]) == "120k (no lower bound to 300k)"
+    note = {"round": 2, "cells": {"a": {}}, "device_hours": 0.5, "answer": [2.5, 2.0, None], "what": "ratio"}
+    assert round_line(note) == "round 2: 1 cell, 0.5 device-hours; before it, ratio: 2.5 (2 to no upper bound)"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"goal": "target", "student": "80k"}, "next.data is missing. It takes next.student, next.data"),
+        ({"goal": "law", "student": "80k"}, "next.student is not read"),
+        ({"goal": "break_even", "student": "80k", "small": "120k"}, "next.large is missing"),
+    ],
+)
+def test_goals_take_what_they_need_and_no_more(given, said):
+    with pytest.raises(ConfigError, match=said):
+        NextConfig(**given)
+
+
+def test_how_a_grid_is_gone_through_decides_no_digest(tiny):
+    plain, other = (
+        pipeline.resolve(compose([*tiny, *more])).record.digest
+        for more in ([], ["strategy=adaptive", "until=1.5", "next.k=9"])
+    )
+    assert plain == other
+
+
+def test_commands_of_a_part_run_it_and_nothing_else(rounds):
+    mine = rounds()
+    part = dict(list(mine.cells.items())[3:17:2])
+    lines = budget.commands(part, [words for _, words in mine.cells.values()])
+    made = set()
+    for line in lines:
+        values = dict(word.split("=") for word in line.split()[3:])
+        axes = [values[k].split(",") for k in ("student", "teacher", "seed", "teacher_seed")]
+        made |= set(itertools.product(*axes))
+    asked = {tuple(word.split("=")[1] for word in words) for _, words in part.values()}
+    assert made == asked
+
+
+def test_a_grid_over_its_budget_is_told_the_part_that_fits(tiny, tmp_path):
+    given = [*tiny, *AXES, f"store={tmp_path}", "throughput=1e9"]
+    hours = float(run_here("-m", *given, "plan=true", cwd=tmp_path).stdout.split(" device-hours")[0].split()[-1])
+    done = run_here("-m", *given, f"budget_hours={hours / 2}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "The best part that fits is" in done.stderr and "strategy=adaptive" in done.stderr
+    line = next(line for line in done.stderr.splitlines() if line.strip().startswith("python run.py -m"))
+    assert "student=" in line and "Nothing was started" in done.stderr
+    assert not (tmp_path / "store.json").exists()
+
+
+def test_a_plan_shows_the_first_round_and_starts_nothing(tiny, tmp_path):
+    done = run_here("-m", *tiny, *AXES, "strategy=adaptive", "plan=true", f"store={tmp_path}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "round 1: 6 cells" in done.stdout and "not known yet" in done.stdout
+    assert not (tmp_path / "sweeps").exists()
+
+
+@pytest.mark.slow
+def test_an_adaptive_grid_runs_rounds_stops_goes_on_and_tells_why(tiny, tmp_path):
+    given = [*tiny, *AXES, "strategy=adaptive", "next.k=5", f"store={tmp_path}", "sweep=mine", "budget_hours=0.02"]
+    words = [sys.executable, str(ROOT / "run.py"), "-m", *given]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith("round 2"):
+            process.send_signal(signal.SIGINT)
+            break
+    process.communicate(timeout=120)
+    cut = rounds_of(Store(tmp_path), "mine")
+    assert [part["round"] for part in cut] == [1, 2]
+    done = run_py("-m", *given)
+    assert "round 2: " in done.stdout and "ended: " in done.stdout, done.stdout
+    noted = rounds_of(Store(tmp_path), "mine")
+    assert [part["round"] for part in noted] == list(range(1, len(noted) + 1))
+    keys = [key for part in noted for key in part["cells"]]
+    assert len(keys) == len(set(keys)) == len(records.read(tmp_path)), "each cell is in one round, and is there"
+    assert noted[1]["answer"] is None or len(noted[1]["answer"]) == 3
+    state = subprocess.run(
+        [sys.executable, "-m", "capacity_gap", "status", str(tmp_path)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert f"round {len(noted)}: " in state.stdout and "round 1: 5 cells" in state.stdout
+    page = tmp_path / "page.html"
+    subprocess.run(
+        [sys.executable, "-m", "capacity_gap", "report", str(tmp_path), "--out", str(page)], cwd=ROOT, check=True
+    )
+    assert "mine was run in rounds" in page.read_text()
