@@ -4,7 +4,6 @@ Each section's settings are declared beside what they decide, in a `*_config.py`
 sees OmegaConf. A config is never changed afterwards.
 """
 
-import copy
 import functools
 import json
 from collections.abc import Iterator, Mapping
@@ -218,11 +217,13 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
     given = _resolved({key: value for key, value in values.items() if key != "hydra"})
     if unknown := [key for key in given if key not in _sections() and key not in _alone()]:
         raise ConfigError(unknown_key(unknown[0]))
-    alone = {key: value for key, value in given.items() if key in _alone()}
-    found = _typed(None, json.dumps(alone))
+    found = dict(_defaults())
+    for name, value in given.items():
+        if name not in _sections():
+            found[name] = _one(name, json.dumps(value))
     extension.check(found["extend"])
     for name in _sections():
-        found |= _typed(name, json.dumps(given.get(name, {})))
+        found[name] = _section(name, json.dumps(given.get(name, {})))
     return RunConfig(**found)
 
 
@@ -233,32 +234,43 @@ def _sections() -> dict[str, type]:
 
 
 @functools.cache
-def _alone() -> Any:
-    """The types and defaults of the other settings."""
+def _alone() -> dict[str, Any]:
+    """The other settings: for each its type and default, as OmegaConf takes them."""
     from omegaconf import OmegaConf
 
     found = [d for d in walk(RunConfig) if not d.section and "." not in d.key]
-    made = [(d.key, d.field.type, field(default_factory=functools.partial(default_of, d.field))) for d in found]
-    return OmegaConf.structured(make_dataclass("Alone", made))
+    made = {d.key: (d.field.type, field(default_factory=functools.partial(default_of, d.field))) for d in found}
+    return {key: OmegaConf.structured(make_dataclass("Alone", [(key, *one)])) for key, one in made.items()}
 
 
-def _typed(section: str | None, values: str) -> dict[str, Any]:
-    """One section's values (JSON) in its types; without a section those of the settings at the top."""
-    return copy.deepcopy(_read(section, values))
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """Of the settings at the top."""
+    return {name: _one(name, None) for name in _alone()}
+
+
+# The cells of a grid share most values, and OmegaConf takes milliseconds for each: what it made is made once and
+# shared by all cells, which never change their settings.
+@functools.lru_cache(maxsize=4096)
+def _one(name: str, value: str | None) -> Any:
+    """A value (JSON) of a setting at the top in its type; None: its default."""
+    from omegaconf import OmegaConf
+
+    given = {} if value is None else {name: json.loads(value)}
+    found = OmegaConf.to_container(OmegaConf.merge(_alone()[name], given))
+    assert isinstance(found, dict)
+    return found[name]
 
 
 @functools.lru_cache(maxsize=1024)
-def _read(section: str | None, values: str) -> dict[str, Any]:
-    """The same, to be copied: the cells of a grid share most sections, and OmegaConf takes long."""
+def _section(name: str, values: str) -> Any:
+    """A section's values (JSON) in its types."""
     from omegaconf import OmegaConf
 
-    if section is None:
-        found = OmegaConf.to_container(OmegaConf.merge(_alone(), json.loads(values)))
-    else:
-        schema = OmegaConf.create({section: OmegaConf.structured(_sections()[section])})
-        found = OmegaConf.to_object(OmegaConf.merge(schema, {section: json.loads(values)}))
+    schema = OmegaConf.create({name: OmegaConf.structured(_sections()[name])})
+    found = OmegaConf.to_object(OmegaConf.merge(schema, {name: json.loads(values)}))
     assert isinstance(found, dict)
-    return {str(key): value for key, value in found.items()}
+    return found[name]
 
 
 def unknown_key(key: str) -> str:

@@ -182,7 +182,14 @@ def count(table: Architecture, sizes: Dims, *, non_embedding: bool = False) -> i
 
 def count_params(config: Config, *, non_embedding: bool = False) -> int:
     """Parameters of the model that `config` describes, counted without building it."""
+    if isinstance(config, Mapping):
+        return _counted(_maker(config), _text(config), non_embedding)
     return count(architecture(config), dims(config), non_embedding=non_embedding)
+
+
+@functools.lru_cache(maxsize=4096)
+def _counted(make: Callable[[Config], Architecture], text: str, non_embedding: bool) -> int:
+    return count(*_read(make, text), non_embedding=non_embedding)
 
 
 def padded(vocab: int, multiple: int) -> int:

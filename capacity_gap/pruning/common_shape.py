@@ -130,9 +130,15 @@ def student_shape(
     return shape
 
 
+@functools.lru_cache(maxsize=1024)
+def _usual(ladder: str, target: int) -> Config:
+    """A rung of the kind that most of a ladder (JSON) are, among those that are large enough."""
+    return _alike(json.loads(ladder), target)[0]
+
+
 def _check_kind(rungs: Mapping[str, Config], teacher: Mapping[str, Any], target: int) -> None:
     """Raises `ImpossibleCell` under a teacher whose parameters are not those of most rungs that hold the student."""
-    pair = (teacher, _alike(rungs, target)[0])
+    pair = (teacher, _usual(json.dumps({name: dict(rungs[name]) for name in rungs}), target))
     active = [dims(c).active for c in pair]
     if active[0] != active[1] and all(active):
         raise ImpossibleCell(

@@ -1,7 +1,5 @@
 """The grid sweeper: composes every cell, then lets `capacity_gap.runner.grid` run them in waves. Imports no torch."""
 
-import copy
-import functools
 import itertools
 import os
 import sys
@@ -44,20 +42,23 @@ class Composer:
         self.parser = OverridesParser.create(config_loader=loader)
         self.bases: dict[tuple, dict[str, Any]] = {}
         self.groups: dict[str, bool] = {}
+        self.parsed: dict[str, Override] = {}
 
     def __call__(self, overrides: list[str]) -> dict[str, Any]:
         """The settings of the cell with these overrides; interpolations are not resolved yet."""
-        parsed = self.parser.parse_overrides(overrides)
+        for text in overrides:
+            if text not in self.parsed:  # a grid says the same few over and over
+                (self.parsed[text],) = self.parser.parse_overrides([text])
+        parsed = [self.parsed[text] for text in overrides]
         plain = [o for o in parsed if self._is_plain(o)]
         chosen = tuple(o.input_line for o in parsed if not self._is_plain(o)) + tuple(o.key_or_group for o in plain)
         if chosen not in self.bases:
             composed = OmegaConf.to_container(self.loader.load_sweep_config(self.config, overrides))
             assert isinstance(composed, dict)
             self.bases[chosen] = {str(k): v for k, v in composed.items() if k != "hydra"}
-        found = copy.deepcopy(self.bases[chosen])
+        found = dict(self.bases[chosen])
         for o in plain:
-            *sections, last = o.key_or_group.split(".")
-            functools.reduce(lambda part, name: part[name], sections, found)[last] = o.value()
+            _set(found, o.key_or_group.split("."), o.value())
         return found
 
     def _is_plain(self, override: Override) -> bool:
@@ -66,6 +67,15 @@ class Composer:
         if key not in self.groups:
             self.groups[key] = bool(self.loader.get_group_options(key)) or key.split(".")[0] == "hydra"
         return override.type is OverrideType.CHANGE and not self.groups[key]
+
+
+def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
+    """Sets one nested value; the sections on its way are copied first, since other cells share them."""
+    *sections, last = path
+    for name in sections:
+        values[name] = dict(values[name])
+        values = values[name]
+    values[last] = value
 
 
 def _check_sizes(launcher: Any, max_batch_size: int | None) -> None:
