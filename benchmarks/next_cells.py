@@ -43,8 +43,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from benchmarks.study import load
 from benchmarks.study_arms import arms_of, main_of
-from capacity_gap import records
 from capacity_gap.fit.joint import SAME, Cells, Joint, cells_of, fit_cells
 from capacity_gap.fit.joint_curve import JointCurve, Set
 from capacity_gap.fit.joint_forecast import coded_anew
@@ -350,7 +350,7 @@ def replayed(start: int) -> list[dict[str, Any]]:
 @cache
 def study_one() -> Study:
     """The main arm's cells, with the law and the break-even budget of its mean student as goals."""
-    arm = main_of(arms_of(records.load(RESULTS / "pico"))).frame
+    arm = main_of(arms_of(load())).frame
     arm = arm[np.log(arm["teacher_params"] / arm["student_params"]) > SAME].drop_duplicates("cell")
     names = ["student", "student_params", "teacher", "teacher_params", "teacher_tokens", "data_tokens", "seed"]
     table = arm[[*names, "teacher_seed"]].assign(loss=arm["student_loss"]).reset_index(drop=True)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from capacity_gap.fit import Candidate, Goal
+    from capacity_gap.records.bills import Cost
 
 GOALS = ("target", "law", "break_even")
 
@@ -49,7 +50,7 @@ def run_next(given: argparse.Namespace) -> int:
     frame = _records(given)
     ladder = family_of(frame, given.family)
     pool = _pool(given, frame, ladder)
-    settings, cost = _settings(given, frame, ladder.name)
+    settings, known, cost = _settings(given, frame, ladder.name)
     try:
         found = next_cells(frame, pool, goal=_goal(given), k=given.k, cost=cost)
     except ValueError as error:
@@ -61,8 +62,8 @@ def run_next(given: argparse.Namespace) -> int:
         return 0
     print("\n".join(_table(found, len(pool))))
     print("\n" + "\n".join(lines))
-    if not settings and len(frame):
-        print("The table does not say how its cells were run: add their other settings to the command.")
+    if not known:
+        print("How these records were run is not noted: add their other settings to the command.")
     return 0
 
 
@@ -130,19 +131,21 @@ def _pool(given: argparse.Namespace, frame: "pd.DataFrame", ladder: Any) -> "pd.
     )
 
 
-def _settings(given: argparse.Namespace, frame: "pd.DataFrame", family: str) -> tuple[list[str], Any]:
-    """The overrides that cells of a store share, and what cells cost by their stages; by arithmetic without a store."""
+def _settings(given: argparse.Namespace, frame: "pd.DataFrame", family: str) -> tuple[list[str], bool, "Cost"]:
+    """The overrides that all cells share, whether these are known, and what cells cost.
+
+    Costs are those of the stages that a store lacks; of a table they are arithmetic by sizes.
+    """
     from capacity_gap.records.bills import Arithmetic
     from capacity_gap.settings.places import user_path
     from capacity_gap.store.files import is_store
 
     if not is_store(user_path(given.source)):
-        own = [f"family={family}"] if family not in ("pico", "") else []
-        return own, Arithmetic()
+        return [f"family={family}"] * (family not in ("pico", "")), not len(frame), Arithmetic()
     from capacity_gap.commands.stage_costs import StageCost, shared_overrides
 
-    overrides = shared_overrides(given.source, frame, family)
-    return overrides, StageCost.of(overrides)
+    overrides, known = shared_overrides(given.source, frame, family)
+    return overrides, known, StageCost.of(overrides)
 
 
 def _table(found: Sequence["Candidate"], tried: int) -> list[str]:

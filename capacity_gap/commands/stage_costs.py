@@ -1,10 +1,11 @@
 """What cells of a store cost: FLOPs of the stages that the store lacks, each counted once."""
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from capacity_gap.settings.errors import UserError
+from capacity_gap.settings.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,8 +18,12 @@ OWN = ("student", "distil", "instruct", "prefer", "evaluate", "record")  # stage
 LEAST = 1.0  # FLOPs: a cell whose stages are all there still is one
 
 
-def shared_overrides(source: str, frame: "pd.DataFrame", family: str) -> list[str]:
-    """The settings that the cells of a store were run with, but for what tells them apart, and the store itself."""
+def shared_overrides(source: str, frame: "pd.DataFrame", family: str) -> tuple[list[str], bool]:
+    """The settings that the cells of a store were run with, but for what tells them apart, and the store itself.
+
+    Returns:
+        Overrides, and whether they are known: those of a cell that was run alone are not noted.
+    """
     from capacity_gap.runner.rerun import DROPPED, quoted
     from capacity_gap.store.contents import open_store, sweeps
 
@@ -30,7 +35,7 @@ def shared_overrides(source: str, frame: "pd.DataFrame", family: str) -> list[st
         name = override.lstrip("+").partition("=")[0]
         if not override.startswith(DROPPED) and name not in OF_A_CELL:
             kept.append(override)
-    return [*kept, f"store={quoted(str(store.root))}"]
+    return [*kept, f"store={quoted(str(store.root))}"], bool(noted) or not mine
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,17 +65,19 @@ class StageCost:
         from capacity_gap.cell.pipeline import resolve
         from capacity_gap.store.stage import closure
 
-        named = {k: str(cell[k]) for k in ("student", "teacher") if k in cell}
+        named: dict[str, Any] = {k: str(cell[k]) for k in ("student", "teacher") if k in cell}
         named |= {"data": str(int(cell["data_tokens"]))} if "data_tokens" in cell else {}
-        seeds = {k: int(cell[k]) for k in ("seed", "teacher_seed") if k in cell and str(cell[k]).isdigit()}
-        place = (*named.items(), *seeds.items())
+        named |= {k: int(cell[k]) for k in ("seed", "teacher_seed") if k in cell and str(cell[k]).isdigit()}
+        place = tuple(named.items())
         if place not in self.known:
             try:
-                stages = closure(resolve(replace(self.base, **named, **seeds)).record)
+                stages = closure(resolve(replace(self.base, **named)).record)
             except UserError as error:
-                raise UserError(f"the pool holds a cell that cannot be run, {dict(place)}: {error}") from error
-            own = sum(s.cost for s in stages.values() if s.name in OWN and not self.store.has(s))
+                raise ConfigError(f"the pool holds a cell that cannot be run, {dict(place)}: {error}") from error
+            own = math.fsum(s.cost for s in stages.values() if s.name in OWN and not self.store.has(s))
             shared = {k: s.cost for k, s in stages.items() if s.name not in OWN and s.cost > 0}
-            kept = {(s.name, k): 0.0 if self.store.has(s) else shared[k] for k, s in stages.items() if k in shared}
+            kept: dict[Hashable, float] = {
+                (s.name, k): 0.0 if self.store.has(s) else shared[k] for k, s in stages.items() if k in shared
+            }
             self.known[place] = (max(LEAST, own), kept)
         return self.known[place]

@@ -210,11 +210,12 @@ def _others(table: pd.DataFrame, kept: Sequence[str]) -> list[str]:
 
 def _larger(table: pd.DataFrame) -> pd.Series:
     """Which cells have a teacher larger than its student."""
-    return np.log(table["teacher_params"] / table["student_params"]) > SAME
+    return table["teacher_params"] / table["student_params"] > math.exp(SAME)
 
 
 def _places(table: pd.DataFrame, kept: Sequence[str]) -> pd.Series:
     """What tells a cell from others, as text."""
     by = [c for c in PLACE if c in kept]
     by += [f"{of}_params" for of in ("student", "teacher") if of not in kept]
-    return table[by].astype(str).agg(" | ".join, axis=1) if len(table) else pd.Series([], dtype=str)
+    rows = zip(*(table[c].tolist() for c in by), strict=True)
+    return pd.Series([" | ".join(map(str, row)) for row in rows], index=table.index, dtype=object)

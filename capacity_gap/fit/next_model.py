@@ -104,7 +104,7 @@ def believe(frame: pd.DataFrame, pool: pd.DataFrame, goal: Goal) -> Belief:
     first, rest = slice(None, known), slice(known, None)
     inside = K[first, first] + model.sds["error"] ** 2 * np.eye(known)
     L = linalg.cholesky(inside, lower=True, check_finite=False)
-    by_cells = model.X[first] * model.variances  # [known, p] covariance with the coefficients
+    by_cells = model.rows[first] * model.variances  # [known, p] covariance with the coefficients
     white = linalg.solve_triangular(L, np.column_stack([K[first, rest], by_cells]), lower=True, check_finite=False)
     of_pool, of_beta = white[:, : len(pool)], white[:, len(pool) :]
     surprise = linalg.solve_triangular(L, cells.y[first] - model.mean(first), lower=True, check_finite=False)
@@ -115,7 +115,7 @@ def believe(frame: pd.DataFrame, pool: pd.DataFrame, goal: Goal) -> Belief:
         cells,
         known,
         K[rest, rest] - of_pool.T @ of_pool,
-        (model.X[rest] * model.variances - of_pool.T @ of_beta) @ G.T,
+        (model.rows[rest] * model.variances - of_pool.T @ of_beta) @ G.T,
         np.einsum("jp,pq,jq->j", G, spread, G),
         model.sds["error"] ** 2,
         model.optima(beta)[rest],
@@ -160,7 +160,7 @@ class _Model:
         return self.cells.teacher - self.centre(self.n, self.d)
 
     @property
-    def X(self) -> np.ndarray:
+    def rows(self) -> np.ndarray:
         """[cells, 6]."""
         return row(self.z, self.n, self.d)
 
@@ -177,11 +177,11 @@ class _Model:
 
     def mean(self, part: slice) -> np.ndarray:
         """Losses before the cells."""
-        return self.level + self.X[part] @ self.prior_mean
+        return self.level + self.rows[part] @ self.prior_mean
 
     def shared(self) -> np.ndarray:
         """Covariance of all cells but for the errors of runs [cells, cells]."""
-        X, curve, z = self.X, self.cells.curve, self.z
+        X, curve, z = self.rows, self.cells.curve, self.z
         same = np.equal.outer(curve, curve)
         middle = np.array([z[curve == c].mean() for c in range(int(curve.max()) + 1)])[curve]
         K = (X * self.variances) @ X.T

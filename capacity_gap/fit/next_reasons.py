@@ -1,7 +1,7 @@
-"""Why a cell was chosen, in a sentence made from the cells before it: nothing is said that a count does not bear out."""
+"""Why a cell was chosen: a sentence made from the cells before it, each part of it a fact about them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -27,7 +27,7 @@ def reasons(
         paid: which shared parts were paid for before.
         chosen: indices of the pool.
     """
-    cells, known = belief.cells, belief.known
+    known = belief.known
     before, told = list(range(known)), []
     paid = paid.copy()
     table = pd.concat([frame, pool], ignore_index=True)
@@ -88,7 +88,7 @@ def _new(belief: Belief, table: pd.DataFrame, at: int, before: Sequence[int]) ->
     return "another seed of a student under a teacher that it was run with" if repeated else ""
 
 
-def _trained(groups: dict[str, np.ndarray], i: int, j: int) -> bool:
+def _trained(groups: Mapping[str, np.ndarray], i: int, j: int) -> bool:
     return bool(groups["teacher"][i] == groups["teacher"][j])
 
 

@@ -1,8 +1,8 @@
 """Which cells narrow a goal most per FLOP: bundles grown from every cell, the best one taken, and again.
 
 One cell alone may tell nothing: a new curve has a level of its own, and a new teacher pays only with the several cells
-that it makes possible. So a bundle is grown from each cell by always adding the one that makes its gain per cost
-largest; of all bundles and their beginnings the best is taken.
+that it makes possible. So a bundle is grown from the best cell of each curve and each teacher, by always adding the
+cell that makes its gain per cost largest; of all bundles and their beginnings the best is taken.
 """
 
 import itertools
@@ -33,6 +33,7 @@ class Search:
     bills: Bills
     paid: np.ndarray  # [P + 1]
     left: np.ndarray  # [M] which cells may still be chosen
+    kinds: tuple[np.ndarray, ...]  # [M] codes: bundles are grown from the best cell of each, such as each curve
 
     def __post_init__(self) -> None:
         self.chosen: list[int] = []
@@ -44,7 +45,8 @@ class Search:
         """Before any is chosen."""
         left = np.ones(len(bills.own), bool)
         goal = belief.goal / np.sqrt(np.maximum(belief.variance, 1e-300) * len(belief.variance))
-        return cls(belief.covariance.copy(), goal, belief.error, bills, paid.copy(), left)
+        kinds = (belief.cells.curve[belief.known :], belief.cells.groups["teacher"][belief.known :])
+        return cls(belief.covariance.copy(), goal, belief.error, bills, paid.copy(), left, kinds)
 
     def gain(self, cells: Sequence[int]) -> float:
         """The share of the goal's first variance that cells would remove together."""
@@ -67,18 +69,26 @@ class Search:
 
     def bundle(self, budget: float = math.inf, longest: int = LONGEST) -> list[int]:
         """The bundle with the most gain per cost that fits in a budget; empty if none does."""
-        seeds = np.flatnonzero(self.left)
+        seeds = self._seeds()
         if not len(seeds):
             return []
         grown = _Bundles(self, seeds)
         best, rate = [], -math.inf
-        for size in range(min(longest, len(seeds))):
+        for size in range(min(longest, int(self.left.sum()))):
             grown.grow(budget)
             rates = np.where(grown.spent <= budget, grown.gained / grown.spent, -math.inf)
             s = int(np.argmax(rates))
             if rates[s] > rate * (1 + CLOSE):
                 best, rate = [int(i) for i in grown.members[s, : size + 1]], float(rates[s])
         return best
+
+    def _seeds(self) -> np.ndarray:
+        """From which cells bundles are grown: of each curve and each teacher the one with most gain per cost."""
+        left = np.flatnonzero(self.left)
+        gain = (self.goal**2).sum(-1) / (self.error + np.diag(self.covariance))
+        rate = ((gain + CLOSE) / self.bills.each(self.paid))[left]  # of cells without a gain the cheapest
+        order = left[np.argsort(-rate, kind="stable")]
+        return np.unique(np.concatenate([order[np.unique(codes[order], return_index=True)[1]] for codes in self.kinds]))
 
 
 class _Bundles:

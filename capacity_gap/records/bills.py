@@ -47,6 +47,10 @@ def _number(cell: Row, name: str, default: float) -> float:
     return default if value is None or not math.isfinite(float(value)) else float(value)
 
 
+def _rows(cells: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(name): value for name, value in row.items()} for row in cells.to_dict("records")]
+
+
 @dataclass(frozen=True, eq=False)
 class Bills:
     """The costs of M cells, of which P parts are shared."""
@@ -63,7 +67,7 @@ class Bills:
         Raises:
             ValueError: a cost is negative or no number, or a cell costs nothing.
         """
-        told = [cost(cell) for cell in cells.to_dict("records")]
+        told = [cost(cell) for cell in _rows(cells)]
         keys = tuple(dict.fromkeys(key for _, shared in told for key in shared))
         place = {key: i for i, key in enumerate(keys)}
         most = max((len(shared) for _, shared in told), default=0)
@@ -81,7 +85,7 @@ class Bills:
 
     def paid(self, cells: pd.DataFrame, cost: Cost) -> np.ndarray:
         """Which parts [P + 1] the cells of a table have paid for."""
-        there = {key for cell in cells.to_dict("records") for key in cost(cell)[1]}
+        there = {key for cell in _rows(cells) for key in cost(cell)[1]}
         return np.array([*(key in there for key in self.keys), True])
 
     def each(self, paid: np.ndarray) -> np.ndarray:

@@ -57,18 +57,16 @@ def make_pool(
         ConfigError: there is no student, no teacher or no budget, or a name is not known.
     """
     by_student, by_teacher = (_sizes(frame, of) for of in ("student", "teacher"))
-    named = {name: by_student.get(name) or parse_scale(name, key="--students") for name in students}
+    named: dict[str, float] = {name: by_student.get(name) or parse_scale(name, key="--students") for name in students}
     chosen = named if "students" in given else {**by_student, **named}
-    rungs = {name: ladder.params[name] for name in map(ladder.rung, teachers)} if ladder.rungs else {}
+    rungs: dict[str, float] = {name: ladder.params[name] for name in map(ladder.rung, teachers)} if ladder.rungs else {}
     if teachers and not ladder.rungs:
         rungs = {name: by_teacher.get(name) or parse_scale(name, key="--teachers") for name in teachers}
-    rungs = rungs or dict(ladder.params) or by_teacher
+    rungs = rungs or {**ladder.params} or by_teacher
     tokens = [*budgets] if "budgets" in given else sorted({*_values(frame, "data_tokens"), *budgets})
-    for what, held in (("students", chosen), ("budgets", tokens)):
+    for what, held, such in (("students", chosen, "40k,80k,110k"), ("budgets", tokens, "300k,1.2m")):
         if not held:
-            raise ConfigError(
-                f"the records name no {what}. Give some: --{what} {'40k,80k,110k' if what == 'students' else '300k,1.2m'}."
-            )
+            raise ConfigError(f"the records name no {what}. Give some: --{what} {such}.")
     pairs = _seeds(frame, seeds, trained=not ladder.published)
     rows = [
         (s, n, t, m, d, *pair)
@@ -116,5 +114,5 @@ def _seeds(frame: pd.DataFrame, given: Sequence[int], *, trained: bool) -> list[
 
 def _whole(frame: pd.DataFrame, column: str) -> list[int]:
     """The whole numbers of a column of labels."""
-    held = frame[column].dropna() if column in frame else []
-    return sorted({int(float(v)) for v in held if str(v).replace(".0", "").isdigit()})
+    held = frame[column].dropna().tolist() if column in frame else []
+    return sorted({int(float(v)) for v in held if str(v).removesuffix(".0").isdigit()})
