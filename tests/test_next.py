@@ -253,8 +253,9 @@ def test_reasons_are_true():
         cell, reason = c.cell, c.reason
         student, teacher, tokens, seed = (str(cell[k]) for k in ("student", "teacher", "data_tokens", "teacher_seed"))
         assert reason.startswith(f"{teacher} for {student} at {'300k' if tokens == '300000.0' else '1.2m'} tokens: ")
-        trained = (teacher, seed) in {(t, s) for _, t, _, s in seen}
-        assert ("is there already" in reason) == trained and ("is to be trained" in reason) != trained
+        there, trained = ((teacher, seed) in {(t, s) for _, t, _, s in part} for part in (seen[: len(known)], seen))
+        assert ("is there already" in reason) == there and ("is to be trained" in reason) != trained
+        assert ("is trained for a cell above" in reason) == (trained and not there)
         assert ("a teacher size that was not tried" in reason) == (teacher not in {t for _, t, _, _ in seen})
         sizes = [SIZES[t] for s, t, d, _ in seen if (s, d) == (student, tokens)]
         assert ("first cell of this student and budget" in reason) == (not sizes)

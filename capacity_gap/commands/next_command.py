@@ -76,7 +76,8 @@ def _records(given: argparse.Namespace) -> "pd.DataFrame":
     from capacity_gap.store.contents import open_store
 
     frame = sweep_frame(open_store(given.source), given.sweep) if given.sweep else records.load(given.source)
-    return without_outdated(renamed(frame, given.columns), given.source)[0]
+    frame = without_outdated(renamed(frame, given.columns), given.source)[0]
+    return frame[frame["family"] == given.family] if given.family and "family" in frame else frame
 
 
 def _goal(given: argparse.Namespace) -> "Goal":

@@ -15,7 +15,7 @@ NEAR = math.log(1.4)  # within this of the seeming optimum a teacher is at it
 
 
 def reasons(
-    belief: Belief, frame: pd.DataFrame, pool: pd.DataFrame, bills: Bills, paid: np.ndarray, chosen: Sequence[int]
+    belief: Belief, frame: pd.DataFrame, pool: pd.DataFrame, bills: Bills, began: np.ndarray, chosen: Sequence[int]
 ) -> list[str]:
     """A sentence for each of the `chosen` cells of the pool, in their order.
 
@@ -24,16 +24,21 @@ def reasons(
         frame: the cells so far.
         pool: the candidates.
         bills: their costs.
-        paid: which shared parts were paid for before.
+        began: [P + 1] which shared parts were paid for before.
         chosen: indices of the pool.
     """
     known = belief.known
     before, told = list(range(known)), []
-    paid = paid.copy()
+    paid = began.copy()
     table = pd.concat([frame, pool], ignore_index=True)
     for i in chosen:
         at = known + i
-        said = [_name(table, at), _place(belief, i, before), _new(belief, table, at, before), _teacher(bills, i, paid)]
+        said = [
+            _name(table, at),
+            _place(belief, i, before),
+            _new(belief, table, at, before),
+            _teacher(bills, i, began, paid),
+        ]
         told.append(f"{said[0]}: {'; '.join(part for part in said[1:] if part)}.")
         paid[bills.needs[i]] = True
         before.append(at)
@@ -92,12 +97,14 @@ def _trained(groups: Mapping[str, np.ndarray], i: int, j: int) -> bool:
     return bool(groups["teacher"][i] == groups["teacher"][j])
 
 
-def _teacher(bills: Bills, i: int, paid: np.ndarray) -> str:
-    """Whether the dearest thing that it shares is there already."""
+def _teacher(bills: Bills, i: int, began: np.ndarray, paid: np.ndarray) -> str:
+    """Whether its teacher was there before (`began`), is trained for a cell before it (`paid`), or for this one."""
     shared = [int(p) for p in bills.needs[i] if p < len(bills.keys) and _kind(bills, int(p)) == "teacher"]
     if not shared:
         return ""
-    return "its teacher is there already" if all(paid[shared]) else "its teacher is to be trained"
+    if all(began[shared] | (bills.parts[shared] == 0)):  # a store may have a teacher that no cell was run with
+        return "its teacher is there already"
+    return "its teacher is trained for a cell above" if all(paid[shared]) else "its teacher is to be trained"
 
 
 def _kind(bills: Bills, part: int) -> str:
