@@ -78,13 +78,13 @@ def _positive(value: float | None) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Belief:
-    """What is known of M cells of a pool, and of J contrasts that stand for the goal, given the cells so far."""
+    """What is known of M cells of a pool, and of the contrast that stands for the goal, given the cells so far."""
 
     cells: Cells  # those so far, then those of the pool
     known: int
     covariance: np.ndarray  # [M, M] of what the pool's cells share and what is not known of them, without their errors
-    goal: np.ndarray  # [M, J] covariance with the contrasts
-    variance: np.ndarray  # [J] of the contrasts
+    goal: np.ndarray  # [M] covariance with the contrast
+    variance: float  # of the contrast
     error: float  # variance of a run
     optimum: np.ndarray  # [M] log size of the teacher that seems to be best for each cell's student and budget
 
@@ -110,13 +110,13 @@ def believe(frame: pd.DataFrame, pool: pd.DataFrame, goal: Goal) -> Belief:
     surprise = linalg.solve_triangular(L, cells.y[first] - model.mean(first), lower=True, check_finite=False)
     beta = model.prior_mean + of_beta.T @ surprise
     spread = np.diag(model.variances) - of_beta.T @ of_beta
-    G = model.contrasts(goal, beta, spread)
+    g = model.contrast(goal, beta)
     return Belief(
         cells,
         known,
         K[rest, rest] - of_pool.T @ of_pool,
-        (model.rows[rest] * model.variances - of_pool.T @ of_beta) @ G.T,
-        np.einsum("jp,pq,jq->j", G, spread, G),
+        (model.rows[rest] * model.variances - of_pool.T @ of_beta) @ g,
+        float(g @ spread @ g),
         model.sds["error"] ** 2,
         model.optima(beta)[rest],
     )
@@ -200,18 +200,15 @@ class _Model:
             found[mine] = lowest(beta, n, d, span) + self.centre(n, d)
         return found
 
-    def contrasts(self, goal: Goal, beta: np.ndarray, spread: np.ndarray) -> np.ndarray:
-        """The goal's gradient by the coefficients, but for a factor [J, 6]."""
+    def contrast(self, goal: Goal, beta: np.ndarray) -> np.ndarray:
+        """The goal's gradient by the coefficients, but for a factor [6]."""
         n = 0.0 if goal.student_params is None else math.log(goal.student_params) - self.means[0]
         if goal.kind == "break_even":
             return self._difference(goal, n, beta)
         several = np.ptp(self.cells.data) > SAME
         d = math.log(goal.data_tokens) - self.means[1] if goal.data_tokens and several else 0.0
         span = float(self.z.min()), float(self.z.max())
-        at = lowest(beta, n, d, span)
-        here = row(at, n, d, derivative=True)
-        sd = math.sqrt(float((here @ spread @ here.T)[0, 0])) / self.curvature
-        return row(np.clip(at + np.clip(NODES * sd, -MOST, MOST), *span), n, d, derivative=True)
+        return row(lowest(beta, n, d, span), n, d, derivative=True)[0]
 
     def _difference(self, goal: Goal, n: float, beta: np.ndarray) -> np.ndarray:
         """The larger teacher's loss less the smaller one's at the budget where that seems to be nearest to zero."""
@@ -221,13 +218,10 @@ class _Model:
         assert goal.small and goal.large
         small, large = (row(math.log(size) - self.centre(n, d), n, d) for size in (goal.small, goal.large))
         least = int(np.argmin(np.abs((large - small) @ beta)))
-        return (large - small)[[least]]
+        return (large - small)[least]
 
 
 GRID = 200
-# Where about the optimum the slope is looked at, in standard deviations of it: there a set of 95 % ends.
-NODES = np.array([-2.0, 0.0, 2.0])
-MOST = 1.3  # log: and how far from it at most; half a set of study one
 
 
 def row(z: np.ndarray | float, n: np.ndarray | float, d: np.ndarray | float, *, derivative: bool = False) -> np.ndarray:

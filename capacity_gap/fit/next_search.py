@@ -28,7 +28,7 @@ class Search:
     """
 
     covariance: np.ndarray  # [M, M]
-    goal: np.ndarray  # [M, J] over the contrasts' first standard deviations and √J: squares add up to shares
+    goal: np.ndarray  # [M] over the contrast's first standard deviation: squares are shares
     error: float
     bills: Bills
     paid: np.ndarray  # [P + 1]
@@ -44,7 +44,7 @@ class Search:
     def of(cls, belief: Belief, bills: Bills, paid: np.ndarray) -> "Search":
         """Before any is chosen."""
         left = np.ones(len(bills.own), bool)
-        goal = belief.goal / np.sqrt(np.maximum(belief.variance, 1e-300) * len(belief.variance))
+        goal = belief.goal / math.sqrt(belief.variance)
         kinds = (belief.cells.curve[belief.known :], belief.cells.groups["teacher"][belief.known :])
         return cls(belief.covariance.copy(), goal, belief.error, bills, paid.copy(), left, kinds)
 
@@ -53,16 +53,16 @@ class Search:
         index = list(cells)
         inside = self.covariance[np.ix_(index, index)] + self.error * np.eye(len(index))
         lower = np.linalg.solve(inside, self.goal[index])
-        return float((self.goal[index] * lower).sum())
+        return float(self.goal[index] @ lower)
 
     def add(self, i: int) -> None:
         """Chooses a cell: its variance and cost are taken off."""
         column = self.covariance[:, i] / math.sqrt(self.error + self.covariance[i, i])
         goal = self.goal[i] / math.sqrt(self.error + self.covariance[i, i])
-        self.gains.append(float(goal @ goal))
+        self.gains.append(float(goal**2))
         self.costs.append(float(self.bills.each(self.paid)[i]))
         self.covariance -= np.outer(column, column)
-        self.goal -= np.outer(column, goal)
+        self.goal -= column * goal
         self.paid[self.bills.needs[i]] = True
         self.left[i] = False
         self.chosen.append(i)
@@ -85,7 +85,7 @@ class Search:
     def _seeds(self) -> np.ndarray:
         """From which cells bundles are grown: of each curve and each teacher the one with most gain per cost."""
         left = np.flatnonzero(self.left)
-        gain = (self.goal**2).sum(-1) / (self.error + np.diag(self.covariance))
+        gain = self.goal**2 / (self.error + np.diag(self.covariance))
         rate = ((gain + CLOSE) / self.bills.each(self.paid))[left]  # of cells without a gain the cheapest
         order = left[np.argsort(-rate, kind="stable")]
         return np.unique(np.concatenate([order[np.unique(codes[order], return_index=True)[1]] for codes in self.kinds]))
@@ -100,7 +100,7 @@ class _Bundles:
         self.members = np.zeros((S, 0), int)
         self.columns = np.zeros((S, 0, M))
         self.diagonal = np.tile(np.diag(search.covariance), (S, 1))
-        self.goal = np.tile(search.goal, (S, 1, 1))
+        self.goal = np.tile(search.goal, (S, 1))
         self.paid = np.tile(search.paid, (S, 1))
         self.gained, self.spent = np.zeros(S), np.zeros(S)
         self.open = np.tile(search.left, (S, 1))
@@ -109,7 +109,7 @@ class _Bundles:
         """Adds to each the cell that makes its gain per cost largest; at first its seed."""
         search, each = self.search, np.arange(len(self.seeds))
         noisy = search.error + self.diagonal
-        drop = np.einsum("smj,smj->sm", self.goal, self.goal) / noisy
+        drop = self.goal**2 / noisy
         cost = search.bills.each(self.paid)
         spent = self.spent[:, None] + cost
         rate = np.where(self.open & (spent <= budget), (self.gained[:, None] + drop) / spent, -math.inf)
@@ -119,7 +119,7 @@ class _Bundles:
         column /= scale[:, None]
         self.gained = self.gained + drop[each, new]
         self.spent = np.where(self.open[each, new], spent[each, new], math.inf)
-        self.goal -= column[..., None] * (self.goal[each, new] / scale[:, None])[:, None]
+        self.goal -= column * (self.goal[each, new] / scale)[:, None]
         self.diagonal -= column**2
         self.columns = np.concatenate([self.columns, column[:, None]], 1)
         self.members = np.column_stack([self.members, new])
