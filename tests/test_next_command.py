@@ -1,0 +1,149 @@
+"""The command `next`: on a table, a store and an empty store; what it prints runs exactly the cells it names."""
+
+import json
+import shlex
+
+import pytest
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from capacity_gap.commands import cli
+from capacity_gap.commands.stage_costs import StageCost
+from capacity_gap.settings.errors import ConfigError
+from capacity_gap.store.contents import note_sweep
+from capacity_gap.store.files import write_checked
+from capacity_gap.store.stage import Store
+from tests.conftest import compose
+from tests.test_next import cells, place, run
+
+
+def grids(lines):
+    """Every cell of `run.py -m` commands, as overrides."""
+    for line in lines:
+        python, script, flag, *words = shlex.split(line)
+        assert (python, script, flag) == ("python", "run.py", "-m")
+        for batch in BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), None):
+            yield from (list(overrides) for overrides in batch)
+
+
+def test_command_on_a_table_prints_commands_for_exactly_these_cells(tmp_path, capsys):
+    from capacity_gap.settings.scales import parse_scale
+
+    file = tmp_path / "runs.csv"
+    run(cells(students=["40k", "80k"], seeds=(0,))).assign(family="pico").to_csv(file, index=False)
+    words = ["next", str(file), "--student", "80k", "--data", "1.2m", "--k", "7"]
+    assert cli.main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["cells"]) == 7 and {c["cell"]["student"] for c in told["cells"]} <= {"40k", "80k"}
+    made = set()
+    for overrides in grids(told["commands"]):
+        config = compose(overrides)
+        made.add(
+            (
+                config.student,
+                config.teacher,
+                parse_scale(config.data, key="data"),
+                str(config.seed),
+                str(config.teacher_seed),
+            )
+        )
+    assert made == {place(c["cell"]) for c in told["cells"]}
+    assert cli.main(words) == 0
+    text = capsys.readouterr().out
+    assert "the next 7 of" in text and "How these records were run is not noted" in text
+    assert all(c["reason"] in text for c in told["cells"])
+
+
+def test_command_on_a_store_keeps_the_settings_of_its_cells_and_the_teachers_that_are_there(tmp_path, tiny, capsys):
+    store = Store(tmp_path / "my store")
+    store.create()
+    shared, noted = [*tiny, "distill.kd_weight=0.3"], {}
+    for i, one in enumerate(run(cells(students=["40k", "55k"], seeds=(0,))).to_dict("records")):
+        name = f"{i:020d}"
+        own = [f"{k}={one[k]}" for k in ("student", "teacher", "seed")] + [
+            f"data={int(one['data_tokens'])}",
+            "teacher_seed=0",
+        ]
+        record = {
+            **one,
+            "student_loss": one["loss"],
+            "loss": "forward_kl",
+            "cell": name,
+            "status": "done",
+            "family": "pico",
+        }
+        (store.root / "record" / name).mkdir(parents=True)
+        write_checked(store.root / "record" / name / "record.json", record)
+        noted[f"record/{name}"] = {"name": name, "overrides": [*shared, *own, "hydra.verbose=false"], "stages": {}}
+    note_sweep(store, "mine", noted)
+    words = [
+        "next",
+        str(store.root),
+        "--teachers",
+        "120k,270k",
+        "--budgets",
+        "6k",
+        "--seeds",
+        "0,1",
+        "--k",
+        "4",
+        "--json",
+    ]
+    assert cli.main(words) == 0
+    told = json.loads(capsys.readouterr().out)
+    made = [compose(overrides) for overrides in grids(told["commands"])]
+    assert len(made) == 4 and {c.distill.kd_weight for c in made} == {0.3}
+    assert {(c.student, c.teacher, str(c.seed)) for c in made} == {
+        tuple(c["cell"][k] for k in ("student", "teacher", "seed")) for c in told["cells"]
+    }
+    assert {str(c.store_path) for c in made} == {str(store.root)}
+
+
+def test_stages_that_a_store_has_cost_nothing(tiny_cell):
+    cost = StageCost(tiny_cell, Store(tiny_cell.store_path))
+    there = {"student": "40k", "teacher": "55k", "data_tokens": 6000.0, "seed": "0", "teacher_seed": "0"}
+    own, shared = cost(there)
+    assert own == 1.0 and not any(shared.values())
+    own, shared = cost(there | {"seed": "1"})
+    assert own > 6 * 20_000 * 6000 and not any(shared.values()), "the student is trained again, its teacher is not"
+    _, shared = cost(there | {"teacher_seed": "1"})
+    trained = {key: flops for key, flops in shared.items() if key[0] == "teacher"}
+    assert len(trained) == 1 and next(iter(trained.values())) > 6 * 30_000 * 8000
+    other = cost(there | {"teacher_seed": "1", "student": "48k"})[1]
+    assert trained.items() <= other.items(), "both students need the same teacher"
+    with pytest.raises(ConfigError, match="a cell that cannot be run.*larger than teacher"):
+        cost(there | {"student": "80k"})
+
+
+def test_command_on_an_empty_store_starts_a_design(tmp_path, capsys):
+    Store(tmp_path / "store").create()
+    assert (
+        cli.main(
+            ["next", str(tmp_path / "store"), "--students", "40k,60k,80k", "--budgets", "300k", "--k", "12", "--json"]
+        )
+        == 0
+    )
+    told = json.loads(capsys.readouterr().out)
+    assert len({c["cell"]["student"] for c in told["cells"]}) == 3
+    assert all(c["cost_flops"] > 0 for c in told["cells"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--student", "80k"], "--goal target: --data is missing. It takes --student, --data."),
+        (["--goal", "law", "--small", "80k"], "--goal law: --small is not read"),
+        (["--seeds", "0,x"], "--seeds x is no whole number"),
+        (["--teachers", "7k"], "family pico has no such rung"),
+        (["--family", "pica"], "family='pica' is not known (did you mean 'pico'?)"),
+        (["--students", "3m"], "no teacher of 55k, 80k"),
+        (["--pool", "runs.csv", "--seeds", "1"], "--pool names every candidate"),
+        (["--pool", "none.csv"], "none.csv holds no records"),
+        (["--sweep", "x"], "runs.csv"),
+    ],
+)
+def test_bad_questions_are_one_paragraph(words, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(cells(seeds=(0,))).assign(family="pico").to_csv("runs.csv", index=False)
+    assert cli.main(["next", "runs.csv", *words]) == 2
+    assert said in capsys.readouterr().err
