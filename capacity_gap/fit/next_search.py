@@ -1,4 +1,4 @@
-"""Which cells narrow a goal most per FLOP: bundles grown from every cell, the best one taken, and again.
+"""Which cells narrow a goal most per FLOP: bundles of cells, of which the best is taken, and again.
 
 One cell alone may tell nothing: a new curve has a level of its own, and a new teacher pays only with the several cells
 that it makes possible. So a bundle is grown from the best cell of each curve and each teacher, by always adding the
@@ -69,7 +69,7 @@ class Search:
 
     def bundle(self, budget: float = math.inf, longest: int = LONGEST) -> list[int]:
         """The bundle with the most gain per cost that fits in a budget; empty if none does."""
-        seeds = self._seeds()
+        seeds = self._seeds(budget)
         if not len(seeds):
             return []
         grown = _Bundles(self, seeds)
@@ -82,11 +82,12 @@ class Search:
                 best, rate = [int(i) for i in grown.members[s, : size + 1]], float(rates[s])
         return best
 
-    def _seeds(self) -> np.ndarray:
+    def _seeds(self, budget: float) -> np.ndarray:
         """From which cells bundles are grown: of each curve and each teacher the one with most gain per cost."""
-        left = np.flatnonzero(self.left)
+        cost = self.bills.each(self.paid)
+        left = np.flatnonzero(self.left & (cost <= budget))
         gain = self.goal**2 / (self.error + np.diag(self.covariance))
-        rate = ((gain + CLOSE) / self.bills.each(self.paid))[left]  # of cells without a gain the cheapest
+        rate = ((gain + CLOSE) / cost)[left]  # of cells without a gain the cheapest
         order = left[np.argsort(-rate, kind="stable")]
         return np.unique(np.concatenate([order[np.unique(codes[order], return_index=True)[1]] for codes in self.kinds]))
 
@@ -155,8 +156,8 @@ def core(search: Search, pairs: Pairs, budget: float = math.inf) -> list[int]:
     rate = -math.inf
     for code in np.unique(pairs.rest)[:MOST_TRIED]:
         mine = np.flatnonzero(pairs.rest == code)
-        there = dict.fromkeys(pairs.run, -1)
-        there |= {(int(pairs.students[i]), int(pairs.teachers[i])): int(i) for i in mine}
+        there = {(int(pairs.students[i]), int(pairs.teachers[i])): int(i) for i in mine}
+        there |= dict.fromkeys(pairs.run, -1)
         for block in _blocks(there):
             cost = search.bills.total(block, search.paid)
             if cost <= budget and (found := search.gain(block) / cost) > rate:
