@@ -15,7 +15,8 @@ and 3 seeds, each seed with teachers of its own, whose losses come from one of t
 the last two with study one's noise. A policy starts from nothing and reveals cells, six at a time, and from 60 on a
 tenth: `greedy` those that `next_cells` names, `random` any, `factorial` a whole factorial for each seed, the smallest
 budget first. The joint model is fitted after each step. A policy stops where the goal's interval is at most `STOPS`
-times as wide as the full grid's, by two measures:
+times as wide as the full grid's by two fits in a row: one fit of few cells may take its variances for far too small. Two
+measures:
 
 - `set`: Fieller's set for the best teacher. An open one is infinitely wide; studies whose full grid leaves it open are
   left out, and counted. Its width hangs on the estimated curvature, and so on luck: any policy that looks often stops
@@ -134,13 +135,16 @@ def _of(found: Set, true: float) -> Answer:
 
 
 def stopped(study: Study, order: Iterator[list[int]], asked: Sequence[Asked]) -> dict[Asked, tuple[list[int], Answer]]:
-    """Where each answer is reached: the cells by then, and the answer."""
+    """Where each answer is reached by two fits in a row: the cells by then, and the second answer."""
     chosen: list[int] = []
+    before: set[Asked] = set()
     found: dict[Asked, tuple[list[int], Answer]] = {}
     for more in order:
         chosen = [*chosen, *more]
         answers = study.answers(chosen)
-        found |= {a: (chosen, answers[a]) for a in asked if a not in found and study.reached(a, answers)}
+        now = {a for a in asked if study.reached(a, answers)}
+        found |= {a: (chosen, answers[a]) for a in now & before if a not in found}
+        before = now
         if len(found) == len(asked):
             break
     return found
