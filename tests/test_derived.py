@@ -418,10 +418,6 @@ def test_variants_are_counted_as_transformers_builds_them(kind, more):
 @pytest.mark.parametrize(
     ("kind", "more", "why"),
     [
-        pytest.param(
-            *("falcon_h1", {"lm_head_multiplier": 0.02}, "lm_head_multiplier=0.02 changes its logits|cannot be made"),
-            marks=pytest.mark.slow,  # its class takes two minutes for a small model
-        ),
         ("hyperclovax", {"logits_scaling": 0.125}, "logits_scaling=0.125 changes its logits"),
         ("mpt", {"logit_scale": 0.5}, "logit_scale=0.5 changes its logits"),
         ("bert", {}, "no causal model"),

@@ -71,20 +71,57 @@ class Coefficients:
         return G @ self.beta, np.sqrt(np.maximum(variance, 0)), np.clip(df, LEAST_DF, 1e6)
 
 
-@dataclass(frozen=True)
-class Mixed(Coefficients):
-    """A fitted model: its coefficients, standard deviations and random effects."""
+@dataclass(frozen=True, eq=False)
+class Mixed:
+    """A fitted model: its coefficients [P], standard deviations and random effects. Covariances are made when asked."""
 
+    beta: np.ndarray
     sds: Mapping[str, float]
     effects: Mapping[str, np.ndarray]  # predicted random effects, by component
-    joint: np.ndarray  # covariance of coefficients and of the errors of effects, in the order of `effects`
+    certainty: np.ndarray  # [K, K] covariance of the log standard deviations
     problem: "_Problem"
     scale: float
+    state: "_State"
+
+    def of(self, part: slice) -> Coefficients:
+        """Some of the coefficients.
+
+        β = A'y: what each component adds to the variance of β is A'V_k A.
+        """
+        problem, state, places = self.problem, self.state, np.arange(self.problem.P)[part]
+        inverse = self._inverse(places)
+        A = problem._solved(problem.W @ inverse, state.diagonal, state.shrink)
+        added = [problem.W[:, columns].T @ A for columns in problem.columns]
+        added += [] if problem.absorbed is None else [problem._sums(A)]
+        added.append(A[problem.free])
+        each = zip(state.sds, added, strict=True)
+        sensitivity = self.scale**2 * np.stack([2 * s**2 * one.T @ one for s, one in each])
+        return Coefficients(self.beta[part], self.scale**2 * inverse[places], sensitivity, self.certainty)
+
+    def contrast(self, g: np.ndarray) -> Contrast:
+        """Of one vector [P]."""
+        return self.of(slice(None)).contrast(g)
+
+    @property
+    def size(self) -> int:
+        """Coefficients and effects together, in the order of the columns of W."""
+        return len(self.state.factor)
+
+    def spread(self, G: np.ndarray) -> np.ndarray:
+        """Covariance [m, m] of m linear functions [m, size] of coefficients and of the errors of effects."""
+        half = linalg.solve_triangular(self.state.factor, G.T, lower=True, check_finite=False)
+        return self.scale**2 * half.T @ half
 
     def part(self, keep: np.ndarray) -> "Mixed":
         """The same from some of the rows, with the standard deviations of all."""
         sds = np.array(list(self.sds.values())) / self.scale
         return _fitted(sds, self.certainty, self.scale, self.problem.part(keep))
+
+    def _inverse(self, places: np.ndarray) -> np.ndarray:
+        """Columns of C⁻¹."""
+        wanted = np.zeros((self.size, len(places)))
+        wanted[places, np.arange(len(places))] = 1.0
+        return linalg.cho_solve((self.state.factor, True), wanted, check_finite=False)
 
 
 def fit_mixed(
@@ -178,7 +215,21 @@ class _Problem:
     def part(self, keep: np.ndarray) -> "_Problem":
         """Some of the rows, and the levels and curves that they have."""
         codes = None if self.absorbed is None else self.absorbed[keep]
-        return _Problem(self.names, self.columns, self.W[keep], codes, self.fixed[keep], self.y[keep], self.P)
+        found = _Problem(self.names, self.columns, self.W[keep], codes, self.fixed[keep], self.y[keep], self.P)
+        if codes is None or self.absorbed is None or codes.max() == self.absorbed.max():
+            found.__dict__["_products"] = self._less(~keep)
+        return found
+
+    def _less(self, out: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """`_products` without some of the rows, by taking off theirs: levels count in whole numbers, so exactly."""
+        own, known, sums, sizes = self._products
+        free = self.W[out & self.free]
+        fixed, variances = self.W[out & ~self.free], self.fixed[out & ~self.free]
+        own, known = own - free.T @ free, known - (fixed / variances[:, None]).T @ fixed
+        if self.absorbed is not None:
+            Z = self._indicator[out]
+            sums, sizes = sums - Z.T @ self.W[out], sizes - np.asarray(Z.sum(0)).ravel()
+        return own, known, sums, sizes
 
     @property
     def free(self) -> np.ndarray:
@@ -312,23 +363,13 @@ def _inverse(L: np.ndarray) -> np.ndarray:
 
 
 def _fitted(sds: np.ndarray, certainty: np.ndarray, scale: float, problem: _Problem) -> Mixed:
-    state, P = problem.at(np.log(sds)), problem.P
-    inverse = _inverse(state.factor)
-    # β = A'y: what each component adds to the variance of β is A'V_k A.
-    A = problem._solved(problem.W, state.diagonal, state.shrink) @ inverse[:, :P]
-    added = [problem.W[:, columns].T @ A for columns in problem.columns]
-    added += [] if problem.absorbed is None else [problem._sums(A)]
-    added.append(A[problem.free])
-    sensitivity = np.stack([2 * s**2 * part.T @ part for s, part in zip(sds, added, strict=True)])
-    names = problem.names
+    state, names = problem.at(np.log(sds)), problem.names
     return Mixed(
-        scale * state.solution[:P],
-        scale**2 * inverse[:P, :P],
-        scale**2 * sensitivity,
-        certainty,
+        scale * state.solution[: problem.P],
         {name: float(scale * s) for name, s in zip(names, sds, strict=True)},
         {name: scale * state.solution[columns] for name, columns in zip(names, problem.columns, strict=False)},
-        scale**2 * inverse,
+        certainty,
         problem,
         scale,
+        state,
     )

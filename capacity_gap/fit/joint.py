@@ -182,7 +182,7 @@ class Joint:
             (float(d.min()), float(d.max())),
             {names[code]: sizes[code] for code in order},
             effects,
-            mixed.joint[np.ix_(places, places)],
+            mixed.spread(np.eye(mixed.size)[places]),
             mixed.sds.get("rung", mixed.sds.get("teacher", 0.0)),
             _shared(cells),
             cells.map_sd,

@@ -111,7 +111,7 @@ def _statistics(joint: Joint, student: float, data: float, seeds: int) -> Mappin
     names = [name for name, size in curve.rungs.items() if size > student + SAME]
     codes = {name: code for code, name in joint.cells.rungs.items()}
     z = np.array([curve.rungs[name] for name in names]) - curve.centre(n, d)
-    W = np.zeros((len(names), len(joint.mixed.joint)))
+    W = np.zeros((len(names), joint.mixed.size))
     W[:, joint.curves : joint.curves + len(curve.coefficients.beta)] = curve.row(z, n, d)
     effects, columns = joint.mixed.effects, joint.mixed.problem.columns
     value = W[:, : len(joint.mixed.beta)] @ joint.mixed.beta
@@ -123,7 +123,7 @@ def _statistics(joint: Joint, student: float, data: float, seeds: int) -> Mappin
             W[i, part.start + mine] = 1 / len(mine)
             value[i] += effects[component][mine].mean()
     fresh = sum(sds.get(part, 0.0) ** 2 for part in ("teacher x budget", "teacher x student", "error")) / seeds
-    covariance = W @ joint.mixed.joint @ W.T + fresh * np.eye(len(names))
+    covariance = joint.mixed.spread(W) + fresh * np.eye(len(names))
     covariance += sds.get("slope", 0.0) ** 2 * np.outer(z, z)
     df = curve.contrast(curve.unit("d" if "d" in curve.terms else "1")).df
     found = {}

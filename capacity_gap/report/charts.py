@@ -4,7 +4,8 @@ Every string that came from a user passes through `safe`: Plotly reads a little 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -70,7 +71,7 @@ def _curve(
         y=panel.rows[content.metric],
         mode="markers",
         marker={"color": colour, "size": 6, "opacity": 0.75},
-        hovertext=[_cell_text(row, content) for _, row in panel.rows.iterrows()],
+        hovertext=[_cell_text(row, content) for row in panel.rows.to_dict("records")],
         showlegend=False,
         **arm,
         **place,
@@ -78,7 +79,7 @@ def _curve(
     _optimum(figure, panel, mean, content, place, legend)
 
 
-def _cell_text(row: pd.Series, content: Content) -> str:
+def _cell_text(row: Mapping[Any, Any], content: Content) -> str:
     """What is told of a cell under the pointer."""
     lines = [f"<b>{safe(cell_name(row))}</b>", f"{safe(content.metric)} {row[content.metric]:.4f}"]
     error = row.get(f"{content.metric}_stderr", row.get(f"{content.metric}/stderr"))
