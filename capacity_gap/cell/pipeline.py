@@ -18,7 +18,7 @@ from capacity_gap.cell.resolved import ResolvedCell
 from capacity_gap.cell.stages.answer_questions import answers_stage
 from capacity_gap.cell.stages.build_tokenizer import tokenizer_stage, vocabulary_stage
 from capacity_gap.cell.stages.collect_text import corpus_stage
-from capacity_gap.cell.stages.distil_student import distil_stage
+from capacity_gap.cell.stages.distil_student import branch_stage, distil_stage
 from capacity_gap.cell.stages.evaluate_model import evaluate_stage
 from capacity_gap.cell.stages.get_teacher import adapted_stage, expanded_stage, pretrained_stage, start_stage
 from capacity_gap.cell.stages.make_instructions import instructions_stage
@@ -106,7 +106,14 @@ class Cell(ResolvedCell):
         """The trained student; with data=0 the start itself."""
         if self.data_tokens == 0:
             return self.student
+        if self.config.train.trunk:
+            return self._branch[0]
         return self._trained(self.student, self.student_shape, self.data_tokens)
+
+    @cached_property
+    def _branch(self) -> tuple[Stage, list[Stage]]:
+        """The trained student as a branch of a trunk, and the trunk's parts, first to last."""
+        return branch_stage(self, self.student, self.student_shape, self.teacher, self.tokens)
 
     def _trained(self, student: Stage, shape: Mapping[str, Any], budget: int) -> Stage:
         return distil_stage(self, student, shape, self.teacher, self.tokens, budget=budget)
@@ -187,7 +194,8 @@ class Cell(ResolvedCell):
             scored.append(self.scores)
         if "signal" in self.distilled.inputs:
             scored.append(self.distilled.inputs["signal"])
-        return [[self.tokens], teachers, scored, start]
+        trunk = [[part] for part in self._branch[1]] if self.config.train.trunk else []
+        return [[self.tokens], teachers, scored, start, *trunk]
 
 
 def in_waves(cells: Sequence[Cell]) -> list[list[list[Stage]]]:

@@ -24,6 +24,27 @@ def check_placement(config: RunConfig) -> None:
         )
 
 
+def check_trunk(config: RunConfig, tokens: int) -> None:
+    """Raises `ConfigError` if a student is to branch off a trunk and another setting does not go with that."""
+    train = config.train
+    if not train.trunk:
+        return
+    wrong = [
+        said
+        for said, is_wrong in (
+            (f"train.schedule={train.schedule} (it takes wsd)", train.schedule != "wsd"),
+            (f"train.decay={train.decay:g} (it takes more than 0 and less than 1)", not 0 < train.decay < 1),
+            (f"epochs={config.epochs} (it takes 1)", config.epochs != 1),
+            ("data=0", tokens == 0),
+        )
+        if is_wrong
+    ]
+    if wrong:
+        raise ConfigError(
+            f"train.trunk=true does not go with {', '.join(wrong)}. Change that, or leave out train.trunk."
+        )
+
+
 def _must_be_whole(c: RunConfig, placement: str) -> str | None:
     """The setting that keeps the teacher from being spread like this; None where nothing does."""
     if placement != "devices" and c.family.quantization != "none":

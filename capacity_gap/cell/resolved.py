@@ -21,7 +21,7 @@ from capacity_gap.cell.named_models import (
     with_init,
 )
 from capacity_gap.cell.nondefault import setting_columns, settings_text, tuning_text
-from capacity_gap.cell.placement import check_placement, placement_of
+from capacity_gap.cell.placement import check_placement, check_trunk, placement_of
 from capacity_gap.cell.recipes import usual, with_recipe
 from capacity_gap.cell.student_shape import shaped
 from capacity_gap.data.sources import corpus_name
@@ -106,6 +106,7 @@ class ResolvedCell:
         if config.prune.cuts:
             cuttable(ladder.rungs[cell.origin])
         check_placement(config)
+        check_trunk(config, data)
         if cell.adapted and config.family.quantization != "none":
             raise ConfigError("a quantised teacher cannot be expanded or adapted. Use family.quantization=none.")
         return cell

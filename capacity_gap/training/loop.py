@@ -27,9 +27,11 @@ from capacity_gap.runtime.process import Interrupted, Runtime
 from capacity_gap.settings.errors import StageError
 from capacity_gap.store import checkpoint
 from capacity_gap.structure.head import logit_cap
+from capacity_gap.training.accelerator import make_accelerator
 from capacity_gap.training.optimizer import learning_rate, make_optimizer
 from capacity_gap.training.pace import Pace, forget_peak, peak_memory
 from capacity_gap.training.train_config import OptimConfig
+from capacity_gap.training.trunk import Branch
 
 log = logging.getLogger(__name__)
 LOG_EVERY = 10  # steps between points of the history
@@ -60,6 +62,13 @@ class Plan:
     activation_checkpointing: bool = False
     compile: bool = False
     peak_flops: float | None = None  # of one device; None: by its name
+    branch: Branch | None = None  # the rates of a trunk or a branch, in place of the schedule
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        if self.branch is not None:
+            return self.branch.rate(step, self.steps, peak=self.peak, final=self.optim.final)
+        return learning_rate(step, self.steps, self.optim, self.peak)
 
     @property
     def steps(self) -> int:
@@ -164,35 +173,6 @@ class Objective(nn.Module):
         return loss, {name: value.detach() for name, value in parts.items()}
 
 
-def make_accelerator(runtime: Runtime, precision: str, student: Any) -> Any:
-    """Hugging Face Accelerate, set up afresh: one process trains many models, not always alike.
-
-    With several ranks: data-parallel, or with `train.sharding=fsdp` sharded layer by layer.
-    """
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin
-    from accelerate.state import AcceleratorState
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    AcceleratorState._reset_state(reset_partial_state=False)
-    plugin = None
-    if runtime.sharding == "fsdp" and runtime.ranks.size > 1:
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=list(student._no_split_modules),
-            cpu_ram_efficient_loading=False,
-            mixed_precision_policy=MixedPrecisionPolicy(),  # autocast alone decides, as on one device
-        )
-    return Accelerator(
-        cpu=runtime.device == "cpu", mixed_precision="bf16" if precision == "bf16" else "no", fsdp_plugin=plugin
-    )
-
-
-def autocast(device: str, precision: str) -> Any:
-    """The context in which a model computes at `precision`."""
-    return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=precision == "bf16")
-
-
 def train(
     student: Any,
     sequences: Sequences,
@@ -204,6 +184,8 @@ def train(
     held_out: Sequences | None = None,
     precision: str = "fp32",
     on_log: Callable[[dict], None] = lambda point: None,
+    begin: Path | None = None,
+    leave: Path | None = None,
 ) -> TrainResult:
     """Trains `student` in place on the sequences that `plan` orders.
 
@@ -217,6 +199,8 @@ def train(
         held_out: text for the losses on the way, at multiples of `plan.evaluate_every` tokens and at the end.
         precision: `fp32`, or `bf16` autocast.
         on_log: called with each logged point; a run that goes on from a checkpoint begins with those before it.
+        begin: another run's folder, whose end this run goes on from.
+        leave: where this run's end is kept for others to go on from.
 
     Returns:
         The result; each point of its history has step, tokens, ce, (kd, kl, teacher_entropy, hidden,) learning_rate,
@@ -244,6 +228,12 @@ def train(
     labels = predicted(student, sequences.sequence_length)
     # After `prepare`, which shards parameters under FSDP: a checkpoint holds whole tensors and is sharded as they are.
     start, history = checkpoint.load(checkpoints, bare.trained, optimizer)
+    if begin is not None and start == 0:
+        start, history = checkpoint.load(begin, bare.trained, optimizer)
+        if start == 0:
+            raise StageError(
+                f"{begin} holds no state to go on from: `store verify --repair` sets damaged stages aside."
+            )
     for point in history:
         on_log(point)
     beside = teacher if isinstance(teacher, nn.Module) and plan.distill.kd_weight > 0 else None
@@ -251,7 +241,7 @@ def train(
     saved, micro = time.monotonic(), plan.micro_batch
 
     for step in range(start, plan.steps):
-        rate = learning_rate(step, plan.steps, plan.optim, plan.peak)
+        rate = plan.rate(step)
         # A function of the step alone: a scheduler's state would have to be checkpointed too.
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -274,6 +264,8 @@ def train(
             saved = time.monotonic()
             if runtime.ranks.any(runtime.stop.is_set()):
                 raise Interrupted
+    if leave is not None:
+        checkpoint.save(leave, plan.steps, bare.trained, optimizer, history, leads=runtime.ranks.leads)
     _trade_memory(student.eval(), plan, on=False)
     now, peak = pace.now, peak_memory(runtime.device)
     return TrainResult(plan.steps, pace.tokens, pace.seconds, now["tokens_per_s"], now.get("mfu"), peak, micro, history)

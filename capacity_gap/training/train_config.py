@@ -130,6 +130,12 @@ class TrainConfig(OptimConfig):
         False, "Keep each layer's input only: less memory, a third more time.", decides=False
     )
     compile: bool = setting(False, "Use torch.compile: other kernels, so other last bits.", later=True)
+    trunk: bool = setting(
+        False,
+        "Budgets that are doublings of one another share one run at a constant rate; the last train.decay of each "
+        "branches off. Needs train.schedule=wsd.",
+        later=True,
+    )
     evaluate_every: str = setting(
         "0", "Tokens between held-out losses on the way; 0: none.", later=True, untold="only adds to the history"
     )

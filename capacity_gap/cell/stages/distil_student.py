@@ -12,12 +12,55 @@ from capacity_gap.models import accounting
 from capacity_gap.models.axes import dims
 from capacity_gap.settings.hashing import identity_fields
 from capacity_gap.store.stage import Stage, StageRun
+from capacity_gap.training.trunk import halves, leaves, warm_steps
 
 
 def distil_stage(
     cell: ResolvedCell, student: Stage, shape: Mapping[str, Any], teacher: Stage, tokens: Stage, *, budget: int
 ) -> Stage:
     """`student`, of this shape, trained on `budget` tokens."""
+    return _trained(cell, "distil", student, shape, teacher, tokens, budget)
+
+
+def branch_stage(
+    cell: ResolvedCell, student: Stage, shape: Mapping[str, Any], teacher: Stage, tokens: Stage
+) -> tuple[Stage, list[Stage]]:
+    """The same on the cell's budget as a branch of a trunk, and the trunk's parts, first to last.
+
+    A trunk's part ends where the branch of its budget leaves; the next one goes on from there.
+    """
+    c, length, batch = cell.config.train, cell.sequence_length, cell.batch_size
+    budgets = halves(cell.data_tokens, length, batch)
+    warm = warm_steps(budgets, length, batch, cell.config.train.warmup)
+    parts: list[Stage] = []
+    before = 0
+    for i, budget in enumerate(budgets):
+        leave = leaves(budget, length, batch, c.decay)
+        given = {"budgets": budgets[: i + 1], "warm": warm, "leave": None, "ends": leave}
+        place = (before, leave * batch * length)
+        parts.append(
+            _trained(cell, "trunk", student, shape, teacher, tokens, budget, given, parts[-1] if parts else None, place)
+        )
+        before = leave * batch * length
+    given = {"budgets": budgets, "warm": warm, "leave": leave}
+    place = (before, cell.data_tokens)
+    last = _trained(cell, "distil", student, shape, teacher, tokens, cell.data_tokens, given, parts[-1], place)
+    return last, parts
+
+
+def _trained(
+    cell: ResolvedCell,
+    name: str,
+    student: Stage,
+    shape: Mapping[str, Any],
+    teacher: Stage,
+    tokens: Stage,
+    budget: int,
+    trunk: Mapping[str, Any] | None = None,
+    after: Stage | None = None,
+    place: tuple[int, int] | None = None,
+) -> Stage:
+    """A stage that trains the student; `place`: the tokens between which it does so, after another one."""
     c = cell.config
     given = {
         "tokens": budget,
@@ -27,15 +70,19 @@ def distil_stage(
         **optimizer_identity(c.train, dims(shape).hidden),
         **cell.dynamics,
         **LOSSES.entry(c.distill.loss).identity_as("loss"),
+        **({"trunk": trunk} if trunk else {}),
     }
-    inputs = {"student": student, "tokens": tokens}
+    begins, ends = place or (0, budget)
+    inputs = {"student": student, "tokens": tokens, **({"trunk": after} if after else {})}
     teacher_flops = 0.0
     if c.distill.kd_weight > 0 and c.distill.signal != "online":
         inputs["signal"] = signal_stage(cell, teacher, tokens, budget=budget)
     elif c.distill.kd_weight > 0:
         inputs["teacher"] = teacher
-        teacher_flops = accounting.forward_flops(cell.teacher_shape, budget)
-    return training_stage(cell, "distil", given, inputs, distil, shape, teacher_flops=teacher_flops)
+        teacher_flops = accounting.forward_flops(cell.teacher_shape, ends - begins)
+    return training_stage(
+        cell, name, given, inputs, distil, shape, teacher_flops=teacher_flops, begins=begins, ends=ends
+    )
 
 
 def distil(run: StageRun) -> None:

@@ -12,6 +12,9 @@ from capacity_gap.models import accounting
 from capacity_gap.store.files import write_json
 from capacity_gap.store.stage import Stage, StageRun
 from capacity_gap.training.train_config import OptimConfig
+from capacity_gap.training.trunk import nested_order
+
+STATE = "state"  # of a trunk: the folder of weights and optimiser that others go on from
 
 
 def training_stage(
@@ -24,6 +27,8 @@ def training_stage(
     *,
     teacher_flops: float = 0.0,
     held: str = "fp32",
+    begins: int = 0,
+    ends: int | None = None,
 ) -> Stage:
     """A stage of the one training loop, on `given["tokens"]` tokens.
 
@@ -36,8 +41,10 @@ def training_stage(
         shape: config.json of the model that is trained.
         teacher_flops: of a teacher that runs beside it.
         held: the type in which its start was held.
+        begins: tokens that another stage has seen for it.
+        ends: tokens after which it ends, if not all.
     """
-    budget = given["tokens"]
+    budget = (ends or given["tokens"]) - begins
     given = {**given, **cell.arithmetic, **cell.compiled, **ignored_in_training(cell, shape)}
     cost, passes = accounting.train_flops(shape, budget) + teacher_flops, (4 if teacher_flops else 3) * budget
     version = 2 if "bf16" in (given["precision"], held) else 1  # of outputs in fp32, of teachers adapted in bf16
@@ -61,10 +68,14 @@ def run_training(run: StageRun, model: Any, *, distill: DistillConfig, teacher: 
     """
     from capacity_gap.models.loading import save_model
     from capacity_gap.training.loop import Plan, train
+    from capacity_gap.training.trunk import Branch
 
     given = run.config
+    trunk = given.get("trunk")
+    is_part = trunk is not None and trunk["leave"] is None  # of a trunk: no model of its own
     plan = Plan(
         order=_order(run),
+        branch=Branch(trunk["warm"], trunk["leave"]) if trunk else None,
         optim=OptimConfig(**given["optim"], learning_rate=given["learning_rate"]),
         distill=distill,
         peak=given["learning_rate"],
@@ -81,8 +92,11 @@ def run_training(run: StageRun, model: Any, *, distill: DistillConfig, teacher: 
         held_out=packed_split(run, "validation") if plan.evaluate_every else None,
         precision=given["precision"],
         on_log=run.runtime.on_log,
+        begin=run.inputs["trunk"] / STATE if "trunk" in run.inputs else None,
+        leave=run.out / STATE if is_part else None,
     )
-    save_model(model, run.out, leads=run.runtime.ranks.leads)
+    if not is_part:
+        save_model(model, run.out, leads=run.runtime.ranks.leads)
     (run.out / METRICS).write_text("".join(json.dumps(point) + "\n" for point in result.history))
     write_json(
         run.out / RESULT,
@@ -101,6 +115,11 @@ def run_training(run: StageRun, model: Any, *, distill: DistillConfig, teacher: 
 def _order(run: StageRun) -> Any:
     """The sequences of the budget in the order in which they are seen."""
     budget, epochs, seed = (run.config[key] for key in ("tokens", "epochs", "seed"))
+    if trunk := run.config.get("trunk"):
+        packed = packed_split(run, "train")
+        edges = [tokens // packed.sequence_length for tokens in trunk["budgets"]]
+        found = nested_order(packing.subset(packed, budget), edges, seed)
+        return found[: trunk["ends"] * run.config["optim"]["batch_size"]] if trunk["leave"] is None else found
     return packing.order(packing.subset(packed_split(run, "train"), budget, epochs=epochs), seed, epochs=epochs)
 
 
