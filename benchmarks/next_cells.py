@@ -15,8 +15,8 @@ and 3 seeds, each seed with teachers of its own, whose losses come from one of t
 the last two with study one's noise. A policy starts from nothing and reveals cells, six at a time, and from 60 on a
 tenth: `greedy` those that `next_cells` names, `random` any, `factorial` a whole factorial for each seed, the smallest
 budget first. The joint model is fitted after each step. A policy stops where the goal's interval is at most `STOPS`
-times as wide as the full grid's by two fits in a row: one fit of few cells may take its variances for far too small. Two
-measures:
+times as wide as the full grid's by two fits in a row: one fit of few cells may take its variances for far too small.
+There are two measures:
 
 - `set`: Fieller's set for the best teacher. An open one is infinitely wide; studies whose full grid leaves it open are
   left out, and counted. Its width hangs on the estimated curvature, and so on luck: any policy that looks often stops
