@@ -53,6 +53,9 @@ evidence: $(VENV)/.installed  ## the long runs whose tables are in results/
 	$(BIN)/python -m benchmarks.stop_signals --out results/stop_signals.csv
 	$(BIN)/python -m benchmarks.fit_coverage --out results/fit_coverage.csv
 	$(BIN)/python -m benchmarks.joint_coverage --out results/joint_coverage.csv
+	$(BIN)/python -m benchmarks.next_cells --tune --studies 6
+	$(BIN)/python -m benchmarks.next_cells --workers 2 --out results/next.csv
+	$(BIN)/python -m benchmarks.next_cells --records --out results/next.csv
 	$(BIN)/python run.py -m +sweeps=signals
 	$(BIN)/python run.py -m +sweeps=signals distill.signal=sampled distill.signal_size=32
 	$(BIN)/python run.py -m +sweeps=signals distill.signal=topk distill.signal_size=64
