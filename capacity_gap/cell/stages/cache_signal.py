@@ -32,7 +32,7 @@ def cache_signal(run: StageRun) -> None:
     """Writes a few values a token, block by block; whole blocks are what the next owner takes over."""
     from capacity_gap.distill.signals import write_signal
     from capacity_gap.models.placing import load_teacher
-    from capacity_gap.training.loop import autocast
+    from capacity_gap.training.accelerator import autocast
 
     given, packed = run.config, packed_split(run, "train")
     together = run.runtime.ranks if run.runtime.together else None

@@ -30,22 +30,22 @@ def branch_stage(
     A trunk's part ends where the branch of its budget leaves; the next one goes on from there.
     """
     c, length, batch = cell.config.train, cell.sequence_length, cell.batch_size
+    assert c.warmup is not None  # the recipe has filled it in
     budgets = halves(cell.data_tokens, length, batch)
-    warm = warm_steps(budgets, length, batch, cell.config.train.warmup)
+    warm = warm_steps(budgets, length, batch, c.warmup)
     parts: list[Stage] = []
-    before = 0
+
+    def stage(name: str, budget: int, trunk: Mapping[str, Any], ends: int) -> Stage:
+        after = parts[-1] if parts else None
+        begins = after.config["trunk"]["ends"] * batch * length if after else 0
+        return _trained(cell, name, student, shape, teacher, tokens, budget, trunk, after, (begins, ends))
+
     for i, budget in enumerate(budgets):
         leave = leaves(budget, length, batch, c.decay)
-        given = {"budgets": budgets[: i + 1], "warm": warm, "leave": None, "ends": leave}
-        place = (before, leave * batch * length)
-        parts.append(
-            _trained(cell, "trunk", student, shape, teacher, tokens, budget, given, parts[-1] if parts else None, place)
-        )
-        before = leave * batch * length
-    given = {"budgets": budgets, "warm": warm, "leave": leave}
-    place = (before, cell.data_tokens)
-    last = _trained(cell, "distil", student, shape, teacher, tokens, cell.data_tokens, given, parts[-1], place)
-    return last, parts
+        trunk = {"budgets": budgets[: i + 1], "warm": warm, "leave": None, "ends": leave}
+        parts.append(stage("trunk", budget, trunk, leave * batch * length))
+    trunk = {"budgets": budgets, "warm": warm, "leave": leave}
+    return stage("distil", cell.data_tokens, trunk, cell.data_tokens), parts
 
 
 def _trained(
