@@ -62,11 +62,19 @@ def test_the_first_round_of_an_empty_store_has_the_cells_asked_for_with_reasons_
     assert found.device_hours == pytest.approx(sum(map(pace.speed.seconds, made.values())) / 3600)
 
 
-def test_it_ends_once_the_interval_is_narrow_enough(rounds, monkeypatch):
+def test_it_ends_once_the_interval_was_narrow_enough_twice(rounds, monkeypatch):
     mine = rounds("until=1000")
     known = measured(mine)
-    monkeypatch.setattr(Rounds, "frame", lambda self: known)
-    with pytest.raises(StopRounds, match="narrow enough: until=1000"):
+    monkeypatch.setattr(Rounds, "frame", lambda self: known.iloc[:20])
+    assert mine.next(set()).cells, "a single narrow interval ends nothing"
+    cell, words = next(iter(mine.cells.values()))
+    noted = {cell.record.key: {"name": "a", "overrides": words, "stages": {}}}
+    note_sweep(mine.store, "grid", noted, about={"round": 1, "answer": [2.5, 2.0, None]})
+    assert mine.next(set()).cells, "the one before was open"
+    cell, words = list(mine.cells.values())[1]
+    noted = {cell.record.key: {"name": "b", "overrides": words, "stages": {}}}
+    note_sweep(mine.store, "grid", noted, about={"round": 2, "answer": [2.5, 2.0, 3.0]})
+    with pytest.raises(StopRounds, match="narrow enough, before the last round and after it: until=1000"):
         mine.next(set())
     answer = mine.answer()
     assert answer.interval[0] < 2.5 < answer.interval[1] < 1000 * answer.interval[0]

@@ -166,8 +166,8 @@ class Rounds:
         from capacity_gap.fit import next_cells
 
         answer, config = self.answer(), self.config
-        if narrow_enough(answer, config.until):
-            raise StopRounds(f"narrow enough: until={config.until:g}")
+        if narrow_enough(answer, config.until) and narrow_enough(self._last(), config.until):
+            raise StopRounds(f"narrow enough, before the last round and after it: until={config.until:g}")
         pool = {d: given for d, given in self.cells.items() if d not in tried}
         frame, rows = self.frame(), pool_rows(pool)
         try:
@@ -185,6 +185,15 @@ class Rounds:
         reasons = {str(c.cell["cell"]): c.reason for c in found}
         number = len(rounds_of(self.store, self.name)) + 1
         return Round(number, chosen, reasons, answer, sum(c.gain for c in found), self.hours(chosen))
+
+    def _last(self) -> Estimate | None:
+        """The answer before the last round. One fit of few cells may take its variances for far too small, so a single
+        narrow interval ends nothing (docs/next.md)."""
+        noted = rounds_of(self.store, self.name)
+        if not noted or not (ends := noted[-1].get("answer")):
+            return None
+        value, low, high = (math.nan if x is None else float(x) for x in ends)
+        return Estimate(value, (0.0 if math.isnan(low) else low, math.inf if math.isnan(high) else high))
 
     def within(self, hours: float) -> dict[str, tuple[Cell, list[str]]]:
         """The part of the grid that narrows the goal most and needs no more device-hours.
