@@ -9,6 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from capacity_gap.commands import cli
 from capacity_gap.commands.stage_costs import StageCost
+from capacity_gap.report.next_pool import deciding
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.store.contents import note_sweep
 from capacity_gap.store.files import write_checked
@@ -147,3 +148,18 @@ def test_bad_questions_are_one_paragraph(words, said, tmp_path, capsys, monkeypa
     run(cells(seeds=(0,))).assign(family="pico").to_csv("runs.csv", index=False)
     assert cli.main(["next", "runs.csv", *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_fit_without_a_law_names_cells_that_would_decide(tmp_path, capsys):
+    table = run(cells(students=["40k", "80k"], seeds=(0,))).assign(family="pico")
+    table.to_csv(file := tmp_path / "runs.csv", index=False)
+    named = deciding(table)
+    assert len(named) == len(set(named)) == 4
+    run_already = {
+        f"{r.teacher} for {r.student} at {r.data_tokens / 1000:g}k tokens, seed 0" for r in table.itertuples()
+    }
+    assert not run_already & {*named}
+    assert cli.main(["fit", str(file)]) == 0
+    text = capsys.readouterr().out
+    assert f"Cells that would say most for their cost: {'; '.join(named)}." in text
+    assert deciding(table.assign(family=["pico", "gpt2"] * (len(table) // 2) + ["pico"] * (len(table) % 2))) == []

@@ -119,7 +119,19 @@ def _joint(frame, given: argparse.Namespace, metric: str | None):  # type: ignor
         return None
     lines = list(_joint_lines(fit))
     print("\n" + "\n".join(lines if given.joint else lines[:2]))
+    if fit.status != "law" and given.axis == "total" and given.metric is None:
+        _print_deciding(frame, given.source)
     return fit
+
+
+def _print_deciding(frame, source: str) -> None:  # type: ignore[no-untyped-def]
+    """Which cells would decide what is missing, where that can be said."""
+    from capacity_gap.report.next_pool import deciding
+    from capacity_gap.settings.places import TOOL_WORDS
+
+    if cells := deciding(frame):
+        print(f"  Cells that would say most for their cost: {'; '.join(cells)}.")
+        print(f"  `{' '.join(TOOL_WORDS)} next {source} --goal law` tells why, and the command.")
 
 
 def _joint_lines(fit: Any) -> Iterator[str]:

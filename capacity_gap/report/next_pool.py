@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import product
+from typing import Any
 
 import pandas as pd
 
@@ -27,6 +28,26 @@ def family_of(frame: pd.DataFrame, named: str | None) -> Family:
     if held and held[0] in FAMILIES:
         return family(held[0])
     return family(USUAL) if frame.empty else Family("", {}, 1)
+
+
+def deciding(frame: pd.DataFrame, k: int = 4) -> list[str]:
+    """The cells that would narrow the ratio of best teacher to student most per FLOP, in words; none where that cannot
+    be said: of several families, or without students, teachers and budgets."""
+    from capacity_gap.fit import next_cells
+
+    try:
+        pool = make_pool(
+            frame, family_of(frame, None), students=[], teachers=[], budgets=[], seeds=[], given=frozenset()
+        )
+        found = next_cells(frame, pool, goal="law", k=k)
+    except ValueError:  # `ConfigError` is one
+        return []
+    return [_cell_words(c.cell) for c in found]
+
+
+def _cell_words(cell: dict[str, Any]) -> str:
+    seed = f", seed {cell['seed']}" if "seed" in cell else ""
+    return f"{cell['teacher']} for {cell['student']} at {format_scale(int(cell['data_tokens']))} tokens{seed}"
 
 
 def make_pool(
