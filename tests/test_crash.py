@@ -99,9 +99,9 @@ def test_a_run_goes_on_from_its_checkpoint_not_from_the_start(tiny, tmp_path, mo
 @pytest.mark.slow
 def test_a_grid_in_chaos_ends_with_the_same_bits(tmp_path):
     """A short, seeded run of benchmarks/chaos.py; the long one is results/chaos.csv."""
-    arguments = [*chaos.tiny_corpus(tmp_path), "student=40k", "teacher=55k,80k", "seed=0,1"]
+    arguments = [*chaos.tiny_corpus(tmp_path), "student=40k", "teacher=55k,80k"]
     assert chaos.start(tmp_path / "calm", arguments, 2, tmp_path / "calm.log").wait() == 0
-    told = chaos.run_in_chaos(tmp_path / "chaos", arguments, kills=3, seed=1, every_s=4.0, workers=2)
+    told = chaos.run_in_chaos(tmp_path / "chaos", arguments, kills=2, seed=1, every_s=4.0, workers=2)
     row = chaos.compare(tmp_path / "calm", tmp_path / "chaos", told)
-    assert row["kills inside a stage"] == 3
-    assert row["cells"] == 4
+    assert row["kills inside a stage"] == 2
+    assert row["cells"] == 2

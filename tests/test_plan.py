@@ -339,7 +339,7 @@ def test_a_grid_over_its_budget_is_refused_before_anything_is_written(tiny, tmp_
 @pytest.mark.slow
 def test_one_calibration_cell_foretells_a_grid(tiny, tmp_path):
     """A wide band: this machine may be busy. The claim of ±30 % is measured by benchmarks/plan.py."""
-    given = [*tiny, f"store={tmp_path}", "data=40k", "family.teacher_data=40k"]
+    given = [*tiny, f"store={tmp_path}", "data=15k", "family.teacher_data=15k"]
     run_py(*given, "student=40k", "teacher=80k")
     calibration = set(tmp_path.glob("*/*/stage.json"))
     grid = [*given, "student=40k,50k", "teacher=120k,180k"]

@@ -88,7 +88,7 @@ def test_two_ranks_agree_with_one_process(tiny, tmp_path, precision, alone, shar
 @pytest.mark.parametrize("sharding", ["none", "fsdp"])
 def test_two_ranks_stop_and_go_on(tiny, tmp_path, sharding):
     """As before a time-out: Slurm warns every process of the job, then submitit asks those that work to end."""
-    given = [*tiny, *CELL, f"store={tmp_path}", "data=60k", "epochs=2", f"train.sharding={sharding}"]
+    given = [*tiny, *CELL, f"store={tmp_path}", "data=25k", "epochs=2", f"train.sharding={sharding}"]
     first = torchrun(*given)
     while not list((tmp_path / ".work").glob("distil-*/*/progress.json")):
         assert first.poll() is None, first.stdout.read()
@@ -105,7 +105,7 @@ def test_two_ranks_stop_and_go_on(tiny, tmp_path, sharding):
     assert len(left) == 1
     ended(torchrun(*given))
     (row,) = records.read(tmp_path)
-    run_py(*tiny, *CELL, f"store={tmp_path}/alone", "data=60k", "epochs=2")
+    run_py(*tiny, *CELL, f"store={tmp_path}/alone", "data=25k", "epochs=2")
     assert row["student_loss"] == pytest.approx(records.read(tmp_path / "alone")[0]["student_loss"], abs=1e-4)
 
 
