@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from capacity_gap.cell import pipeline
 from capacity_gap.data import corpora, corpus, documents, packing, sources, tokenizer
 from capacity_gap.data.corpus_config import CorpusConfig, SourceConfig
 from capacity_gap.data.documents import Document
 from capacity_gap.settings.errors import ConfigError, StageError
+from tests.conftest import compose
 
 
 def test_html_becomes_plain_text():
@@ -210,3 +212,24 @@ def test_epochs_repeat_the_text_and_must_be_said(packed):
     seen = packing.order(chosen, 0, epochs=2)
     assert len(seen) == 200
     assert sorted(seen[:100]) == sorted(seen[100:]) == list(range(100))
+
+
+def test_an_offset_passes_over_the_first_tokens_and_says_what_is_left():
+    packed = type("Packed", (), {"sequence_length": 8, "__len__": lambda self: 100})()
+    whole = packing.subset(packed, 800)
+    assert np.array_equal(packing.subset(packed, 160, skip=400), whole[50:70])
+    assert np.array_equal(packing.subset(packed, 320, epochs=2, skip=400), whole[50:70])
+    with pytest.raises(ConfigError, match="holds 400 behind data_offset=400. Give at most data=400"):
+        packing.subset(packed, 480, skip=400)
+    with pytest.raises(ConfigError, match="holds 0 behind"):
+        packing.subset(packed, 80, skip=900)
+
+
+def test_an_offset_is_another_cell_with_another_signal_and_the_same_teacher():
+    given = ["student=40k", "teacher=55k", "distill.signal=sampled"]
+    plain, other = (pipeline.resolve(compose([*given, *more])) for more in ([], ["data_offset=200k"]))
+    assert plain.teacher.digest == other.teacher.digest and plain.student.digest == other.student.digest
+    assert plain.distilled.digest != other.distilled.digest
+    assert plain.distilled.inputs["signal"].digest != other.distilled.inputs["signal"].digest
+    assert other.description["settings"] == "data_offset=200k"
+    assert pipeline.resolve(compose([*given, "data_offset=0"])).record.digest == plain.record.digest

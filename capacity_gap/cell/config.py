@@ -44,6 +44,11 @@ class RunConfig:
         "120k", "The teacher: a rung of the family, or a model folder.", column="teacher", computed=True
     )
     data: str = setting("1m", "Tokens that the student learns from; 0: none.", column="data_tokens", computed=True)
+    data_offset: str = setting(
+        "0",
+        "Tokens of the text that the student's budget begins behind, such as text that its teacher was not trained on.",
+        later=True,
+    )
     epochs: int = setting(1, "Passes of the student over its tokens.", least=1, most=10_000, column="epochs", parts=210)
     seed: int = setting(
         0, "Decides a student's random weights and the order of its text.", least=0, most=MOST_SEED, column="seed"

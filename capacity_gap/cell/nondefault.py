@@ -19,6 +19,7 @@ from capacity_gap.pruning.methods import LAYER_SCORES, SCORES
 from capacity_gap.settings.declare import NOTHING, declared, default_of
 from capacity_gap.settings.hashing import files_digest, fingerprint, identity_fields
 from capacity_gap.settings.places import user_path
+from capacity_gap.settings.scales import format_scale, parse_scale
 
 
 def setting_columns(config: RunConfig) -> dict[str, Any]:
@@ -59,6 +60,8 @@ def settings_text(
         architecture: what identifies its axis table, where that is the user's.
     """
     found: dict[str, Any] = dict(_texts("corpus", config.corpus))
+    if skipped := parse_scale(config.data_offset, key="data_offset", allow_zero=True):
+        found["data_offset"] = format_scale(skipped)
     for section in _sections(config):
         # The record's corpus is the mixture that teachers were adapted to, if they were.
         told = section != "corpus" or not config.adapt.parts

@@ -11,7 +11,7 @@ in common before anything runs. What identifies a stage, and what it does, is in
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from capacity_gap.cell.config import RunConfig
 from capacity_gap.cell.resolved import ResolvedCell
@@ -29,6 +29,16 @@ from capacity_gap.cell.stages.score_units import scores_stage
 from capacity_gap.cell.stages.tune_student import tuning_stages
 from capacity_gap.cell.stages.write_record import record_stage
 from capacity_gap.store.stage import Stage
+
+
+class Budget(NamedTuple):
+    """What is wanted of a training text: its stage, tokens, passes, the setting that says so, tokens passed over."""
+
+    text: Stage
+    tokens: int
+    epochs: int
+    setting: str
+    skip: int = 0
 
 
 @dataclass(frozen=True)
@@ -169,14 +179,17 @@ class Cell(ResolvedCell):
         return found | self.tuned | {"evaluate_tuned": self.scored(final, self.student_shape)}
 
     @property
-    def budgets(self) -> list[tuple[Stage, int, int, str]]:
-        """What this cell wants of a training text: its stage, tokens, passes, and the setting that says so."""
+    def budgets(self) -> list[Budget]:
+        """What this cell wants of training texts."""
         c, text = self.config, self.tokens
-        found = [(text, self.data_tokens, c.epochs, "data"), (text, self.adapt_tokens, c.adapt.epochs, "adapt.data")]
+        found = [
+            Budget(text, self.data_tokens, c.epochs, "data", self.data_offset),
+            Budget(text, self.adapt_tokens, c.adapt.epochs, "adapt.data"),
+        ]
         if tokens := self.teacher_tokens:
-            found += [(self.base_tokens, tokens, c.family.teacher_epochs, "family.teacher_data")]
+            found += [Budget(self.base_tokens, tokens, c.family.teacher_epochs, "family.teacher_data")]
         if tokens := self.start_tokens:
-            found += [(self.base_tokens, tokens, c.family.teacher_epochs, "prune.init_data")]
+            found += [Budget(self.base_tokens, tokens, c.family.teacher_epochs, "prune.init_data")]
         return found
 
     @property

@@ -122,6 +122,11 @@ class ResolvedCell:
         return self.placement == "ranks"
 
     @property
+    def data_offset(self) -> int:
+        """Tokens of the training permutation that the student's budget begins behind."""
+        return parse_scale(self.config.data_offset, key="data_offset", allow_zero=True)
+
+    @property
     def adapted(self) -> bool:
         """Whether teachers are expanded, adapted or both, before anything is pruned."""
         return self.family is not self.base or self.adapt_tokens > 0

@@ -80,29 +80,34 @@ class Packed:
         return self.stream[starts + np.arange(self.sequence_length + 1)].astype(np.int64)
 
 
-def subset(packed: Packed, tokens: int, *, epochs: int = 1, key: str = "data") -> np.ndarray:
+def subset(packed: Packed, tokens: int, *, epochs: int = 1, key: str = "data", skip: int = 0) -> np.ndarray:
     """The sequences of a budget: the first `tokens` tokens of one seed-independent permutation, so budgets nest.
 
-    With `epochs` = k the budget is met by k passes over its k-th part.
+    With `epochs` = k the budget is met by k passes over its k-th part. `skip`: tokens that it begins behind.
 
     Raises:
         ConfigError: the corpus holds fewer tokens than one pass needs, or a pass is less than one sequence.
     """
-    each = tokens // (packed.sequence_length * epochs)
+    each, first = tokens // (packed.sequence_length * epochs), skip // packed.sequence_length
     if tokens and not each:
         raise ConfigError(
             f"{key}={format_scale(tokens)} in {epochs} passes is less than one sequence of {packed.sequence_length} "
             f"tokens: nothing would be trained. Give {packed.sequence_length * epochs} or more."
         )
-    if each > len(packed):
-        held = len(packed) * packed.sequence_length
+    if first + each > len(packed):
+        held = max(0, len(packed) - first) * packed.sequence_length
+        behind = f" behind data_offset={format_scale(skip)}" if skip else ""
         passes = {"family.teacher_data": "family.teacher_epochs", "adapt.data": "adapt.epochs"}.get(key, "epochs")
+        more = (
+            f"Give at most {key}={held * epochs}, or say how often the text may be repeated: {passes}=%d."
+            if held
+            else ""
+        )
         raise ConfigError(
             f"{key}={format_scale(tokens)} with {passes}={epochs} needs {each * packed.sequence_length:,} tokens a "
-            f"pass, but the training text holds {held:,}. Give at most {key}={held * epochs}, or say how often the "
-            f"text may be repeated: {passes}={-(-tokens // held)}."
+            f"pass, but the training text holds {held:,}{behind}. " + (more % -(-tokens // held) if held else "")
         )
-    return np.random.Generator(np.random.PCG64(PERMUTATION_SEED)).permutation(len(packed))[:each]
+    return np.random.Generator(np.random.PCG64(PERMUTATION_SEED)).permutation(len(packed))[first : first + each]
 
 
 def order(sequences: np.ndarray, seed: int, *, epochs: int = 1) -> np.ndarray:

@@ -24,7 +24,7 @@ class Want:
     setting: str
     tokens: int  # in all passes
     epochs: int
-    each: int  # in one pass, whole sequences
+    each: int  # in one pass, whole sequences, with those before it
     length: int
     stage: Stage  # the packed text
     cell: Cell
@@ -39,8 +39,8 @@ def _wants(cells: Sequence[Cell]) -> Iterator[Want]:
     most: dict[tuple[str, int], Want] = {}
     for cell in cells:
         length = cell.sequence_length
-        for stage, tokens, epochs, setting in cell.budgets:
-            each = tokens // (length * epochs) * length
+        for stage, tokens, epochs, setting, skip in cell.budgets:
+            each = tokens // (length * epochs) * length + skip // length * length
             if (stage.key, length) not in most or each > most[stage.key, length].each:
                 most[stage.key, length] = Want(setting, tokens, epochs, each, length, stage, cell)
     yield from most.values()

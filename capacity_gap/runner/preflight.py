@@ -17,9 +17,9 @@ def check_budgets(cell: Cell, store: Store, runtime: Runtime) -> None:
     _check_benchmarks(cell)
     _check_placement(cell, runtime)
     _check_models(cell)
-    for stage, budget, epochs, key in cell.budgets:
-        packed = Packed(store.compute(stage, runtime) / "train", cell.sequence_length)
-        subset(packed, budget, epochs=epochs, key=key)
+    for want in cell.budgets:
+        packed = Packed(store.compute(want.text, runtime) / "train", cell.sequence_length)
+        subset(packed, want.tokens, epochs=want.epochs, key=want.setting, skip=want.skip)
     _check_vocabularies(cell, store, len(Packed(store.path(cell.tokens) / "train", 1).bytes_per_id))
     _check_tuning(cell, store, runtime)
     _check_loss(cell, store)

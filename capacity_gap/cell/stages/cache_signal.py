@@ -19,6 +19,7 @@ def signal_stage(cell: ResolvedCell, teacher: Stage, tokens: Stage, *, budget: i
         "temperature": c.distill.temperature,
         "tokens": seen,
         "seed": c.teacher_seed,
+        **({"offset": cell.data_offset} if cell.data_offset else {}),
         **cell.arithmetic,
         **SIGNALS.entry(c.distill.signal).identity_as("kind"),
     }
@@ -46,7 +47,7 @@ def cache_signal(run: StageRun) -> None:
     write_signal(
         load_teacher(run.inputs["teacher"], run.runtime),
         packed,
-        packing.subset(packed, given["tokens"]),
+        packing.subset(packed, given["tokens"], skip=given.get("offset", 0)),
         blocks,
         kind=given["kind"],
         size=given["size"],

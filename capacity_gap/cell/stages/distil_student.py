@@ -69,6 +69,7 @@ def _trained(
         "distill": identity_fields(c.distill),
         **optimizer_identity(c.train, dims(shape).hidden),
         **cell.dynamics,
+        **({"offset": cell.data_offset} if cell.data_offset else {}),
         **LOSSES.entry(c.distill.loss).identity_as("loss"),
         **({"trunk": trunk} if trunk else {}),
     }

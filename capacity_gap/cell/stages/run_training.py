@@ -115,12 +115,14 @@ def run_training(run: StageRun, model: Any, *, distill: DistillConfig, teacher: 
 def _order(run: StageRun) -> Any:
     """The sequences of the budget in the order in which they are seen."""
     budget, epochs, seed = (run.config[key] for key in ("tokens", "epochs", "seed"))
+    skip = run.config.get("offset", 0)
     if trunk := run.config.get("trunk"):
         packed = packed_split(run, "train")
         edges = [tokens // packed.sequence_length for tokens in trunk["budgets"]]
-        found = nested_order(packing.subset(packed, budget), edges, seed)
+        found = nested_order(packing.subset(packed, budget, skip=skip), edges, seed)
         return found[: trunk["ends"] * run.config["optim"]["batch_size"]] if trunk["leave"] is None else found
-    return packing.order(packing.subset(packed_split(run, "train"), budget, epochs=epochs), seed, epochs=epochs)
+    chosen = packing.subset(packed_split(run, "train"), budget, epochs=epochs, skip=skip)
+    return packing.order(chosen, seed, epochs=epochs)
 
 
 def _execution(run: StageRun) -> dict[str, Any]:
