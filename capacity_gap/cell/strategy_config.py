@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from capacity_gap.settings.declare import setting
+from capacity_gap.settings.declare import setting, validate
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.settings.scales import parse_scale, parse_tokens
 
@@ -29,6 +29,7 @@ class NextConfig:
     k: int = setting(6, "Cells of a round.", least=1, most=10_000, decides=False)
 
     def __post_init__(self) -> None:
+        validate("next", self)
         needs = GOALS.get(self.goal, ())
         for name in ("student", "data", "small", "large"):
             if (getattr(self, name) is None) == (name in needs):
