@@ -424,3 +424,32 @@ def test_names_that_cannot_be_fetched_say_why(capsys):
     for name, said in (("pico:55k", "teachers of pico are trained on the spot"), ("a/b/c", "a/b/c cannot be fetched")):
         assert cli.main(["fetch", name]) == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "told"),
+    [
+        ([], None, None),
+        (["prune.depth=3"], "loss_increase", "loss_increase"),
+        (["prune.depth=3", "prune.layers=symmetric"], None, None),
+        (["prune.depth=3", "prune.layers=block_influence"], "block_influence", "block_influence"),
+        (["prune.layers=block_influence"], "block_influence", "block_influence"),
+        (["prune.depth=3", "prune.init=random"], None, None),
+        (["family=pico_t5", "teacher=180k", "student=80k"], None, None),
+        (["family=pythia", "student=60m", "teacher=410m", "corpus=embedded"], "loss_increase", "loss_increase"),
+        (["family=pythia", "student=60m", "teacher=160m", "corpus=embedded"], "loss_increase", "loss_increase"),
+        (["family=pythia", "student=60m", "teacher=70m", "corpus=embedded"], None, "loss_increase"),
+        (["family=pythia", "student=60m", "teacher=410m", "prune.shape=per_teacher", "corpus=embedded"], None, None),
+    ],
+)
+def test_layers_go_by_a_score_where_any_go_and_a_curve_has_one_answer(given, expected, told):
+    cell = pipeline.resolve(compose(given))
+    assert cell.layer_score == expected
+    if cell.config.prune.cuts:
+        assert cell.student.config.get("layers") == cell.scores.config.get("layers") == expected
+    assert cell.description.get("prune_layers") == told
+
+
+def test_the_old_default_by_name_is_the_cell_it_always_was():
+    named = pipeline.resolve(compose(["prune.layers=symmetric"])).record.digest
+    assert named == pipeline.resolve(compose([])).record.digest

@@ -38,7 +38,7 @@ def _columns(section: Any) -> dict[str, Any]:
     found = {}
     for f, known in declared(section):
         value = getattr(section, f.name)
-        if known.column is None or known.computed or (known.if_set and value == default_of(f)):
+        if known.column is None or known.computed or (known.if_set and value in (default_of(f), known.null_at)):
             continue
         found[known.column] = None if known.null_at is not NOTHING and value == known.null_at else value
     return found
@@ -83,7 +83,12 @@ def _entries(config: RunConfig) -> Iterator[tuple[str, str]]:
     parts = {f"corpus.parts.{i}": part for i, part in enumerate(config.text.parts)} or {"corpus": config.text}
     used = [(path, CORPORA, part.name) for path, part in parts.items()]
     if config.prune.cuts:
-        used += [(r.setting, r, n) for r, n in ((SCORES, config.prune.method), (LAYER_SCORES, config.prune.layers))]
+        used += [
+            (r.setting, r, n) for r, n in ((SCORES, config.prune.method), (LAYER_SCORES, config.prune.layers or ""))
+        ]
+    if config.distill.kd_weight:
+        used.append((SCORES.setting, SCORES, config.prune.method))
+        used.append((LAYER_SCORES.setting, LAYER_SCORES, config.prune.layers or ""))
     if config.distill.kd_weight:
         used += [(r.setting, r, n) for r, n in ((LOSSES, config.distill.loss), (SIGNALS, config.distill.signal))]
     for path, registry, name in used:

@@ -1,7 +1,7 @@
 """Where teachers lie: on one device, spread over the devices of a process, or sharded over ranks. Imports no torch."""
 
 from capacity_gap.cell.config import RunConfig
-from capacity_gap.pruning.methods import LAYER_SCORES, SCORES, SYMMETRIC
+from capacity_gap.pruning.methods import LAYER_SCORES, SCORES
 from capacity_gap.settings.errors import ConfigError
 
 
@@ -53,6 +53,6 @@ def _must_be_whole(c: RunConfig, placement: str) -> str | None:
         return None
     if not SCORES.entry(c.prune.method).traits["spread"]:
         return f"prune.method={c.prune.method}"
-    if c.prune.layers != SYMMETRIC and not LAYER_SCORES.entry(c.prune.layers).traits["spread"]:
+    if c.prune.by_layer_score and not LAYER_SCORES.entry(str(c.prune.layers)).traits["spread"]:
         return f"prune.layers={c.prune.layers}"
     return None

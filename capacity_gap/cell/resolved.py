@@ -44,6 +44,8 @@ from capacity_gap.pruning.shape import Shape, between, sized
 from capacity_gap.settings.errors import ConfigError, ImpossibleCell
 from capacity_gap.settings.scales import format_scale, parse_scale, parse_tokens
 
+DEEP = "loss_increase"  # how layers are chosen where some go, unless said
+
 
 @dataclass(frozen=True)
 class ResolvedCell:
@@ -154,6 +156,25 @@ class ResolvedCell:
         # What is not cut is made anew: its layers are numbered from the first under every teacher.
         stay = None if self.config.prune.cuts else range(self.shape.layers)
         return config_with(last, sized(dims(last), self.shape), stay)
+
+    @property
+    def layer_score(self) -> str | None:
+        """The score by which layers of this cell's student are chosen; None where layers stay, or go from both ends."""
+        asked = self.config.prune
+        if asked.layers is not None:
+            return asked.layers if asked.by_layer_score else None
+        deeper = dims(self.family.rungs[self.origin]).layers > self.shape.layers
+        return self.usual_layer_score if deeper else None
+
+    @property
+    def usual_layer_score(self) -> str | None:
+        """How layers go unless said: by a score (docs/real.md). None where under no teacher of the ladder any go, so
+        that a curve has one answer; and of encoder–decoders, whose layers go from both ends."""
+        asked = self.config.prune
+        keeps = asked.shape == "per_teacher" and asked.depth is None
+        if not asked.cuts or keeps or len(architecture(self.family.rungs[self.origin]).stacks) > 1:
+            return None
+        return DEEP if any(dims(r).layers > self.shape.layers for r in self.family.rungs.values()) else None
 
     @property
     def shape(self) -> Shape:
@@ -290,8 +311,15 @@ class ResolvedCell:
             "shape": c.prune.shape if c.prune.fixed is None else c.prune.fixed,
             "learning_rate": self.learning_rate,
             **self.objective,
+            **self._layers_told,
             "signal": c.distill.signal if c.distill.signal == "online" else f"{c.distill.signal}-{self.signal_size}",
         }
+
+    @property
+    def _layers_told(self) -> dict[str, Any]:
+        """How layers go, where nobody said and some do under some teacher."""
+        usual = None if self.config.prune.layers else self.usual_layer_score
+        return {"prune_layers": usual} if usual else {}
 
     @property
     def _sizes(self) -> dict[str, Any]:

@@ -73,12 +73,13 @@ class PruneConfig:
         if_set=True,
         parts=70,
     )
-    layers: str = setting(
-        SYMMETRIC,
-        "Which layers go: from both ends, or those with the lowest score.",
+    layers: str | None = setting(
+        None,
+        "Which layers go: from both ends, or those with the lowest score; null: by loss_increase where any go.",
         allowed=lambda: (SYMMETRIC, *LAYER_SCORES),
         column="prune_layers",
         if_set=True,
+        null_at=SYMMETRIC,
         parts=80,
     )
     multiple: int | None = setting(
@@ -134,6 +135,11 @@ class PruneConfig:
             )
         if self.init == "pretrained" and self.iterative > 1:
             raise ConfigError(f"prune.iterative={self.iterative} with prune.init=pretrained: nothing is cut in steps.")
+
+    @property
+    def by_layer_score(self) -> bool:
+        """Whether a score of layers is asked for."""
+        return self.layers not in (None, SYMMETRIC)
 
     @property
     def cuts(self) -> bool:

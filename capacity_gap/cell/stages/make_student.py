@@ -40,9 +40,9 @@ def cut_student_stage(
     """A model of shape `before` cut to `after`; `last`: it is the student, and no step on the way to it."""
     c = cell.config.prune
     given: dict[str, Any] = {"init": "pruned", "shape": after}
-    if c.layers != SYMMETRIC:
-        given["layers"] = c.layers
-    if renumbered(before, dims(before).layers, dims(after).layers, symmetric=c.layers == SYMMETRIC):
+    if cell.layer_score:
+        given["layers"] = cell.layer_score
+    if renumbered(before, dims(before).layers, dims(after).layers, symmetric=cell.layer_score is None):
         given["by_layer"] = "kept"  # what belongs to a layer's number goes with the layer
     if last and c.priority == "global":
         given |= {"priority": c.priority, "multiple": cell.multiple}

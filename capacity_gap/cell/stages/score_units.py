@@ -9,7 +9,7 @@ from capacity_gap.cell.stages.shared import ignored_in_gradients, packed_split
 from capacity_gap.data import packing
 from capacity_gap.models import accounting
 from capacity_gap.models.axes import architecture_identity, dims
-from capacity_gap.pruning.methods import LAYER_SCORES, SCORES, SYMMETRIC
+from capacity_gap.pruning.methods import LAYER_SCORES, SCORES
 from capacity_gap.store.stage import Stage, StageRun
 
 
@@ -27,9 +27,9 @@ def scores_stage(cell: ResolvedCell, teacher: Stage, shape: Mapping[str, Any], t
         given |= ignored_in_gradients(cell, shape)
     seen = c.batches * cell.score_batch * cell.sequence_length
     passes = 3 * seen
-    if c.layers != SYMMETRIC:
-        layers = LAYER_SCORES.entry(c.layers)
-        given |= {"layers": c.layers} | layers.identity_as("layers")
+    if cell.layer_score:
+        layers = LAYER_SCORES.entry(cell.layer_score)
+        given |= {"layers": cell.layer_score} | layers.identity_as("layers")
         passes += seen * (layers.traits["passes"] or dims(shape).layers)
     given |= architecture_identity(shape)
     inputs = {"teacher": teacher, "tokens": tokens}
