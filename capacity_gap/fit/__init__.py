@@ -4,9 +4,11 @@ from capacity_gap.fit.curse import Curse, Growth, student_growth
 from capacity_gap.fit.joint_fit import Best, BreakEven, JointFit, fit_joint
 from capacity_gap.fit.law import fit_law
 from capacity_gap.fit.law_fit import LawFit
-from capacity_gap.fit.next_cells import Candidate, next_cells, within_budget
+from capacity_gap.fit.next_cells import next_cells, within_budget
 from capacity_gap.fit.next_model import Goal
 from capacity_gap.fit.optimum import Optimum, locate_optima
+from capacity_gap.records.candidate import Candidate
+from capacity_gap.surfaces.design import next_runs
 from capacity_gap.surfaces.fitting import fit_surface
 from capacity_gap.surfaces.runs import teachers_of
 from capacity_gap.surfaces.selection import Selection, select_surface
@@ -41,6 +43,7 @@ __all__ = [
     "fit_surface",
     "locate_optima",
     "next_cells",
+    "next_runs",
     "published",
     "select_surface",
     "student_growth",

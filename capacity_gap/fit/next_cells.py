@@ -6,7 +6,6 @@ The joint model (`next_model.py`) says what each cell would tell; costs count wh
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,31 +18,13 @@ from capacity_gap.fit.next_model import Belief, Goal, believe
 from capacity_gap.fit.next_reasons import reasons
 from capacity_gap.fit.next_search import LEAST_STUDENTS, LEAST_TEACHERS, Pairs, Search, core
 from capacity_gap.records.bills import Arithmetic, Bills, Cost
+from capacity_gap.records.candidate import Candidate
 from capacity_gap.records.columns import default_metric, require
 from capacity_gap.records.tables import numbers
 
 SIZES = ("student_params", "teacher_params")
 NAMES = ("student", "teacher", "seed", "teacher_seed")
 PLACE = ("student", "teacher", "data_tokens", "seed", "teacher_seed")  # what tells two cells apart
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A cell to be run.
-
-    Attributes:
-        cell: its row of the pool.
-        gain: the share of the variance that the goal has now which this cell is expected to remove, given that those
-            before it are run; gains add up. The first cell of a curve may have none by itself: it gives the level that
-            the next ones are compared with.
-        cost: FLOPs of the cell and of what it shares with others and nothing before it has paid for.
-        reason: why it was chosen, in a sentence.
-    """
-
-    cell: dict[str, Any]
-    gain: float
-    cost: float
-    reason: str
 
 
 def next_cells(

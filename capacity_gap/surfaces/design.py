@@ -1,0 +1,302 @@
+"""`next_runs`: which runs of a pool to make next, so that a loss surface predicts best where it is to be read.
+
+V-optimal design of the law linearised at its fit (Fedorov 1972; for scaling laws arXiv 2604.22753): with J the slopes
+of log L̂ by the parameters, s the noise of log L and P the prior precision,
+
+    S = (J'J/s² + P)⁻¹,    V = mean over targets t of J_t S J_t',
+
+and a run with slopes j takes mean_t (J_t S j')² / (s² + j S j') off V. Runs are taken one by one by that drop over
+cost^exponent, and S follows by a rank-one update: S ← S − S j' j S / (s² + j S j').
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from capacity_gap.estimators.batched import Array
+from capacity_gap.records.bills import Arithmetic, Bills, Cost, Row, Shared
+from capacity_gap.records.candidate import Candidate
+from capacity_gap.records.columns import AXES
+from capacity_gap.settings.errors import ConfigError, choose
+from capacity_gap.settings.scales import short_scale
+from capacity_gap.surfaces.fitting import fit_surface
+from capacity_gap.surfaces.forms import FORMS, Form
+from capacity_gap.surfaces.runs import collinear, constant, log_columns, read_runs, two_values
+from capacity_gap.surfaces.surface import SurfaceFit, centred
+
+EXPONENT = 0.4  # of the cost (arXiv 2604.22753)
+NOISE = 3e-3  # s before there are residuals: what a seed changes in log loss, and what a form leaves over
+NOISE_RUNS = 4.0  # how many runs that is worth
+STARTS = 8  # of a refit: on public runs 4, 16 and 48 end at the same minimum
+NORMAL = 1.4826  # a normal's standard deviation over its median absolute deviation
+SEEDS = ("seed", "teacher_seed")  # what tells two runs of the same scales apart
+LEAST_LOSS = 1.0  # assumed before any loss is known; the choice hardly depends on it
+
+Inputs = dict[str, Array]
+
+
+def training_flops(run: Row) -> tuple[float, Shared]:
+    """6·N·D (Kaplan et al. 2020, §2.1), of a run that shares nothing with others."""
+    return 6.0 * float(run["student_params"]) * float(run["data_tokens"]), {}
+
+
+def next_runs(
+    frame: pd.DataFrame,
+    pool: pd.DataFrame,
+    *,
+    form: str = "supervised",
+    k: int = 6,
+    target: pd.DataFrame,
+    cost: Cost | None = None,
+    budget: float = math.inf,
+    exponent: float = EXPONENT,
+    metric: str | None = None,
+    axis: str = "total",
+    base: SurfaceFit | None = None,
+) -> list[Candidate]:
+    """The k runs of a pool to make next.
+
+    Args:
+        frame: runs so far, as for `fit_surface`; may be empty. While they do not identify the form, the runs chosen
+            are a start: those that do, by gain per cost under the prior alone.
+        pool: candidates, with the form's inputs. A run that is there twice may be chosen twice; one that the frame
+            has is left out.
+        form: of the surface.
+        k: how many.
+        target: where the surface is to be read: rows with the form's inputs, all of the same weight.
+        cost: FLOPs of a run's own part and of what it shares; by default 6·N·D, with teachers `Arithmetic`.
+        budget: FLOPs that the runs may cost together.
+        exponent: of the cost, 0 to 1: at 1 a gain counts per FLOP, below it dear runs count for more.
+        metric: the loss column of `frame`.
+        axis: count `total` parameters or `non_embedding` ones.
+        base: for `distillation`: the surface of students trained on text alone.
+
+    Returns:
+        At most k candidates, best first, gains as shares of V. Fewer where the pool or the budget ends, or where the
+        form is identified by what was chosen: the rest takes their losses.
+
+    Raises:
+        ConfigError: an option is out of range, a column is missing or a scale not positive, or nothing can be run.
+    """
+    choose("form", form, FORMS)
+    _check(k=k, budget=budget, exponent=exponent)
+    spec = FORMS[form]
+    fresh, rows = _fresh(frame, pool, spec, axis)
+    goal = _inputs(target, spec, axis, "target")
+    known, loss = _known(frame, spec, metric, axis)
+    everything = _joined(known, rows)
+    lacking = _lacks(spec, everything)  # what no run of this pool can mend
+    started = _lacks(spec, known) > lacking
+    law = _assumed(spec, everything, base) if started else _fitted(frame, spec, metric, axis, base, loss)
+    noise = NOISE if started else _noise(law, known, loss)
+    charge = cost or (Arithmetic() if "teacher_params" in spec.inputs else training_flops)
+    bills, S = Bills.of(fresh, charge), covariance(law, known, noise)
+    paid = bills.paid(frame, charge) if len(frame) else np.zeros(len(bills.parts), bool)
+    design = Design(S, slopes(law, rows), slopes(law, goal), noise**2, bills, paid, exponent)
+    while len(design.chosen) < k and not (started and _lacks(spec, _joined(known, rows, design.chosen)) == lacking):
+        if not design.add(budget):
+            break
+    if not design.chosen:
+        raise ConfigError(f"budget={budget:.3g} FLOPs holds no run of this pool. Give more, or add smaller runs.")
+    return _candidates(design, fresh, known, rows, spec if started else None)
+
+
+def _check(*, k: int, budget: float, exponent: float) -> None:
+    if k < 1:
+        raise ConfigError(f"k={k} must be one or more.")
+    if not budget > 0:
+        raise ConfigError(f"budget={budget} must be above zero FLOPs.")
+    if not 0 <= exponent <= 1:
+        raise ConfigError(f"exponent={exponent} is out of range: 0 to 1.")
+
+
+class Design:
+    """Runs chosen one by one. M candidates, p parameters, T targets.
+
+    Attributes:
+        S: covariance of the parameters given the runs so far [p, p].
+        slopes: ∂log L̂/∂θ of the candidates [M, p].
+        W: mean over targets of J_t' J_t [p, p], so that V = tr(W S).
+        error: s², the variance of a run's log loss.
+        chosen, gains, costs: what was chosen, in order: rows, drops of V (log loss squared), FLOPs.
+    """
+
+    def __init__(
+        self, S: Array, slopes: Array, targets: Array, error: float, bills: Bills, paid: Array, exponent: float
+    ) -> None:
+        self.S, self.slopes, self.error = S, slopes, error
+        self.W = targets.T @ targets / len(targets)
+        self.bills, self.paid, self.exponent = bills, paid.copy(), exponent
+        self.left = np.ones(len(slopes), bool)
+        self.before = self.variance
+        self.chosen: list[int] = []
+        self.gains: list[float] = []
+        self.costs: list[float] = []
+
+    @property
+    def variance(self) -> float:
+        """V, the mean variance of log L̂ over the targets."""
+        return float(np.sum(self.W * self.S))
+
+    def drops(self) -> Array:
+        """By how much each candidate is expected to lower V [M]."""
+        toward = self.slopes @ self.S
+        return np.einsum("mp,pq,mq->m", toward, self.W, toward) / (self.error + np.sum(toward * self.slopes, axis=1))
+
+    def add(self, budget: float) -> bool:
+        """Chooses the candidate with most drop per cost^exponent that the budget still holds; False if none is left."""
+        cost = self.bills.each(self.paid)
+        open_ = self.left & (cost <= budget - sum(self.costs))
+        if not open_.any():
+            return False
+        drop = self.drops()
+        i = int(np.argmax(np.where(open_, drop / cost**self.exponent, -math.inf)))
+        self.chosen.append(i)
+        self.gains.append(float(drop[i]))
+        self.costs.append(float(cost[i]))
+        toward = self.S @ self.slopes[i]
+        self.S = self.S - np.outer(toward, toward) / (self.error + self.slopes[i] @ toward)
+        self.left[i] = False
+        self.paid[self.bills.needs[i]] = True
+        return True
+
+
+@dataclass(frozen=True)
+class Law:
+    """Where a form is made linear: `theta` [p] internal parameters, `sd` [p] of their prior, and the logs' centre."""
+
+    form: Form
+    theta: Array
+    sd: Array
+    centre: Mapping[str, float]
+    base: SurfaceFit | None = None
+
+    def log_loss(self, inputs: Mapping[str, Array]) -> Array:
+        """log L̂ [n] at raw inputs, each [n]."""
+        return np.log(self.form.loss(self.theta[None], centred(inputs, self.centre, self.base), False)[0][0])
+
+
+def slopes(law: Law, inputs: Mapping[str, Array]) -> Array:
+    """J = ∂log L̂/∂θ [n, p] at raw inputs, each [n]."""
+    loss, grads = law.form.loss(law.theta[None], centred(inputs, law.centre, law.base), True)
+    assert grads is not None
+    return (grads[0] / loss[0]).T
+
+
+def covariance(law: Law, known: Mapping[str, Array], noise: float) -> Array:
+    """S = (J'J/s² + P)⁻¹ [p, p] given the runs `known`, P = diag(1/sd²).
+
+    The weak prior keeps S finite where the runs do not identify a parameter, or one sits at its bound.
+    """
+    J = slopes(law, known)
+    return np.linalg.inv(J.T @ J / noise**2 + np.diag(law.sd**-2.0))
+
+
+def _box(form: Form, least: float) -> tuple[Array, Array]:
+    """The box of starts: middle and half width, each [p]. E lies below the least loss, mu within one log unit."""
+    low, high = np.array(form.low), np.array(form.high)
+    for i, name in enumerate(form.parameters):
+        if math.isnan(high[i]):
+            low[i], high[i] = (0.0, least) if name == "E" else (-1.0, 1.0)
+    return (low + high) / 2, (high - low) / 2
+
+
+def _assumed(form: Form, rows: Mapping[str, Array], base: SurfaceFit | None) -> Law:
+    """The middle of the prior as a law about the middle of all runs."""
+    middle, sd = _box(form, LEAST_LOSS)
+    return Law(form, middle, sd, {name: float(v.mean()) for name, v in log_columns(rows).items()}, base)
+
+
+def _fitted(
+    frame: pd.DataFrame, form: Form, metric: str | None, axis: str, base: SurfaceFit | None, loss: Array
+) -> Law:
+    """The law fitted to the runs so far."""
+    fit = fit_surface(
+        frame, form.name, metric=metric, axis=axis, base=base, starts=STARTS, bootstraps=0, permutations=0
+    )
+    return Law(form, np.array(fit.theta), _box(form, float(loss.min()))[1], fit.centre, base)
+
+
+def _noise(law: Law, known: Mapping[str, Array], loss: Array) -> float:
+    """s of log loss: the robust one of the residuals, drawn towards `NOISE` while runs are few."""
+    size = float(np.median(np.abs(np.log(loss) - law.log_loss(known)))) * NORMAL
+    free = max(len(loss) - len(law.theta), 0)
+    return math.sqrt((NOISE_RUNS * NOISE**2 + len(loss) * size**2) / (NOISE_RUNS + free))
+
+
+def _lacks(form: Form, inputs: Mapping[str, Array]) -> set[str]:
+    """What runs lack to identify a form: more runs than parameters, three values of each scale, scales apart."""
+    if len(inputs["student_params"]) <= len(form.parameters):
+        return {"runs", *form.inputs, "apart"}
+    logs = {name: np.log(inputs[name]) for name in form.inputs}
+    found = {name for name, values in logs.items() if constant(values) or two_values(values)}
+    return found | ({"apart"} if collinear(logs["student_params"], logs["data_tokens"]) else set())
+
+
+def _inputs(table: pd.DataFrame, form: Form, axis: str, what: str) -> dict[str, Array]:
+    """The form's inputs of a table without losses, each [n]."""
+    runs = read_runs(
+        table.drop(columns="status", errors="ignore").assign(loss=1.0), form.inputs, metric="loss", axis=axis
+    )
+    if not len(table) or len(runs.loss) < len(table):
+        held = f"{len(runs.loss)} of its {len(table)} rows have {', '.join(form.inputs)}"
+        raise ConfigError(f"{what}: {held}. Give one row or more, with numbers in all of them.")
+    return dict(runs.inputs)
+
+
+def _known(frame: pd.DataFrame, form: Form, metric: str | None, axis: str) -> tuple[dict[str, Array], Array]:
+    """Inputs and losses of the runs so far, each [n]."""
+    if not len(frame):
+        return dict.fromkeys(form.inputs, np.empty(0)), np.empty(0)
+    runs = read_runs(frame, form.inputs, metric=metric, axis=axis)
+    return dict(runs.inputs), runs.loss
+
+
+def _fresh(frame: pd.DataFrame, pool: pd.DataFrame, form: Form, axis: str) -> tuple[pd.DataFrame, dict[str, Array]]:
+    """The candidates that the frame does not have, and their inputs.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    rows = _inputs(pool, form, axis, "pool")
+    by = [name + AXES[axis] if name.endswith("_params") else name for name in form.inputs]
+    by += [name for name in SEEDS if name in pool and name in frame]
+    there = set(frame[by].itertuples(index=False, name=None)) if len(frame) else set()
+    new = np.array([run not in there for run in pool[by].itertuples(index=False, name=None)])
+    if not new.any():
+        raise ConfigError(f"each of the pool's {len(pool)} runs was made already. Add sizes, tokens or seeds.")
+    return pool[new].reset_index(drop=True), {name: v[new] for name, v in rows.items()}
+
+
+def _joined(known: Mapping[str, Array], rows: Mapping[str, Array], which: Sequence[int] | None = None) -> Inputs:
+    """The inputs of the runs so far and of some candidates, by default all."""
+    chosen = slice(None) if which is None else np.array(which, int)
+    return {name: np.concatenate([known[name], v[chosen]]) for name, v in rows.items()}
+
+
+def _candidates(
+    design: Design, fresh: pd.DataFrame, known: Mapping[str, Array], rows: Mapping[str, Array], start: Form | None
+) -> list[Candidate]:
+    cells = fresh.to_dict("records")
+    found = []
+    for n, i in enumerate(design.chosen):
+        gain = design.gains[n] / design.before
+        reason = _reason(_joined(known, rows, design.chosen[:n]), {name: v[i] for name, v in rows.items()}, gain, start)
+        found.append(Candidate({str(k): v for k, v in cells[i].items()}, gain, design.costs[n], reason))
+    return found
+
+
+def _reason(before: Mapping[str, Array], run: Mapping[str, float], gain: float, start: Form | None) -> str:
+    """What is new about a run, and what it is for."""
+    told = f"{short_scale(run['student_params'])} on {short_scale(run['data_tokens'])} tokens"
+    ends = [
+        f"the {word} {name} so far"
+        for name, words in (("student_params", ("smallest", "largest")), ("data_tokens", ("fewest", "most")))
+        for word, beyond in zip(words, (np.less, np.greater), strict=True)
+        if beyond(run[name], before[name]).all() and len(before[name])
+    ]
+    part = f"part of a start that identifies {start.name}" if start else f"{gain:.0%} of the variance at the targets"
+    return f"{told}: {'; '.join([*ends, part])}."
