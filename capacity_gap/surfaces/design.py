@@ -33,6 +33,7 @@ from capacity_gap.surfaces.surface import SurfaceFit, centred
 
 EXPONENT = 0.4  # of the cost (arXiv 2604.22753)
 NOISE = 3e-3  # s before there are residuals: what a seed changes in log loss, and what a form leaves over
+START_EXPONENT = 0.7  # of a start: cheap runs identify a form as well as dear ones
 MISFIT = 3e-3  # m: a run one log unit from the targets counts half; chosen by benchmarks/outside_next.py
 NOISE_RUNS = 4.0  # how many runs that is worth
 STARTS = 8  # of a refit: on public runs 4, 16 and 48 end at the same minimum
@@ -75,7 +76,8 @@ def next_runs(
         target: where the surface is to be read: rows with the form's inputs, all of the same weight.
         cost: FLOPs of a run's own part and of what it shares; by default 6·N·D, with teachers `Arithmetic`.
         budget: FLOPs that the runs may cost together.
-        exponent: of the cost, 0 to 1: at 1 a gain counts per FLOP, below it dear runs count for more.
+        exponent: of the cost, 0 to 1: at 1 a gain counts per FLOP, below it dear runs count for more. A start has
+            one of its own.
         misfit: m, in log loss per log unit of distance; 0 for plain V-optimal design.
         metric: the loss column of `frame`.
         axis: count `total` parameters or `non_embedding` ones.
@@ -110,7 +112,9 @@ def next_runs(
     bills, error = Bills.of(fresh, charge), Errors(noise, misfit, goal)
     S = covariance(law, known, error.of(known))
     paid = bills.paid(_with_sizes(made, axis), charge)
-    design = Design(S, slopes(law, rows), slopes(law, goal), error.of(rows), bills, paid, exponent)
+    design = Design(
+        S, slopes(law, rows), slopes(law, goal), error.of(rows), bills, paid, START_EXPONENT if started else exponent
+    )
     while len(design.chosen) < k and not (started and not _lacks(spec, _joined(known, rows, design.chosen)) - lacking):
         if not design.add(budget):
             break
