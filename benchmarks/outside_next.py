@@ -37,6 +37,7 @@ CHOSEN = "with misfit, exponent 0.4"
 STARTS = 20
 FIRST = 8
 TENTH = 40
+HELD = "seven held out"
 OWN = "own start, with misfit, exponent 0.4"
 
 Order = Callable[[pd.DataFrame, pd.DataFrame, pd.DataFrame, float, np.random.Generator], list[int]]
@@ -165,8 +166,10 @@ def main(words: Sequence[str] | None = None) -> int:
     given.work.mkdir(parents=True, exist_ok=True)
     runs = read(given.folder, "train")
     if given.seven:
-        told = judged(runs, read(given.folder, "test"), SEVEN, SEVEN_SHARES, given.work / "seven.csv", "seven held out")
-        told = pd.concat([pd.read_csv(given.out), told]) if given.out and given.out.exists() else told
+        told = judged(runs, read(given.folder, "test"), SEVEN, SEVEN_SHARES, given.work / "seven.csv", HELD)
+        if given.out and given.out.exists():
+            before = pd.read_csv(given.out)
+            told = pd.concat([before[before["target"] != HELD], told])
     else:
         pool, target = runs[:-TENTH], runs[-TENTH:]
         told = judged(pool, target, list(POLICIES), SHARES, given.work / "tenth.csv", f"dearest {TENTH} of {len(runs)}")
