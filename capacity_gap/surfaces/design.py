@@ -34,7 +34,7 @@ from capacity_gap.surfaces.surface import SurfaceFit, centred
 EXPONENT = 0.4  # of the cost (arXiv 2604.22753)
 NOISE = 3e-3  # s before there are residuals: what a seed changes in log loss, and what a form leaves over
 START_EXPONENT = 0.7  # of a start: cheap runs identify a form as well as dear ones
-MISFIT = 3e-3  # m: a run one log unit from the targets counts half; chosen by benchmarks/outside_next.py
+MISFIT = 3e-3  # m: a run an e-fold from the targets counts about half (docs/decisions.md, 2026-11-27)
 NOISE_RUNS = 4.0  # how many runs that is worth
 STARTS = 8  # of a refit: on public runs 4, 16 and 48 end at the same minimum
 NORMAL = 1.4826  # a normal's standard deviation over its median absolute deviation
@@ -89,6 +89,7 @@ def next_runs(
 
     Raises:
         ConfigError: an option is out of range, a column is missing or a scale not positive, or nothing can be run.
+        ValueError: `cost` gives no FLOPs.
     """
     choose("form", form, FORMS)
     _check(k, budget, exponent, misfit)
@@ -98,22 +99,20 @@ def next_runs(
     goal = _inputs(target, spec, axis, "target")
     known, loss = _known(made, spec, metric, axis)
     everything = _joined(known, rows)
-    lacking = _lacks(spec, everything)  # what no run of this pool can mend
-    if "runs" in lacking:
-        held = len(everything["student_params"])
-        raise ConfigError(
-            f"{held} runs, made and candidates, do not identify {form}: give more than {len(spec.lower)}."
-        )
+    lacking = _mendable_by_none(spec, everything)
     started = bool(_lacks(spec, known) - lacking)
     law = _assumed(spec, everything, base) if started else _fitted(made, spec, metric, axis, base, loss)
-    noise = NOISE if started else _noise(law, known, loss)
+    error = Errors(NOISE if started else _noise(law, known, loss), misfit, goal)
     charge = cost or (Arithmetic() if "teacher_params" in spec.inputs else training_flops)
-    fresh = _with_sizes(fresh, axis)
-    bills, error = Bills.of(fresh, charge), Errors(noise, misfit, goal)
-    S = covariance(law, known, error.of(known))
-    paid = bills.paid(_with_sizes(made, axis), charge)
+    bills = Bills.of(_with_sizes(fresh, axis), charge)
     design = Design(
-        S, slopes(law, rows), slopes(law, goal), error.of(rows), bills, paid, START_EXPONENT if started else exponent
+        covariance(law, known, error.of(known)),
+        slopes(law, rows),
+        slopes(law, goal),
+        error.of(rows),
+        bills,
+        bills.paid(_with_sizes(made, axis), charge),
+        START_EXPONENT if started else exponent,
     )
     while len(design.chosen) < k and not (started and not _lacks(spec, _joined(known, rows, design.chosen)) - lacking):
         if not design.add(budget):
@@ -271,6 +270,20 @@ def _lacks(form: Form, inputs: Mapping[str, Array]) -> set[str]:
     logs = {name: np.log(inputs[name]) for name in form.inputs}
     found = {name for name, values in logs.items() if constant(values) or two_values(values)}
     return found | ({"apart"} if collinear(logs["student_params"], logs["data_tokens"]) else set())
+
+
+def _mendable_by_none(form: Form, everything: Mapping[str, Array]) -> set[str]:
+    """What all runs, made and candidates, lack together: such as several token budgets.
+
+    Raises:
+        ConfigError: they are too few.
+    """
+    lacking, count = _lacks(form, everything), len(everything["student_params"])
+    if "runs" in lacking:
+        raise ConfigError(
+            f"{count} runs, made and candidates, do not identify {form.name}. Give {len(form.parameters) + 1} or more."
+        )
+    return lacking
 
 
 def _inputs(table: pd.DataFrame, form: Form, axis: str, what: str) -> dict[str, Array]:
