@@ -24,6 +24,22 @@ def check_placement(config: RunConfig) -> None:
         )
 
 
+def check_quantization(config: RunConfig, ladder: str, *, pretrained: bool) -> None:
+    """Raises `ConfigError` if teachers are to be held as they cannot be. `pretrained`: they are trained here."""
+    dtype, quantization = config.family.dtype, config.family.quantization
+    if pretrained and (dtype, quantization) != ("fp32", "none"):
+        raise ConfigError(
+            f"family.dtype={dtype} family.quantization={quantization}: these say how published teachers are held, and "
+            f"those of {ladder} are trained here, in fp32. Leave both as they are; train.precision=bf16 is how models "
+            "are trained."
+        )
+    if quantization != "none" and config.prune.cuts:
+        raise ConfigError(
+            f"family.quantization={quantization} with prune.init={config.prune.init}: a quantised teacher cannot be "
+            "pruned. Use family.quantization=none, or prune.init=random."
+        )
+
+
 def check_trunk(config: RunConfig, tokens: int) -> None:
     """Raises `ConfigError` if a student is to branch off a trunk and another setting does not go with that."""
     train = config.train

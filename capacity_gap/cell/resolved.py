@@ -21,9 +21,9 @@ from capacity_gap.cell.named_models import (
     with_init,
 )
 from capacity_gap.cell.nondefault import setting_columns, settings_text, tuning_text
-from capacity_gap.cell.placement import check_placement, check_trunk, placement_of
+from capacity_gap.cell.placement import check_placement, check_quantization, check_trunk, placement_of
 from capacity_gap.cell.recipes import usual, with_recipe
-from capacity_gap.cell.student_shape import shaped
+from capacity_gap.cell.student_shape import layers_told, shaped, usual_layer_score
 from capacity_gap.data.sources import corpus_name
 from capacity_gap.distill.distill_config import SIGNAL_SIZE
 from capacity_gap.instruct.rows import rows_in
@@ -43,8 +43,6 @@ from capacity_gap.models.ladders import Family
 from capacity_gap.pruning.shape import Shape, between, sized
 from capacity_gap.settings.errors import ConfigError, ImpossibleCell
 from capacity_gap.settings.scales import format_scale, parse_scale, parse_tokens
-
-DEEP = "loss_increase"  # how layers are chosen where some go, unless said
 
 
 @dataclass(frozen=True)
@@ -91,17 +89,7 @@ class ResolvedCell:
         for read in filter(None, (ladder.rungs[rung], shape)):
             check_head(completed(read))
         check_lengths(config, data, budget, target)
-        if budget is not None and (config.family.dtype, config.family.quantization) != ("fp32", "none"):
-            raise ConfigError(
-                f"family.dtype={config.family.dtype} family.quantization={config.family.quantization}: these say how "
-                f"published teachers are held, and those of {ladder.name} are trained here, in fp32. Leave both as "
-                "they are; train.precision=bf16 is how models are trained."
-            )
-        if config.family.quantization != "none" and config.prune.cuts:
-            raise ConfigError(
-                f"family.quantization={config.family.quantization} with prune.init={config.prune.init}: a quantised "
-                "teacher cannot be pruned. Use family.quantization=none, or prune.init=random."
-            )
+        check_quantization(config, ladder.name, pretrained=budget is not None)
         if shape is not None:
             check_start(config, ladder, rung, shape)
         cell = cls(config, ladder, base, rung, student, target, data, budget, start, shape)
@@ -161,20 +149,10 @@ class ResolvedCell:
     def layer_score(self) -> str | None:
         """The score by which layers of this cell's student are chosen; None where layers stay, or go from both ends."""
         asked = self.config.prune
-        if asked.layers is not None:
-            return asked.layers if asked.by_layer_score else None
-        deeper = dims(self.family.rungs[self.origin]).layers > self.shape.layers
-        return self.usual_layer_score if deeper else None
-
-    @property
-    def usual_layer_score(self) -> str | None:
-        """How layers go unless said: by a score (docs/real.md). None where under no teacher of the ladder any go, so
-        that a curve has one answer; and of encoder–decoders, whose layers go from both ends."""
-        asked = self.config.prune
-        keeps = asked.shape == "per_teacher" and asked.depth is None
-        if not asked.cuts or keeps or len(architecture(self.family.rungs[self.origin]).stacks) > 1:
-            return None
-        return DEEP if any(dims(r).layers > self.shape.layers for r in self.family.rungs.values()) else None
+        if not asked.cuts or asked.layers is not None:
+            return asked.layers if asked.cuts and asked.by_layer_score else None
+        usual = usual_layer_score(self.config, self.family, self.origin, self.shape)
+        return usual if dims(self.family.rungs[self.origin]).layers > self.shape.layers else None
 
     @property
     def shape(self) -> Shape:
@@ -311,15 +289,9 @@ class ResolvedCell:
             "shape": c.prune.shape if c.prune.fixed is None else c.prune.fixed,
             "learning_rate": self.learning_rate,
             **self.objective,
-            **self._layers_told,
+            **(layers_told(self.config, self.family, self.origin, self.shape) if c.prune.cuts else {}),
             "signal": c.distill.signal if c.distill.signal == "online" else f"{c.distill.signal}-{self.signal_size}",
         }
-
-    @property
-    def _layers_told(self) -> dict[str, Any]:
-        """How layers go, where nobody said and some do under some teacher."""
-        usual = None if self.config.prune.layers else self.usual_layer_score
-        return {"prune_layers": usual} if usual else {}
 
     @property
     def _sizes(self) -> dict[str, Any]:

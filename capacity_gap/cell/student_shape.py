@@ -5,6 +5,7 @@ from math import gcd
 from capacity_gap.cell.config import RunConfig
 from capacity_gap.cell.named_models import unsaid_student
 from capacity_gap.cell.recipes import multiples
+from capacity_gap.models.axes import architecture, dims
 from capacity_gap.models.ladders import Family
 from capacity_gap.pruning.common_shape import student_shape
 from capacity_gap.pruning.shape import Shape
@@ -45,3 +46,25 @@ def shaped(config: RunConfig, ladder: Family, origin: str, target: int) -> tuple
             return shape, gcd(multiple, shape.neurons) if config.prune.fixed else multiple
     assert last is not None
     raise unsaid_student(config, ladder, last)
+
+
+DEEP = "loss_increase"  # how layers are chosen where some go, unless said
+
+
+def usual_layer_score(config: RunConfig, ladder: Family, origin: str, shape: Shape) -> str | None:
+    """How layers of a student of this shape go unless said: by a score (docs/real.md).
+
+    None where under no teacher of the ladder any go, so that a curve has one answer; and of encoder–decoders, whose
+    layers go from both ends.
+    """
+    asked = config.prune
+    keeps = asked.shape == "per_teacher" and asked.depth is None
+    if not asked.cuts or keeps or len(architecture(ladder.rungs[origin]).stacks) > 1:
+        return None
+    return DEEP if any(dims(rung).layers > shape.layers for rung in ladder.rungs.values()) else None
+
+
+def layers_told(config: RunConfig, ladder: Family, origin: str, shape: Shape) -> dict[str, str]:
+    """What a record tells of how layers go where nobody said and some do under some teacher."""
+    usual = None if config.prune.layers else usual_layer_score(config, ladder, origin, shape)
+    return {"prune_layers": usual} if usual else {}
