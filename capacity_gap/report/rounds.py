@@ -20,6 +20,8 @@ def bounds_text(found: Answer | None) -> str:
         return "not known yet"
     value, low, high = found
     lower, upper = _known(low) and low > 0, _known(high)  # type: ignore[operator]
+    if not lower and not upper:
+        return f"{_short(value)} (no bound on either side)"
     ends = f"{_short(low) if lower else 'no lower bound'} to {_short(high) if upper else 'no upper bound'}"
     ratio = f", a factor of {high / low:.3g}" if lower and upper else ""  # type: ignore[operator]
     return f"{_short(value)} ({ends}{ratio})"
@@ -38,16 +40,18 @@ def reasons(note: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(cell.get("reason", "") for cell in note["cells"].values()))
 
 
-def rounds_table(notes: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """For the report: round, cells, device-hours, the answer before it, its reasons."""
+def rounds_table(notes: Sequence[Mapping[str, Any]]) -> list[tuple[list[str], list[str]]]:
+    """For the report, a round each: its number, cells, device-hours and the answer before it; and its reasons."""
     return [
-        [
-            str(note["round"]),
-            str(len(note["cells"])),
-            f"{note.get('device_hours', 0.0):.2g}",
-            bounds_text(note.get("answer")),
-            " ".join(reasons(note)),
-        ]
+        (
+            [
+                str(note["round"]),
+                str(len(note["cells"])),
+                f"{note.get('device_hours', 0.0):.2g}",
+                bounds_text(note.get("answer")),
+            ],
+            reasons(note),
+        )
         for note in notes
     ]
 
