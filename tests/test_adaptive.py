@@ -69,11 +69,11 @@ def test_it_ends_once_the_interval_was_narrow_enough_twice(rounds, monkeypatch):
     assert mine.next(set()).cells, "a single narrow interval ends nothing"
     cell, words = next(iter(mine.cells.values()))
     noted = {cell.record.key: {"name": "a", "overrides": words, "stages": {}}}
-    note_sweep(mine.store, "grid", noted, about={"round": 1, "answer": [2.5, 2.0, None]})
+    note_sweep(mine.store, "grid", noted, about={"round": 1, "what": mine.what, "answer": [2.5, 2.0, None]})
     assert mine.next(set()).cells, "the one before was open"
     cell, words = list(mine.cells.values())[1]
     noted = {cell.record.key: {"name": "b", "overrides": words, "stages": {}}}
-    note_sweep(mine.store, "grid", noted, about={"round": 2, "answer": [2.5, 2.0, 3.0]})
+    note_sweep(mine.store, "grid", noted, about={"round": 2, "what": mine.what, "answer": [2.5, 2.0, 3.0]})
     with pytest.raises(StopRounds, match="narrow enough, before the last round and after it: until=1000"):
         mine.next(set())
     answer = mine.answer()
@@ -105,7 +105,10 @@ def test_hours_of_rounds_count_what_their_stages_took(rounds):
     stages = dict.fromkeys(closure(cell.record), 1800.0)
     made = list(stages)[:2]
     note_sweep(
-        mine.store, "grid", {key: {"name": "a", "overrides": words, "stages": stages, "made": made}}, about={"round": 1}
+        mine.store,
+        "grid",
+        {key: {"name": "a", "overrides": words, "stages": stages, "made": made}},
+        about={"round": 1, "what": mine.what},
     )
     assert mine.spent_hours() == 0, "nothing is made yet"
     folder = mine.store.root / made[0]
@@ -120,7 +123,7 @@ def test_a_round_that_was_cut_short_comes_first(rounds):
     mine = rounds("next.k=3")
     digest, (cell, words) = list(mine.cells.items())[7]
     noted = {"name": "a", "overrides": words, "stages": {}, "reason": "because", "made": []}
-    note_sweep(mine.store, "grid", {cell.record.key: noted}, about={"round": 1})
+    note_sweep(mine.store, "grid", {cell.record.key: noted}, about={"round": 1, "what": mine.what})
     first = next(iter(mine))
     assert (list(first.cells), first.reasons[digest], first.noted) == ([digest], "because", True)
 
@@ -130,10 +133,69 @@ def test_nothing_is_left_after_all_cells(rounds, monkeypatch):
     known = measured(mine)
     monkeypatch.setattr(Rounds, "frame", lambda self: known)
     with pytest.raises(StopRounds, match="nothing is left to run"):
-        mine.next(set())
-    monkeypatch.setattr(Rounds, "frame", lambda self: known.iloc[:20])
-    with pytest.raises(StopRounds, match="nothing is left to run"):
-        mine.next(set(known["cell"][20:]))
+        mine.next(set(mine.cells))
+
+
+def test_rounds_of_another_question_or_of_other_cells_are_not_this_one_s(rounds):
+    mine, other = rounds(), rounds("next.goal=target", "next.student=60k", "next.data=6k")
+    (_, (cell, words)), *_ = mine.cells.items()
+    noted = {cell.record.key: {"name": "a", "overrides": words, "stages": {}}}
+    note_sweep(mine.store, "grid", noted, about={"round": 1, "what": mine.what, "answer": [2.5, 2.4, 2.6]})
+    note_sweep(mine.store, "grid", {"record/else": noted[cell.record.key]}, about={"round": 2, "what": mine.what})
+    assert [part["round"] for part in mine.noted()] == [1]
+    assert other.noted() == []
+    assert mine._last() is not None and other._last() is None
+    found = other.next(set())
+    assert found.number == 3, "no note is overwritten"
+
+
+def test_cells_of_a_round_that_failed_are_not_chosen_again_and_their_note_stays(rounds):
+    mine = rounds("next.k=3")
+    going = iter(mine)
+    first = next(going)
+    noted = {
+        c.record.key: {"name": "a", "overrides": w, "stages": {}, "reason": "x", "made": []}
+        for c, w in first.cells.values()
+    }
+    note_sweep(mine.store, "grid", noted, about=first.note(mine.what))
+    again = iter(mine)
+    assert set(next(again).cells) == set(first.cells), "what was cut short comes first"
+    second = next(again)
+    assert not set(second.cells) & set(first.cells)
+    assert second.number == 2
+    note_sweep(mine.store, "grid", noted)  # a factorial start with the same cells
+    assert [part["round"] for part in mine.noted()] == [1]
+
+
+@pytest.mark.parametrize("more", [["distill.kd_weight=0.5,1"], ["epochs=1,2"], ["prune.method=expressive,random"]])
+def test_a_grid_over_more_than_a_question_knows_is_refused(tiny, tmp_path, more):
+    for asked in (["strategy=adaptive"], ["budget_hours=1e-9"]):
+        done = run_here("-m", *tiny, *AXES, *more, *asked, f"store={tmp_path}", cwd=tmp_path)
+        assert done.returncode == 2
+        assert "cannot be run in rounds, or cut to a budget" in done.stderr, done.stderr
+        assert more[0].split("=")[0].split(".")[-1].removeprefix("method") in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            [
+                "-m",
+                *AXES,
+                "strategy=adaptive",
+                *["next.goal=break_even", "next.student=60k", "next.small=400k", "next.large=80k"],
+            ],
+            "next.small=400k is not below next.large=80k",
+        ),
+        (["until=3"], "until=3 is read by strategy=adaptive alone"),
+        (["strategy=adaptive"], "strategy=adaptive is for grids: add -m"),
+    ],
+)
+def test_what_is_not_read_or_cannot_be_is_said(tiny, tmp_path, given, said):
+    done = run_here(*given[:1], *tiny, *given[1:], f"store={tmp_path}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
 
 
 @pytest.mark.parametrize(

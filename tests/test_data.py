@@ -227,9 +227,9 @@ def test_an_offset_passes_over_the_first_tokens_and_says_what_is_left():
 
 def test_an_offset_is_another_cell_with_another_signal_and_the_same_teacher():
     given = ["student=40k", "teacher=55k", "distill.signal=sampled"]
-    plain, other = (pipeline.resolve(compose([*given, *more])) for more in ([], ["data_offset=200k"]))
+    plain, other = (pipeline.resolve(compose([*given, *more])) for more in ([], ["data_offset=128k"]))
     assert plain.teacher.digest == other.teacher.digest and plain.student.digest == other.student.digest
     assert plain.distilled.digest != other.distilled.digest
     assert plain.distilled.inputs["signal"].digest != other.distilled.inputs["signal"].digest
-    assert other.description["settings"] == "data_offset=200k"
+    assert other.description["settings"] == "data_offset=128k"
     assert pipeline.resolve(compose([*given, "data_offset=0"])).record.digest == plain.record.digest

@@ -163,3 +163,41 @@ def test_a_fit_without_a_law_names_cells_that_would_decide(tmp_path, capsys):
     text = capsys.readouterr().out
     assert f"Cells that would say most for their cost: {'; '.join(named)}." in text
     assert deciding(table.assign(family=["pico", "gpt2"] * (len(table) // 2) + ["pico"] * (len(table) % 2))) == []
+
+
+def test_teachers_cost_what_those_of_the_records_were_trained_on(tmp_path, capsys):
+    table = run(cells(students=["40k", "80k"], seeds=(0,))).assign(family="pico", teacher_tokens=1_000_000)
+    table.to_csv(file := tmp_path / "runs.csv", index=False)
+    words = [
+        "next",
+        str(file),
+        "--student",
+        "80k",
+        "--data",
+        "1.2m",
+        "--teachers",
+        "2m",
+        "--students",
+        "80k",
+        "--k",
+        "1",
+    ]
+    assert cli.main([*words, "--json"]) == 0
+    (cell,) = json.loads(capsys.readouterr().out)["cells"]
+    size = cell["cell"]["teacher_params"]
+    assert 6 * size * 1e6 < cell["cost_flops"] < 12 * size * 1e6, "not twenty tokens a parameter"
+
+
+def test_a_folder_that_is_not_there_yet_is_an_empty_store(tmp_path, capsys):
+    words = ["--student", "80k", "--data", "1.2m", "--students", "80k,110k", "--budgets", "300k,1.2m"]
+    assert cli.main(["next", str(tmp_path / "new"), *words]) == 0
+    assert "python run.py -m" in capsys.readouterr().out
+
+
+def test_a_pool_without_names_is_refused(tmp_path):
+    file = tmp_path / "pool.csv"
+    file.write_text("student_params,teacher_params,data_tokens\n80160,269888,300000\n")
+    table = run(cells(students=["40k", "80k"], seeds=(0,))).assign(family="pico")
+    table.to_csv(runs := tmp_path / "runs.csv", index=False)
+    with pytest.raises(ConfigError, match="lacks student, teacher in some rows"):
+        cli.main(["next", str(runs), "--goal", "law", "--pool", str(file)])

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.cell.strategy_config import FACTORIAL, STRATEGIES, NextConfig
+from capacity_gap.cell.strategy_config import ADAPTIVE, FACTORIAL, STRATEGIES, NextConfig
 from capacity_gap.cell.teacher_config import AdaptConfig, FamilyConfig
 from capacity_gap.data.corpora import CORPORA, MIXTURE
 from capacity_gap.data.corpus_config import AUTO as ANY_CORPUS
@@ -121,6 +121,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         validate("", self)
+        if self.until is not None and self.strategy != ADAPTIVE:
+            raise ConfigError(f"until={self.until:g} is read by strategy={ADAPTIVE} alone. Add it, or leave out until.")
         if self.prefer.wanted and not self.instruct.wanted:
             raise ConfigError(
                 "prefer.count and prefer.path are for a student that was fine-tuned on conversations: say "

@@ -19,7 +19,7 @@ from capacity_gap.pruning.methods import LAYER_SCORES, SCORES
 from capacity_gap.settings.declare import NOTHING, declared, default_of
 from capacity_gap.settings.hashing import files_digest, fingerprint, identity_fields
 from capacity_gap.settings.places import user_path
-from capacity_gap.settings.scales import format_scale, parse_scale
+from capacity_gap.settings.scales import format_scale
 
 
 def setting_columns(config: RunConfig) -> dict[str, Any]:
@@ -50,6 +50,7 @@ def settings_text(
     usual: Mapping[str, Any],
     pretrained: bool,
     architecture: Mapping[str, Any] | None = None,
+    offset: int = 0,
 ) -> str:
     """The settings that decide a distilled student, have no column and are not the default: `name=value`, sorted.
 
@@ -58,10 +59,11 @@ def settings_text(
         usual: what settings are that nobody gave, where that is not their default.
         pretrained: its teacher is trained here, and not a published one.
         architecture: what identifies its axis table, where that is the user's.
+        offset: tokens that its budget begins behind.
     """
     found: dict[str, Any] = dict(_texts("corpus", config.corpus))
-    if skipped := parse_scale(config.data_offset, key="data_offset", allow_zero=True):
-        found["data_offset"] = format_scale(skipped)
+    if offset:
+        found["data_offset"] = format_scale(offset)
     for section in _sections(config):
         # The record's corpus is the mixture that teachers were adapted to, if they were.
         told = section != "corpus" or not config.adapt.parts
@@ -86,9 +88,6 @@ def _entries(config: RunConfig) -> Iterator[tuple[str, str]]:
         used += [
             (r.setting, r, n) for r, n in ((SCORES, config.prune.method), (LAYER_SCORES, config.prune.layers or ""))
         ]
-    if config.distill.kd_weight:
-        used.append((SCORES.setting, SCORES, config.prune.method))
-        used.append((LAYER_SCORES.setting, LAYER_SCORES, config.prune.layers or ""))
     if config.distill.kd_weight:
         used += [(r.setting, r, n) for r, n in ((LOSSES, config.distill.loss), (SIGNALS, config.distill.signal))]
     for path, registry, name in used:

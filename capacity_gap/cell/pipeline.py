@@ -165,6 +165,8 @@ class Cell(ResolvedCell):
             inputs |= {f"{whose}_benchmark_{i}": stage for i, stage in enumerate(self.benchmarks(model))}
         if self.config.expand.vocab:
             inputs["vocabulary"] = self.tokenizer
+        if self.config.train.trunk and self.data_tokens:
+            inputs |= {f"trunk_{i}": part for i, part in enumerate(self._branch[1])}
         return record_stage(self, inputs | self._answers)
 
     @property

@@ -40,8 +40,11 @@ def check_quantization(config: RunConfig, ladder: str, *, pretrained: bool) -> N
         )
 
 
-def check_trunk(config: RunConfig, tokens: int) -> None:
-    """Raises `ConfigError` if a student is to branch off a trunk and another setting does not go with that."""
+def check_trunk(config: RunConfig, tokens: int, *, by_recipe: bool) -> None:
+    """Raises `ConfigError` if a student is to branch off a trunk and another setting does not go with that.
+
+    `by_recipe`: its batch is the recipe's and grows with its budget.
+    """
     train = config.train
     if not train.trunk:
         return
@@ -52,6 +55,7 @@ def check_trunk(config: RunConfig, tokens: int) -> None:
             (f"train.decay={train.decay:g} (it takes more than 0 and less than 1)", not 0 < train.decay < 1),
             (f"epochs={config.epochs} (it takes 1)", config.epochs != 1),
             ("data=0", tokens == 0),
+            ("no train.batch_size: the recipe's grows with the budget, and budgets would share nothing", by_recipe),
         )
         if is_wrong
     ]

@@ -22,7 +22,7 @@ from capacity_gap.cell.named_models import (
 )
 from capacity_gap.cell.nondefault import setting_columns, settings_text, tuning_text
 from capacity_gap.cell.placement import check_placement, check_quantization, check_trunk, placement_of
-from capacity_gap.cell.recipes import usual, with_recipe
+from capacity_gap.cell.recipes import recipe_of, usual, with_recipe
 from capacity_gap.cell.student_shape import layers_told, shaped, usual_layer_score
 from capacity_gap.data.sources import corpus_name
 from capacity_gap.distill.distill_config import SIGNAL_SIZE
@@ -81,6 +81,7 @@ class ResolvedCell:
                 f"are fine. Rungs of {ladder.name}: {' '.join(ladder.rungs)}."
             )
         data = parse_scale(config.data, key="data", allow_zero=True)
+        by_recipe = config.train.batch_size is None and recipe_of(config, target).batch_tokens
         config = with_recipe(config, target, data, family=ladder.name, shapes=_readers(ladder, shape))
         budget = None if rung in ladder.published else teacher_tokens(config, base.params[rung])
         check_positions(config, ladder, ladder.rungs[rung])
@@ -96,7 +97,7 @@ class ResolvedCell:
         if config.prune.cuts:
             cuttable(ladder.rungs[cell.origin])
         check_placement(config)
-        check_trunk(config, data)
+        check_trunk(config, data, by_recipe=bool(by_recipe))
         if cell.adapted and config.family.quantization != "none":
             raise ConfigError("a quantised teacher cannot be expanded or adapted. Use family.quantization=none.")
         return cell
@@ -113,8 +114,9 @@ class ResolvedCell:
 
     @property
     def data_offset(self) -> int:
-        """Tokens of the training permutation that the student's budget begins behind."""
-        return parse_scale(self.config.data_offset, key="data_offset", allow_zero=True)
+        """Tokens of the training permutation that the student's budget begins behind: whole sequences."""
+        sequences = parse_scale(self.config.data_offset, key="data_offset", allow_zero=True) // self.sequence_length
+        return sequences * self.sequence_length if self.data_tokens else 0
 
     @property
     def adapted(self) -> bool:
@@ -311,10 +313,9 @@ class ResolvedCell:
     @property
     def _started(self) -> dict[str, Any]:
         """The trained model that the student is, or how long it was trained, if it is one."""
-        found: dict[str, Any] = {}
-        if self.config.prune.init == "pretrained":
-            found = {"start": self.start.name} if self.start else {"start_tokens": self.start_tokens}
-        return found
+        if self.config.prune.init != "pretrained":
+            return {}
+        return {"start": self.start.name} if self.start else {"start_tokens": self.start_tokens}
 
     @property
     def start_tokens(self) -> int:
@@ -337,28 +338,29 @@ class ResolvedCell:
     def _tuned(self) -> dict[str, Any]:
         """How many rows the student was tuned on after distillation, if it was."""
         tune, pairs = self.config.instruct, self.config.prefer
-        found: dict[str, Any] = {}
-        if tune.wanted:
-            found["instruct_rows"] = tune.count or max(0, rows_in(tune.path) - tune.held_out)
-        if pairs.wanted:
-            found["prefer_rows"] = pairs.count or rows_in(pairs.path)
-        return found
+        rows = {"instruct_rows": tune.count or max(0, rows_in(tune.path) - tune.held_out)} if tune.wanted else {}
+        return rows | ({"prefer_rows": pairs.count or rows_in(pairs.path)} if pairs.wanted else {})
 
     @property
     def _texts(self) -> dict[str, Any]:
         """Non-default settings that have no column."""
-        pretrained, table = self.teacher_tokens is not None, architecture_identity(self.teacher_shape)
         readers = _readers(self.family, self.start_shape)
-        as_usual = usual(self.config, self.student_target, family=self.family.name, shapes=readers)
-        said = settings_text(self.config, usual=as_usual, pretrained=pretrained, architecture=table)
+        said = settings_text(
+            self.config,
+            usual=usual(self.config, self.student_target, family=self.family.name, shapes=readers),
+            pretrained=self.teacher_tokens is not None,
+            architecture=architecture_identity(self.teacher_shape),
+            offset=self.data_offset,
+        )
         found = {"settings": said, "instruct_settings": tuning_text(self.config)}
         return {name: text for name, text in found.items() if text}
 
     @property
     def how_trained(self) -> dict[str, Any]:
         """How a training stage is run, which changes nothing in its identity."""
-        names = ("micro_batch_size", "activation_checkpointing", "peak_flops")
-        return {name: getattr(self.config.train, name) for name in names}
+        return {
+            n: getattr(self.config.train, n) for n in ("micro_batch_size", "activation_checkpointing", "peak_flops")
+        }
 
     @property
     def compiled(self) -> dict[str, Any]:

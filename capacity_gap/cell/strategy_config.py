@@ -39,6 +39,10 @@ class NextConfig:
                 )
                 raise ConfigError(f"next.goal={self.goal}: {what}. It takes {takes}.")
 
+        sizes = self.sizes
+        if self.goal == "break_even" and not sizes["small"] < sizes["large"]:
+            raise ConfigError(f"next.small={self.small} is not below next.large={self.large}.")
+
     @property
     def sizes(self) -> dict[str, float]:
         """What the goal is about, read: student_params, data_tokens, small, large."""

@@ -73,8 +73,12 @@ def _records(given: argparse.Namespace) -> "pd.DataFrame":
     from capacity_gap.cell.outdated import without_outdated
     from capacity_gap.records.columns import renamed
     from capacity_gap.records.load import sweep_frame
+    from capacity_gap.settings.places import user_path
     from capacity_gap.store.contents import open_store
 
+    path, named = user_path(given.source), given.sweep or str(given.source).startswith("wandb:")
+    if not named and not path.is_file() and not (path.is_dir() and any(path.iterdir())):
+        return records.to_frame([])  # a store that nothing was run in yet
     frame = sweep_frame(open_store(given.source), given.sweep) if given.sweep else records.load(given.source)
     frame = without_outdated(renamed(frame, given.columns), given.source)[0]
     return frame[frame["family"] == given.family] if given.family and "family" in frame else frame
@@ -115,7 +119,14 @@ def _pool(given: argparse.Namespace, frame: "pd.DataFrame", ladder: Any) -> "pd.
     if given.pool:
         if any(ranges.values()):
             raise ConfigError("--pool names every candidate: leave out --students, --teachers, --budgets and --seeds.")
-        return records.load(given.pool)
+        pool = records.load(given.pool)
+        needed = ("student", "teacher", "data_tokens")
+        if lacking := [name for name in needed if name not in pool or pool[name].isna().any()]:
+            raise ConfigError(
+                f"--pool {given.pool} lacks {', '.join(lacking)} in some rows. Name students and teachers as run.py "
+                "takes them, such as 80k and 270k, and give tokens: the printed commands are made from these."
+            )
+        return pool
     lists = {name: [v for v in text.split(",") if v] if text else [] for name, text in ranges.items()}
     if wrong := [seed for seed in lists["seeds"] if not (seed.isascii() and seed.isdigit())]:
         raise ConfigError(f"--seeds {wrong[0]} is no whole number. Write such as 0,1,2.")

@@ -23,6 +23,16 @@ from capacity_gap.records.columns import default_metric, require
 from capacity_gap.records.tables import numbers
 
 SIZES = ("student_params", "teacher_params")
+
+
+class BudgetTooSmall(ValueError):
+    """A budget does not hold what a goal takes. `needed`: what does, in the unit of the budget."""
+
+    def __init__(self, said: str, needed: float) -> None:
+        super().__init__(said)
+        self.needed = needed
+
+
 NAMES = ("student", "teacher", "seed", "teacher_seed")
 PLACE = ("student", "teacher", "data_tokens", "seed", "teacher_seed")  # what tells two cells apart
 
@@ -113,16 +123,17 @@ def _first_core(search: Search, pairs: Pairs, budget: float) -> None:
     """Chooses what a law lacks of its least grid.
 
     Raises:
-        ValueError: the budget does not hold it though the pool does.
+        BudgetTooSmall: the budget does not hold it though the pool does.
     """
     if pairs.enough():
         return
     cells = core(search, pairs, budget)
     if not cells and math.isfinite(budget) and (dear := core(search, pairs)):
         needed = search.bills.total(dear, search.paid)
-        raise ValueError(
+        raise BudgetTooSmall(
             f"budget={budget:.3g} FLOPs does not hold {LEAST_STUDENTS} students under {LEAST_TEACHERS} teachers, which "
-            f"a law takes. Give {needed:.3g} or more, or ask for a target (student_params, data_tokens)."
+            f"a law takes. Give {needed:.3g} or more, or ask for a target (student_params, data_tokens).",
+            needed,
         )
     for i in cells:
         search.add(i)

@@ -115,4 +115,4 @@ def sweep_frame(store: Store, name: str) -> "pd.DataFrame":
     known = sweeps(store)
     choose("--sweep", name, known)
     frame = to_frame(read(store.root))
-    return frame[("record/" + frame["cell"]).isin(list(known[name]))]
+    return frame[("record/" + frame["cell"].astype(str)).isin(list(known[name]))]

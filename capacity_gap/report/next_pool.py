@@ -1,7 +1,7 @@
 """The cells that could be run next: students and budgets of records under every rung of a ladder. Imports no torch."""
 
 from collections.abc import Sequence
-from itertools import product
+from itertools import count, product
 from typing import Any
 
 import pandas as pd
@@ -11,6 +11,8 @@ from capacity_gap.settings.errors import ConfigError
 from capacity_gap.settings.scales import format_scale, parse_scale
 
 USUAL = "pico"
+MOST = 2000  # cells of a pool that a fit looks at by itself: the search takes the square of their number
+ALIKE = 1.05  # token counts this close are one
 EQUAL = 1.02  # a teacher that is larger by less is no teacher that is pruned
 
 
@@ -39,7 +41,7 @@ def deciding(frame: pd.DataFrame, k: int = 4) -> list[str]:
         pool = make_pool(
             frame, family_of(frame, None), students=[], teachers=[], budgets=[], seeds=[], given=frozenset()
         )
-        found = next_cells(frame, pool, goal="law", k=k)
+        found = next_cells(frame, pool, goal="law", k=k) if len(pool) <= MOST else []
     except ValueError:  # `ConfigError` is one
         return []
     return [_cell_words(c.cell) for c in found]
@@ -100,7 +102,23 @@ def make_pool(
             f"no teacher of {', '.join(rungs)} is larger than a student of {', '.join(chosen)}. Name larger ones with "
             "--teachers, or smaller students."
         )
-    return pd.DataFrame(rows, columns=names)
+    pool = pd.DataFrame(rows, columns=names)
+    return (
+        pool if (tokens := _trained_on(frame, pool["teacher_params"])) is None else pool.assign(teacher_tokens=tokens)
+    )
+
+
+def _trained_on(frame: pd.DataFrame, sizes: pd.Series) -> pd.Series | None:
+    """Tokens that teachers of these sizes would be trained on, as those of the records were: one number for all, else
+    in proportion to parameters; None where the records do not tell."""
+    if "teacher_tokens" not in frame or frame.empty:
+        return None
+    told = frame[["teacher_tokens", "teacher_params"]].apply(pd.to_numeric, errors="coerce").dropna()
+    if told.empty:
+        return None
+    alike = told["teacher_tokens"].max() < ALIKE * told["teacher_tokens"].min()
+    each = (told["teacher_tokens"] / told["teacher_params"]).median()
+    return pd.Series(told["teacher_tokens"].median(), sizes.index) if alike else each * sizes
 
 
 def _sizes(frame: pd.DataFrame, of: str) -> dict[str, float]:
@@ -123,14 +141,18 @@ def _values(frame: pd.DataFrame, column: str) -> list[int]:
 def _seeds(frame: pd.DataFrame, given: Sequence[int], *, trained: bool) -> list[tuple[int, int]]:
     """Seeds with the teacher's: the same where the records have it so, or where there is nothing to go by."""
     first = _whole(frame, "seed")
-    seeds = [*given] or [*range(max(first, default=-1) + 2)]
+    seeds = [*given] or _one_more(first)
     if not trained:
         return [(s, 0) for s in seeds]
     both = {"seed", "teacher_seed"} <= set(frame.columns) and len(frame)
     if not both or bool((frame["seed"].astype(str) == frame["teacher_seed"].astype(str)).all()):
         return [(s, s) for s in seeds]
-    teachers = range(max(_whole(frame, "teacher_seed"), default=-1) + 2)
-    return [*product(seeds, teachers)]
+    return [*product(seeds, _one_more(_whole(frame, "teacher_seed")))]
+
+
+def _one_more(seeds: Sequence[int]) -> list[int]:
+    """These, and the smallest that is not among them."""
+    return [*seeds, next(n for n in count() if n not in seeds)]
 
 
 def _whole(frame: pd.DataFrame, column: str) -> list[int]:

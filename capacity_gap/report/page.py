@@ -11,7 +11,7 @@ from capacity_gap import __version__
 from capacity_gap.report.content import Content, causes, cell_name, constants, costs, gather, tasks
 from capacity_gap.report.joint_tables import best_table, even_table
 from capacity_gap.report.plots import LOSSES, VERDICTS
-from capacity_gap.report.rounds import rounds_table
+from capacity_gap.report.rounds import by_what, rounds_table
 from capacity_gap.settings.errors import UserError
 
 TEMPLATE = "page.html.j2"
@@ -76,7 +76,9 @@ def render(content: Content, *, title: str) -> str:
         badge=VERDICTS.get(content.law.status, content.law.status) if content.law else "no fit",
         verdict=content.law.verdict() if content.law else content.problem,
         joint=_joint(content),
-        rounds={name: (notes[0].get("what", "answer"), rounds_table(notes)) for name, notes in content.rounds.items()},
+        rounds=[
+            (name, what, rounds_table(notes)) for name, all_ in content.rounds.items() for what, notes in by_what(all_)
+        ],
         null_p=getattr(content.law, "null_p", None),
         summary=content.law.summary() if content.law else None,
         counts=_counts(content),
@@ -148,6 +150,11 @@ def _score(row: pd.Series, name: str) -> str:
     if value != value:
         return "–"
     return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None and error == error else "")
+
+
+def _rounds(content: Content) -> list[tuple[str, str, list[Any]]]:
+    """Of each adaptive grid and question: its name, the question, and a row a round."""
+    return [(name, what, rounds_table(n)) for name, notes in content.rounds.items() for what, n in by_what(notes)]
 
 
 def _joint(content: Content) -> dict[str, Any] | None:

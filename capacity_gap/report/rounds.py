@@ -40,6 +40,14 @@ def reasons(note: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(cell.get("reason", "") for cell in note["cells"].values()))
 
 
+def by_what(notes: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    """The rounds of each question that a grid was run for, by its name."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for note in notes:
+        found.setdefault(note.get("what", "answer"), []).append(note)
+    return list(found.items())
+
+
 def rounds_table(notes: Sequence[Mapping[str, Any]]) -> list[tuple[list[str], list[str]]]:
     """For the report, a round each: its number, cells, device-hours and the answer before it; and its reasons."""
     return [

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 Cells = Mapping[str, tuple[Cell, list[str]]]  # by digest: a cell and the overrides that make it
 LEAST_GAIN = 0.02  # share of the answer's variance: a round that is expected to remove less is not run
+ABOVE = 1.02  # teachers larger than their student by less are no evidence
+NO_ROUNDS = "a grid cannot be run in rounds, or cut to a budget, over settings that a question knows nothing of"
 SECOND = 1e-3  # the least a cell costs: one whose stages are all there costs next to nothing
 
 
@@ -72,6 +74,25 @@ class Rounds:
     worker: Worker
     planned_speed: Speed  # before anything was run
 
+    def check(self) -> None:
+        """Raises `ConfigError` where the question cannot be asked of these cells: they differ in more than it knows."""
+        import pandas as pd
+
+        from capacity_gap.fit.joint_fit import check_alike
+
+        told = pd.DataFrame([cell.description for cell, _ in self.cells.values()])
+        try:
+            check_alike(told)
+        except ValueError as error:
+            raise ConfigError(f"{NO_ROUNDS}: {error}") from error
+        rows = pool_rows(self.cells).drop(columns="cell")
+        if (twice := rows.duplicated(keep=False)).any():
+            first = told[twice & (rows == rows[twice].iloc[0]).all(axis=1)]
+            differ = [str(c) for c in told if first[c].astype(str).nunique() > 1]
+            raise ConfigError(
+                f"{NO_ROUNDS}: cells of one student, teacher, budget and seed differ in {', '.join(differ)}."
+            )
+
     def run(self, crew: Crew) -> dict[str, tuple[Cell, list[str]]]:
         """Runs round after round; returns the cells of all of them."""
         try:
@@ -83,7 +104,7 @@ class Rounds:
                 crew.run(found.cells, noted)
         except StopRounds as end:
             print(f"ended: {end}\n{answer_text(_ends(self.answer()), self.what)}", flush=True)
-        run = {key for part in rounds_of(self.store, self.name) for key in part["cells"]}
+        run = {key for part in self.noted() for key in part["cells"]}
         return {digest: given for digest, given in self.cells.items() if given[0].record.key in run}
 
     def planned(self) -> list[str]:
@@ -134,15 +155,21 @@ class Rounds:
         """Raises `StopRounds` with the reason at the end."""
         if left := self.unfinished():
             yield left
-        tried: set[str] = set()
+        tried = set(left.cells) if left else set()
         while True:
             found = self.next(tried)
             tried |= found.cells.keys()
             yield found
 
+    def noted(self) -> list[dict[str, Any]]:
+        """The rounds of this question over these cells, first to last: a name may have others in the store."""
+        mine = {cell.record.key for cell, _ in self.cells.values()}
+        rounds = rounds_of(self.store, self.name)
+        return [part for part in rounds if part.get("what") == self.what and mine & part["cells"].keys()]
+
     def unfinished(self) -> Round | None:
         """The cells of noted rounds that are not there yet: of a command that was cut short."""
-        noted = rounds_of(self.store, self.name)
+        noted = self.noted()
         keys = {key: cell for part in noted for key, cell in part["cells"].items()}
         left = {
             digest: given
@@ -152,7 +179,7 @@ class Rounds:
         if not left:
             return None
         reasons = {digest: keys[given[0].record.key].get("reason", "") for digest, given in left.items()}
-        return Round(len(noted), left, reasons, self.answer(), 0.0, self.hours(left), noted=True)
+        return Round(noted[-1]["round"], left, reasons, self.answer(), 0.0, self.hours(left), noted=True)
 
     def next(self, tried: set[str]) -> Round:
         """The next round.
@@ -168,28 +195,35 @@ class Rounds:
         answer, config = self.answer(), self.config
         if narrow_enough(answer, config.until) and narrow_enough(self._last(), config.until):
             raise StopRounds(f"narrow enough, before the last round and after it: until={config.until:g}")
-        pool = {d: given for d, given in self.cells.items() if d not in tried}
+        pool = {d: c for d, c in self.cells.items() if d not in tried and not self.store.finished(c[0].record)}
+        pool = {d: c for d, c in pool.items() if c[0].description["teacher_params"] > ABOVE * c[0].student_target}
+        if not pool:
+            raise StopRounds("nothing is left to run")
         frame, rows = self.frame(), pool_rows(pool)
         try:
             found = next_cells(frame, rows, goal=self.goal, k=config.next.k, cost=self._bill(self.speed()))
         except ValueError as error:
-            if isinstance(error, UserError) or not len(frame):
-                raise ConfigError(str(error)) from error
-            raise StopRounds(f"nothing is left to run ({error})") from error
+            raise error if isinstance(error, UserError) else ConfigError(str(error)) from error
         gain = sum(c.gain for c in found)
         if gain < LEAST_GAIN and answer is not None:
             cells = counted(len(found), "cell")
-            raise StopRounds(f"nothing left would help: the best {cells} would remove {gain:.1%} of the variance")
+            low, high = answer.interval
+            wide = (
+                ""
+                if low > 0 and high < math.inf
+                else "; the interval is open, so this grid cannot answer: add teachers"
+            )
+            raise StopRounds(f"nothing left would help: the best {cells} would remove {gain:.1%} of the variance{wide}")
         found = self._affordable(found)
         chosen = {str(c.cell["cell"]): self.cells[str(c.cell["cell"])] for c in found}
         reasons = {str(c.cell["cell"]): c.reason for c in found}
-        number = len(rounds_of(self.store, self.name)) + 1
+        number = max((part["round"] for part in rounds_of(self.store, self.name)), default=0) + 1
         return Round(number, chosen, reasons, answer, sum(c.gain for c in found), self.hours(chosen))
 
     def _last(self) -> Estimate | None:
         """The answer before the last round. One fit of few cells may take its variances for far too small, so a single
         narrow interval ends nothing (docs/next.md)."""
-        noted = rounds_of(self.store, self.name)
+        noted = self.noted()
         if not noted or not (ends := noted[-1].get("answer")):
             return None
         value, low, high = (math.nan if x is None else float(x) for x in ends)
@@ -251,7 +285,7 @@ class Rounds:
         def cost(row: Mapping[str, Any]) -> tuple[float, Mapping[Hashable, float]]:
             stages = closure(self.cells[str(row["cell"])][0].record)
             own = sum(seconds(s) for k, s in stages.items() if k not in self._shared)
-            return max(SECOND, own), {k: seconds(s) for k, s in stages.items() if k in self._shared}
+            return max(SECOND, own), {(s.name, k): seconds(s) for k, s in stages.items() if k in self._shared}
 
         return cost
 
@@ -271,7 +305,7 @@ class Rounds:
     def spent_hours(self) -> float:
         """Device-hours that the rounds took: what their stages took, or were thought to where that is not known."""
         made: dict[str, float] = {}
-        for part in rounds_of(self.store, self.name):
+        for part in self.noted():
             for cell in part["cells"].values():
                 made.update({key: cell["stages"][key] for key in cell.get("made", ())})
         return sum(self._took(key, planned) for key, planned in made.items()) * self.worker.devices / 3600

@@ -4,6 +4,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from capacity_gap.fit.next_cells import BudgetTooSmall
 from capacity_gap.report.products import products
 from capacity_gap.runner.adaptive import Cells, Rounds
 from capacity_gap.runner.plan_lines import counted, format_hours
@@ -17,7 +18,14 @@ SHOWN = 6  # commands
 def proposed(rounds: Rounds, hours: float) -> str:
     """The best part of a grid that costs no more device-hours, as text: what it holds and the commands that run it."""
     try:
+        rounds.check()
         part = rounds.within(hours)
+    except BudgetTooSmall as error:
+        needed = format_hours(error.needed * rounds.worker.devices / 3600)
+        return (
+            f"A law takes three students under four teachers, for which this grid needs {needed} device-hours. Give as "
+            "many, or ask for less: next.goal=target next.student=… next.data=…"
+        )
     except ValueError as error:
         return f"No part of it was found that answers next.goal={rounds.config.next.goal}: {error}"
     students, teachers = (len({c.description[of] for c, _ in part.values()}) for of in ("student", "teacher"))

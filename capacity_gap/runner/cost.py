@@ -111,9 +111,12 @@ def makespan(jobs: Iterable[float], workers: int) -> float:
 
 def written(cells: Sequence[Cell], left: Mapping[str, Stage]) -> Iterator[float]:
     """Bytes of every model and every cached signal that is still to be written."""
-    for stage in left.values():
+    shapes = {key: c.student_shape for c in cells if c.config.train.trunk for key in closure(c.record)}
+    for key, stage in left.items():
         if stage.name in ("teacher", "student"):
             yield stored_bytes(stage.config["shape"])
+        if stage.name == "trunk":  # weights and two moments of AdamW
+            yield 3 * stored_bytes(shapes[key])
     for cell in {c.teacher.key: c for c in cells if c.adapted}.values():
         if cell.teacher.key in left:
             yield stored_bytes(cell.teacher_shape)

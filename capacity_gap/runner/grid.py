@@ -92,7 +92,9 @@ def run_grid(
     name = first.sweep or _name(jobs)
     rounds = Rounds(cells, store, name, plan.worker, plan.speed)
     adaptive = first.strategy == ADAPTIVE
-    if not adaptive:
+    if adaptive:
+        rounds.check()
+    else:
         check_affordable(rounds, first.budget_hours, plan.device_hours, plan.reckoning)
     if first.plan:
         if adaptive:

@@ -8,7 +8,8 @@ from pathlib import Path
 from capacity_gap.settings.places import RUN_WORDS
 
 PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_/.-]*")  # what Hydra's grammar reads as it stands
-DROPPED = ("hydra", "store=", "only=", "plan=", "sweep=")  # how it was run, and what it joins only if asked
+# How it was run, and what it joins only if asked.
+DROPPED = ("hydra", "store=", "only=", "plan=", "sweep=", "strategy=", "until=", "next.")
 WORDS = ("null", "true", "false", "inf", "nan")  # what it would read as something else
 
 

@@ -7,13 +7,14 @@ from typing import Any
 from capacity_gap.cell.config import RunConfig
 from capacity_gap.cell.pipeline import resolve
 from capacity_gap.cell.recipes import check_corpus, no_corpus
+from capacity_gap.cell.strategy_config import ADAPTIVE
 from capacity_gap.records import RECORD
 from capacity_gap.runner import run_cell
 from capacity_gap.runner.plan import check_budget, make_plan, noted_cell
 from capacity_gap.runner.progress import View, Watch
 from capacity_gap.runtime.process import check_threads, resolve_device
 from capacity_gap.runtime.ranks import Ranks
-from capacity_gap.settings.errors import UserError, choose
+from capacity_gap.settings.errors import ConfigError, UserError, choose
 from capacity_gap.store.contents import note_sweep, sweeps
 from capacity_gap.store.files import explaining_full_disk, read_json, reading
 from capacity_gap.store.stage import Store
@@ -28,6 +29,8 @@ def run_alone(config: RunConfig, overrides: Sequence[str]) -> str:
         config: its settings.
         overrides: as they were given, for `status --failed` to say how to run it again.
     """
+    if config.strategy == ADAPTIVE:
+        raise ConfigError(f"strategy={ADAPTIVE} is for grids: add -m, and values such as teacher=120k,180k,270k,400k.")
     cell = resolve(config)
     store = Store(config.store_path)
     store.check_schema()

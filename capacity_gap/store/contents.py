@@ -116,10 +116,15 @@ def note_sweep(
     parts = _parts(store, name)
     # Several first starts may each draw an id; the smallest is the sweep's for all readers.
     own = min([part["id"] for part in parts if part.get("id")], default=uuid.uuid4().hex[:12])
-    same = (part["file"] for part in parts if part["cells"].keys() == cells.keys())
-    write_checked(
-        next(same, _note_file(store, name, cells)), {"name": name, "id": own, **(about or {}), "cells": cells}
+    about = about or {}
+    same = (
+        part["file"]
+        for part in parts
+        if part["cells"].keys() == cells.keys() and part.get("round") == about.get("round")
     )
+    of_round = [f"round {about['round']}"] if "round" in about else []
+    note = {"name": name, "id": own, **about, "cells": cells}
+    write_checked(next(same, _note_file(store, name, [*cells, *of_round])), note)
 
 
 def rounds_of(store: Store, name: str) -> list[dict[str, Any]]:

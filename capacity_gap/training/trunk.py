@@ -51,7 +51,8 @@ def halves(tokens: int, length: int, batch: int) -> list[int]:
 
 def leaves(tokens: int, length: int, batch: int, decay: float) -> int:
     """The step at which the branch of a budget leaves the trunk."""
-    return int((1 - decay) * (tokens // length)) // batch
+    sequences = tokens // length
+    return (sequences - round(decay * sequences)) // batch
 
 
 def warm_steps(budgets: list[int], length: int, batch: int, warmup: float) -> int:

@@ -10,6 +10,7 @@ from capacity_gap.distill.distill_config import DistillConfig
 from capacity_gap.distill.divergences import LOSSES
 from capacity_gap.models import accounting
 from capacity_gap.models.axes import dims
+from capacity_gap.settings.errors import ConfigError
 from capacity_gap.settings.hashing import identity_fields
 from capacity_gap.store.stage import Stage, StageRun
 from capacity_gap.training.trunk import halves, leaves, warm_steps
@@ -33,6 +34,11 @@ def branch_stage(
     assert c.warmup is not None  # the recipe has filled it in
     budgets = halves(cell.data_tokens, length, batch)
     warm = warm_steps(budgets, length, batch, c.warmup)
+    if (first := leaves(budgets[0], length, batch, c.decay)) <= warm:
+        raise ConfigError(
+            f"train.trunk=true: the branch of {budgets[0]:,} tokens would leave at step {first}, within the warm-up of "
+            f"{warm}. Give more data, a smaller train.batch_size, train.warmup or train.decay."
+        )
     parts: list[Stage] = []
 
     def stage(name: str, budget: int, trunk: Mapping[str, Any], ends: int) -> Stage:

@@ -44,7 +44,7 @@ def training_stage(
         begins: tokens that another stage has seen for it.
         ends: tokens after which it ends, if not all.
     """
-    budget = (ends or given["tokens"]) - begins
+    budget = (given["tokens"] if ends is None else ends) - begins
     given = {**given, **cell.arithmetic, **cell.compiled, **ignored_in_training(cell, shape)}
     cost, passes = accounting.train_flops(shape, budget) + teacher_flops, (4 if teacher_flops else 3) * budget
     version = 2 if "bf16" in (given["precision"], held) else 1  # of outputs in fp32, of teachers adapted in bf16

@@ -68,4 +68,4 @@ def score_units(run: StageRun) -> None:
 def _calibration(packed: Any, count: int, which: int) -> Any:
     """The indices of the `which`-th run of `count` sequences in the training permutation."""
     needed = (which + 1) * count * packed.sequence_length
-    return packing.subset(packed, needed)[-count:]
+    return packing.subset(packed, needed, key="prune.calibration, in tokens")[-count:]

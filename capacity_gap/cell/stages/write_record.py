@@ -57,7 +57,7 @@ def write_record(run: StageRun) -> None:
         "tokens_per_s": trained.get("tokens_per_s"),
         "mfu": trained.get("mfu"),
         "signal_bytes_per_token": trained.get("signal_bytes_per_token"),
-        "wall_s": made["wall_s"],
+        "wall_s": made["wall_s"] + _trunk_seconds(run),
         "peak_memory_bytes": trained.get("peak_memory_bytes"),
         "micro_batch": trained.get("micro_batch"),
         **{k: made[k] for k in ("device", "threads", "ranks", "git_commit")},
@@ -65,6 +65,12 @@ def write_record(run: StageRun) -> None:
         "created": provenance(run.runtime)["created"],
     }
     write_json(run.out / RECORD, Record.of(row).to_dict())
+
+
+def _trunk_seconds(run: StageRun) -> float:
+    """What the parts of the trunk took that the student is a branch of: it would have taken that by itself too."""
+    parts = [folder for name, folder in run.inputs.items() if name.startswith("trunk_")]
+    return sum(json.loads((part / META).read_text())["wall_s"] for part in parts)
 
 
 def _metrics(run: StageRun, whose: str) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
