@@ -149,7 +149,9 @@ def windows(tmp_path_factory, text_file):
 def test_the_predecessor_of_a_cell_that_loses_layers_is_stale(windows, tiny, tmp_path, monkeypatch, capsys):
     given = [g for g in tiny if not g.startswith(("family.", "data="))]
     local = ["family=folders", f"family.folders=[{windows}]", "teacher=windows", "student=74400", "data=0"]
-    config = compose([*given, *local, "prune.shape=fixed", "prune.fixed=4x32x4x64", f"store={tmp_path}"])
+    config = compose(
+        [*given, *local, "prune.shape=fixed", "prune.fixed=4x32x4x64", "prune.layers=symmetric", f"store={tmp_path}"]
+    )
     with monkeypatch.context() as before:
         before.setattr("capacity_gap.models.axes.of_kept_layers", _as_before)
         run_config(config)

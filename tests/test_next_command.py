@@ -194,10 +194,10 @@ def test_a_folder_that_is_not_there_yet_is_an_empty_store(tmp_path, capsys):
     assert "python run.py -m" in capsys.readouterr().out
 
 
-def test_a_pool_without_names_is_refused(tmp_path):
+def test_a_pool_without_names_is_refused(tmp_path, capsys):
     file = tmp_path / "pool.csv"
     file.write_text("student_params,teacher_params,data_tokens\n80160,269888,300000\n")
     table = run(cells(students=["40k", "80k"], seeds=(0,))).assign(family="pico")
     table.to_csv(runs := tmp_path / "runs.csv", index=False)
-    with pytest.raises(ConfigError, match="lacks student, teacher in some rows"):
-        cli.main(["next", str(runs), "--goal", "law", "--pool", str(file)])
+    assert cli.main(["next", str(runs), "--goal", "law", "--pool", str(file)]) == 2
+    assert "lacks student, teacher in some rows" in capsys.readouterr().err

@@ -103,9 +103,8 @@ def make_pool(
             "--teachers, or smaller students."
         )
     pool = pd.DataFrame(rows, columns=names)
-    return (
-        pool if (tokens := _trained_on(frame, pool["teacher_params"])) is None else pool.assign(teacher_tokens=tokens)
-    )
+    spent = _trained_on(frame, pool["teacher_params"])
+    return pool if spent is None else pool.assign(teacher_tokens=spent)
 
 
 def _trained_on(frame: pd.DataFrame, sizes: pd.Series) -> pd.Series | None:
