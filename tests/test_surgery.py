@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -220,8 +221,10 @@ def test_surgery_on_disk_never_holds_the_teacher(tmp_path):
         size = surgery.write_checkpoint(tmp_path / "teacher")
     (tmp_path / "student").mkdir()
     command = [sys.executable, "-c", CUT_ON_DISK, str(tmp_path / "teacher"), str(tmp_path / "student")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    assert int(done.stdout) < 0.75 * size, "shards of the teacher, what libraries load on the way, and no more"
+    # What is freed goes back at once: else it depends on the allocator how much of it is held on.
+    calm = {**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True, env=calm)
+    assert int(done.stdout) < 0.4 * size
     config = json.loads((tmp_path / "student" / "config.json").read_text())
     assert abs(count_params(config) / 60e6 - 1) < 0.005
 
