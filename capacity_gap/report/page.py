@@ -76,9 +76,7 @@ def render(content: Content, *, title: str) -> str:
         badge=VERDICTS.get(content.law.status, content.law.status) if content.law else "no fit",
         verdict=content.law.verdict() if content.law else content.problem,
         joint=_joint(content),
-        rounds=[
-            (name, what, rounds_table(notes)) for name, all_ in content.rounds.items() for what, notes in by_what(all_)
-        ],
+        rounds=_rounds(content),
         null_p=getattr(content.law, "null_p", None),
         summary=content.law.summary() if content.law else None,
         counts=_counts(content),

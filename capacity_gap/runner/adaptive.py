@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from capacity_gap.cell.config import RunConfig
 from capacity_gap.cell.pipeline import Cell
-from capacity_gap.fit.regression import Estimate
 from capacity_gap.report.rounds import answer_text, reasons, round_line
 from capacity_gap.runner.machines import Worker
 from capacity_gap.runner.plan import noted_cell
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from capacity_gap.fit import Candidate, Goal
+    from capacity_gap.fit.regression import Estimate
 
 Cells = Mapping[str, tuple[Cell, list[str]]]  # by digest: a cell and the overrides that make it
 LEAST_GAIN = 0.02  # share of the answer's variance: a round that is expected to remove less is not run
@@ -43,7 +43,7 @@ class Round:
     number: int
     cells: Mapping[str, tuple[Cell, list[str]]]
     reasons: Mapping[str, str]  # by digest
-    before: Estimate | None  # the answer so far; None while there is none
+    before: "Estimate | None"  # the answer so far; None while there is none
     gain: float
     device_hours: float
     noted: bool = False  # in the store, by a command that was cut short
@@ -220,9 +220,11 @@ class Rounds:
         number = max((part["round"] for part in rounds_of(self.store, self.name)), default=0) + 1
         return Round(number, chosen, reasons, answer, sum(c.gain for c in found), self.hours(chosen))
 
-    def _last(self) -> Estimate | None:
+    def _last(self) -> "Estimate | None":
         """The answer before the last round. One fit of few cells may take its variances for far too small, so a single
         narrow interval ends nothing (docs/next.md)."""
+        from capacity_gap.fit.regression import Estimate
+
         noted = self.noted()
         if not noted or not (ends := noted[-1].get("answer")):
             return None
@@ -268,7 +270,7 @@ class Rounds:
         frame = to_frame(read(self.store.root))
         return frame[frame["cell"].isin(done) & (frame["status"] == "done")].reset_index(drop=True)
 
-    def answer(self) -> Estimate | None:
+    def answer(self) -> "Estimate | None":
         """The answer so far, with its 95 % interval; None while the cells are too few."""
         return answer(self.frame(), self.goal)
 
@@ -322,9 +324,10 @@ class StopRounds(Exception):
     """Why no further round is run."""
 
 
-def answer(frame: "pd.DataFrame", goal: "Goal") -> Estimate | None:
+def answer(frame: "pd.DataFrame", goal: "Goal") -> "Estimate | None":
     """What the joint model of some cells says of a goal: a ratio, parameters or tokens; None where it says nothing."""
     from capacity_gap.fit import fit_joint
+    from capacity_gap.fit.regression import Estimate
 
     try:
         fit = fit_joint(frame)
@@ -339,7 +342,7 @@ def answer(frame: "pd.DataFrame", goal: "Goal") -> Estimate | None:
     return Estimate(tokens, interval)
 
 
-def narrow_enough(found: Estimate | None, until: float | None) -> bool:
+def narrow_enough(found: "Estimate | None", until: float | None) -> bool:
     """Whether the interval's upper end is at most `until` times its lower one."""
     if found is None or until is None:
         return False
@@ -365,7 +368,7 @@ def _common(cells: Cells) -> set[str]:
     return shared
 
 
-def _ends(found: Estimate | None) -> list[float | None] | None:
+def _ends(found: "Estimate | None") -> list[float | None] | None:
     """Value and ends of an interval, None where one is not finite."""
     if found is None:
         return None

@@ -4,7 +4,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from capacity_gap.fit.next_cells import BudgetTooSmall
 from capacity_gap.report.products import products
 from capacity_gap.runner.adaptive import Cells, Rounds
 from capacity_gap.runner.plan_lines import counted, format_hours
@@ -17,6 +16,9 @@ SHOWN = 6  # commands
 
 def proposed(rounds: Rounds, hours: float) -> str:
     """The best part of a grid that costs no more device-hours, as text: what it holds and the commands that run it."""
+    # Here, since every grid imports this file, and pandas takes long.
+    from capacity_gap.fit.next_cells import BudgetTooSmall
+
     try:
         rounds.check()
         part = rounds.within(hours)
