@@ -85,9 +85,8 @@ def _entries(config: RunConfig) -> Iterator[tuple[str, str]]:
     parts = {f"corpus.parts.{i}": part for i, part in enumerate(config.text.parts)} or {"corpus": config.text}
     used = [(path, CORPORA, part.name) for path, part in parts.items()]
     if config.prune.cuts:
-        used += [
-            (r.setting, r, n) for r, n in ((SCORES, config.prune.method), (LAYER_SCORES, config.prune.layers or ""))
-        ]
+        chosen = ((SCORES, config.prune.method), (LAYER_SCORES, config.prune.layers or ""))
+        used += [(r.setting, r, n) for r, n in chosen]
     if config.distill.kd_weight:
         used += [(r.setting, r, n) for r, n in ((LOSSES, config.distill.loss), (SIGNALS, config.distill.signal))]
     for path, registry, name in used:

@@ -2,11 +2,11 @@
 
 import argparse
 import json
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from capacity_gap.cell.strategy_config import GOALS
 from capacity_gap.commands.options import COLUMNS, columns, whole
 from capacity_gap.settings.errors import ConfigError, UserError
 
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from capacity_gap.fit import Candidate, Goal
     from capacity_gap.records.bills import Cost
-
-GOALS = ("target", "law", "break_even")
 
 
 def add(commands: Any) -> None:
@@ -94,7 +92,7 @@ def _goal(given: argparse.Namespace) -> "Goal":
     from capacity_gap.settings.scales import parse_scale, parse_tokens
 
     kind = given.goal or ("target" if given.student else "law")
-    needs = {"law": (), "target": ("student", "data"), "break_even": ("student", "small", "large")}[kind]
+    needs = GOALS[kind]
     for name in ("student", "data", "small", "large"):
         if (getattr(given, name) is None) == (name in needs):
             takes = ", ".join(f"--{n}" for n in needs) or "none of --student, --data, --small, --large"
@@ -174,8 +172,7 @@ def _table(found: Sequence["Candidate"], tried: int) -> list[str]:
 
 def commands_for(found: Sequence["Candidate"], settings: Sequence[str]) -> list[str]:
     """The fewest `run.py -m` commands that make these cells and no others."""
-    from capacity_gap.report.products import products
-    from capacity_gap.settings.places import RUN_WORDS
+    from capacity_gap.report.products import grid_commands
     from capacity_gap.settings.scales import format_scale, short_scale
 
     names = ("student", "teacher", "data", "seed", "teacher_seed")
@@ -187,10 +184,6 @@ def commands_for(found: Sequence["Candidate"], settings: Sequence[str]) -> list[
     paired = all("seed" in row and row["seed"] == row.get("teacher_seed") for row in rows)
     keys = [name for name in names if name in rows[0] and not (paired and name == "teacher_seed")]
     tail = ["teacher_seed=${seed}"] if paired else []
-    words = [*RUN_WORDS, "-m", *(s for s in settings if not s.startswith("store="))]
+    words = [s for s in settings if not s.startswith("store=")]
     stores = [s for s in settings if s.startswith("store=")]
-    made = products(keys, [tuple(row[key] for key in keys) for row in rows])
-    return [
-        shlex.join([*words, *(f"{key}={','.join(v)}" for key, v in zip(keys, part, strict=True)), *tail, *stores])
-        for part in made
-    ]
+    return grid_commands(words, keys, [tuple(row[key] for key in keys) for row in rows], [*tail, *stores])

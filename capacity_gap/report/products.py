@@ -1,9 +1,11 @@
 """A grid's cells as products of values: what `run.py -m` takes, so that it makes these cells and no others."""
 
 import itertools
+import shlex
 from collections.abc import Sequence
 
 from capacity_gap.settings.errors import ConfigError
+from capacity_gap.settings.places import RUN_WORDS
 from capacity_gap.settings.scales import parse_scale
 
 Cell = tuple[str, ...]  # a value for each key
@@ -26,6 +28,14 @@ def products(keys: Sequence[str], cells: Sequence[Cell]) -> list[Product]:
         parts = [_holding(wanted, p) for p in _merged(ordered, order)]
         found.append([p for p in parts if p])
     return min(found, key=len)
+
+
+def grid_commands(words: Sequence[str], keys: Sequence[str], cells: Sequence[Cell], tail: Sequence[str]) -> list[str]:
+    """The fewest `run.py -m` commands that make these cells and no others: each `words`, the axes, `tail`."""
+    return [
+        shlex.join([*RUN_WORDS, "-m", *words, *(f"{k}={','.join(v)}" for k, v in zip(keys, part, strict=True)), *tail])
+        for part in products(keys, cells)
+    ]
 
 
 def _holding(wanted: set[Cell], product: Product) -> Product:

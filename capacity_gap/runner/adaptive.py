@@ -192,33 +192,33 @@ class Rounds:
         """
         from capacity_gap.fit import next_cells
 
-        answer, config = self.answer(), self.config
-        if narrow_enough(answer, config.until) and narrow_enough(self._last(), config.until):
+        frame, config, pace = self.frame(), self.config, self.speed()
+        so_far = answer(frame, self.goal)
+        if narrow_enough(so_far, config.until) and narrow_enough(self._last(), config.until):
             raise StopRounds(f"narrow enough, before the last round and after it: until={config.until:g}")
         pool = {d: c for d, c in self.cells.items() if d not in tried and not self.store.finished(c[0].record)}
         pool = {d: c for d, c in pool.items() if c[0].description["teacher_params"] > ABOVE * c[0].student_target}
         if not pool:
             raise StopRounds("nothing is left to run")
-        frame, rows = self.frame(), pool_rows(pool)
         try:
-            found = next_cells(frame, rows, goal=self.goal, k=config.next.k, cost=self._bill(self.speed()))
+            found = next_cells(frame, pool_rows(pool), goal=self.goal, k=config.next.k, cost=self._bill(pace))
         except ValueError as error:
             raise error if isinstance(error, UserError) else ConfigError(str(error)) from error
         gain = sum(c.gain for c in found)
-        if gain < LEAST_GAIN and answer is not None:
+        if gain < LEAST_GAIN and so_far is not None:
             cells = counted(len(found), "cell")
-            low, high = answer.interval
+            low, high = so_far.interval
             wide = (
                 ""
                 if low > 0 and high < math.inf
                 else "; the interval is open, so this grid cannot answer: add teachers"
             )
             raise StopRounds(f"nothing left would help: the best {cells} would remove {gain:.1%} of the variance{wide}")
-        found = self._affordable(found)
-        chosen = {str(c.cell["cell"]): self.cells[str(c.cell["cell"])] for c in found}
-        reasons = {str(c.cell["cell"]): c.reason for c in found}
+        found = self._affordable(found, pace)
+        chosen = self._named(found)
+        reasons = {digest: c.reason for digest, c in zip(chosen, found, strict=True)}
         number = max((part["round"] for part in rounds_of(self.store, self.name)), default=0) + 1
-        return Round(number, chosen, reasons, answer, sum(c.gain for c in found), self.hours(chosen))
+        return Round(number, chosen, reasons, so_far, sum(c.gain for c in found), self.hours(chosen, pace))
 
     def _last(self) -> "Estimate | None":
         """The answer before the last round. One fit of few cells may take its variances for far too small, so a single
@@ -242,9 +242,13 @@ class Rounds:
         seconds = hours * 3600 / self.worker.devices
         bill = self._bill(self.speed())
         found = within_budget(self.frame(), pool_rows(self.cells), goal=self.goal, budget=seconds, cost=bill)
-        return {digest: self.cells[digest] for c in found if (digest := str(c.cell["cell"]))}
+        return self._named(found)
 
-    def _affordable(self, found: "list[Candidate]") -> "list[Candidate]":
+    def _named(self, found: "list[Candidate]") -> dict[str, tuple[Cell, list[str]]]:
+        """The cells that candidates stand for, by digest."""
+        return {digest: self.cells[digest] for digest in (str(c.cell["cell"]) for c in found)}
+
+    def _affordable(self, found: "list[Candidate]", pace: Speed) -> "list[Candidate]":
         """The first cells that the budget still holds.
 
         Raises:
@@ -254,9 +258,9 @@ class Rounds:
             return found
         left = self.config.budget_hours - self.spent_hours()
         for count in range(len(found), 0, -1):
-            if self.hours({str(c.cell["cell"]): self.cells[str(c.cell["cell"])] for c in found[:count]}) <= left:
+            if self.hours(self._named(found[:count]), pace) <= left:
                 return found[:count]
-        cost = self.hours({(d := str(found[0].cell["cell"])): self.cells[d]})
+        cost = self.hours(self._named(found[:1]), pace)
         raise StopRounds(
             f"the budget is spent: {format_hours(max(0.0, left))} hours of budget_hours={self.config.budget_hours:g} "
             f"are left, and the next cell takes {format_hours(cost)}"
@@ -296,12 +300,12 @@ class Rounds:
         """Stages that several cells of the grid need."""
         return _common(self.cells)
 
-    def hours(self, cells: Cells) -> float:
-        """Device-hours of what these cells lack."""
+    def hours(self, cells: Cells, pace: Speed | None = None) -> float:
+        """Device-hours of what these cells lack; `pace`: where it is measured already."""
         stages: dict[str, Stage] = {}
         for cell, _ in cells.values():
             stages |= closure(cell.record)
-        pace = self.speed()
+        pace = pace or self.speed()
         return sum(pace.seconds(s) for s in stages.values() if not self.store.has(s)) * self.worker.devices / 3600
 
     def spent_hours(self) -> float:

@@ -1,14 +1,12 @@
 """A budget that cuts: of a grid that costs too much, the part that says most for the hours there are. No torch."""
 
-import shlex
 import sys
 from collections.abc import Sequence
 
-from capacity_gap.report.products import products
+from capacity_gap.report.products import grid_commands
 from capacity_gap.runner.adaptive import Cells, Rounds
 from capacity_gap.runner.plan_lines import counted, format_hours
 from capacity_gap.settings.errors import ConfigError
-from capacity_gap.settings.places import RUN_WORDS
 
 MOST_CELLS = 1000  # of a grid that a part is chosen from: the search takes the square of their number
 SHOWN = 6  # commands
@@ -48,11 +46,7 @@ def commands(part: Cells, all_overrides: Sequence[Sequence[str]]) -> list[str]:
     same = [o for o in all_overrides[0] if _split(o)[0] not in keys]
     chosen = [dict(_split(o) for o in overrides) for _, overrides in part.values()]
     hydra = [word for word in sys.argv[1:] if word.startswith("hydra")]
-    found = []
-    for product in products(keys, [tuple(row[key] for key in keys) for row in chosen]):
-        axes = [f"{key}={','.join(values)}" for key, values in zip(keys, product, strict=True)]
-        found.append(shlex.join([*RUN_WORDS, "-m", *same, *axes, *hydra]))
-    return found
+    return grid_commands(same, keys, [tuple(row[key] for key in keys) for row in chosen], hydra)
 
 
 def _split(override: str) -> tuple[str, str]:
