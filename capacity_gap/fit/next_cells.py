@@ -1,7 +1,8 @@
 """`next_cells`: which cells of a pool to run next, by how much of a goal's variance they remove per FLOP.
 
 The joint model (`next_model.py`) says what each cell would tell; costs count what cells share once
-(`records/bills.py`); `next_search.py` weighs the two. A law takes three students under four teachers before anything else.
+(`records/bills.py`); `next_search.py` weighs the two. A law takes three students under four teachers before anything
+else.
 """
 
 import math
