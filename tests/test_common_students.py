@@ -1,5 +1,6 @@
 """One student for all teachers of a ladder: as many parameters, rows and matrices under each that can hold it."""
 
+import itertools
 import json
 
 import numpy as np
@@ -19,6 +20,39 @@ from tests.conftest import compose, run_here
 from tests.small_models import TOKENS, small_model
 
 STUDENTS = ("60m", "100m", "250m", "0.7b", "1b", "1.5b", "3b", "8b")
+
+
+def test_an_added_rung_teaches_the_common_students_and_changes_none():
+    ladder = FAMILIES["pico"]
+    assert ladder.added and set(ladder.common_rungs) == set(ladder.rungs) - ladder.added
+    for rung in ladder.added:
+        for target in (40_000, 55_000, 80_000, 110_000, ladder.params[rung] - 10_000):
+            common = common_shape(ladder.common_rungs, target, multiple=1)
+            try:
+                under = student_shape(ladder.common_rungs, ladder.rungs[rung], target, policy="common", multiple=1)
+            except ImpossibleCell:  # a student of nearly this size, cut from a larger rung, may be wider
+                assert target > 110_000
+                continue
+            assert under == common
+
+
+def test_a_ladder_with_added_rungs_grows_along_every_axis():
+    sizes = [dims(rung) for rung in FAMILIES["pico"].rungs.values()]
+    for smaller, larger in itertools.pairwise(sizes):
+        assert smaller.hidden < larger.hidden and smaller.heads < larger.heads
+        assert smaller.neurons < larger.neurons
+
+
+def test_a_student_the_size_of_an_added_rung_is_never_that_rung():
+    ladder = FAMILIES["pico"]
+    rung = ladder.rungs["330k"]
+    for teacher in (rung, ladder.rungs["400k"]):
+        try:
+            shape = student_shape(ladder.common_rungs, teacher, 330_120, policy="common", multiple=1)
+        except ImpossibleCell:
+            assert teacher is rung
+        else:
+            assert shape == common_shape(ladder.common_rungs, 330_120, multiple=1)
 
 
 QUICK = ("gemma3",)

@@ -67,7 +67,10 @@ BAD = [
     (["student=abc"], "student=abc cannot be read as a scale. Write a whole number"),
     (["student=-5"], "student=-5 cannot be read as a scale"),
     (["teacher=99k"], "family pico has no such rung. Its rungs: 55k 80k"),
-    (["student=0.5b", "teacher=1b"], "55k 80k 120k 180k 270k 400k 600k 900k 1.3m 2m. 1b is a rung of family=pythia"),
+    (
+        ["student=0.5b", "teacher=1b"],
+        "55k 80k 120k 180k 220k 270k 330k 400k 460k 530k 600k 700k 800k 900k 1m 1.3m 2m. 1b is a rung of family=pythia",
+    ),
     (["family=folders"], "family=folders needs checkpoints"),
     (["family.folders=[x]"], "family.folders is for family=folders"),
     (["student=400k", "teacher=120k"], "student=400k is larger than teacher=120k (120,200 parameters)"),

@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
+import shutil
 import time
 
 import pytest
@@ -19,7 +21,7 @@ from capacity_gap.pruning.prune_config import PruneConfig
 from capacity_gap.records.record import columns
 from capacity_gap.runner.run_cell import run_config
 from capacity_gap.settings.declare import KEY
-from capacity_gap.settings.errors import ImpossibleCell
+from capacity_gap.settings.errors import ConfigError, ImpossibleCell
 from capacity_gap.store.contents import sweeps
 from capacity_gap.store.files import META
 from capacity_gap.store.stage import Store, closure
@@ -36,8 +38,26 @@ def test_a_cell_leaves_a_whole_record(tiny_cell):
     for name in ("student_loss", "teacher_loss", "init_loss", "teacher_entropy"):
         assert 0 < row[name] < 1.2 * math.log(1024), name
     missing = [f for f in records.RESULT_FIELDS if row[f] is None]
-    assert missing == []
+    assert missing == ["student_loss_validation"]  # asked for by evaluate.validation_tokens alone
     assert set(row) == set(columns())
+
+
+def test_a_record_keeps_the_hash_of_its_registration_and_the_loss_on_the_validation_split(tiny_cell, tmp_path):
+    page = tmp_path / "registration.md"
+    page.write_text("What counts as yes.\n")
+    evaluate = dataclasses.replace(tiny_cell.evaluate, validation_tokens=2000)
+    store = shutil.copytree(tiny_cell.store_path, tmp_path / "store")
+    asked = dataclasses.replace(tiny_cell, store=str(store), evaluate=evaluate, registration=str(page))
+    run_config(asked)
+    rows = {row["registration"]: row for row in records.read(store)}
+    (plain, registered) = rows[None], rows[hashlib.sha256(page.read_bytes()).hexdigest()]
+    assert plain["student_loss_validation"] is None and plain["trained"] == registered["trained"]
+    assert plain["student_loss"] == registered["student_loss"] != registered["student_loss_validation"]
+    assert 0 < registered["student_loss_validation"] < 1.2 * math.log(1024)
+    same = dataclasses.replace(asked, registration=None)
+    assert pipeline.resolve(same).record.digest == pipeline.resolve(asked).record.digest
+    with pytest.raises(ConfigError, match="registration=.*none.md is no file"):
+        dataclasses.replace(asked, registration=str(tmp_path / "none.md"))
 
 
 def test_the_same_cell_in_another_store_gives_the_same_bits(tiny_cell, tmp_path):

@@ -1,6 +1,7 @@
 """Recommendations: from a law, from a surface, from bounds alone; and always at what scale the fit was made."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from capacity_gap.report.recommend import bends, law_draws, read_fit, recommend
 from capacity_gap.settings.errors import UserError
 from capacity_gap.surfaces.surface import SurfaceFit, from_parameters
 from tests.test_surface import QUICK, fit_surface, grid, valley
+
+PICO = replace(family("pico"), rungs=family("pico").common_rungs)  # the rungs of study one
 
 
 def optimum(student, status="interior", *, ratio=2.5, interval=(2.0, 3.0), tokens=1_000_000, family="pico"):
@@ -39,7 +42,7 @@ def rungs(answer):
 
 
 def test_a_law_gives_each_rung_its_probability_regret_and_cost():
-    answer = recommend(family("pico"), 100_000, 1_000_000, a_law(), None)
+    answer = recommend(PICO, 100_000, 1_000_000, a_law(), None)
     found = rungs(answer)
     assert (answer.basis, answer.best) == ("law", "270k")
     assert list(found) == ["120k", "180k", "270k", "400k", "600k", "900k", "1.3m", "2m"]
@@ -52,7 +55,7 @@ def test_a_law_gives_each_rung_its_probability_regret_and_cost():
 
 
 def test_a_law_far_from_its_fit_says_so_and_is_less_sure():
-    near = recommend(family("pico"), 100_000, 1_000_000, a_law(slope=1.0, slope_interval=[0.9, 1.1]), None)
+    near = recommend(PICO, 100_000, 1_000_000, a_law(slope=1.0, slope_interval=[0.9, 1.1]), None)
     far = recommend(family("qwen2_5"), 10**9, 20 * 10**9, a_law(slope=1.0, slope_interval=[0.9, 1.1]), None)
     assert max(r.probability for r in far.rungs) < max(r.probability for r in near.rungs)
     text = far.summary()
@@ -63,15 +66,12 @@ def test_a_law_far_from_its_fit_says_so_and_is_less_sure():
 
 
 def test_tokens_per_parameter_outside_the_fit_are_a_warning():
-    assert (
-        "500 tokens per parameter lie outside"
-        in recommend(family("pico"), 100_000, 50_000_000, a_law(), None).summary()
-    )
+    assert "500 tokens per parameter lie outside" in recommend(PICO, 100_000, 50_000_000, a_law(), None).summary()
 
 
 def test_draws_of_the_law_are_used_as_they_are():
     law = a_law(draws=[[np.log(2.5), 1.0]] * 3 + [[np.log(5.5), 1.0]])
-    answer = recommend(family("pico"), 100_000, 1_000_000, law, None)
+    answer = recommend(PICO, 100_000, 1_000_000, law, None)
     assert rungs(answer)["270k"].probability == 0.75 and rungs(answer)["600k"].probability == 0.25
     np.testing.assert_array_equal(law_draws(law), law["draws"])
 
@@ -88,7 +88,7 @@ def test_a_side_without_a_flat_interval_takes_the_other():
     one = optimum(1e5) | {"flat_interval": [None, 2.5e5 * 1.5]}
     assert bends([one]) == pytest.approx((0.005 / np.log(1.5) ** 2,) * 2)
     none = a_law(optima=[optimum(n) | {"flat_interval": [None, None]} for n in (5e4, 1e5, 2e5)])
-    answer = recommend(family("pico"), 100_000, 1_000_000, none, None)
+    answer = recommend(PICO, 100_000, 1_000_000, none, None)
     assert answer.best == "270k" and rungs(answer)["270k"].regret is None
 
 
@@ -97,7 +97,7 @@ def test_without_a_law_the_bounds_say_what_they_can():
         optimum(2e5, "flat", interval=(None, None))
     ]
     law = a_law(status="censored", ratio=None, ratio_interval=None, optima=optima)
-    answer = recommend(family("pico"), 100_000, 1_000_000, law, None)
+    answer = recommend(PICO, 100_000, 1_000_000, law, None)
     assert (answer.basis, answer.best) == ("bounds", "600k")
     assert [rungs(answer)[n].allowed for n in ("400k", "600k")] == [0, 2]
     assert all(r.probability is None and r.regret is None for r in answer.rungs)
@@ -107,7 +107,7 @@ def test_without_a_law_the_bounds_say_what_they_can():
 
 def test_where_nothing_is_known_nothing_is_recommended():
     law = a_law(status="no_optimum", optima=[optimum(1e5, "flat", interval=(None, None))])
-    answer = recommend(family("pico"), 100_000, 1_000_000, law, None)
+    answer = recommend(PICO, 100_000, 1_000_000, law, None)
     assert (answer.basis, answer.best) == ("nothing", None)
     assert "No rung is recommended." in answer.summary()
 
@@ -115,7 +115,7 @@ def test_where_nothing_is_known_nothing_is_recommended():
 def test_a_surface_stands_in_where_there_is_no_law():
     surface = fit_surface(grid(valley, noise=0.002).assign(family="pico"), **QUICK)
     law = a_law(status="too_few", optima=[])
-    answer = recommend(family("pico"), 100_000, 3_000_000, law, surface)
+    answer = recommend(PICO, 100_000, 3_000_000, law, surface)
     assert (answer.basis, answer.best) == ("surface", "270k")
     assert rungs(answer)["270k"].probability > 0.9
     assert rungs(answer)["2m"].probability is None and rungs(answer)["2m"].note == "ratio never tested"
@@ -131,15 +131,15 @@ def test_a_flat_surface_recommends_the_cheapest_and_claims_no_probability():
         {"E": 2.0, "A": 20.0, "alpha": 0.3, "B": 60.0, "beta": 0.3, "c": 0.0, "k": 0.0, "ratio": 2.0, "nu": 0.0},
     )
     given = json.loads(flat.to_json()) | {"span": {"ratio": [1, 8], "student_params": [5e4, 2e5]}}
-    answer = recommend(family("pico"), 100_000, 3_000_000, None, SurfaceFit.from_json(json.dumps(given)))
+    answer = recommend(PICO, 100_000, 3_000_000, None, SurfaceFit.from_json(json.dumps(given)))
     assert (answer.basis, answer.best) == ("surface", "120k")
     assert all(r.probability is None for r in answer.rungs)
     assert "no teacher can be told from another" in answer.summary()
 
 
 def test_the_other_axis_counts_other_parameters():
-    total = recommend(family("pico"), 100_000, 1_000_000, a_law(), None)
-    other = recommend(family("pico"), 100_000, 1_000_000, a_law(axis="non_embedding"), None)
+    total = recommend(PICO, 100_000, 1_000_000, a_law(), None)
+    other = recommend(PICO, 100_000, 1_000_000, a_law(axis="non_embedding"), None)
     assert rungs(other)["270k"].ratio > rungs(total)["270k"].ratio
     assert rungs(other)["270k"].flops == rungs(total)["270k"].flops
 
@@ -204,7 +204,7 @@ def test_a_law_from_data_and_its_own_draws_agree_with_its_prediction(tmp_path):
     draws = law_draws(given)
     middle = np.median(draws[:, 0] + draws[:, 1] * np.log(1e5))
     assert np.exp(middle) == pytest.approx(law.predict(1e5), rel=0.05)
-    assert recommend(family("pico"), 100_000, 3_000_000, given, None).best == "270k"
+    assert recommend(PICO, 100_000, 3_000_000, given, None).best == "270k"
 
 
 def test_a_surface_is_not_fitted_through_runs_of_several_kinds(tmp_path, capsys):

@@ -27,6 +27,7 @@ from capacity_gap.pruning.prune_config import PruneConfig
 from capacity_gap.settings import extension
 from capacity_gap.settings.declare import default_of, setting, validate, walk
 from capacity_gap.settings.errors import ConfigError, nearest, shown
+from capacity_gap.settings.hashing import file_digest
 from capacity_gap.settings.places import RUN_WORDS, default_store, user_path
 from capacity_gap.tracking.tracking_config import MODES, TrackingConfig
 from capacity_gap.training.train_config import RECIPE_NAMES, TrainConfig
@@ -100,6 +101,11 @@ class RunConfig:
     sweep: str | None = setting(
         None, "Of one cell: the sweep of this store that it joins; of a grid: its name there.", decides=False
     )
+    registration: str | None = setting(
+        None,
+        "A file that says beforehand what a grid is to show: each new record keeps the SHA-256 of its content.",
+        decides=False,
+    )
     only: str = setting("", "One stage of the chain to compute, `name/digest`; grids set it.", decides=False)
     extend: list[str] = setting(
         [],
@@ -123,6 +129,8 @@ class RunConfig:
         validate("", self)
         if self.until is not None and self.strategy != ADAPTIVE:
             raise ConfigError(f"until={self.until:g} is read by strategy={ADAPTIVE} alone. Add it, or leave out until.")
+        if self.registration is not None:
+            file_digest(self.registration, key="registration")
         if self.prefer.wanted and not self.instruct.wanted:
             raise ConfigError(
                 "prefer.count and prefer.path are for a student that was fine-tuned on conversations: say "

@@ -229,7 +229,7 @@ def _common(family: str, scale: int) -> tuple[int, tuple[int, bool]]:
     """What a family means by a student's scale, and the rows and the tie of its common student."""
     ladder = FAMILIES[family]
     target = ladder.params[ladder.scales[scale]] if scale in ladder.scales else scale
-    return target, common_rows(ladder.rungs, target)
+    return target, common_rows(ladder.common_rungs, target)
 
 
 def without_outdated(frame: "pd.DataFrame", source: str | Path) -> "tuple[pd.DataFrame, list[str]]":

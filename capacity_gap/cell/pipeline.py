@@ -146,6 +146,12 @@ class Cell(ResolvedCell):
         """Held-out losses of one model."""
         return evaluate_stage(self, model, shape, self.tokens, self.tokenizer)
 
+    @property
+    def evaluated(self) -> Stage:
+        """Held-out losses of the distilled student, for which settings may be chosen."""
+        tokens = self.config.evaluate.validation_tokens
+        return evaluate_stage(self, self.distilled, self.student_shape, self.tokens, self.tokenizer, validation=tokens)
+
     def benchmarks(self, model: Stage) -> list[Stage]:
         """One model's scores on each benchmark."""
         return benchmark_stages(self, model, self.tokenizer, self.corpus)
@@ -159,7 +165,7 @@ class Cell(ResolvedCell):
             "trained": self.distilled,
             "evaluate_teacher": self.scored(self.teacher, self.teacher_shape),
             "evaluate_init": self.scored(self.student, self.student_shape),
-            "evaluate": self.scored(self.distilled, self.student_shape),
+            "evaluate": self.evaluated,
         }
         for whose, model in (("student", self.distilled), ("teacher", self.teacher)):
             inputs |= {f"{whose}_benchmark_{i}": stage for i, stage in enumerate(self.benchmarks(model))}

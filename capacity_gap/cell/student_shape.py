@@ -29,7 +29,7 @@ def shaped(config: RunConfig, ladder: Family, origin: str, target: int) -> tuple
     for multiple in multiples(config, target, ladder.multiple):
         try:
             shape = student_shape(
-                ladder.rungs,
+                ladder.common_rungs,
                 ladder.rungs[origin],
                 target,
                 policy=config.prune.shape,
@@ -61,7 +61,7 @@ def usual_layer_score(config: RunConfig, ladder: Family, origin: str, shape: Sha
     keeps = asked.shape == "per_teacher" and asked.depth is None
     if not asked.cuts or keeps or len(architecture(ladder.rungs[origin]).stacks) > 1:
         return None
-    return DEEP if any(dims(rung).layers > shape.layers for rung in ladder.rungs.values()) else None
+    return DEEP if any(dims(rung).layers > shape.layers for rung in ladder.common_rungs.values()) else None
 
 
 def layers_told(config: RunConfig, ladder: Family, origin: str, shape: Shape) -> dict[str, str]:

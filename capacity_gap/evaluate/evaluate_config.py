@@ -19,6 +19,14 @@ class EvaluateConfig:
     ood_tokens: int = setting(
         100_000, "Tokens of out-of-domain text.", least=1, most=10**12, untold="the same quantity, sampled otherwise"
     )
+    validation_tokens: int = setting(
+        0,
+        "Tokens of the validation split on which students are scored too, to choose settings by; 0: none.",
+        least=0,
+        most=10**12,
+        later=True,
+        untold="it adds a column and changes no other",
+    )
     batch_size: int = setting(32, "Sequences in one forward pass of an evaluation.", least=1, most=2**20, decides=False)
     tasks: list[str] = setting([], "Benchmarks, `name` or `name:shots`.", later=True, column="metrics", computed=True)
     code_tasks: list[str] = setting(

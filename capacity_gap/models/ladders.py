@@ -37,6 +37,12 @@ class Family:
     left_out: Mapping[str, str] = field(default_factory=dict)  # name of a rung or checkpoint that cannot be used → why
     aliases: Mapping[str, str] = field(default_factory=dict)  # other names of rungs
     checkpoints: Mapping[str, Checkpoint] = field(default_factory=dict)  # the rungs of a ladder of the user's own
+    added: frozenset[str] = frozenset()  # rungs that teach the common students and do not decide their shape
+
+    @cached_property
+    def common_rungs(self) -> Mapping[str, Shape]:
+        """The rungs that decide the common student's shape: a rung added later changes no student."""
+        return {rung: shape for rung, shape in self.rungs.items() if rung not in self.added}
 
     @cached_property
     def params(self) -> dict[str, int]:
@@ -115,6 +121,10 @@ PICO_HIDDEN = {
 SMALL_VOCABULARY = 8192
 SMALL_HEAD = 32
 SMALL_LAYERS = 8
+# Rungs added for study two. They lie between the others, so a curve has more points where its optimum may be.
+PICO_ADDED = {
+    "pico": {"220k": 56, "330k": 72, "460k": 88, "530k": 96, "700k": 112, "800k": 120, "1m": 136},
+}
 _ENDS = {"bos_token_id": 0, "eos_token_id": 0}
 
 
@@ -223,11 +233,11 @@ def _pico_t5(hidden: int, neurons: int) -> Shape:
 
 def _pico(name: str, make: Callable[[int, int], Shape], multiple: int = 1) -> Family:
     """The ladder of one pico architecture: for each rung, as many neurons as make its name true."""
-    rungs = {}
-    for rung, hidden in PICO_HIDDEN[name].items():
+    added, rungs = PICO_ADDED.get(name, {}), {}
+    for rung, hidden in sorted({**PICO_HIDDEN[name], **added}.items(), key=lambda named: named[1]):
         bare, one = (count_params(make(hidden, neurons)) for neurons in (1, 2))
         rungs[rung] = make(hidden, 1 + round((parse_scale(rung, key="rung") - bare) / (one - bare)))
-    return Family(name, rungs, multiple)
+    return Family(name, rungs, multiple, added=frozenset(added))
 
 
 def published_family(

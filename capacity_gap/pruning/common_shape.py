@@ -106,13 +106,15 @@ def student_shape(
 ) -> Shape:
     """The student's shape under a shape policy: `common`, `per_teacher` (the paper's), or `fixed`.
 
-    A student the size of its teacher is its teacher.
+    A student the size of its teacher is its teacher, except with `common` under a teacher that is none of `rungs`:
+    that one has no say in the shape that all others give.
 
     Raises:
         ImpossibleCell: this teacher cannot hold the shape.
     """
     own = shape_of(teacher)
     whole = depth in (None, own.layers) and experts in (None, own.experts)
+    whole = whole and (policy != "common" or teacher in rungs.values())
     if policy != "fixed" and whole and abs(own.params / target - 1) <= TOLERANCE:
         return own
     if policy == "per_teacher":

@@ -87,6 +87,9 @@ class Record:
         None, "Non-default settings of both kinds of tuning that have no column.", parts_repeats=110
     )
     prefer_rows: int | None = column(None, "Pairs to prefer the better answer of.", parts_repeats=120)
+    registration: str | None = column(
+        None, "SHA-256 of the file that said, before this record was made, what its grid is to show."
+    )
     settings: str | None = column(
         None, "Non-default settings that have no column: `prune.batches=8 train.schedule=wsd`.", parts=190
     )
@@ -106,6 +109,9 @@ class Record:
         None, "The same per byte; null too where tokens do not tell the bytes of the text.", result=True
     )
     student_loss_ood: float | None = column(None, "Loss on out-of-domain text.", result=True)
+    student_loss_validation: float | None = column(
+        None, "Loss on the validation split, for choosing settings.", result=True
+    )
     teacher_loss: float | None = column(None, "The teacher's held-out loss.", result=True)
     teacher_loss_ood: float | None = column(None, "The teacher's loss on out-of-domain text.", result=True)
     teacher_entropy: float | None = column(None, "Mean entropy of the teacher's predictions.", result=True)

@@ -137,7 +137,7 @@ def _student_shape(family: Family, student: int) -> tuple[Shape, Any]:
     )
     config = family.rungs[able[0]]
     try:
-        shape = shared = common_shape(family.rungs, student, multiple=family.multiple)
+        shape = shared = common_shape(family.common_rungs, student, multiple=family.multiple)
         # Not every rung that is large enough holds it: it may have fewer layers.
         config = next((family.rungs[r] for r in able if not unfit(shared, dims(family.rungs[r]))), config)
     except ConfigError:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from capacity_gap.settings.declare import KEY, Setting, default_of
+from capacity_gap.settings.errors import ConfigError, shown
+from capacity_gap.settings.places import ROOT, user_path
 
 
 def canonical(value: Any) -> Any:
@@ -74,6 +76,19 @@ def files_digest(files: Iterable[Path]) -> str:
     A grid asks for each of its cells, so a file is read again only if its size or time has changed.
     """
     return _files_digest(tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
+
+
+def file_digest(given: str, *, key: str) -> str:
+    """SHA-256 of the content of a file that a setting names: seen from the working directory, else from the project.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    named = user_path(given)
+    for file in (named, ROOT / named):
+        if file.is_file():
+            return hashlib.sha256(file.read_bytes()).hexdigest()
+    raise ConfigError(f"{key}={shown(given)} is no file, seen from {Path.cwd()} or {ROOT}.")
 
 
 @lru_cache(maxsize=256)

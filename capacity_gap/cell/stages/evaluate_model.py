@@ -12,12 +12,13 @@ from capacity_gap.store.stage import Stage, StageRun
 
 
 def evaluate_stage(
-    cell: ResolvedCell, model: Stage, shape: Mapping[str, Any], tokens: Stage, tokenizer: Stage
+    cell: ResolvedCell, model: Stage, shape: Mapping[str, Any], tokens: Stage, tokenizer: Stage, *, validation: int = 0
 ) -> Stage:
-    """Held-out losses of one model."""
+    """Held-out losses of one model; `validation`: tokens of the validation split that it is scored on too."""
     c = cell.config.evaluate
     given = {"tokens": c.tokens, "ood_tokens": c.ood_tokens, **cell.arithmetic}
-    seen = c.tokens + c.ood_tokens
+    given |= {"validation_tokens": validation} if validation else {}
+    seen = c.tokens + c.ood_tokens + validation
     inputs = {"model": model, "tokens": tokens}
     if (folder := cell.tokenizer_folder) and old_bytes_were_wrong(folder):
         inputs["tokenizer"] = tokenizer  # counts bytes anew: texts packed by an earlier version hold others
@@ -27,7 +28,7 @@ def evaluate_stage(
 
 
 def evaluate_model(run: StageRun) -> None:
-    """Scores both held-out splits."""
+    """Scores the held-out splits."""
     from capacity_gap.data.tokenizer import bytes_per_id, load_tokenizer
     from capacity_gap.evaluate.heldout import held_out
     from capacity_gap.models.placing import load_teacher
@@ -36,7 +37,9 @@ def evaluate_model(run: StageRun) -> None:
     found, lengths = {}, None
     if "tokenizer" in run.inputs:
         lengths = bytes_per_id(load_tokenizer(run.inputs["tokenizer"]))
-    for split, budget in (("test", run.config["tokens"]), ("ood", run.config["ood_tokens"])):
+    budgets = {"test": run.config["tokens"], "ood": run.config["ood_tokens"]}
+    budgets |= {"validation": run.config["validation_tokens"]} if "validation_tokens" in run.config else {}
+    for split, budget in budgets.items():
         found[split] = held_out(
             model,
             packed_split(run, split).counting(lengths),

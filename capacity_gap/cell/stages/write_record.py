@@ -10,13 +10,16 @@ from capacity_gap.cell.stages.shared import read_history, read_result
 from capacity_gap.models.axes import count_params
 from capacity_gap.records import RECORD, SCHEMA_VERSION, Record
 from capacity_gap.runtime.process import provenance
+from capacity_gap.settings.hashing import file_digest
 from capacity_gap.store.files import META, write_json
 from capacity_gap.store.stage import Stage, StageRun
 
 
 def record_stage(cell: ResolvedCell, inputs: Mapping[str, Stage]) -> Stage:
     """The row of this cell."""
-    return Stage("record", 1, cell.description, inputs, write_record)
+    registered = cell.config.registration
+    options = {"registration": file_digest(registered, key="registration")} if registered else {}
+    return Stage("record", 1, cell.description, inputs, write_record, options=options)
 
 
 def write_record(run: StageRun) -> None:
@@ -35,6 +38,7 @@ def write_record(run: StageRun) -> None:
         "cell": run.digest,
         "status": "done",
         **run.config,
+        "registration": run.options.get("registration"),
         "stored_params": count_params(json.loads((run.inputs["trained"] / "config.json").read_text())),
         "trained": run.inputs["trained"].name,
         "held_out_tokens": student["test"]["tokens"],
@@ -42,6 +46,7 @@ def write_record(run: StageRun) -> None:
         "student_loss_stderr": student["test"]["stderr"],
         "student_bits_per_byte": student["test"]["bits_per_byte"],
         "student_loss_ood": student["ood"]["loss"],
+        "student_loss_validation": student["validation"]["loss"] if "validation" in student else None,
         "teacher_loss": teacher["test"]["loss"],
         "teacher_loss_ood": teacher["ood"]["loss"],
         "teacher_entropy": teacher["test"]["entropy"],
