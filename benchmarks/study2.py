@@ -1,0 +1,153 @@
+"""Study two: its records, its forecast and its answers (docs/study2.md).
+
+python -m benchmarks.study2 export STORE...   copy finished cells out of stores, to results/pico2/
+python -m benchmarks.study2 forecast          the odds of question 3, from studies one and two: forecast.csv
+python -m benchmarks.study2 answers           every answer that the records allow so far, as tables
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from benchmarks.study import load as study_one
+from benchmarks.study2_answers import (
+    Slope,
+    foretold,
+    judged,
+    one_loss,
+    optimum,
+    optimum_row,
+    plain,
+    rates,
+    recipe,
+    seen,
+    stands,
+    starts,
+    taught_less_direct,
+)
+from benchmarks.study_arms import arms_of, main_of
+from benchmarks.study_tables import markdown
+from capacity_gap import records
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "results" / "pico2"
+FORECAST = RECORDS / "forecast.csv"
+DROPPED = ("error", "micro_batch", "created", "schema_version", "peak_memory_bytes", "ranks")
+SWEEPS = ("optimum", "rates", "starts", "forecast", "recipe")
+
+
+def load(sweep: str) -> pd.DataFrame:
+    """The finished cells of one part of the study, each once; none where it has not been run."""
+    file = RECORDS / f"study2_{sweep}.csv"
+    return records.load(file).drop_duplicates("cell").reset_index(drop=True) if file.exists() else pd.DataFrame()
+
+
+def export(stores: Sequence[str]) -> None:
+    """One CSV a part, what was published before kept, without what only the machine knows."""
+    from capacity_gap.store import contents
+
+    for store in stores:
+        frame = records.load(store)
+        for name, cells in contents.sweeps(contents.open_store(store)).items():
+            part = name.removeprefix("study2_")
+            mine = frame[("record/" + frame["cell"]).isin(list(cells)) & (frame["status"] == "done")]
+            if part not in SWEEPS or part == name or mine.empty:
+                continue
+            mine = mine.drop(columns=list(DROPPED)).dropna(axis=1, how="all")
+            RECORDS.mkdir(parents=True, exist_ok=True)
+            file = RECORDS / f"{name}.csv"
+            known = pd.read_csv(file) if file.exists() else mine.iloc[:0]
+            found = pd.concat([known, mine[~mine["cell"].isin(known["cell"])]]).sort_values("cell")
+            found.to_csv(file, index=False, float_format="%.6g")
+            print(f"{name}: {len(found)} cells")
+
+
+def tell_forecast() -> None:
+    """Writes question 3's odds, once: they are fixed before its cells run."""
+    if FORECAST.exists():
+        raise SystemExit(f"{FORECAST.relative_to(ROOT)} is there. A forecast is made once, before its cells.")
+    if len(load("forecast")):
+        raise SystemExit("cells of question 3 have run: a forecast can no longer be made.")
+    told = foretold(plain(main_of(arms_of(study_one())).frame), plain(load("optimum")))
+    told.to_csv(FORECAST, index=False, float_format="%.6g")
+    print(f"{len(told)} pairs in {FORECAST.relative_to(ROOT)}")
+
+
+def answers() -> dict[str, str]:
+    """A table for each question whose cells are there."""
+    found: dict[str, str] = {}
+    main, behind, pairs, grid = (load(name) for name in ("optimum", "starts", "forecast", "recipe"))
+    if len(main):
+        main = plain(main)
+        row = optimum_row(optimum(main))
+        found["optimum"] = markdown(list(row), [[str(v) for v in row.values()]])
+        found["one_loss"] = loss_table(main)
+    if len(tuning := load("rates")):
+        found["rates"] = rows_table(rates(tuning))
+    if len(behind):
+        behind = plain(behind)
+        found["starts"] = slopes_table(starts(behind))
+        found["controls"] = rows_table(taught_less_direct(behind))
+        if len(main):
+            found["seen"] = slopes_table(seen(behind, main))
+    if len(pairs) and FORECAST.exists():
+        before = pd.concat([plain(main_of(arms_of(study_one())).frame), main], ignore_index=True)
+        found["forecast"] = rows_table(judged(pd.read_csv(FORECAST), plain(pairs), before))
+    if len(grid):
+        grid = plain(grid)
+        usual = grid[(grid["kd_weight"] == 0.5) & (grid["learning_rate"].eq(usual_rate(grid)))]
+        contrasts = recipe(grid, usual, plain(main_of(arms_of(study_one())).frame))
+        rows = [[name, str(value)] for name, value in contrasts.items()]
+        found["recipe"] = markdown(["900k less 120k", "nats"], [*rows, ["the break-even", stands(contrasts)]])
+    return found
+
+
+def rows_table(rows: pd.DataFrame) -> str:
+    """A table as it is, with four decimals."""
+    return markdown(list(rows), [[str(value) for value in row] for row in rows.round(4).to_numpy()])
+
+
+def usual_rate(grid: pd.DataFrame) -> pd.Series:
+    """The recipe's rate of each student: the middle one of those that were tried."""
+    return grid.groupby("student")["learning_rate"].transform(lambda rates: sorted(rates.unique())[1])
+
+
+def slopes_table(slopes: dict[str, Slope]) -> str:
+    """What each slope is, its p against zero, and what is established."""
+    rows = [[name, str(s), f"{s.p:.2g}", s.sign + (", small" if s.small else "")] for name, s in slopes.items()]
+    return markdown(["quantity", "nats per unit of log teacher size", "p", "established"], rows)
+
+
+def loss_table(frame: pd.DataFrame) -> str:
+    """Question 6, a row a measure."""
+    measures = {"student_loss_ood": ("student_loss_ood", -1)}
+    for task in ("pico_cloze", "pico_next"):
+        if f"metrics/{task}" in frame:
+            measures[task] = (f"metrics/{task}", 1)
+    rows = []
+    for name, (column, better) in measures.items():
+        found = one_loss(frame, column, better=better)
+        rows.append([name, *(f"{found[k]:.4f}" for k in ("discordant", "across", "own", "excess"))])
+        rows[-1] += [f"{found['excess_low']:.4f} to {found['excess_high']:.4f}"]
+        rows[-1] += [f"{found['regret']:.4f} of {found['range']:.4f}"]
+    return markdown(["measure", "discordant", "across", "own", "excess", "95 %", "regret of range"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("export", "forecast", "answers"))
+    parser.add_argument("stores", nargs="*")
+    given = parser.parse_args()
+    if given.what == "export":
+        export(given.stores)
+    elif given.what == "forecast":
+        tell_forecast()
+    else:
+        for name, table in answers().items():
+            print(f"{name}\n{table}\n")
+
+
+if __name__ == "__main__":
+    main()
