@@ -70,7 +70,7 @@ evidence: $(VENV)/.installed  ## the long runs whose tables are in results/
 	$(BIN)/python -m benchmarks.kd_vs_direct store
 
 docs: $(VENV)/.installed  ## the pages that are made from the code
-	$(BIN)/python -m capacity_gap settings --page > docs/settings.md
+	$(BIN)/python -m capacity_gap.commands.reference docs
 
 study-figures: $(VENV)/.installed  ## every figure and number of the pico study, from results/pico
 	$(BIN)/python -m benchmarks.study figures

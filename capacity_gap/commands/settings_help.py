@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from capacity_gap.cell.config import TUNING, RunConfig, choices
-from capacity_gap.records.record import Column, columns
 from capacity_gap.settings.declare import Declared, allowed_text, walk
 from capacity_gap.settings.places import CONF
 
@@ -75,17 +74,11 @@ def settings_page() -> str:
         "stages that it decides; the record tells it in the column named, or in the text `settings` where it is not "
         "the default. The others say how, where or whether something runs.",
         "",
+        "What a record holds: [Columns of a record](columns.md).",
+        "",
         *_tables(),
-        "# Columns of a record",
-        "",
-        "Null is what was not measured, and some settings at their default. The fit parts curves by the columns "
-        "marked yes; those marked *repeats* part only cells that agree in everything else, their seeds too.",
-        "",
-        "| column | type | meaning | from | parts curves |",
-        "|---|---|---|---|---|",
-        *(f"| `{c.name}` | {_kind(c.kind)} | {c.meaning} | {_source(c)} | {_parts(c)} |" for c in columns().values()),
     ]
-    return "\n".join(text) + "\n"
+    return "\n".join(text).rstrip() + "\n"
 
 
 def _tables() -> Iterator[str]:
@@ -114,15 +107,3 @@ def _told(known: Declared) -> str:
         return f"`{s.column}`" if s.column else str(s.untold)
     text = "`instruct_settings`" if known.key.split(".")[0] in TUNING else "`settings`"
     return f"{text} by content" if s.content else text if s.decides else ""
-
-
-def _source(column: Column) -> str:
-    return f"`{column.source}`" if column.source else ""
-
-
-def _parts(column: Column) -> str:
-    return "repeats" if column.parts_repeats is not None else "yes" if column.parts is not None else ""
-
-
-def _kind(kind: str) -> str:
-    return kind.replace("typing.", "").replace("|", "or")

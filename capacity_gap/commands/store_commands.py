@@ -51,7 +51,7 @@ def _add_sync(commands: Any) -> None:
 
 
 def _action(actions: Any, name: str, run: Any, does: str) -> argparse.ArgumentParser:
-    action = actions.add_parser(name, help=does)
+    action = actions.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}.")
     action.add_argument("store", nargs="?", default=default_store(), help="default: %(default)s")
     action.set_defaults(run=lambda given: run(_open(given.store), given))
     return action
