@@ -336,6 +336,13 @@ def test_a_grid_over_its_budget_is_refused_before_anything_is_written(tiny, tmp_
     assert not (tmp_path / "s").exists()
 
 
+def test_a_detached_grid_is_planned_here_and_not_submitted(tiny, tmp_path):
+    slurm = ["hydra/launcher=slurm", "hydra.launcher.detach=true", "student=40k", "teacher=55k,80k", "plan=true"]
+    done = run_here("-m", *tiny, *slurm, f"store={tmp_path / 's'}", cwd=tmp_path)
+    assert done.returncode == 0 and "plan: 2 cells" in done.stdout
+    assert not (tmp_path / "s").exists()
+
+
 @pytest.mark.slow
 def test_one_calibration_cell_foretells_a_grid(tiny, tmp_path):
     """A wide band: this machine may be busy. The claim of ±30 % is measured by benchmarks/plan.py."""

@@ -195,7 +195,7 @@ class GridSweeper(BasicSweeper):
         ladder = own_ladder(composed)
         jobs = [Job(*_in_ladder(overrides, one, ladder)) for overrides, one in zip(cells, composed, strict=True)]
         launcher = self.config.hydra.launcher
-        if getattr(self.launcher, "detach", False):
+        if getattr(self.launcher, "detach", False) and not any(one.get("plan") for one in composed):
             self.launcher.submit_grid([*run_command(), *sys.argv[1:]], check_grid(jobs).root)
             return
         batch, pool = self.max_batch_size, _is_joblib(launcher)
