@@ -69,8 +69,10 @@ evidence: $(VENV)/.installed  ## the long runs whose tables are in results/
 	$(BIN)/python run.py -m +sweeps=kd_vs_direct prune.init=random distill=default distill.temperature=0.25,0.5,2,4
 	$(BIN)/python -m benchmarks.kd_vs_direct store
 
-docs: $(VENV)/.installed  ## the pages that are made from the code
+docs: $(VENV)/.installed  ## the pages that are made from the code, then all pages as a site: site/index.html
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/python -m capacity_gap.commands.reference docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 study-figures: $(VENV)/.installed  ## every figure and number of the pico study, from results/pico
 	$(BIN)/python -m benchmarks.study figures
