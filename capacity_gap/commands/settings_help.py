@@ -71,7 +71,7 @@ def settings_page() -> str:
         "# Settings",
         "",
         "Made from the declarations by `make docs`. A setting that decides the result is part of the identity of the "
-        "stages that it decides; the record tells it in the column named, or in the text `settings` where it is not "
+        "stages that it decides. The record tells it in the column named, or in the text `settings` where it is not "
         "the default. The others say how, where or whether something runs.",
         "",
         "What a record holds: [Columns of a record](columns.md).",
