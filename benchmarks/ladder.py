@@ -1,4 +1,4 @@
-"""The pico ladder: held-out loss of every rung, with seed noise. Writes the table and the figure of the README.
+"""The pico ladder: held-out loss of every rung, with seed noise. Writes the table and the figure of docs/ladder.md.
 
 python run.py -m +sweeps=ladder_equal  (then ladder_equal_seeds, ladder_proportional, ladder_proportional_seeds)
 python benchmarks/ladder.py store

@@ -47,7 +47,7 @@ from capacity_gap.settings.scales import parse_scale
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = 8  # significant ones of published numbers: the last of sixteen differ between processors
-RECORDS, PAGES = ROOT / "results" / "pico", (ROOT / "docs" / "study.md", ROOT / "README.md")
+RECORDS, PAGES = ROOT / "results" / "pico", (ROOT / "docs" / "study.md",)
 DRAWN = ("main", "random start", "shared start, cut from 120k", "teachers at 2x tokens")
 DROPPED = ("error", "git_commit", "micro_batch", "created", "schema_version", "peak_memory_bytes", "ranks")
 

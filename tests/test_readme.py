@@ -54,7 +54,25 @@ def test_links_lead_somewhere(link):
     assert (ROOT / link).exists()
 
 
+def test_it_is_short():
+    assert len(README.split()) <= 900
+
+
+FINDINGS = re.findall(r"^\| [^|]+ \| ([^|]+) \| \[[^\]]+\]\(([^)]+)\) \|$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("number", "page"), FINDINGS)
+def test_numbers_of_the_findings_stand_in_the_page_that_is_named(number, page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.findall(r"\d[\d.]*\d|\d", number.replace("SmolLM2", ""))
+    assert found and [n for n in found if n not in text] == []
+
+
+def test_there_are_findings_to_check():
+    assert len(FINDINGS) >= 5
+
+
 def test_paths_that_the_readme_names_exist():
-    named = set(re.findall(r"`((?:capacity_gap|conf|sweeps|docs)/[\w./]+)`", README))
+    named = set(re.findall(r"`((?:capacity_gap|conf|sweeps|docs)/[\w./]*)`", README))
     assert named
     assert [p for p in named if not (ROOT / p).exists()] == []
