@@ -17,6 +17,7 @@ demo: $(VENV)/.installed  ## the whole road on real text: five to thirteen minut
 	$(BIN)/python run.py -m +sweeps=quick
 	$(BIN)/python -m capacity_gap fit store --sweep quick --out figures
 	$(BIN)/python -m capacity_gap report store --sweep quick --out figures/report.html
+	$(BIN)/python -m capacity_gap beside store --sweep quick
 
 test: $(VENV)/.installed  ## the default tests
 	$(BIN)/python -m pytest -q -n auto --dist loadfile

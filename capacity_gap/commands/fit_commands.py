@@ -1,20 +1,21 @@
-"""The commands `fit`, `recommend` and `next`: what a table of records says about teachers."""
+"""The commands `fit`, `recommend`, `next` and `beside`: what a table of records says about teachers."""
 
 import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.commands import next_command
+from capacity_gap.commands import beside_command, next_command
 from capacity_gap.commands.options import COLUMNS, columns, out_folder
 from capacity_gap.settings.errors import UserError, shown
 
 
 def add(commands: Any) -> None:
-    """Adds the three commands to the command line's parser."""
+    """Adds the commands to the command line's parser."""
     _add_fit(commands)
     _add_recommend(commands)
     next_command.add(commands)
+    beside_command.add(commands)
 
 
 def _add_fit(commands: Any) -> None:
