@@ -75,8 +75,9 @@ docs: $(VENV)/.installed  ## the pages that are made from the code, then all pag
 	$(BIN)/python -m capacity_gap.commands.reference docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-study-figures: $(VENV)/.installed  ## every figure and number of the pico study, from results/pico
+study-figures: $(VENV)/.installed  ## every figure and number of the studies, from results/pico and results/pico2
 	$(BIN)/python -m benchmarks.study figures
+	$(BIN)/python -m benchmarks.study2 figures
 
 notebooks: $(VENV)/.installed  ## runs the notebooks and keeps their outputs
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb

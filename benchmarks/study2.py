@@ -1,16 +1,22 @@
 """Study two: its records, its forecast and its answers (docs/study2.md).
 
-python -m benchmarks.study2 export STORE...   copy finished cells out of stores, to results/pico2/
-python -m benchmarks.study2 forecast          the odds of question 3, from studies one and two: forecast.csv
-python -m benchmarks.study2 answers           every answer that the records allow so far, as tables
+    python -m benchmarks.study2 export STORE...   copy finished cells out of stores, to results/pico2/
+    python -m benchmarks.study2 forecast          the odds of question 3, from studies one and two: forecast.csv
+    python -m benchmarks.study2 figures           the tables and figures of docs/study2.md, from the records
+    python -m benchmarks.study2 rerun STORE       one cell of each part again, in an empty store: rerun.csv
+
+Tables stand in the page between `<!-- NAME -->` and `<!-- /NAME -->`; a test makes them again and compares.
 """
 
 import argparse
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
+from benchmarks.study import filled
 from benchmarks.study import load as study_one
 from benchmarks.study2_answers import (
     Slope,
@@ -30,12 +36,16 @@ from benchmarks.study2_answers import (
 from benchmarks.study_arms import arms_of, main_of
 from benchmarks.study_tables import markdown
 from capacity_gap import records
+from capacity_gap.report.joint_tables import plot_joint
+from capacity_gap.report.plots import save_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "results" / "pico2"
 FORECAST = RECORDS / "forecast.csv"
 DROPPED = ("error", "micro_batch", "created", "schema_version", "peak_memory_bytes", "ranks")
-SWEEPS = ("optimum", "rates", "starts", "forecast", "recipe")
+PAGE = ROOT / "docs" / "study2.md"
+SWEEPS = {"optimum": 228, "rates": 40, "starts": 244, "forecast": 78, "recipe": 324}  # cells of each part
+TABLES = ("cells", "optimum", "one_loss", "rates", "starts", "controls", "seen", "forecast", "recipe")
 
 
 def load(sweep: str) -> pd.DataFrame:
@@ -76,8 +86,9 @@ def tell_forecast() -> None:
 
 
 def answers() -> dict[str, str]:
-    """A table for each question whose cells are there."""
-    found: dict[str, str] = {}
+    """A table for each question whose cells are there; those of the others say that they are not."""
+    found = dict.fromkeys(TABLES, "*(not run yet)*")
+    found["cells"] = rows_table(counts())
     main, behind, pairs, grid = (load(name) for name in ("optimum", "starts", "forecast", "recipe"))
     if len(main):
         main = plain(main)
@@ -109,6 +120,58 @@ def rows_table(rows: pd.DataFrame) -> str:
     return markdown(list(rows), [[str(value) for value in row] for row in rows.round(4).to_numpy()])
 
 
+def counts() -> pd.DataFrame:
+    """How many cells of each part have been run, of how many that were registered."""
+    rows = [{"part": f"study2_{name}", "run": len(load(name)), "registered": of} for name, of in SWEEPS.items()]
+    return pd.DataFrame(rows)
+
+
+def figures() -> None:
+    """Writes the tables of the page, and the figures of question 1."""
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), answers()), encoding="utf-8")
+    if len(main := load("optimum")):
+        save_figure(plot_joint(optimum(plain(main))), ROOT / "docs" / "study2_joint", dpi=110)
+        (ROOT / "docs" / "study2_joint.svg").unlink()
+
+
+def rerun(store: str) -> None:
+    """Runs the cell of the smallest digest of each part in another store, and notes both losses."""
+    rows = []
+    for name in SWEEPS:
+        if not len(frame := load(name)):
+            continue
+        cell = frame.sort_values("cell").iloc[0]
+        subprocess.run([sys.executable, str(ROOT / "run.py"), *overrides(name, cell), f"store={store}"], check=True)
+        again = records.load(store).set_index("cell").loc[cell["cell"]]
+        row = {"part": name, "cell": cell["cell"], "published": cell["student_loss"], "again": again["student_loss"]}
+        rows.append(row | {"difference": again["student_loss"] - cell["student_loss"]})
+        pd.DataFrame(rows).to_csv(RECORDS / "rerun.csv", index=False, float_format="%.8g")
+    print(pd.DataFrame(rows).to_string())
+
+
+def overrides(name: str, cell: pd.Series) -> list[str]:
+    """What `run.py` takes to make one cell of a part."""
+    words = [f"+sweeps=study2_{name}", *(f"{k}={cell[k]}" for k in ("student", "teacher", "seed"))]
+    words += [f"data={int(cell['data_tokens'])}", "hydra/launcher=basic"]
+    if name in ("rates", "starts"):
+        words += [f"prune.init={cell['init']}"] + ["prune.init_data=1m"] * (cell["init"] == "pretrained")
+        words += ["distill=direct"] * (cell["kd_weight"] == 0)
+    if name in ("rates", "starts", "recipe"):
+        words.append(f"train.learning_rate_times_width={times_width(name, cell):g}")
+    return [*words, f"distill.kd_weight={cell['kd_weight']:g}"] if name == "recipe" else words
+
+
+def times_width(name: str, cell: pd.Series) -> float:
+    """The peak rate times width of a cell, from the published rate: the recipe's is 0.4 for every student."""
+    frame = load(name)
+    frame = frame[frame["student"] == cell["student"]]
+    if name == "starts":
+        usual = frame[frame["init"] == "pruned"]["learning_rate"].iloc[0]
+    else:
+        usual = sorted(frame["learning_rate"].unique())[-2]  # 0.4 of 0.05 to 0.8, and of 0.2 to 0.8
+    return round(0.4 * float(cell["learning_rate"] / usual), 3)
+
+
 def usual_rate(grid: pd.DataFrame) -> pd.Series:
     """The recipe's rate of each student: the middle one of those that were tried."""
     return grid.groupby("student")["learning_rate"].transform(lambda rates: sorted(rates.unique())[1])
@@ -137,16 +200,17 @@ def loss_table(frame: pd.DataFrame) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("export", "forecast", "answers"))
+    parser.add_argument("what", choices=("export", "forecast", "figures", "rerun"))
     parser.add_argument("stores", nargs="*")
     given = parser.parse_args()
     if given.what == "export":
         export(given.stores)
     elif given.what == "forecast":
         tell_forecast()
+    elif given.what == "rerun":
+        rerun(*given.stores)
     else:
-        for name, table in answers().items():
-            print(f"{name}\n{table}\n")
+        figures()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from benchmarks import study2
+from benchmarks.study import filled
 from benchmarks.study2_answers import (
     PAIRS,
     Estimate,
@@ -23,6 +24,7 @@ from benchmarks.study2_answers import (
     tuned,
 )
 from benchmarks.study2_power import ALL, EIGHT, cells, expected, of_recipe, scatter
+from capacity_gap.cell import pipeline
 from tests.conftest import ROOT
 
 PAGE = ROOT / "docs" / "study2_registration.md"
@@ -125,6 +127,25 @@ def test_a_forecast_of_a_clear_law_beats_even_odds_and_its_regret_is_small():
     (row,) = judged(told, came, known).to_dict("records")
     assert row["brier"] < 0.25 and row["regret"] < 0.3 * row["regret of the mean rung"]
     assert told["odds"].between(0, 1).all() and set(told["student"]) == {s for s, _, _ in PAIRS}
+
+
+def test_tables_of_the_page_are_those_of_the_records():
+    text = study2.PAGE.read_text(encoding="utf-8")
+    tables = study2.answers()
+    assert all(f"<!-- {name} -->" in text for name in tables)
+    assert filled(text, tables) == text, "run `make study-figures`"
+
+
+def test_the_command_of_a_rerun_makes_the_published_cell():
+    for name in (name for name in study2.SWEEPS if len(study2.load(name))):
+        for _, cell in study2.load(name).sort_values("cell").head(3).iterrows():
+            assert composed(study2.overrides(name, cell)) == cell["cell"], name
+
+
+def composed(words):
+    from tests.conftest import compose
+
+    return pipeline.resolve(compose(words)).record.digest
 
 
 def test_every_record_carries_the_hash_of_the_registration():
