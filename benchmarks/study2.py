@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from benchmarks.study import filled
@@ -45,7 +46,7 @@ FORECAST = RECORDS / "forecast.csv"
 DROPPED = ("error", "micro_batch", "created", "schema_version", "peak_memory_bytes", "ranks")
 PAGE = ROOT / "docs" / "study2.md"
 SWEEPS = {"optimum": 228, "rates": 40, "starts": 244, "forecast": 78, "recipe": 324}  # cells of each part
-TABLES = ("cells", "optimum", "one_loss", "rates", "starts", "controls", "seen", "forecast", "recipe")
+TABLES = ("cells", "optimum", "one_loss", "rates", "starts", "controls", "seen", "forecast", "odds", "recipe")
 
 
 def load(sweep: str) -> pd.DataFrame:
@@ -106,6 +107,7 @@ def answers() -> dict[str, str]:
     if len(pairs) and FORECAST.exists():
         before = pd.concat([plain(main_of(arms_of(study_one())).frame), main], ignore_index=True)
         found["forecast"] = rows_table(judged(pd.read_csv(FORECAST), plain(pairs), before))
+        found["odds"] = odds_table(pd.read_csv(FORECAST), plain(pairs), before)
     if len(grid):
         grid = plain(grid)
         usual = grid[(grid["kd_weight"] == 0.5) & (grid["learning_rate"].eq(usual_rate(grid)))]
@@ -170,6 +172,33 @@ def times_width(name: str, cell: pd.Series) -> float:
     else:
         usual = sorted(frame["learning_rate"].unique())[-2]  # 0.4 of 0.05 to 0.8, and of 0.2 to 0.8
     return round(0.4 * float(cell["learning_rate"] / usual), 3)
+
+
+def odds_table(told: pd.DataFrame, came: pd.DataFrame, before: pd.DataFrame) -> str:
+    """Over the pairs of all curves: Brier scores, and how often the likelier teacher won, by the odds it was given."""
+    curves = judged(told, came, before)
+    rows = [
+        [name, f"{np.average(curves[column], weights=curves['pairs']):.4f}"]
+        for name, column in (
+            ("Brier score of the odds", "brier"),
+            ("of the order in the nearest curve", "brier, nearest budget"),
+            ("of even odds", "brier, even odds"),
+        )
+    ]
+    means = came.groupby(["student", "data_tokens", "teacher"])["loss"].mean()
+    keys = told[["student", "data_tokens"]].apply(tuple, axis=1)
+    won = [
+        means.get((*k, large), np.nan) - means.get((*k, small), np.nan)
+        for k, small, large in zip(keys, told["small"], told["large"], strict=True)
+    ]
+    kept = told.assign(larger=np.array(won) < 0)[~np.isnan(won)]
+    sure = np.maximum(kept["odds"], 1 - kept["odds"])
+    right = (kept["odds"] > 0.5) == kept["larger"]
+    for low, high in ((0.5, 0.7), (0.7, 0.9), (0.9, 1.0)):
+        part = (sure > low) & (sure <= high)
+        said = f"{right[part].mean():.0%} right, {sure[part].mean():.0%} expected" if part.any() else "none"
+        rows.append([f"odds of {low:.0%} to {high:.0%} ({part.sum()} pairs)", said])
+    return markdown(["over all pairs", "found"], rows)
 
 
 def usual_rate(grid: pd.DataFrame) -> pd.Series:
