@@ -13,7 +13,7 @@ from capacity_gap.cell.resolved import ResolvedCell
 from capacity_gap.data.corpora import CORPORA
 from capacity_gap.data.corpus_config import CorpusConfig
 from capacity_gap.data.sources import size
-from capacity_gap.models.accounting import Memory, device_bytes, peak_flops, train_flops
+from capacity_gap.models.accounting import Memory, device_bytes, forward_flops, peak_flops, train_flops
 from capacity_gap.models.axes import count_params
 from capacity_gap.runner.cost import makespan
 from capacity_gap.runner.machines import Machines, Worker, worker_of
@@ -207,6 +207,15 @@ def test_the_plan_of_a_grid_counts_shared_stages_once(tiny, tmp_path):
     assert plan.worker_s == pytest.approx(plan.flops / 1e9)
     assert plan.worker_s / 2 < plan.wall_s < plan.worker_s
     assert not tmp_path.joinpath("store.json").exists(), "planning writes nothing"
+
+
+def test_a_plan_counts_a_pass_for_each_layer_that_is_scored(tiny):
+    width, depth = (
+        pipeline.resolve(compose([*tiny, "student=40k", "teacher=120k", *more])) for more in ([], ["prune.depth=3"])
+    )
+    seen = depth.config.prune.batches * depth.score_batch * depth.sequence_length
+    assert width.scores.cost == train_flops(width.teacher_shape, seen)
+    assert depth.scores.cost - width.scores.cost == 4 * forward_flops(depth.teacher_shape, seen)
 
 
 def test_what_is_there_costs_nothing(tiny_cell):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from capacity_gap.cell.stages.score_units import _calibration
+from capacity_gap.cell.stages.score_units import Reread, _calibration
 from capacity_gap.data import packing
 from capacity_gap.models.axes import architecture, config_with, count_params, dims, pattern_of
 from capacity_gap.models.building import auto_class
@@ -213,6 +213,14 @@ def test_a_layer_that_does_nothing_has_no_influence(name):
     assert rise[1].abs() < 1e-9
     assert influence[0] > 1e-3
     assert rise[0].abs() > 1e-3
+
+
+def test_scores_of_layers_tell_how_far_they_are():
+    """Thirty layers take minutes: without this neither progress was shown nor a request to stop seen."""
+    read = []
+    again = Reread(TOKENS, read.append)
+    assert torch.equal(loss_increase(small_model("llama"), again), loss_increase(small_model("llama"), TOKENS))
+    assert read == list(range((1 + 3) * len(TOKENS))), "the whole model, then without each layer"
 
 
 @pytest.mark.parametrize("rung", list(PICO.rungs))

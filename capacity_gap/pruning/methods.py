@@ -257,7 +257,7 @@ def loss_increase(model: Any, batches: Iterable[Tensor]) -> Tensor:
     from capacity_gap.pruning.hooks import layers_of
 
     table, sizes = cuttable(model.config), dims(model.config)
-    kept: Sequence[Tensor] = list(batches)
+    kept: Sequence[Tensor] = batches if isinstance(batches, list) else list(batches)
     layers = layers_of(model, table, sizes)
     whole = _mean_loss(model, kept)
     rises = []
