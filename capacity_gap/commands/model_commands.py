@@ -22,7 +22,9 @@ def add(commands: Any) -> None:
 def _add_check(commands: Any) -> None:
     told = "Prove that a model can be cut: a small one of its structure is cut along every axis."
     check = commands.add_parser("check", description=told)
-    check.add_argument("model", help="a folder, ORG/NAME, FILE.gguf, FAMILY:RUNG, or a model_type such as gemma3_text")
+    check.add_argument(
+        "model", help="a folder, ORG/NAME, FILE.gguf, pip:PACKAGE/FILE.gguf, FAMILY:RUNG, or a model_type"
+    )
     check.set_defaults(run=run_check)
 
 

@@ -9,14 +9,13 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.models.gguf_files import described
+from capacity_gap.models.gguf_files import GGUF, PIP, described, packaged
 from capacity_gap.models.hub import NotHad, planning_files
 from capacity_gap.settings.errors import ConfigError, shown
 from capacity_gap.settings.hashing import files_digest
 from capacity_gap.settings.places import ON_HUB, user_path
 from capacity_gap.settings.scales import is_scale
 
-GGUF = ".gguf"
 SHORT = 8  # digits of a commit in a name
 NOT_HERE = Path()  # the folder of a rung that is published: its shape is known, and nothing was fetched
 DESCRIBES = ("config.json", "tokenizer.json")  # what a checkpoint's identity holds beside its weights
@@ -27,7 +26,7 @@ class Checkpoint:
     """A model that is there already."""
 
     name: str  # as records call it
-    source: str  # what transformers is given: a folder, a repository, or a .gguf file
+    source: str  # what transformers is given: a folder, a repository, or the path of a .gguf file
     folder: Path  # where its config.json and tokenizer.json can be read now
     revision: str | None = None  # of a repository: the commit
     aliases: tuple[str, ...] = ()  # other ways to name it
@@ -65,16 +64,17 @@ def is_checkpoint(given: str) -> bool:
 
 
 def checkpoint(given: str) -> Checkpoint:
-    """The checkpoint that a user names: FOLDER, FILE.gguf or ORG/NAME[@REVISION].
+    """The checkpoint that a user names: FOLDER, FILE.gguf, pip:PACKAGE/FILE.gguf or ORG/NAME[@REVISION].
 
     Raises:
-        ConfigError: there is no such folder or file, or a repository cannot be had.
+        ConfigError: there is no such folder, file or package, or a repository cannot be had.
     """
-    path = user_path(given).absolute()
+    path = packaged(given) if given.startswith(PIP) else user_path(given).absolute()
     if given.endswith(GGUF):
         if not path.is_file():
             raise ConfigError(f"{shown(given)}: there is no such file, seen from {Path.cwd()}.")
-        return Checkpoint(path.name, str(path), _described(path, path.stat().st_size, path.stat().st_mtime_ns))
+        folder = _described(path, path.stat().st_size, path.stat().st_mtime_ns)
+        return Checkpoint(path.name, str(path), folder, aliases=(given,))
     repository, _, revision = given.partition("@")
     if path.is_dir() or not ON_HUB.fullmatch(repository) or (revision and not re.fullmatch(r"[\w./-]+", revision)):
         return Checkpoint(path.name, str(path), path)

