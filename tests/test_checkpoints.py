@@ -13,6 +13,7 @@ from capacity_gap import records
 from capacity_gap.cell import pipeline
 from capacity_gap.commands import cli
 from capacity_gap.data.tokenizer import train_tokenizer
+from capacity_gap.export.student import export
 from capacity_gap.models import folders
 from capacity_gap.models.hub import planning_files
 from capacity_gap.models.loading import checkpoint_folder, load_model
@@ -236,6 +237,7 @@ def gguf_file(models, tmp_path):
     out.add_rope_dimension_count(config.head_dim)
     out.add_layer_norm_rms_eps(config.rms_norm_eps)
     out.add_vocab_size(VOCAB)
+    out.add_license("apache-2.0")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())["model"]
     out.add_tokenizer_model("gpt2")
     out.add_token_list(sorted(tokenizer["vocab"], key=tokenizer["vocab"].get))
@@ -268,6 +270,8 @@ def test_a_gguf_file_is_turned_into_numbers_once(hub, gguf_file, models, given, 
     assert all(torch.allclose(found[name], tensor) for name, tensor in theirs.items())
     (row,) = records.read(store)
     assert (row["teacher"], row["start"], row["family"]) == ("own.gguf", "own.gguf", "checkpoints")
+    card = (export(Store(store), cell.record.digest, tmp_path / "export") / "README.md").read_text()
+    assert "- the file own.gguf: Apache-2.0\n" in card, "the licence is that of the file's header"
     gguf_file.write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ConfigError, match=r"own.gguf cannot be read as a GGUF file"):
         pipeline.resolve(compose([*given, f"teacher={gguf_file}", "student=5k"]))

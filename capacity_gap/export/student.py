@@ -154,23 +154,28 @@ class Lineage:
     @property
     def base_models(self) -> list[str]:
         """Published checkpoints on the hub behind the model."""
-        return sorted({name for name in self._checkpoints if ON_HUB.fullmatch(name)})
+        return sorted({name for name, _ in self._checkpoints if ON_HUB.fullmatch(name)})
 
     @property
-    def _checkpoints(self) -> Iterator[str]:
+    def _checkpoints(self) -> Iterator[tuple[str, str | None]]:
+        """Each with the licence that its file names, if it is a file that names one."""
         for folder in self.ancestors:
             if (folder / POINTER).exists():
                 pointer = read_json(folder / POINTER)
-                yield f"/{pointer['file']}" if "file" in pointer else pointer["repository"]
+                name = f"/{pointer['file']}" if "file" in pointer else pointer["repository"]
+                yield name, pointer.get("licence")
 
     @property
     def parents(self) -> list[tuple[str, str]]:
         """Published checkpoints, tokenizers and text behind the model, each with its licence as far as it is known."""
-        names = {public(name, "the user's folder ") for name in self._checkpoints}
+        kinds = {True: "the file ", False: "the user's folder "}
+        found = [(public(name, kinds[name.endswith(".gguf")]), licence) for name, licence in self._checkpoints]
+        said = {name: _SPELT.get(licence, licence) for name, licence in found if licence}
+        names = {name for name, _ in found}
         for folder, meta in self.ancestors.items():
             if read := _READS.get(meta["name"]):
                 names.update(read(folder, meta["config"]))
-        return [(name, _licence(name)) for name in sorted(names)]
+        return [(name, said.get(name) or _licence(name)) for name in sorted(names)]
 
 
 def public(name: str, of_folder: str = "") -> str:
@@ -211,6 +216,7 @@ def _instructions(_: Path, config: Mapping[str, Any]) -> Iterator[str]:
     yield from (name for key, name in said.items() if key in config)
 
 
+_SPELT = {hubs: ours for ours, hubs in HUB_LICENCES.items()}
 # What was made by others, by the stage that reads it.
 _READS = {
     "corpus": _texts,

@@ -91,6 +91,14 @@ def _need(file: Path) -> None:
         raise ConfigError(f"{file} needs the package gguf: pip install 'capacity_gap[gguf]'.")
 
 
+def licence(file: Path) -> str | None:
+    """The licence that a GGUF file names in its header, such as `apache-2.0`; None if it names none."""
+    from gguf import GGUFReader
+
+    said = GGUFReader(file).fields.get("general.license")
+    return str(said.contents()) if said is not None else None
+
+
 def dequantise(file: Path, out: Path, *, dtype: Any) -> None:
     """Writes the model of a GGUF file to `out` as safetensors of type `dtype`, with config.json and tokenizer.
 

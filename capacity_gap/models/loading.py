@@ -207,9 +207,10 @@ def point_to(
     write_json(out / POINTER, pointer)
 
 
-def point_to_itself(out: Path, *, file: str, dtype: str, quantization: str) -> None:
-    """Says in which type the weights in `out` are held, and which file they were read from."""
-    pointer = {"repository": HERE, "revision": None, "dtype": dtype, "quantization": quantization, "file": file}
+def point_to_itself(out: Path, *, file: str, licence: str | None, dtype: str, quantization: str) -> None:
+    """Says in which type the weights in `out` are held, which file they were read from, and under which licence."""
+    pointer = {"repository": HERE, "revision": None, "dtype": dtype, "quantization": quantization}
+    pointer |= {"file": file, "licence": licence}
     write_json(out / POINTER, pointer)
 
 

@@ -79,12 +79,13 @@ def point_to_published(run: StageRun) -> None:
 
 def dequantise_gguf(run: StageRun) -> None:
     """Turns the quantised weights of a GGUF file into ordinary ones, which the stage then holds."""
-    from capacity_gap.models.gguf_files import dequantise
+    from capacity_gap.models.gguf_files import dequantise, licence
     from capacity_gap.models.loading import DTYPES, point_to_itself
 
     given, file = run.config, Path(run.options["repository"])
     dequantise(file, run.out, dtype=DTYPES[given["dtype"]])
-    point_to_itself(run.out, file=file.name, dtype=given["dtype"], quantization=given["quantization"])
+    held = {"dtype": given["dtype"], "quantization": given["quantization"]}
+    point_to_itself(run.out, file=file.name, licence=licence(file), **held)
 
 
 def pretrain(run: StageRun) -> None:
