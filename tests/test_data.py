@@ -183,6 +183,31 @@ def test_packed_sequences_predict_every_token_once(trained, tmp_path):
     np.testing.assert_array_equal(everything[:, 1:].ravel(), flat[1 : len(packed) * 16 + 1])
 
 
+def test_a_token_that_begins_sequences_takes_the_place_of_an_input_and_of_no_label(trained, tmp_path):
+    out, texts = trained
+    tok = tokenizer.load_tokenizer(out / "a")
+    found = []
+    for name, begin in (("plain", None), ("begun", 7)):
+        packing.pack(texts, tok, tmp_path / name, begin=begin)
+        packed = packing.Packed(tmp_path / name, 16)
+        found.append(packed.batch(np.arange(len(packed))))
+    plain, begun = found
+    assert set(begun[:, 0]) == {7} != set(plain[:, 0])
+    np.testing.assert_array_equal(begun[:, 1:], plain[:, 1:])
+
+
+def test_sequences_for_gemma_begin_as_its_texts_do():
+    """Without that token Gemma 3 270M has 1.6 nats more."""
+    gemma = ["family=gemma3", "student=270m", "teacher=270m", "prune.init=random"]
+    cell, off, llama = (
+        pipeline.resolve(compose(words)) for words in (gemma, [*gemma, "corpus.bos=false"], ["corpus.bos=true"])
+    )
+    assert (cell.tokens.config, off.tokens.config, llama.tokens.config) == ({"bos": True}, {}, {"bos": True})
+    assert "corpus.bos" not in cell.description.get("settings", ""), "it is usual there"
+    assert "corpus.bos=False" in off.description["settings"]
+    assert "corpus.bos=True" in llama.description["settings"]
+
+
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     stem = tmp_path_factory.mktemp("packed") / "train"

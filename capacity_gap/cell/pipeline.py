@@ -70,12 +70,12 @@ class Cell(ResolvedCell):
     @cached_property
     def tokens(self) -> Stage:
         """The corpus as memory-mapped token streams."""
-        return tokens_stage(self.corpus, self.tokenizer)
+        return tokens_stage(self.corpus, self.tokenizer, bos=self.config.corpus.bos)
 
     @cached_property
     def base_tokens(self) -> Stage:
         """What teachers are pre-trained on."""
-        return tokens_stage(self.base_corpus, self.base_tokenizer)
+        return tokens_stage(self.base_corpus, self.base_tokenizer, bos=self.config.corpus.bos)
 
     @cached_property
     def teacher(self) -> Stage:

@@ -22,6 +22,8 @@ RATE = 0.4  # peak learning rate times width
 LEAST_STEPS = 500  # a budget of few batches would be all warm-up
 LEAST_BATCH = 8
 LEAST_MULTIPLE = 8  # of widths: below it kernels fall back to slower ones
+# Without their first token they are lost: Gemma 3 270M has 4.87 nats instead of 3.22 on four pages of Python's manual.
+NEED_BOS = "gemma"
 EMBEDDED = "embedded"  # the corpus, where none is named
 EMBEDDED_FOR = 50e6  # parameters: at most
 
@@ -86,7 +88,12 @@ def with_recipe(
             learning_rate_times_width=train.learning_rate_times_width or found["train.learning_rate_times_width"],
         ),
         prune=replace(config.prune, batch_size=config.prune.batch_size or found["prune.batch_size"]),
-        corpus=replace(corpus, sequence_length=length, name=EMBEDDED if corpus.name == ANY_CORPUS else corpus.name),
+        corpus=replace(
+            corpus,
+            sequence_length=length,
+            name=EMBEDDED if corpus.name == ANY_CORPUS else corpus.name,
+            bos=found["corpus.bos"] if corpus.bos is None else corpus.bos,
+        ),
         family=replace(config.family, dtype=config.family.dtype or found["family.dtype"]),
     )
 
@@ -97,6 +104,7 @@ def usual(config: RunConfig, params: int, *, family: str, shapes: tuple[Mapping[
     limits = [longest for shape in shapes if (longest := dims(shape).longest)]
     return {
         "corpus.name": EMBEDDED,
+        "corpus.bos": any(shape["model_type"].startswith(NEED_BOS) for shape in shapes),
         "corpus.sequence_length": min([recipe.sequence_length, *limits]),
         "train.warmup": recipe.warmup,
         "train.learning_rate_times_width": RATE if config.prune.init == "random" else recipe.rate_of_trained,

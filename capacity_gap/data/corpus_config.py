@@ -107,6 +107,12 @@ class CorpusConfig(SourceConfig):
         None, "Tokens of one packed sequence; null: the recipe's for the student's size.", least=1, most=2**17
     )
 
+    bos: bool | None = setting(
+        None,
+        "Begin every sequence with the token that begins a text; null: where a model of the ladder needs it (Gemma).",
+        later=True,
+    )
+
     def __post_init__(self) -> None:
         if (self.name == MIXTURE) != bool(self.parts):
             raise ConfigError(

@@ -16,10 +16,11 @@ BATCH = 1000  # documents encoded at once
 PERMUTATION_SEED = 20231107  # of the one permutation that all budgets are prefixes of
 
 
-def pack(texts: Iterable[str], tokenizer: Any, stem: Path) -> int:
+def pack(texts: Iterable[str], tokenizer: Any, stem: Path, *, begin: int | None = None) -> int:
     """Writes the texts' tokens, each text ended by the end-of-text id, to `stem.bin`; returns how many.
 
     The file is a flat stream of little-endian uint16 (uint32 for a vocabulary above 65,536), described by `stem.json`.
+    `begin`: the token that every sequence which is read from it begins with.
     """
     wide = len(tokenizer) > 2**16
     total = 0
@@ -28,7 +29,8 @@ def pack(texts: Iterable[str], tokenizer: Any, stem: Path) -> int:
             for ids in tokenizer(group, add_special_tokens=False, return_attention_mask=False)["input_ids"]:
                 np.asarray([*ids, tokenizer.eos_token_id], dtype="<u4" if wide else "<u2").tofile(file)
                 total += len(ids) + 1
-    stem.with_suffix(".json").write_text(json.dumps({"dtype": "<u4" if wide else "<u2", "tokens": total}))
+    header = {"dtype": "<u4" if wide else "<u2", "tokens": total} | ({} if begin is None else {"begin": begin})
+    stem.with_suffix(".json").write_text(json.dumps(header))
     return total
 
 
@@ -48,7 +50,8 @@ class Packed:
     """A token stream cut into sequences of T tokens; `batch` reads one token more, which is the last label.
 
     Sequence i is `stream[i·T : i·T + T + 1]`: inputs are its first T tokens, labels its last T, so every token but the
-    stream's first is predicted once.
+    stream's first is predicted once. Where the stream names a token that begins sequences, it takes the place of the
+    first input; labels stay.
     """
 
     stem: Path
@@ -60,10 +63,15 @@ class Packed:
         return self if lengths is None else replace(self, lengths=lengths)
 
     @cached_property
+    def header(self) -> dict[str, Any]:
+        """What describes the stream."""
+        return json.loads(self.stem.with_suffix(".json").read_text())
+
+    @cached_property
     def stream(self) -> np.ndarray:
         """All tokens, memory-mapped."""
-        header = json.loads(self.stem.with_suffix(".json").read_text())
-        return np.memmap(self.stem.with_suffix(".bin"), dtype=header["dtype"], mode="r", shape=(header["tokens"],))
+        shape = (self.header["tokens"],)
+        return np.memmap(self.stem.with_suffix(".bin"), dtype=self.header["dtype"], mode="r", shape=shape)
 
     @cached_property
     def bytes_per_id(self) -> np.ndarray:
@@ -77,7 +85,10 @@ class Packed:
     def batch(self, indices: np.ndarray) -> np.ndarray:
         """Tokens [n, T+1], int64, of the sequences named by `indices` [n]."""
         starts = np.asarray(indices, dtype=np.int64)[:, None] * self.sequence_length
-        return self.stream[starts + np.arange(self.sequence_length + 1)].astype(np.int64)
+        rows = self.stream[starts + np.arange(self.sequence_length + 1)].astype(np.int64)
+        if "begin" in self.header:
+            rows[:, 0] = self.header["begin"]
+        return rows
 
 
 def subset(packed: Packed, tokens: int, *, epochs: int = 1, key: str = "data", skip: int = 0) -> np.ndarray:
