@@ -46,6 +46,7 @@ bench: $(VENV)/.installed  ## every claim of speed, one script each
 	$(BIN)/pip install --quiet -c constraints.txt trl torch-pruning
 	$(BIN)/python -m benchmarks.pruning --out results/pruning_speed.csv
 	$(BIN)/python -m benchmarks.distill_step --out results/distill_step.csv
+	$(BIN)/python -m benchmarks.real_step --out results/real_step.csv
 	$(BIN)/python -m benchmarks.loop --out results/loop.csv
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[eval]'
 	$(BIN)/python -m benchmarks.evaluate --out results/evaluate.csv
