@@ -130,6 +130,11 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
+def _brief(law: dict[str, Any]) -> dict[str, Any]:
+    """A law without its draws and the cells of its curves."""
+    return law | {"draws": [], "optima": [{k: v for k, v in o.items() if k != "tried"} for o in law["optima"]]}
+
+
 def figures() -> None:
     """Writes everything that is published."""
     frame = load()
@@ -141,7 +146,7 @@ def figures() -> None:
         raise SystemExit(f"no page has a place for {', '.join(missing)}: <!-- NAME --> … <!-- /NAME -->")
     for page in PAGES:
         page.write_text(filled(page.read_text(), tables))
-    fits = {f"{a.name}, {n}": json.loads(a.fit(n).to_json()) | {"draws": []} for a in arms for n in a.budgets}
+    fits = {f"{a.name}, {n}": _brief(json.loads(a.fit(n).to_json())) for a in arms for n in a.budgets}
     published = {"law": main.law.to_json(), "surface": surface.to_json(), "joint": joint.to_json()}
     for name, found in (published | {"arms": json.dumps(fits)}).items():
         indent = None if name == "surface" else 1  # its draws would take a line a number

@@ -1,5 +1,6 @@
 """The tables of the pico study, in markdown."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -10,6 +11,7 @@ from benchmarks.study_arms import Arm, main_of
 from capacity_gap.fit.law_fit import LawFit
 from capacity_gap.fit.optimum import Optimum
 from capacity_gap.settings.scales import format_scale
+from capacity_gap.wording.intervals import marks
 
 SMALL, LARGE = 120_200, 899_712  # the ends of what every student of the confound was distilled from
 REFERENCES = ("120k", "900k")
@@ -25,9 +27,8 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def within(interval: tuple[float | None, float | None] | None, form: str) -> str:
-    """An interval in words; … where an end is open."""
-    low, high = ("…" if v is None else format(v, form) for v in interval or (None, None))
-    return f"{low} to {high}"
+    """An interval in a few marks."""
+    return marks(interval or (None, None), lambda v: format(v, form), least=-math.inf)
 
 
 def over(interval: tuple[float | None, float | None], params: float) -> str:
@@ -73,14 +74,9 @@ def ratios_table(arm: Arm) -> str:
 
 def ratio_of(optimum: Optimum) -> str:
     """What is known of teacher over student, in a few marks."""
-    low, high = optimum.interval
     if optimum.ratio is not None:
         return f"{optimum.ratio:.1f} ({over(optimum.interval, optimum.student_params)})"
-    if optimum.status == "left_edge" and high is not None:
-        return f"≤ {high / optimum.student_params:.1f}"
-    if optimum.status == "right_edge" and low is not None:
-        return f"≥ {low / optimum.student_params:.1f}"
-    return optimum.status
+    return optimum.status if optimum.interval == (None, None) else over(optimum.interval, optimum.student_params)
 
 
 def argmin_table(arm: Arm) -> str:

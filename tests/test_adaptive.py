@@ -217,10 +217,10 @@ def test_narrow_enough(found, until, enough):
 def test_answers_in_words():
     assert bounds_text(None) == "not known yet"
     assert bounds_text([2.5, 2.0, 3.0]) == "2.5 (2 to 3, a factor of 1.5)"
-    assert bounds_text([2.5, None, None]) == "2.5 (no bound on either side)"
-    assert bounds_text([120e3, None, 300e3]) == "120k (no lower bound to 300k)"
+    assert bounds_text([2.5, None, None]) == "2.5 (no bound)"
+    assert bounds_text([120e3, None, 300e3]) == "120k (at most 300k)"
     note = {"round": 2, "cells": {"a": {}}, "device_hours": 0.5, "answer": [2.5, 2.0, None], "what": "ratio"}
-    assert round_line(note) == "round 2: 1 cell, 0.5 device-hours; before it, ratio: 2.5 (2 to no upper bound)"
+    assert round_line(note) == "round 2: 1 cell, 0.5 device-hours; before it, ratio: 2.5 (at least 2)"
 
 
 @pytest.mark.parametrize(

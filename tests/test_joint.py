@@ -272,7 +272,7 @@ def test_what_is_printed_of_study_one():
     said = list(_joint_lines(fit_joint(study_one())))
     assert said[0] == "one model of all 264 cells: provisional"
     assert said[1].endswith("but without 55k there is no optimum.")
-    assert "  student 55k: 900k beats 120k above 694k tokens (485k to 980k)" in said
+    assert "  student 55k: 900k beats 120k above 694k tokens (95 % 485k to 980k)" in said
     (line,) = (text for text in said if "student 110k at 1.2m tokens" in text)
     assert "900k 8" in line and " 80k" not in line, "rungs smaller than the student are no teachers"
 

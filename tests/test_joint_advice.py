@@ -130,7 +130,7 @@ def test_tables_and_the_figure_say_the_same():
     assert y[at] == pytest.approx(fit.optimum(float(x[at]) * 0 + 55e3, float(x[at])).value / 55e3, rel=0.02)
     alone = fit_joint(replace(NAMED["study one: 8 rungs, 3 seeds"], noise=QUIET).table(np.random.default_rng(1)))
     assert even_table(alone)[1] == [] and len(plot_joint(alone).axes) == 1
-    assert [ratio(3.0, ends, 1.0) for ends in ((0, 2), (2, math.inf), (0, math.inf))] == ["≤ 2.0", "≥ 2.0", "open"]
+    assert [ratio(3.0, ends, 1.0) for ends in ((0, 2), (2, math.inf), (0, math.inf))] == ["≤ 2.0", "≥ 2.0", "–"]
 
 
 def test_rungs_that_cannot_hold_the_student_are_not_recommended():

@@ -17,6 +17,7 @@ from capacity_gap.store.contents import note_sweep
 from capacity_gap.store.stage import Store
 from capacity_gap.tracking import wandb_runs
 from capacity_gap.tracking.tracking_config import TrackingConfig
+from capacity_gap.wording.curve_words import arm_names
 from tests.conftest import compose
 
 charts = pytest.importorskip("capacity_gap.report.charts")  # plotly
@@ -271,8 +272,8 @@ def test_intervals_of_means_are_the_pooled_t_intervals():
 
 def test_arms_are_named_by_what_differs():
     keys = [{"family": "pico", "data_tokens": d, "init": i, "student": "a"} for d, i in ((300_000, "x"), (0, "y"))]
-    assert content.arm_labels(keys) == ["300k tokens, init x", "no distillation, init y"]
-    assert content.arm_labels(keys[:1]) == ["all runs"]
+    assert arm_names(keys) == ["300k tokens, init x", "no distillation, init y"]
+    assert arm_names(keys[:1]) == ["all runs"]
 
 
 def test_each_teacher_costs_once():

@@ -1,13 +1,15 @@
 """The commands `fit`, `recommend`, `next` and `beside`: what a table of records says about teachers."""
 
 import argparse
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from capacity_gap.commands import beside_command, next_command
 from capacity_gap.commands.options import COLUMNS, columns, out_folder
 from capacity_gap.settings.errors import UserError, shown
+from capacity_gap.wording.intervals import span
 
 
 def add(commands: Any) -> None:
@@ -64,11 +66,12 @@ def run_fit(given: argparse.Namespace) -> int:
     """Prints the summary of a fit, and writes its files if asked."""
     from capacity_gap import records
     from capacity_gap.cell.outdated import without_outdated
-    from capacity_gap.evaluate.task_scores import as_loss
+    from capacity_gap.evaluate.task_scores import as_loss, measured
     from capacity_gap.fit.frame import curves
     from capacity_gap.fit.law import law_from
     from capacity_gap.fit.optimum import locate
     from capacity_gap.records.columns import AXES, BY, renamed
+    from capacity_gap.store.files import write_text
 
     frame = _of_sweep(given.source, given.sweep) if given.sweep else records.load(given.source)
     frame, stale = without_outdated(renamed(frame, given.columns), given.source)
@@ -81,7 +84,8 @@ def run_fit(given: argparse.Namespace) -> int:
     except ValueError as error:
         raise UserError("; ".join([str(error), *stale])) from error
     law = law_from(located, axis=axis, notes=[*stale, *notes])
-    print(law.summary())
+    sentences = law.sentences(measure=measured(metric))
+    print("\n".join([law.summary(), "", *sentences]))
     surface = _surface(frame, axis, metric) if given.surface else None
     joint = _joint(frame, given, metric)
     if joint is not None and (law.status == "law") != (joint.status == "law"):
@@ -90,9 +94,9 @@ def run_fit(given: argparse.Namespace) -> int:
             "all curves, and averages over their shape (docs/joint.md)."
         )
     if given.out:
-        _write_fit(law, located, joint, given.out, metric)
+        _write_fit(law, sentences, located, joint, given.out, metric)
         if surface is not None:
-            (given.out / "surface.json").write_text(surface.to_json() + "\n")
+            write_text(given.out / "surface.json", surface.to_json() + "\n")
     return 0
 
 
@@ -139,10 +143,6 @@ def _joint_lines(fit: Any) -> Iterator[str]:
     """What the model of all cells says, line by line."""
     from capacity_gap.settings.scales import short_scale
 
-    def interval(found: Sequence[float]) -> str:
-        low, high = (short_scale(x) if 0 < x < float("inf") else "open" for x in found)
-        return f"{low} to {high}"
-
     cells = fit.joint.cells
     yield f"one model of all {len(cells.y)} cells: {fit.status}"
     yield f"  {fit.verdict()}"
@@ -151,29 +151,30 @@ def _joint_lines(fit: Any) -> Iterator[str]:
             best = fit.best_teacher(student, tokens)
             likely = ", ".join(f"{name} {p:.0%}" for name, p in best.probabilities.items() if p >= SHOWN)
             at = f" at {short_scale(tokens)} tokens" if tokens is not None else ""
-            size = short_scale(best.params) if best.params == best.params else "none inside"
-            yield f"  student {short_scale(student)}{at}: {size} ({interval(best.interval)}); best rung: {likely}"
+            size = f"{short_scale(best.params)} (95 % {span(best.interval)})" if best.params == best.params else NOWHERE
+            yield f"  student {short_scale(student)}{at}: {size}; best rung: {likely}"
         if "d" in fit.curve.terms:
             even = fit.break_even(student)
             if even.tokens != even.tokens:
                 yield f"  student {short_scale(student)}: the order of these two does not change between the budgets"
                 continue
-            said = interval(even.interval) if even.established else "not established"
+            said = f"95 % {span(even.interval)}" if even.established else "not established"
             pair = " beats ".join(reversed(fit.curve.shared))
             yield f"  student {short_scale(student)}: {pair} above {short_scale(even.tokens)} tokens ({said})"
     scatter = ", ".join(f"{name} {1e3 * sd:.1f}" for name, sd in fit.sds.items())
     yield f"  standard deviations, 1/1000: {scatter}"
     for name, found in fit.exponents().items():
-        low, high = found.interval
-        yield (
-            f"  {name} = {found.value:.2f} ({low:.2f} to {high:.2f})"
-            if high < float("inf")
-            else (f"  {name} = {found.value:.2f} (from {low:.2f} up)")
-        )
+        known = f"{found.value:.2f} (95 % {span(found.interval, _two, least=-math.inf)})"
+        yield f"  {name} = {known if found.value == found.value else 'not known'}"
     if tests := fit.tests():
         yield "  " + ", ".join(f"p of {name}: {p:.2g}" for name, p in tests.items())
 
 
+def _two(value: float) -> str:
+    return f"{value:.2f}"
+
+
+NOWHERE = "no best size inside the ladder"
 SHOWN = 0.05  # the least probability of being best that is printed
 
 
@@ -185,7 +186,7 @@ def _of_sweep(source: str, name: str):  # type: ignore[no-untyped-def]
     return sweep_frame(open_store(source), name)
 
 
-def _write_fit(law, located, joint, out: Path, metric: str | None) -> None:  # type: ignore[no-untyped-def]
+def _write_fit(law, sentences, located, joint, out: Path, metric: str | None) -> None:  # type: ignore[no-untyped-def]
     import pandas as pd
 
     from capacity_gap.records.tables import write_csv
@@ -195,7 +196,8 @@ def _write_fit(law, located, joint, out: Path, metric: str | None) -> None:  # t
 
     out.mkdir(parents=True, exist_ok=True)
     law.save(out / "law.json")
-    write_csv(pd.DataFrame([o.to_dict() for o in law.optima]), out / "optima.csv")
+    rows = [{**o.to_dict(), "sentence": said} for o, said in zip(law.optima, sentences, strict=True)]
+    write_csv(pd.DataFrame(rows).drop(columns="tried"), out / "optima.csv")
     write_csv(located.residuals(), out / "residuals.csv", float_format="%.6g")
     drawn = {"curves": plot_curves(located, metric=metric), "law": plot_law(law)}
     tables = [out / name for name in ("law.json", "optima.csv", "residuals.csv")]

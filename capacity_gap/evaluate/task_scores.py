@@ -72,6 +72,18 @@ def metric_direction(name: str, frame: "pd.DataFrame | None" = None) -> int:
     )
 
 
+WRONG = "1 − "  # in front of a score's name: the share of wrong answers
+
+
+def measured(name: str | None) -> str:
+    """What a fit minimises, in words: the loss, unless another column was named."""
+    if name is None or name in ("loss", "student_loss"):
+        return "loss"
+    if name.startswith(WRONG):
+        return f"error rate of {name.removeprefix(WRONG).removeprefix('metrics/')}"
+    return name.removeprefix("metrics/").replace("_", " ")
+
+
 def as_loss(frame: "pd.DataFrame", name: str | None) -> "tuple[pd.DataFrame, str | None]":
     """The table with a column of which less is better, since fits minimise, and what that column is called.
 
@@ -84,6 +96,6 @@ def as_loss(frame: "pd.DataFrame", name: str | None) -> "tuple[pd.DataFrame, str
         return frame, name
     values = numbers(frame, [name])[name].astype(float)
     share = values.dropna().between(0, 1).all()
-    turned = f"1 − {name}" if share else f"−{name}"
+    turned = f"{WRONG}{name}" if share else f"−{name}"
     errors = {f"{turned}/stderr": frame[e] for e in (f"{name}/stderr", f"{name}_stderr") if e in frame}
     return frame.assign(**{turned: 1.0 - values if share else -values, **errors}), turned

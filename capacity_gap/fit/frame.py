@@ -11,8 +11,8 @@ from capacity_gap.records.columns import AXES, BY, default_metric, require
 from capacity_gap.records.record import repeat_parting_columns
 from capacity_gap.records.tables import numbers
 from capacity_gap.settings.scales import short_scale
+from capacity_gap.wording.curve_words import USUAL
 
-USUAL = "as usual"
 SAME_SIZE = 0.03  # students within 3 % are one student where no nominal scale says so
 # Settings that usually follow from a student's size, or act after the fitted loss is measured. They part curves only
 # where cells that agree in everything else, seeds too, differ in them.

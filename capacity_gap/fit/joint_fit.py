@@ -30,6 +30,7 @@ from capacity_gap.fit.sizes import TIGHT
 from capacity_gap.records.columns import AXES, BY, default_metric, require
 from capacity_gap.records.tables import numbers
 from capacity_gap.settings.scales import short_scale
+from capacity_gap.wording.fit_words import joint_words
 
 LEAST_RUNGS = 5  # slope, curvature, a level, and two to see what the curve does not fit
 NEAR = 0.1  # log: teachers this close to those that were tried are these
@@ -193,21 +194,17 @@ class JointFit(Answers):
 
     def verdict(self) -> str:
         """What was found, in a sentence or two."""
-        if self.status in ("law", "provisional"):
-            ratio = self.ratio_at()
-            said = f"the best teacher has {ratio.value:.2g} times its student's parameters ({_range(ratio.interval)})"
-            if self.status == "law":
-                return f"{said}."
-            return f"{said}, but without {' or '.join(self.rests_on)} there is no optimum."
+        ratio, even = self.ratio_at(), None
         if self.status == "break_even":
-            found = self.break_even(math.exp(self.curve.means[0]))
-            sizes = [short_scale(x) for x in (found.small, found.large)]
-            low, high = (short_scale(x) for x in found.interval)
-            return (
-                f"above {short_scale(found.tokens)} tokens ({low} to {high}) a teacher of {sizes[1]} is better than "
-                f"one of {sizes[0]}. {self.missing}"
-            )
-        return f"no optimum and no break-even budget is established. {self.missing}"
+            even = self.break_even(math.exp(self.curve.means[0]))
+        return joint_words(
+            self.status,
+            ratio=(ratio.value, ratio.interval),
+            rests_on=self.rests_on,
+            pair=(even.small, even.large) if even else None,
+            even=(even.tokens, even.interval) if even else None,
+            missing=self.missing,
+        )
 
     def to_json(self) -> str:
         """`to_dict` as text."""
@@ -246,11 +243,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float | np.floating):
         return float(value) if math.isfinite(value) else None
     return value
-
-
-def _range(interval: tuple[float, float]) -> str:
-    low, high = interval
-    return f"{low:.2g} to {high:.2g}" if math.isfinite(high) and low > 0 else "open at an end"
 
 
 def fit_joint(

@@ -1,7 +1,6 @@
 """The fitted law as a frozen result, and what it says in words and columns."""
 
 import json
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,10 @@ from capacity_gap.fit.curse import Curse
 from capacity_gap.fit.optimum import Optimum
 from capacity_gap.fit.regression import Agreement, Estimate, Form
 from capacity_gap.fit.valley import LEAST_TEACHERS
+from capacity_gap.store.files import write_text
+from capacity_gap.wording.curve_words import CurveWords, curve_words, ladder
+from capacity_gap.wording.fit_words import law_words
+from capacity_gap.wording.intervals import marks
 
 LEAST_STUDENTS = 3
 Pair = tuple[float, float] | None
@@ -58,7 +61,16 @@ class LawFit:
 
     def verdict(self) -> str:
         """What was found, in a sentence or two of plain English."""
-        return verdict(self)
+        return law_words(self, students=LEAST_STUDENTS, teachers=LEAST_TEACHERS, doubts=_doubts(self))
+
+    def sentences(self, *, measure: str = "loss") -> list[str]:
+        """For each curve what is known of its best teacher, and what to run next. `measure`: what was minimised."""
+        return [str(found) for found in self.words(measure=measure)]
+
+    def words(self, *, measure: str = "loss") -> list[CurveWords]:
+        """The same in parts. Rungs are named where the axis is that of their names."""
+        known = {o.family: ladder(o.family) if self.axis == "total" else {} for o in self.optima}
+        return [curve_words(o, known[o.family], measure=measure) for o in self.optima]
 
     def summary(self) -> str:
         """A table of the optima and the estimates, with the verdict."""
@@ -83,12 +95,16 @@ class LawFit:
         return cls(**_tuples(given))
 
     def save(self, file: Path) -> None:
-        """Writes the JSON."""
-        file.write_text(self.to_json() + "\n")
+        """Writes the JSON, whole or not at all."""
+        write_text(file, self.to_json() + "\n")
 
 
 def _tuples(given: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    return {k: _tuple(v) for k, v in given.items()}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(map(_tuple, value)) if isinstance(value, list) else value
 
 
 def _estimates(given: dict[str, Any]) -> dict[str, Estimate]:
@@ -99,49 +115,12 @@ def _form(given: dict[str, Any]) -> Form:
     return Form(**{**given, "parameters": _estimates(given["parameters"])})
 
 
-def verdict(law: LawFit) -> str:
-    """One or two sentences of plain English."""
-
-    counts = Counter(o.status for o in law.optima)
-    seen = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
-    curves = f"{len(law.optima)} curve{'s' if len(law.optima) != 1 else ''} ({seen})"
-    if law.status == "law":
-        return f"{_claim(law)}, from {curves}; permuted data do as well in {law.null_p:.1%} of cases.{_doubts(law)}"
-    if law.rests_on:
-        names = ", ".join(f"{t:,.0f}" for t in law.rests_on)
-        return (
-            f"No ratio is claimed: without the teacher of {names} parameters fewer than {LEAST_STUDENTS} students keep "
-            f"a minimum inside the grid, so the claim would rest on one teacher. Here: {curves}."
-        )
-    if law.rests_on_outer:
-        return (
-            f"No ratio is claimed: without each curve's largest and smallest teacher fewer than {LEAST_STUDENTS} "
-            f"students keep a minimum inside the grid, so the claim would rest on the outer rungs. Here: {curves}."
-        )
-    reasons = {
-        "too_few": f"No law can be fitted: it takes at least {LEAST_STUDENTS} students, each under at least "
-        f"{LEAST_TEACHERS} teachers. Here: {curves}.",
-        "censored": f"No ratio is claimed: the optima lie at or beyond the ends of the grid. Here: {curves}. "
-        "Extend the ladder on that side.",
-        "no_optimum": f"No ratio is claimed: fewer than {LEAST_STUDENTS} curves have a minimum that stands out "
-        f"from noise, or permuted data do as well. Here: {curves}.",
-    }
-    return reasons[law.status]
-
-
-def _claim(law: LawFit) -> str:
-    assert law.ratio is not None and law.ratio_interval is not None
-    low, high = law.ratio_interval
-    return f"The best teacher has {law.ratio:.2f}× the student's parameters (95 % interval {low:.2f} to {high:.2f})"
-
-
-def _doubts(law: LawFit) -> str:
+def _doubts(law: LawFit) -> list[str]:
     """The evidence against one constant ratio."""
     said = []
     if law.tests.get("b = 1", 1.0) < 0.05 and law.slope is not None:
         said.append(f"the ratio is no constant over students (exponent {law.slope:.2f})")
-    said += [f"it depends on {a.by} (p = {a.p:.2g})" for a in law.agreements if a.p < 0.05]
-    return f" But {' and '.join(said)}." if said else ""
+    return said + [f"it depends on {a.by} (p = {a.p:.2g})" for a in law.agreements if a.p < 0.05]
 
 
 def summary(law: LawFit) -> str:
@@ -154,7 +133,7 @@ def summary(law: LawFit) -> str:
         _checks(law),
         _curses(law),
         [f"note: {n}" for n in law.notes],
-        ["", verdict(law)],
+        ["", law.verdict()],
     ]
     return "\n".join(line for block in blocks for line in block)
 
@@ -170,12 +149,11 @@ def _optima(law: LawFit) -> list[str]:
     ]
     for o in law.optima:
         best = "–" if o.teacher_params is None else f"{o.teacher_params:,.0f}"
-        low, high = ("…" if v is None else f"{v:,.0f}" for v in o.interval)
         ratio = "–" if o.ratio is None else f"{o.ratio:.2f}"
         tokens = "–" if o.data_tokens is None else f"{o.data_tokens:,}"
         lines.append(
             f"{o.student:>10} {tokens:>10} {o.init or '–':>7} {o.teachers:>8} {o.status:>14} {best:>13} "
-            f"{low + ' to ' + high:>21} {ratio:>6}"
+            f"{marks(o.interval, '{:,.0f}'.format):>21} {ratio:>6}"
         )
     return lines
 

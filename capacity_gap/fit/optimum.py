@@ -7,7 +7,7 @@ first teacher and positive at the last in 97.5 % of the draws each; noise alone 
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +20,7 @@ from capacity_gap.fit.noise import Noise, components
 from capacity_gap.fit.sizes import size_draws
 from capacity_gap.fit.valley import LEAST_TEACHERS, METHODS, SHAPES, Design, Grid, Valley, near_the_best
 from capacity_gap.records.columns import BY
+from capacity_gap.wording.curve_words import curve_names
 
 FLAT_NATS = 0.005  # differences below this are too small to matter: flat even without noise
 BOOTSTRAPS = 1000
@@ -48,6 +49,10 @@ class Optimum:
     teachers: int
     noise: float  # standard deviation of one run's loss, nats
     gain: float  # fitted loss at the worse end less the fitted minimum, nats
+    curve: str = ""  # what tells it from the others: 60k at 300k tokens, init random
+    tried: tuple[tuple[float, float, int], ...] = ()  # parameters, mean loss and runs of each teacher, smallest first
+    falls: float | None = None  # share of draws whose slope is negative at the first teacher
+    rises: float | None = None  # and of those whose slope is positive at the last one
 
     @property
     def ratio(self) -> float | None:
@@ -91,7 +96,8 @@ class Located:
     @cached_property
     def optima(self) -> tuple[Optimum, ...]:
         """One optimum a curve."""
-        return tuple(_optimum(self, i) for i in range(len(self.found)))
+        names = curve_names([curve.key for curve in self.found])
+        return tuple(replace(_optimum(self, i), curve=name) for i, name in enumerate(names))
 
     def residuals(self) -> pd.DataFrame:
         """One row a mean: what was measured, what the form says, and the standard error."""
@@ -262,4 +268,7 @@ def _make(located: Located, i: int, status: str, interval: Interval, flat: Inter
         teachers=len(curve.x),
         noise=located.noise.run,
         gain=gain,
+        tried=tuple(zip(curve.teacher_params.tolist(), curve.loss.tolist(), map(int, curve.count), strict=True)),
+        falls=None if status == "too_few" else float(located.falls[i]),
+        rises=None if status == "too_few" else float(located.rises[i]),
     )

@@ -25,8 +25,9 @@ from capacity_gap.report.panels import (
     safe,
     scale_axis,
 )
-from capacity_gap.report.plots import WORDS
 from capacity_gap.settings.scales import short_scale
+from capacity_gap.wording.curve_words import STATUSES
+from capacity_gap.wording.intervals import span
 
 MOST_HEATMAPS = 8
 MOST_NAMED = 14  # a longer legend of teachers would push the panels off the page; pointing at a line still names it
@@ -114,7 +115,7 @@ def _optimum(
         marker={"color": BEST, "size": 10, "symbol": "diamond"},
         error_x={"array": [high - at], "arrayminus": [at - low], "color": BEST, "thickness": 1.6, "width": 5},
         hoverinfo="text",
-        hovertext=f"best teacher {short_scale(at)} ({short_scale(low)} to {short_scale(high)})"
+        hovertext=f"best teacher {short_scale(at)} (95 % {span(optimum.interval)})"
         f"<br>{at / panel.curve.student_params:.2f} times the student",
         showlegend=first_time("optimum", legend),
         **place,
@@ -179,7 +180,7 @@ def _ratio_mark(figure: go.Figure, panel: Panel, colour: str, seen: set[str]) ->
     if at is None:
         return
     bar = {} if ratio is None else {"array": [(high or at) - at], "arrayminus": [at - (low or at)], "color": colour}
-    word = WORDS.get(optimum.status, optimum.status)
+    word = STATUSES.get(optimum.status, optimum.status)
     symbol = "circle" if ratio else "triangle-up-open" if low else "triangle-down-open"
     figure.add_scatter(
         x=[student],

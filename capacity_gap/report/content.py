@@ -16,7 +16,7 @@ import pandas as pd
 
 from capacity_gap import records
 from capacity_gap.cell.outdated import without_outdated
-from capacity_gap.evaluate.task_scores import as_loss
+from capacity_gap.evaluate.task_scores import WRONG, as_loss
 from capacity_gap.fit import JointFit, LawFit, fit_joint
 from capacity_gap.fit.frame import Curve, curves
 from capacity_gap.fit.law import law_from
@@ -31,10 +31,10 @@ from capacity_gap.settings.places import RUN_WORDS, TOOL_WORDS, user_path
 from capacity_gap.settings.scales import short_scale
 from capacity_gap.store.contents import open_store, rounds_of, sweeps
 from capacity_gap.store.files import is_store, name_left_out, read_all
+from capacity_gap.wording.curve_words import arm_names
 
 HISTORY_POINTS = 40  # a training curve is averaged in so many bins: single batches are noise
 LONGEST_RUNG = 8  # letters; model folders have longer names
-WRONG = "1 − "  # how `as_loss` calls the share of wrong answers
 LOSS = re.compile(r"loss|(student|teacher|init|tuned)_loss(_ood)?|train_ce|train_kl")  # our columns in nats per token
 COSTS = ("train_flops", "teacher_flops", "teacher_train_flops", "wall_s", "peak_memory_bytes")
 SAME_SIZE = 0.03  # as in the fit: students within 3 % are one
@@ -170,7 +170,7 @@ def gather(
         problem = str(error)
     joint, joint_problem = _joint(frame, axis, metric)
     optima: Sequence[Optimum | None] = law.optima if law and len(law.optima) == len(found) else [None] * len(found)
-    labels = arm_labels([c.key for c in found])
+    labels = arm_names([c.key for c in found])
     drawn = once(frame, metric or default_metric(frame))
     panels = [Panel(c, o, rows_of(drawn, c, axis), label) for c, o, label in zip(found, optima, labels, strict=True)]
     panels = [panel for panel in panels if len(panel.rows)]
@@ -205,22 +205,6 @@ def _numeric(frame: pd.DataFrame, axis: str, metric: str | None) -> pd.DataFrame
     """The table as the fit reads it: with numbers in the columns that must hold them, or an error that names a cell."""
     names = ["student_params" + AXES[axis], "teacher_params" + AXES[axis], metric or default_metric(frame), *COSTS]
     return numbers(frame, names)
-
-
-def arm_labels(keys: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What tells each curve from the others, the student aside: `300k tokens, init random`."""
-    varied = [
-        name
-        for name in dict.fromkeys(n for key in keys for n in key if n != "student")
-        if len({str(key.get(name)) for key in keys}) > 1
-    ]
-    return [", ".join(_said(name, key.get(name)) for name in varied) or "all runs" for key in keys]
-
-
-def _said(name: str, value: Any) -> str:
-    if name == "data_tokens" and value == value:
-        return f"{short_scale(float(value))} tokens" if value else "no distillation"
-    return f"{name.replace('_', ' ')} {value}"
 
 
 def rows_of(frame: pd.DataFrame, curve: Curve, axis: str) -> pd.DataFrame:

@@ -8,6 +8,7 @@ from typing import Any
 from capacity_gap.fit.joint_curve import JointCurve
 from capacity_gap.fit.joint_fit import Answers, BreakEven
 from capacity_gap.report.advice import Ask, Recommendation, Rung, answer, between, other_family, short
+from capacity_gap.wording.intervals import span
 
 NEAR = 0.1  # log: sizes this close are one
 LIKE = math.log(1.5)  # rungs this close to two compared teachers stand for them
@@ -108,8 +109,7 @@ def _size(best: Any) -> str:
     """The best teacher's parameters with their set."""
     if not math.isfinite(best.params):
         return "no size inside what was tried"
-    low, high = (short(x) if 0 < x < math.inf else "open" for x in best.interval)
-    return f"{short(best.params)} parameters (95 % {low} to {high})"
+    return f"{short(best.params)} parameters (95 % {span(best.interval, short)})"
 
 
 def _by_break_even(ask: Ask, answers: Answers, told: list[str], warnings: list[str], guess: str) -> Recommendation:
@@ -145,6 +145,5 @@ def _said(even: BreakEven, pair: list[Rung]) -> str:
     small, large = (r.name for r in pair)
     if not math.isfinite(even.tokens):
         return f"Between the budgets of the fit the order of {small} and {large} does not change."
-    low, high = (short(x) if 0 < x < math.inf else "open" for x in even.interval)
-    sure = f"95 % {low} to {high}" if even.established else "not established"
+    sure = f"95 % {span(even.interval, short)}" if even.established else "not established"
     return f"Above {short(even.tokens)} tokens ({sure}) {large} is the better teacher, below it {small}."

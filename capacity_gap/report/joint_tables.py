@@ -10,6 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from capacity_gap.fit.joint_fit import JointFit
 from capacity_gap.report.plots import POINT
 from capacity_gap.settings.scales import short_scale
+from capacity_gap.wording.intervals import ends, marks
 
 Table = tuple[list[str], list[list[str]]]
 POINTS = 60  # of a line in the figure
@@ -20,12 +21,9 @@ PAPER = 2.5
 
 def ratio(params: float, interval: Sequence[float], student: float) -> str:
     """A best teacher and its set as ratios to its student; ≥ and ≤ where the set is open."""
-    low, high = (x / student for x in interval)
-    if low > 0 and high < math.inf:
-        return f"{params / student:.1f} ({low:.1f} to {high:.1f})"
-    if high < math.inf:
-        return f"≤ {high:.1f}"
-    return f"≥ {low:.1f}" if low > 0 else "open"
+    low, high = ends([x / student for x in interval])
+    said = marks((low, high), "{:.1f}".format)
+    return said if low is None or high is None else f"{params / student:.1f} ({said})"
 
 
 def best_table(fit: JointFit) -> Table:
@@ -47,10 +45,9 @@ def even_table(fit: JointFit, pair: tuple[float, float] | None = None) -> Table:
     rows = []
     for name, params in fit.students.items() if "d" in fit.curve.terms else ():
         found = fit.break_even(params, *(pair or (None, None)))
-        low, high = (short_scale(x) if 0 < x < math.inf else "open" for x in found.interval)
         tokens = short_scale(found.tokens) if math.isfinite(found.tokens) else "–"
         per = f"{found.tokens / params:.1f}" if math.isfinite(found.tokens) else "–"
-        rows.append([name, tokens, f"{low} to {high}", per, "yes" if found.established else "no"])
+        rows.append([name, tokens, marks(found.interval), per, "yes" if found.established else "no"])
     return ["student", "tokens", "95 % set", "tokens a parameter", "established"], rows
 
 

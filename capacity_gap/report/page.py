@@ -10,9 +10,11 @@ import pandas as pd
 from capacity_gap import __version__
 from capacity_gap.report.content import Content, causes, cell_name, constants, costs, gather, tasks
 from capacity_gap.report.joint_tables import best_table, even_table
-from capacity_gap.report.plots import LOSSES, VERDICTS
+from capacity_gap.report.plots import LOSSES
 from capacity_gap.report.rounds import by_what, rounds_table
 from capacity_gap.settings.errors import UserError
+from capacity_gap.store.files import write_text
+from capacity_gap.wording.fit_words import LAWS
 
 TEMPLATE = "page.html.j2"
 HELD_OUT = {
@@ -49,7 +51,7 @@ def write_report(
     content = gather(source, sweep=sweep, axis=axis, metric=metric, columns=columns or {})
     title = f"Capacity gap: {sweep or ', '.join(content.names) or Path(source).name}"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(render(content, title=title), encoding="utf-8")
+    write_text(out, render(content, title=title))
     return content
 
 
@@ -73,7 +75,7 @@ def render(content: Content, *, title: str) -> str:
         version=__version__,
         content=content,
         status=content.law.status if content.law else "none",
-        badge=VERDICTS.get(content.law.status, content.law.status) if content.law else "no fit",
+        badge=LAWS.get(content.law.status, content.law.status) if content.law else "no fit",
         verdict=content.law.verdict() if content.law else content.problem,
         joint=_joint(content),
         rounds=_rounds(content),

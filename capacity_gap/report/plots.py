@@ -16,28 +16,14 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from capacity_gap.fit.frame import Curve
 from capacity_gap.fit.law_fit import LawFit
 from capacity_gap.fit.optimum import FLAT_NATS, Located, Optimum
-from capacity_gap.fit.valley import LEAST_TEACHERS, Valley
+from capacity_gap.fit.valley import Valley
 from capacity_gap.settings.scales import short_scale
+from capacity_gap.wording.curve_words import STATUSES
+from capacity_gap.wording.fit_words import LAWS
+from capacity_gap.wording.intervals import span
 
 POINT, LINE, BEST, BAND = "#4c6a92", "#222222", "#c1432e", "#e9a23b"
 BUDGETS = (POINT, "#2a9d8f", "#e9a23b", "#8d5a97", "#555555")
-WORDS = {
-    "interior": "interior optimum",
-    "left_edge": "best at or below the smallest teacher",
-    "right_edge": "best at or above the largest teacher",
-    "flat": "flat: cannot be told from noise",
-    "not_unimodal": "no single minimum",
-    "too_few": f"under {LEAST_TEACHERS} teachers",
-}
-
-VERDICTS = {
-    "law": "a law",
-    "no_optimum": "no law: no optimum beyond noise",
-    "censored": "no law: optima at the grid's ends",
-    "too_few": "no law: too few students",
-}
-
-
 WIDEST = 6  # settings that find room beside one another
 LOSSES = (None, "loss", "student_loss")  # the columns that a fit takes when none is named
 
@@ -140,12 +126,11 @@ def _named(curve: Curve, found: Sequence[Curve]) -> list[str]:
 
 def _said(optimum: Optimum) -> str:
     """What is known of the best teacher, in a few words."""
-    low, high = optimum.interval
-    if optimum.status == "left_edge" and high is not None:
-        return f"only an upper bound: best ≤ {short_scale(high)}"
-    if optimum.status == "right_edge" and low is not None:
-        return f"only a lower bound: best ≥ {short_scale(low)}"
-    return WORDS[optimum.status] + (f" at {optimum.ratio:.2f}×" if optimum.ratio else "")
+    if optimum.ratio is not None:
+        return f"best teacher at {optimum.ratio:.2f}×"
+    if optimum.interval != (None, None):
+        return f"best teacher: {span(optimum.interval)}"
+    return STATUSES[optimum.status]
 
 
 def _over(student: float) -> Callable[[Any], Any]:
@@ -201,7 +186,7 @@ def plot_law(law: LawFit) -> Figure:
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("student parameters", fontsize=9)
     axes.set_ylabel("best teacher's parameters", fontsize=9)
-    axes.set_title(VERDICTS[law.status], fontsize=9)
+    axes.set_title(LAWS[law.status], fontsize=9)
     axes.legend(fontsize=7, frameon=False)
     return figure
 

@@ -25,6 +25,7 @@ from capacity_gap.settings.places import RESULTS
 from capacity_gap.settings.scales import format_scale
 from capacity_gap.surfaces.surface import SurfaceFit
 from capacity_gap.surfaces.teacher import FLAT_NATS, best_teacher
+from capacity_gap.wording.intervals import span
 
 PUBLISHED_FIT = RESULTS / "pico" / "law.json"
 DRAWS = 4000  # where a law brings none of its own
@@ -229,9 +230,9 @@ def _surface_findings(
         "may be better yet, but none was tried.",
     }
     if ratio is not None:
-        ends = " to ".join("…" if v is None else short(v) for v in interval)
         said["interior"] = (
-            f"The surface puts the best teacher at {ratio:.2f} times the student (95 % {ends} parameters)."
+            f"The surface puts the best teacher at {ratio:.2f} times the student (95 % {span(interval, short)} "
+            "parameters)."
         )
     spans = [f"{k} {between(*ends)}" for k, ends in surface.span.items()]
     return [said[status], f"The surface was fitted to {surface.runs} runs: {', '.join(spans)}."]

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from capacity_gap.settings.scales import short_scale
+from capacity_gap.wording.intervals import ends, span
 
 Answer = Sequence[float | None]  # value, lower end, upper end; None where there is no end, or no value
 
@@ -19,12 +20,9 @@ def bounds_text(found: Answer | None) -> str:
     if found is None or not _known(found[0]):
         return "not known yet"
     value, low, high = found
-    lower, upper = _known(low) and low > 0, _known(high)  # type: ignore[operator]
-    if not lower and not upper:
-        return f"{_short(value)} (no bound on either side)"
-    ends = f"{_short(low) if lower else 'no lower bound'} to {_short(high) if upper else 'no upper bound'}"
-    ratio = f", a factor of {high / low:.3g}" if lower and upper else ""  # type: ignore[operator]
-    return f"{_short(value)} ({ends}{ratio})"
+    low, high = ends((low, high))
+    ratio = f", a factor of {high / low:.3g}" if low and high else ""
+    return f"{_short(value)} ({span((low, high), _short)}{ratio})"
 
 
 def round_line(note: Mapping[str, Any]) -> str:

@@ -39,25 +39,37 @@ FULL = re.compile(
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON whole or not at all (a file beside, renamed); refuses NaN, which JSON cannot carry."""
-    _replace(path, value, durable=lambda file: None)
+    _replace(path, _json(value), durable=lambda file: None)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes text whole or not at all: whoever reads meanwhile finds the file as it was."""
+    _replace(path, lambda file: file.write(text), durable=lambda file: None)
 
 
 def write_checked(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON object with its checksum, and returns once it is on the disk."""
-    _replace(path, with_checksum(value), durable=lambda file: os.fsync(file.fileno()))
+    _replace(path, _json(with_checksum(value)), durable=lambda file: os.fsync(file.fileno()))
 
 
-def _replace(path: Path, value: Any, *, durable: Callable[[TextIO], None]) -> None:
+def _json(value: Any) -> Callable[[TextIO], Any]:
+    def write(file: TextIO) -> None:
+        json.dump(value, file, indent=1, allow_nan=False, ensure_ascii=False)
+        file.write("\n")
+
+    return write
+
+
+def _replace(path: Path, write: Callable[[TextIO], Any], *, durable: Callable[[TextIO], None]) -> None:
     # Not the process id: in containers every process is number 1.
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with beside.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, allow_nan=False, ensure_ascii=False)
-            file.write("\n")
+            write(file)
             file.flush()
             durable(file)
         os.replace(beside, path)
-    except OSError:
+    except BaseException:  # Ctrl-C too: nothing is left beside
         beside.unlink(missing_ok=True)
         raise
 
