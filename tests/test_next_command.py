@@ -162,6 +162,9 @@ def test_a_fit_without_a_law_names_cells_that_would_decide(tmp_path, capsys):
     assert cli.main(["fit", str(file)]) == 0
     text = capsys.readouterr().out
     assert f"Cells that would say most for their cost: {'; '.join(named)}." in text
+    assert all(
+        " for 40k at " in said or " for 80" in said for said in deciding(table.drop(columns=["teacher", "student"]))
+    )
     assert deciding(table.assign(family=["pico", "gpt2"] * (len(table) // 2) + ["pico"] * (len(table) % 2))) == []
 
 

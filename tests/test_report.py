@@ -156,7 +156,8 @@ def test_a_report_opens_whatever_is_held(held, axis, tmp_path):
 def test_scores_are_fitted_as_errors_and_named_so(tmp_path):
     """More right answers are better: the best cell is not the one with the fewest."""
     text = report(grid(**{"metrics/cloze/higher_is_better": True}), tmp_path, metric="metrics/cloze")
-    assert "chosen by 1 − metrics/cloze" in Page(text).text
+    assert "Chosen by 1 − metrics/cloze" in Page(text).text
+    assert "error rate of cloze" in Page(text).text and "no difference in loss" not in Page(text).text
     by_loss, by_score = page._best(gather_table(tmp_path)), page._best(gather_table(tmp_path, metric="metrics/cloze"))
     assert by_score[0][-1] == "cloze", "what a table tells beside a score is no score"
     assert [row[:2] for row in by_score[1]] == [row[:2] for row in by_loss[1]], "here the score falls as the loss rises"

@@ -28,7 +28,7 @@ def visit(browser):
     contexts = []
 
     def visit(file, **options):
-        context = browser.new_context(viewport={"width": 1200, "height": 900}, offline=True, **options)
+        context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, "offline": True, **options})
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(60_000)
@@ -67,7 +67,14 @@ def contrast(page, selector, paint="color"):
     return (max(shades) + 0.05) / (min(shades) + 0.05)
 
 
-READ = [(".verdict p", "color"), ("figcaption", "color"), (".badge", "color"), ("#chart-curves .xtick text", "fill")]
+READ = [
+    (".answer p", "color"),
+    ("#students li", "color"),
+    (".answer h3", "color"),
+    ("figcaption", "color"),
+    (".badge", "color"),
+    ("#chart-curves .xtick text", "fill"),
+]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -80,6 +87,58 @@ def test_the_quick_report_opens_readable_and_without_a_word_on_the_console(visit
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (paper == "rgb(255, 255, 255)") == (scheme == "light")
     assert {s: c for s, p in READ if (c := contrast(page, s, p)) < 4.5} == {}
+
+
+CLIPPED = """[...document.querySelectorAll('.chart')].flatMap(chart => {
+  const box = chart.getBoundingClientRect();
+  const outside = r => r.width && (r.left < box.left - 1 || r.right > box.right + 1 || r.top < box.top - 1);
+  const words = [...chart.querySelectorAll('.main-svg text')].filter(t => t.textContent.trim());
+  return words.filter(t => outside(t.getBoundingClientRect())).map(t => `${chart.id}: ${t.textContent}`);
+})"""
+CROSSED = """[...document.querySelectorAll('.chart')].flatMap(chart => {
+  const boxes = of => [...chart.querySelectorAll(of)].map(t => [t.textContent, t.getBoundingClientRect()]);
+  const cross = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom - 1 && b.top < a.bottom - 1;
+  const legend = boxes('.legendtext');
+  const titles = boxes('.annotation-text');
+  return titles.flatMap(([title, a]) => legend.filter(([, b]) => cross(a, b)).map(([name]) => title + name));
+})"""
+
+
+@pytest.mark.parametrize("width", [390, 768, 1280])
+@pytest.mark.parametrize("several", [False, True])
+def test_no_width_scrolls_the_page_sideways_or_clips_a_label(visit, quick, tmp_path, width, several):
+    if several:  # many budgets: long legends
+        grid(budgets=(150_000, 300_000, 600_000, 1_200_000), corpus="embedded").to_csv(tmp_path / "runs.csv")
+        report_page.write_report(str(tmp_path / "runs.csv"), tmp_path / "report.html")
+    page = visit(tmp_path / "report.html" if several else quick, viewport={"width": width, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert page.evaluate(CLIPPED) == []
+    assert page.evaluate(CROSSED) == []
+    assert page.said == []
+
+
+def test_the_answer_is_on_the_first_screen(visit, quick):
+    page = visit(quick, viewport={"width": 1280, "height": 900})
+    box = page.locator("#answer").bounding_box()
+    assert box["y"] + box["height"] <= 900
+    assert [h.inner_text() for h in page.locator("#answer h3").all()] == [
+        *("Which teacher?", "How sure?", "What next?", "What did it cost?")
+    ]
+    chart = page.locator(".chart").first.bounding_box()
+    assert chart["y"] > box["y"] + box["height"]
+
+
+def test_a_key_leads_to_the_answer_and_shows_where_it_is(visit, quick):
+    page = visit(quick)
+    page.keyboard.press("Tab")
+    skip = page.locator(".skip")
+    playwright.expect(skip).to_be_focused()
+    playwright.expect(skip).to_be_in_viewport()
+    assert skip.evaluate("e => getComputedStyle(e).outlineStyle") == "solid"
+    page.keyboard.press("Enter")
+    playwright.expect(page.locator("#answer")).to_be_focused()
+    page.keyboard.press("Tab")
+    playwright.expect(page.locator("nav a").first).to_be_focused()
 
 
 def test_the_theme_follows_the_system_while_the_page_is_open(visit, quick):
@@ -117,6 +176,9 @@ def test_it_prints_light_and_within_the_paper(visit, quick):
         "[...document.querySelectorAll('.chart .main-svg')].map(e => e.getBoundingClientRect().width)"
     )
     assert max(widths) <= 690, "A4 less the margins is 688 pixels wide"
+    page.set_viewport_size({"width": 690, "height": 980})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 690, "paper has no scroll bars"
+    assert page.locator(".modebar, .skip, nav").filter(visible=True).count() == 0
     assert page.pdf(prefer_css_page_size=True).startswith(b"%PDF")
 
 

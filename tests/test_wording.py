@@ -117,6 +117,8 @@ def test_an_optimum_says_its_interval_and_the_nearest_rung():
     )
     wide = replace(optimum("interior"), interval=(150e3, 900e3))
     assert said(wide).endswith("next: 460k and 530k, three seeds."), "rungs inside a wide interval narrow it"
+    tried = replace(wide, interval=(150e3, 450e3), tried=tuple((n, loss, 3) for n, loss, _ in wide.tried))
+    assert said(tried).endswith("next: 220k and 330k, three seeds."), "those that were not tried, at three seeds each"
 
 
 def test_teachers_that_are_no_rungs_are_named_by_size():

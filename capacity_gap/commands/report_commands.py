@@ -46,11 +46,12 @@ def _add_dashboard(commands: Any) -> None:
 
 def run_report(given: argparse.Namespace) -> int:
     """Writes the report and says what it says."""
+    from capacity_gap.report.answer import answer_of
     from capacity_gap.report.page import write_report
 
     named = {"sweep": given.sweep, "axis": given.axis, "metric": given.metric, "columns": given.columns}
     content = write_report(given.source, given.out, **named)
-    print(content.law.verdict() if content.law else content.problem)
+    print("\n".join(answer_of(content).lines()))
     print(f"\nwritten: {given.out} ({given.out.stat().st_size / 1e6:.1f} MB)")
     return 0
 

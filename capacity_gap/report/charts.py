@@ -18,6 +18,7 @@ from capacity_gap.report.panels import (
     GREY,
     by_student,
     colours_of,
+    entry,
     first_time,
     ladder_colours,
     panel_grid,
@@ -55,7 +56,7 @@ def _curve(
     figure.add_scatter(
         x=mean[content.teacher],
         y=mean["mean"],
-        name=safe(panel.arm),
+        name=entry(panel.arm),
         mode="lines",
         line={"color": colour, "width": 1.6},
         error_y={"array": half, "thickness": 1, "width": 3, "visible": bool(half.any())},
@@ -137,7 +138,7 @@ def ratio_law(content: Content) -> go.Figure:
     figure.add_scatter(
         x=[c[0] for c in centres],
         y=[c[1] for c in centres],
-        name="null: centre of the grid, where noise alone puts optima",
+        name="centre of the grid (noise alone)",
         mode="markers",
         marker={"symbol": "line-ew-open", "size": 16, "color": GREY, "line": {"width": 2}},
         hoverinfo="text",
@@ -185,7 +186,7 @@ def _ratio_mark(figure: go.Figure, panel: Panel, colour: str, seen: set[str]) ->
     figure.add_scatter(
         x=[student],
         y=[at],
-        name=safe(panel.arm),
+        name=entry(panel.arm),
         legendgroup=safe(panel.arm),
         mode="markers",
         marker={"color": colour, "size": 10, "symbol": symbol},
@@ -354,7 +355,7 @@ def scores(content: Content, names: Sequence[str]) -> go.Figure:
                 x=mean.index.to_numpy(),
                 y=mean.to_numpy(),
                 error_y={"array": error.fillna(0).to_numpy(), "thickness": 1, "width": 3},
-                name=f"student {safe(student)}",
+                name=entry(f"student {student}"),
                 legendgroup=safe(student),
                 mode="lines+markers",
                 line={"color": colours[student], "width": 1.5},
@@ -373,7 +374,7 @@ def cost(content: Content) -> go.Figure | None:
     if "train_flops" not in known:
         return None
     figure = panel_grid([""], x="FLOPs", y="student")
-    figure.update_layout(height=150 + 34 * len(students), barmode="stack", margin={"t": 50}, showlegend=True)
+    figure.update_layout(height=150 + 34 * len(students), barmode="stack", showlegend=True)
     for column, colour in zip(known, COLOURS, strict=False):
         sums = [rows[column].sum(min_count=1) for rows in students.values()]
         named = {"y": [safe(s) for s in students], "name": parts[column], "marker_color": colour}

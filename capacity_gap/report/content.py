@@ -90,6 +90,7 @@ class Content:
     histories: dict[str, pd.DataFrame]
     commands: list[str]
     names: list[str]
+    source: str = ""  # the name of the store or file
     rounds: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # of adaptive grids, by name
 
     @property
@@ -189,6 +190,7 @@ def gather(
         histories=histories(store.root, frame) if store else {},
         commands=[c for name, cells in known.items() for c in commands(name, cells.values())],
         names=list(known),
+        source=Path(source).name,  # a page that is sent to others names no folder
         rounds={name: noted for name in known if store and (noted := rounds_of(store, name))},
     )
 

@@ -8,7 +8,7 @@ import pandas as pd
 
 from capacity_gap.models.ladders import FAMILIES, Family, family
 from capacity_gap.settings.errors import ConfigError
-from capacity_gap.settings.scales import format_scale, parse_scale
+from capacity_gap.settings.scales import format_scale, parse_scale, short_scale
 
 USUAL = "pico"
 MOST = 2000  # cells of a pool that a fit looks at by itself: the search takes the square of their number
@@ -49,7 +49,8 @@ def deciding(frame: pd.DataFrame, k: int = 4) -> list[str]:
 
 def _cell_words(cell: dict[str, Any]) -> str:
     seed = f", seed {cell['seed']}" if "seed" in cell else ""
-    return f"{cell['teacher']} for {cell['student']} at {format_scale(int(cell['data_tokens']))} tokens{seed}"
+    teacher, student = (cell.get(of) or short_scale(cell[f"{of}_params"]) for of in ("teacher", "student"))
+    return f"{teacher} for {student} at {format_scale(int(cell['data_tokens']))} tokens{seed}"
 
 
 def make_pool(

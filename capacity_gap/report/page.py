@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from capacity_gap import __version__
+from capacity_gap.report.answer import answer_of, sentences
 from capacity_gap.report.content import Content, causes, cell_name, constants, costs, gather, tasks
 from capacity_gap.report.joint_tables import best_table, even_table
 from capacity_gap.report.plots import LOSSES
@@ -17,6 +19,7 @@ from capacity_gap.store.files import write_text
 from capacity_gap.wording.fit_words import LAWS
 
 TEMPLATE = "page.html.j2"
+SENTENCES = 12  # curves whose sentences are shown at once; more are unfolded
 HELD_OUT = {
     "student_loss": "held-out loss",
     "student_bits_per_byte": "bits per byte",
@@ -24,6 +27,15 @@ HELD_OUT = {
     "teacher_loss": "its teacher's loss",
     "init_loss": "before training",
 }
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A page that is written again and again while its grid runs: when it was, how far the grid is, how often."""
+
+    written: str
+    progress: str
+    every_s: int
 
 
 def write_report(
@@ -49,14 +61,23 @@ def write_report(
         UserError: there are no records, or the extra `[report]` is not installed.
     """
     content = gather(source, sweep=sweep, axis=axis, metric=metric, columns=columns or {})
-    title = f"Capacity gap: {sweep or ', '.join(content.names) or Path(source).name}"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, render(content, title=title))
+    write_page(content, out, title=title_of(content, source, sweep))
     return content
 
 
-def render(content: Content, *, title: str) -> str:
-    """The page as text."""
+def title_of(content: Content, source: str, sweep: str | None) -> str:
+    """What a report is called: by its grids, or by its source."""
+    return f"Capacity gap: {sweep or ', '.join(content.names) or Path(source).name}"
+
+
+def write_page(content: Content, out: Path, *, title: str, watched: Watched | None = None) -> None:
+    """Writes the page whole or not at all, so that nobody reads half of it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, render(content, title=title, watched=watched))
+
+
+def render(content: Content, *, title: str, watched: Watched | None = None) -> str:
+    """The page as text; one that is `watched` loads itself again."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
@@ -74,9 +95,14 @@ def render(content: Content, *, title: str) -> str:
         title=title,
         version=__version__,
         content=content,
+        watched=watched,
+        answer=answer_of(content).questions,
+        curves=[(words, panel.optimum.status) for panel, words in sentences(content) if panel.optimum],
+        most_sentences=SENTENCES,
         status=content.law.status if content.law else "none",
         badge=LAWS.get(content.law.status, content.law.status) if content.law else "no fit",
         verdict=content.law.verdict() if content.law else content.problem,
+        alt=_alternatives(content),
         joint=_joint(content),
         rounds=_rounds(content),
         null_p=getattr(content.law, "null_p", None),
@@ -85,13 +111,13 @@ def render(content: Content, *, title: str) -> str:
         constants=constants(content.frame),
         best=_best(content),
         against=("Loss" if content.metric in LOSSES else content.metric_name) + " against teacher",
-        causes=causes(content.failed),
+        failures=[(str(count), cause, first) for cause, count, first in causes(content.failed)],
         costs=_costs(content),
         provenance=_provenance(content.done),
         cells=_cells(content),
         has=figures.keys(),
         heat_maps_left=max(0, len({p.arm for p in content.panels}) - charts.MOST_HEATMAPS),
-        figures=embedded({k: json.loads(f.to_json()) for k, f in figures.items()}),
+        figures=embedded({k: _embedded_figure(f) for k, f in figures.items()}),
         themes=embedded(themes()),
         plotly=get_plotlyjs(),
     )
@@ -103,6 +129,35 @@ def embedded(value: Any) -> str:
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return text
+
+
+def _embedded_figure(figure: Any) -> dict[str, Any]:
+    """A figure with its layouts for three, two and one panels beside one another."""
+    from plotly.utils import PlotlyJSONEncoder
+
+    from capacity_gap.report.panels import arranged
+
+    made = json.loads(figure.to_json())
+    layouts = {n: json.loads(json.dumps(arranged(figure, n), cls=PlotlyJSONEncoder)) for n in (1, 2, 3)}
+    return {"data": made["data"], "layout": layouts.pop(3), "narrower": layouts}
+
+
+def _alternatives(content: Content) -> dict[str, str]:
+    """What each chart shows, for those who cannot see it: its numbers are in the sentences and tables of the page."""
+    students = len({p.student for p in content.panels})
+    many = f"{students} student{'s' * (students != 1)}"
+    return {
+        "curves": f"Chart: {content.metric_name} against teacher parameters, a panel for each of {many}. The sentences "
+        "under Each student say what it shows.",
+        "ratio": f"Chart: best teacher over student against student parameters, for {many}, with bounds where only "
+        "these are known.",
+        "heat": f"Heat map: {content.metric_name} of each teacher above the best one's, for {many}.",
+        "data": f"Chart: {content.metric_name} against distillation tokens, a line for each teacher of {many}.",
+        "dynamics_ce": f"Chart: training cross-entropy against distillation tokens, a line for each teacher of {many}.",
+        "dynamics_kl": f"Chart: divergence from the teacher against distillation tokens, for {many}.",
+        "scores": f"Chart: benchmark scores against teacher parameters, a line for each of {many}.",
+        "cost": f"Chart: FLOPs of training and of teachers' forward passes, for each of {many}.",
+    }
 
 
 def _figures(content: Content) -> dict[str, Any]:
@@ -152,9 +207,13 @@ def _score(row: pd.Series, name: str) -> str:
     return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None and error == error else "")
 
 
-def _rounds(content: Content) -> list[tuple[str, str, list[Any]]]:
-    """Of each adaptive grid and question: its name, the question, and a row a round."""
-    return [(name, what, rounds_table(n)) for name, notes in content.rounds.items() for what, n in by_what(notes)]
+def _rounds(content: Content) -> list[tuple[str, str, list[list[Any]]]]:
+    """Of each adaptive grid and question: its name, the question, and a row a round, its reasons last."""
+    return [
+        (name, what, [[*row, why] for row, why in rounds_table(n)])
+        for name, notes in content.rounds.items()
+        for what, n in by_what(notes)
+    ]
 
 
 def _joint(content: Content) -> dict[str, Any] | None:

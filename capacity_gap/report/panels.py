@@ -2,6 +2,7 @@
 
 import html
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ LADDER = ["#4b83d8", "#3aa98c", "#cfa03a", "#d2603f"]  # from the smallest teach
 GREY, BEST = "#8a8f98", "#d1495b"
 COLUMNS = 3
 PANEL_HEIGHT = 290
+WIDTHS = {1: 300, 2: 520, 3: 860}  # pixels of a legend that pages of so many columns have at least
+LEGEND_ROW, LETTER, MODEBAR = 20, 6.6, 30  # pixels
+ENTRY = 34  # letters in one line of a legend
 TICKS = 7  # labels below one panel
 
 
@@ -49,24 +53,29 @@ def safe(text: Any) -> str:
     return html.escape(str(text), quote=False)
 
 
-def panel_grid(titles: Sequence[str], *, x: str, y: str, columns: int = COLUMNS) -> go.Figure:
-    """Empty panels, a title each, the legend above them."""
+def panel_grid(
+    titles: Sequence[str], *, x: str, y: str, columns: int = COLUMNS, height: float = PANEL_HEIGHT
+) -> go.Figure:
+    """Empty panels, a title each, of some height; the legend above them."""
     columns = max(1, min(columns, len(titles)))
     rows = max(1, math.ceil(len(titles) / columns))
-    height = rows * PANEL_HEIGHT + 90
+    total = rows * height + 90
     figure = make_subplots(
         rows,
         columns,
-        subplot_titles=[safe(t) for t in titles],
+        subplot_titles=[entry(t) for t in titles],
         horizontal_spacing=0.22 / columns,
-        vertical_spacing=min(0.9 / max(1, rows - 1), 95 / height) if rows > 1 else 0,
+        vertical_spacing=min(0.9 / max(1, rows - 1), 95 / total) if rows > 1 else 0,
     )
     figure.update_annotations(font_size=12)
     figure.update_layout(
         template=None,
-        height=height,
+        height=total,
         margin={"l": 66, "r": 20, "t": 80, "b": 72},
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1 + 34 / height * 1.2, "x": 0},
+        legend={
+            **{"orientation": "h", "xref": "container", "x": 0, "yref": "container", "y": 1, "yanchor": "top"},
+            "tracegroupgap": 0,
+        },
         hovermode="closest",
     )
     for i in range(len(titles)):
@@ -74,7 +83,47 @@ def panel_grid(titles: Sequence[str], *, x: str, y: str, columns: int = COLUMNS)
         last = i + columns >= len(titles)
         figure.update_xaxes(title_text=x if last else None, row=row + 1, col=column + 1)
         figure.update_yaxes(title_text=y if column == 0 else None, row=row + 1, col=column + 1)
+    figure._made_of = {"titles": tuple(titles), "x": x, "y": y}
     return figure
+
+
+def arranged(figure: go.Figure, columns: int) -> dict[str, Any]:
+    """The layout of a figure for a page on which so many panels have room beside one another."""
+    rows_before = len(figure._grid_ref)
+    height = (figure.layout.height - 90) / rows_before
+    bare = panel_grid(**figure._made_of, columns=columns, height=height)
+    found, new = figure.to_plotly_json()["layout"], bare.to_plotly_json()["layout"]
+    for name in (n for n in [*found] if n[1:].startswith("axis")):
+        if name not in new:
+            del found[name]  # a place in the last row without a panel
+            continue
+        title = {**found[name].get("title", {}), "text": new[name].get("title", {}).get("text")}
+        found[name] = {**found[name], "domain": new[name]["domain"], "title": title}
+    # The buttons of a chart, which phones do without, lie above the legend, titles of panels below it.
+    titled = 30 if any(figure._made_of["titles"]) else 10
+    bar = MODEBAR if columns > 1 else 0
+    top = bar + LEGEND_ROW * _legend_rows(figure, WIDTHS[columns]) + titled
+    found |= {"annotations": new.get("annotations", []), "height": bare.layout.height - bare.layout.margin.t + top}
+    found["legend"] = {**found["legend"], "y": 1 - bar / found["height"]}
+    found["margin"] = {**found["margin"], "t": top}
+    if "coloraxis" in found and columns == 1:
+        scale = {"orientation": "h", "y": 0, "yref": "container", "yanchor": "bottom", "len": 1, "thickness": 10}
+        title = {**found["coloraxis"]["colorbar"]["title"], "side": "top"}
+        title["text"] = title["text"].replace("<br>", " ")
+        found["coloraxis"] = {**found["coloraxis"], "colorbar": {**scale, "title": title}}
+        found["height"] += 50
+        found["margin"]["b"] = 130
+    return found
+
+
+def _legend_rows(figure: go.Figure, width: int) -> int:
+    """Rows of a legend whose entries are all as wide as the widest, as Plotly sets them."""
+    names = [str(t.name) for t in figure.data if t.name and t.showlegend is not False]
+    if not names:
+        return 0
+    lines = max(name.count("<br>") + 1 for name in names)
+    widest = max(len(line) for name in names for line in html.unescape(name).split("<br>"))
+    return lines * math.ceil(len(names) / max(1, int(width / (LETTER * widest + 48))))
 
 
 def place_of(i: int, figure: go.Figure) -> dict[str, int]:
@@ -118,6 +167,11 @@ def ladder_colours(values: Iterable[float]) -> dict[float, str]:
     ordered = sorted(set(values))
     places = np.linspace(0, 1, len(ordered)) if len(ordered) > 1 else [0.0]
     return dict(zip(ordered, sample_colorscale(LADDER, list(places)), strict=True))
+
+
+def entry(text: str) -> str:
+    """A name as the legend shows it: long ones in several lines, so that a phone shows all of it."""
+    return "<br>".join(safe(line) for line in textwrap.wrap(text, ENTRY) or [text])
 
 
 def first_time(name: str, seen: set[str]) -> bool:

@@ -275,15 +275,18 @@ def _more_teachers(o: OfCurve, sizes: _Sizes) -> str:
 
 
 def _more_inside(o: OfCurve, sizes: _Sizes) -> str:
-    """The rungs inside a wide interval, or else the one nearest to the optimum."""
+    """Rungs inside a wide interval, new ones if there are any; of a narrow one the rung nearest to the optimum."""
     low, high = o.interval
     assert o.teacher_params is not None
     if low is not None and high is not None and high <= WIDE * low:
         rungs = sorted(sizes.rungs.values(), key=lambda n: abs(math.log(n / o.teacher_params)))  # type: ignore[operator]
         return f"nothing; the nearest rung is {sizes.name(rungs[0])}" if rungs else "nothing"
-    inside = [n for n in (*sizes.tried, *sizes.new) if (low or 0) <= n <= (high or math.inf)]
-    nearest = sorted(inside, key=lambda n: abs(math.log(n / o.teacher_params)))[:2]  # type: ignore[operator]
-    return _seeds_of(sorted(nearest), sizes) if nearest else "teachers inside that interval"
+    for some in (sizes.new, sizes.tried):
+        inside = [n for n in some if (low or 0) <= n <= (high or math.inf)]
+        nearest = sorted(inside, key=lambda n: abs(math.log(n / o.teacher_params)))[:2]  # type: ignore[operator]
+        if nearest:
+            return _seeds_of(sorted(nearest), sizes)
+    return "teachers inside that interval"
 
 
 def _seeds_of(chosen: Sequence[float], sizes: _Sizes) -> str:
