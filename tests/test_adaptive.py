@@ -19,7 +19,7 @@ from capacity_gap.runner import budget
 from capacity_gap.runner.adaptive import Rounds, StopRounds, narrow_enough, pool_rows
 from capacity_gap.runner.plan import make_plan
 from capacity_gap.settings.errors import ConfigError
-from capacity_gap.store.contents import note_sweep, rounds_of
+from capacity_gap.store.contents import end_of, note_end, note_sweep, rounds_of
 from capacity_gap.store.stage import Store, closure
 from tests.conftest import ROOT, compose, run_here, run_py
 
@@ -165,6 +165,36 @@ def test_cells_of_a_round_that_failed_are_not_chosen_again_and_their_note_stays(
     assert second.number == 2
     note_sweep(mine.store, "grid", noted)  # a factorial start with the same cells
     assert [part["round"] for part in mine.noted()] == [1]
+
+
+def test_the_store_is_told_why_it_ended_and_that_it_goes_on(rounds, monkeypatch):
+    mine = rounds("next.k=3")
+
+    class Crew:
+        """Runs nothing."""
+
+        def note(self, noted, about):
+            note_sweep(mine.store, "grid", noted, about=about)
+
+        def run(self, cells, noted):
+            seen.append(end_of(mine.store, "grid"))
+
+    seen, left = [], iter(mine)
+    planned = [next(left)]
+
+    def rounds_left(self):
+        while planned:
+            yield planned.pop()
+        raise StopRounds("nothing left would help")
+
+    monkeypatch.setattr(Rounds, "__iter__", rounds_left)
+    mine.store.create()
+    note_end(mine.store, "grid", mine.what, "of an earlier start", None)
+    mine.run(Crew())
+    assert seen == [None], "while it runs it has not ended"
+    end = end_of(mine.store, "grid")
+    assert (end["ended"], end["what"], end["rounds"]) == ("nothing left would help", mine.what, 1)
+    assert mine.noted()[0]["round"] == 1, "the note of its end is no round"
 
 
 @pytest.mark.parametrize("more", [["distill.kd_weight=0.5,1"], ["epochs=1,2"], ["prune.method=expressive,random"]])

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from capacity_gap.report import page as report_page
+from capacity_gap.report.content import gather
 from tests.conftest import run_py
 from tests.test_report import HOSTILE, SECTIONS, grid, hostile_grid
 
@@ -194,6 +195,27 @@ def test_a_hostile_name_is_text_on_the_screen_and_under_the_pointer(visit, tiny,
     assert HOSTILE in page.locator("#chart-curves .annotation-text").first.text_content()
     page.locator("#chart-curves .scatterlayer .trace .points path").first.hover(force=True)
     playwright.expect(page.locator("#chart-curves .hoverlayer")).to_contain_text(HOSTILE)
+    assert page.said == []
+
+
+def test_a_watched_page_loads_itself_again_unless_that_is_paused(visit, tmp_path):
+    grid(seeds=1).to_csv(tmp_path / "runs.csv")
+    content = gather(str(tmp_path / "runs.csv"))
+
+    def write(progress):
+        watched = report_page.Watched("2026-11-27 12:00:00", progress, 1)
+        report_page.write_page(content, tmp_path / "r.html", title="Watched", watched=watched)
+
+    write("1 of 3 cells done.")
+    page = visit(tmp_path / "r.html")
+    playwright.expect(page.locator("#watch")).to_contain_text("1 of 3 cells done.")
+    write("2 of 3 cells done.")
+    playwright.expect(page.locator("#watch")).to_contain_text("2 of 3 cells done.", timeout=20_000)
+    page.locator("#pause").click()
+    playwright.expect(page.locator("#reloads")).to_have_text("It does not load itself again.")
+    write("3 of 3 cells done.")
+    page.wait_for_timeout(3000)
+    playwright.expect(page.locator("#watch")).to_contain_text("2 of 3 cells done.")
     assert page.said == []
 
 

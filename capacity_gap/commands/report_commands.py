@@ -1,10 +1,14 @@
 """The commands `report`, `frontier` and `dashboard`: what people look at."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from capacity_gap.commands.options import COLUMNS, columns, out_file
+from capacity_gap.commands.options import COLUMNS, columns, out_file, whole
+
+if TYPE_CHECKING:
+    from capacity_gap.report.content import Content
 
 
 def add(commands: Any) -> None:
@@ -23,6 +27,8 @@ def _add_report(commands: Any) -> None:
     report.add_argument("--axis", choices=("total", "non_embedding"), default="total", help="which parameters count")
     report.add_argument("--metric", help="column to minimise (default: student_loss, or loss in foreign tables)")
     report.add_argument("--columns", type=columns, default={}, metavar="OURS=THEIRS,...", help=COLUMNS)
+    told = "write it again whenever a cell of the store ends, until its grids have ended or Ctrl-C; looks every SECONDS"
+    report.add_argument("--watch", nargs="?", const=15, type=whole(1, 3600), metavar="SECONDS", help=told)
     report.set_defaults(run=run_report)
 
 
@@ -49,11 +55,32 @@ def run_report(given: argparse.Namespace) -> int:
     from capacity_gap.report.answer import answer_of
     from capacity_gap.report.page import write_report
 
-    named = {"sweep": given.sweep, "axis": given.axis, "metric": given.metric, "columns": given.columns}
-    content = write_report(given.source, given.out, **named)
+    named = {"axis": given.axis, "metric": given.metric, "columns": given.columns}
+    if given.watch:
+        content = _follow(given, named)
+    else:
+        content = write_report(given.source, given.out, sweep=given.sweep, **named)
     print("\n".join(answer_of(content).lines()))
     print(f"\nwritten: {given.out} ({given.out.stat().st_size / 1e6:.1f} MB)")
     return 0
+
+
+def _follow(given: argparse.Namespace, options: Mapping[str, Any]) -> "Content":
+    """Writes the report again and again; returns what the last one was made from."""
+    from capacity_gap.report.watching import Follower, check_watched
+    from capacity_gap.runner.progress import View
+
+    check_watched(given.source)
+    print(f"{given.out} is written again whenever a cell ends; Ctrl-C ends this and not the grid", flush=True)
+    return Follower(
+        given.source,
+        given.out,
+        given.sweep,
+        lambda store, cells: View(store, cells).snapshot().counts,
+        every_s=given.watch,
+        options=options,
+        say=lambda line: print(line, flush=True),
+    ).run()
 
 
 def run_frontier(given: argparse.Namespace) -> int:

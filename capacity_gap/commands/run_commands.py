@@ -8,6 +8,7 @@ from capacity_gap.commands.options import out_folder
 from capacity_gap.settings.places import RUN_WORDS, TOOL_WORDS, default_store
 
 if TYPE_CHECKING:
+    from capacity_gap.runner.progress import Snapshot
     from capacity_gap.store.stage import Store
 
 
@@ -78,6 +79,7 @@ def run_plan(given: argparse.Namespace) -> int:
 def run_status(given: argparse.Namespace) -> int:
     """Prints the state of one grid or of all in a store; 1 if a cell failed."""
     from capacity_gap.cell.outdated import outdated, said
+    from capacity_gap.report.standing import MOST
     from capacity_gap.settings.errors import choose
     from capacity_gap.store import contents
 
@@ -86,7 +88,11 @@ def run_status(given: argparse.Namespace) -> int:
     if given.sweep:
         choose("--sweep", given.sweep, known)
         known = {given.sweep: known[given.sweep]}
-    failed = sum([_show(store, name, cells, failures=given.failed) for name, cells in known.items()])
+    failed, room = 0, MOST
+    for name, cells in known.items():
+        now = _show(store, name, cells, failures=given.failed)
+        failed += now.counts["failed"]
+        room -= _say_curves(store, name, now, room)
     if failed and given.failed:
         print(
             "\nWith other settings a rerun is another cell: `sweep=NAME` adds it to a sweep, and "
@@ -99,13 +105,13 @@ def run_status(given: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _show(store: "Store", name: str, cells: Mapping[str, Any], *, failures: bool) -> int:
-    """Prints one grid and, if asked, why its cells failed; returns how many did."""
+def _show(store: "Store", name: str, cells: Mapping[str, Any], *, failures: bool) -> "Snapshot":
+    """Prints one grid and, if asked, why its cells failed; returns how far it is."""
     from rich.console import Console
 
-    from capacity_gap.report.rounds import reasons, round_line
+    from capacity_gap.report.rounds import end_line, reasons, round_line
     from capacity_gap.runner.progress import View, table
-    from capacity_gap.store.contents import rounds_of
+    from capacity_gap.store.contents import end_of, rounds_of
 
     now = View(store, cells).snapshot()
     title = f"{name}: {now.share:.0%} of {len(cells)} cells"
@@ -114,10 +120,26 @@ def _show(store: "Store", name: str, cells: Mapping[str, Any], *, failures: bool
         print(f"  {round_line(note)}")
         for reason in reasons(note) if number == len(notes) else ():
             print(f"    {reason}")
+    if notes and (end := end_of(store, name)):
+        print(f"  {end_line(end)}")
     failed = [key for key, state in now.cells.items() if state == "failed"]
     for key in failed if failures else ():
         print(_autopsy(store, key, cells[key]))
-    return now.counts["failed"]
+    return now
+
+
+def _say_curves(store: "Store", name: str, now: "Snapshot", room: int) -> int:
+    """Prints what the curves of a grid that has ended say; returns how many cells were fitted for it."""
+    from capacity_gap.report.standing import standing
+
+    done = [key for key, state in now.cells.items() if state == "done"]
+    if not done or now.counts["running"] or now.counts["waiting"]:
+        return 0
+    said, fitted = standing(store, name, done, room=room)
+    if said is None:
+        said = [f"`{' '.join(TOOL_WORDS)} fit {store.root} --sweep {name}` says what each student's best teacher is."]
+    print("".join(f"  {sentence}\n" for sentence in said), end="")
+    return fitted
 
 
 def _autopsy(store: "Store", key: str, cell: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ from capacity_gap.report.products import products
 from capacity_gap.settings.errors import Damaged
 from capacity_gap.settings.places import RUN_WORDS, TOOL_WORDS, user_path
 from capacity_gap.settings.scales import short_scale
-from capacity_gap.store.contents import open_store, rounds_of, sweeps
+from capacity_gap.store.contents import end_of, open_store, rounds_of, sweeps
 from capacity_gap.store.files import is_store, name_left_out, read_all
 from capacity_gap.wording.curve_words import arm_names
 
@@ -92,6 +92,7 @@ class Content:
     names: list[str]
     source: str = ""  # the name of the store or file
     rounds: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # of adaptive grids, by name
+    ends: dict[str, dict[str, Any]] = field(default_factory=dict)  # of those that have ended: why
 
     @property
     def done(self) -> pd.DataFrame:
@@ -192,6 +193,7 @@ def gather(
         names=list(known),
         source=Path(source).name,  # a page that is sent to others names no folder
         rounds={name: noted for name in known if store and (noted := rounds_of(store, name))},
+        ends={name: end for name in known if store and (end := end_of(store, name))},
     )
 
 

@@ -13,7 +13,7 @@ from capacity_gap.report.answer import answer_of, sentences
 from capacity_gap.report.content import Content, causes, cell_name, constants, costs, gather, tasks
 from capacity_gap.report.joint_tables import best_table, even_table
 from capacity_gap.report.plots import LOSSES
-from capacity_gap.report.rounds import by_what, rounds_table
+from capacity_gap.report.rounds import by_what, end_line, rounds_table
 from capacity_gap.settings.errors import UserError
 from capacity_gap.store.files import write_text
 from capacity_gap.wording.fit_words import LAWS
@@ -105,6 +105,7 @@ def render(content: Content, *, title: str, watched: Watched | None = None) -> s
         alt=_alternatives(content),
         joint=_joint(content),
         rounds=_rounds(content),
+        ends={name: end_line(note) for name, note in content.ends.items()},
         null_p=getattr(content.law, "null_p", None),
         summary=content.law.summary() if content.law else None,
         counts=_counts(content),

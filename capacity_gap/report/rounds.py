@@ -33,6 +33,12 @@ def round_line(note: Mapping[str, Any]) -> str:
     return f"round {note['round']}: {cells} {many}, {note.get('device_hours', 0.0):.2g} device-hours; before it, {said}"
 
 
+def end_line(note: Mapping[str, Any]) -> str:
+    """Why a grid in rounds ended, and the answer then."""
+    many = "1 round" if note["rounds"] == 1 else f"{note['rounds']} rounds"
+    return f"ended after {many}: {note['ended']}; {answer_text(note.get('answer'), note.get('what', 'answer'))}"
+
+
 def reasons(note: Mapping[str, Any]) -> list[str]:
     """Why its cells were chosen, each reason once."""
     return list(dict.fromkeys(cell.get("reason", "") for cell in note["cells"].values()))

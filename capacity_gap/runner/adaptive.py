@@ -19,7 +19,7 @@ from capacity_gap.runner.plan_lines import counted, format_hours
 from capacity_gap.runner.speed import Speed, speed
 from capacity_gap.runner.waves import Crew
 from capacity_gap.settings.errors import ConfigError, Damaged, UserError
-from capacity_gap.store.contents import rounds_of
+from capacity_gap.store.contents import forget_end, note_end, rounds_of
 from capacity_gap.store.files import META, NUMBER, read_json
 from capacity_gap.store.stage import Stage, Store, closure
 
@@ -95,6 +95,7 @@ class Rounds:
 
     def run(self, crew: Crew) -> dict[str, tuple[Cell, list[str]]]:
         """Runs round after round; returns the cells of all of them."""
+        forget_end(self.store, self.name, self.what)
         try:
             for found in self:
                 noted = self._noted(found)
@@ -103,7 +104,10 @@ class Rounds:
                 print("\n".join(found.lines(self.what)), flush=True)
                 crew.run(found.cells, noted)
         except StopRounds as end:
-            print(f"ended: {end}\n{answer_text(_ends(self.answer()), self.what)}", flush=True)
+            answer = _ends(self.answer())
+            print(f"ended: {end}\n{answer_text(answer, self.what)}", flush=True)
+            if self.noted():
+                note_end(self.store, self.name, self.what, str(end), answer)
         run = {key for part in self.noted() for key in part["cells"]}
         return {digest: given for digest, given in self.cells.items() if given[0].record.key in run}
 

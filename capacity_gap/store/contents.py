@@ -132,6 +132,30 @@ def rounds_of(store: Store, name: str) -> list[dict[str, Any]]:
     return sorted((part for part in _parts(store, name) if "round" in part), key=lambda part: part["round"])
 
 
+def note_end(store: Store, name: str, what: str, why: str, answer: Any) -> None:
+    """Writes down why the rounds of a question ended, after how many of them, with the answer then."""
+    rounds = max((part["round"] for part in rounds_of(store, name)), default=0)
+    about = {"what": what, "ended": why, "rounds": rounds, "answer": answer}
+    (store.root / "sweeps").mkdir(parents=True, exist_ok=True)
+    write_checked(_end_file(store, name, what), {"name": name, "id": sweep_id(store, name), **about, "cells": {}})
+
+
+def forget_end(store: Store, name: str, what: str) -> None:
+    """A grid in rounds goes on: it has not ended."""
+    _end_file(store, name, what).unlink(missing_ok=True)
+
+
+def end_of(store: Store, name: str) -> dict[str, Any] | None:
+    """Why a grid in rounds ended: `ended`, `what`, `answer`; None while it has not, or if it has gone on since."""
+    last = max((part["round"] for part in rounds_of(store, name)), default=0)
+    ends = [part for part in _parts(store, name) if part.get("ended") and part.get("rounds", 0) >= last]
+    return ends[-1] if ends else None
+
+
+def _end_file(store: Store, name: str, what: str) -> Path:
+    return _note_file(store, name, ["ended", what])
+
+
 def _note_file(store: Store, name: str, cells: Iterable[str]) -> Path:
     return store.root / "sweeps" / f"{_in_a_name(name)}.{fingerprint(sorted(cells))}.json"
 
