@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from capacity_gap.cell.strategy_config import GOALS
 from capacity_gap.commands.options import COLUMNS, columns, whole
 from capacity_gap.settings.errors import ConfigError, UserError
+
+NUMBER = re.compile(r"[-+0-9.e]+")
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,26 +46,44 @@ def add(commands: Any) -> None:
 def run_next(given: argparse.Namespace) -> int:
     """Prints the cells and the commands that run them."""
     from capacity_gap.fit import next_cells
-    from capacity_gap.report.next_pool import family_of
+    from capacity_gap.report.next_pool import check_inside, family_of
+    from capacity_gap.report.rounds import answer_text, question_words
+    from capacity_gap.runner.adaptive import answer, ends_of
 
     frame = _records(given)
-    ladder = family_of(frame, given.family)
+    ladder, goal = family_of(frame, given.family), _goal(given)
     pool = _pool(given, frame, ladder)
-    settings, known, cost = _settings(given, frame, ladder.name)
+    check_inside(goal, frame, pool, key="--")
+    settings, missing, cost = _settings(given, frame, ladder.name)
     try:
-        found = next_cells(frame, pool, goal=_goal(given), k=given.k, cost=cost)
+        found = next_cells(frame, pool, goal=goal, k=given.k, cost=cost)
     except ValueError as error:
         raise error if isinstance(error, UserError) else ConfigError(str(error)) from error
-    lines = commands_for(found, settings)
+    lines, so_far = commands_for(found, settings), ends_of(answer(frame, goal))
+    asked = {name: getattr(given, name) or "" for name in ("student", "data", "small", "large")}
+    what = question_words(goal.kind, **asked)
     if given.json:
         rows = [{"cell": c.cell, "gain": c.gain, "cost_flops": c.cost, "reason": c.reason} for c in found]
-        print(json.dumps({"cells": rows, "commands": lines}, indent=1, default=str))
+        told = {"what": what, "answer": so_far, "cells": rows, "commands": lines, "missing": missing}
+        print(json.dumps(told, indent=1, default=str))
         return 0
+    print(f"the answer so far: {answer_text(so_far, what)}. {_standing(frame)}")
     print("\n".join(_table(found, len(pool))))
     print("\n" + "\n".join(lines))
-    if not known:
-        print("How these records were run is not noted: add their other settings to the command.")
+    if missing:
+        print(missing)
     return 0
+
+
+def _standing(frame: "pd.DataFrame") -> str:
+    """What the model of all cells, which the answer is of, has established."""
+    from capacity_gap.fit import fit_joint
+    from capacity_gap.wording.fit_words import JOINTS
+
+    try:
+        return f"One model of all cells shows {JOINTS[fit_joint(frame).status]}."
+    except ValueError:
+        return "There are too few cells for a fit of all of them."
 
 
 def _records(given: argparse.Namespace) -> "pd.DataFrame":
@@ -141,8 +162,11 @@ def _pool(given: argparse.Namespace, frame: "pd.DataFrame", ladder: Any) -> "pd.
     )
 
 
-def _settings(given: argparse.Namespace, frame: "pd.DataFrame", family: str) -> tuple[list[str], bool, "Cost"]:
-    """The overrides that all cells share, whether these are known, and what cells cost.
+NOT_NOTED = "How these records were run is not noted: add their other settings to the command."
+
+
+def _settings(given: argparse.Namespace, frame: "pd.DataFrame", family: str) -> tuple[list[str], str, "Cost"]:
+    """The overrides that all cells share, what is to be said of those that are not known, and what cells cost.
 
     Costs are those of the stages that a store lacks; of a table they are arithmetic by sizes.
     """
@@ -151,11 +175,28 @@ def _settings(given: argparse.Namespace, frame: "pd.DataFrame", family: str) -> 
     from capacity_gap.store.files import is_store
 
     if not is_store(user_path(given.source)):
-        return [f"family={family}"] * (family not in ("pico", "")), not len(frame), Arithmetic()
+        return *_settings_of_table(frame, family), Arithmetic()
     from capacity_gap.commands.stage_costs import StageCost, shared_overrides
 
     overrides, known = shared_overrides(given.source, frame, family)
-    return overrides, known, StageCost.of(overrides)
+    return overrides, "" if known else NOT_NOTED, StageCost.of(overrides)
+
+
+def _settings_of_table(frame: "pd.DataFrame", family: str) -> tuple[list[str], str]:
+    """What the columns of a table say of its settings, and what they do not."""
+    from capacity_gap.cell.table_settings import table_settings
+    from capacity_gap.runner.rerun import quoted
+
+    named = [f"family={family}"] * (family not in ("pico", ""))
+    if frame.empty:
+        return named, ""
+    told = table_settings(frame)
+    pairs = (override.partition("=") for override in told.overrides)
+    overrides = [*named, *(f"{key}={value if NUMBER.fullmatch(value) else quoted(value)}" for key, _, value in pairs)]
+    if not told.known:
+        return overrides, NOT_NOTED
+    lacks = f"The table does not tell {', '.join(told.untold)}: add that to the command." if told.untold else ""
+    return overrides, lacks
 
 
 def _table(found: Sequence["Candidate"], tried: int) -> list[str]:

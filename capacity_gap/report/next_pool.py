@@ -108,6 +108,42 @@ def make_pool(
     return pool if spent is None else pool.assign(teacher_tokens=spent)
 
 
+def check_inside(goal: Any, frame: pd.DataFrame, pool: pd.DataFrame, *, key: str) -> None:
+    """Raises where a question lies outside what was run and what could be: nothing in the pool would answer it.
+
+    Args:
+        goal: `fit.Goal`.
+        frame: the records so far.
+        pool: the candidates.
+        key: what the options of the question begin with, `--` or `next.`.
+
+    Raises:
+        ConfigError: what is asked for, and what is allowed.
+    """
+    asked = (
+        ("student", goal.student_params, "student_params", "students", "parameters"),
+        ("data", goal.data_tokens, "data_tokens", "budgets", "tokens"),
+        ("small", goal.small, "teacher_params", "teachers", "parameters"),
+        ("large", goal.large, "teacher_params", "teachers", "parameters"),
+    )
+    for name, value, column, what, unit in asked:
+        sizes = pd.concat([pd.to_numeric(t[column], errors="coerce") for t in (frame, pool) if column in t] or [EMPTY])
+        sizes = sizes[sizes > 0].dropna()
+        if value is None or sizes.empty or sizes.min() / ALIKE <= value <= sizes.max() * ALIKE:
+            continue
+        more = f"; or give --{what} that include it" if key == "--" else f"; or a grid whose {what} include it"
+        largest = pool["teacher_params"].max()
+        if name == "student" and value * EQUAL >= largest:
+            more = f". No teacher of the pool is larger than it: the largest has {short_scale(largest)} parameters"
+        raise ConfigError(
+            f"{key}{name}={short_scale(value)} lies outside the {what} of this pool and its records, so none of its "
+            f"cells would tell. Allowed: {short_scale(sizes.min())} to {short_scale(sizes.max())} {unit}{more}."
+        )
+
+
+EMPTY = pd.Series(dtype=float)
+
+
 def _trained_on(frame: pd.DataFrame, sizes: pd.Series) -> pd.Series | None:
     """Tokens that teachers of these sizes would be trained on, as those of the records were: one number for all, else
     in proportion to parameters; None where the records do not tell."""

@@ -10,6 +10,15 @@ from capacity_gap.wording.intervals import ends, span
 Answer = Sequence[float | None]  # value, lower end, upper end; None where there is no end, or no value
 
 
+def question_words(goal: str, *, student: str = "", data: str = "", small: str = "", large: str = "") -> str:
+    """What is to be known, named."""
+    return {
+        "law": "best teacher over student",
+        "target": f"best teacher of {student} at {data} tokens",
+        "break_even": f"tokens from which {large} beats {small} for {student}",
+    }[goal]
+
+
 def answer_text(found: Answer | None, what: str) -> str:
     """The answer so far, named."""
     return f"{what}: {bounds_text(found)}"

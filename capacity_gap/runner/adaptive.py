@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from capacity_gap.cell.config import RunConfig
 from capacity_gap.cell.pipeline import Cell
-from capacity_gap.report.rounds import answer_text, reasons, round_line
+from capacity_gap.report.next_pool import check_inside
+from capacity_gap.report.rounds import answer_text, question_words, reasons, round_line
 from capacity_gap.runner.machines import Worker
 from capacity_gap.runner.plan import noted_cell
 from capacity_gap.runner.plan_lines import counted, format_hours
@@ -53,7 +54,7 @@ class Round:
         return {
             "round": self.number,
             "what": what,
-            "answer": _ends(self.before),
+            "answer": ends_of(self.before),
             "gain": self.gain,
             "device_hours": self.device_hours,
         }
@@ -85,6 +86,7 @@ class Rounds:
             check_alike(told)
         except ValueError as error:
             raise ConfigError(f"{NO_ROUNDS}: {error}") from error
+        check_inside(self.goal, told, told, key="next.")
         rows = pool_rows(self.cells).drop(columns="cell")
         if (twice := rows.duplicated(keep=False)).any():
             first = told[twice & (rows == rows[twice].iloc[0]).all(axis=1)]
@@ -104,7 +106,7 @@ class Rounds:
                 print("\n".join(found.lines(self.what)), flush=True)
                 crew.run(found.cells, noted)
         except StopRounds as end:
-            answer = _ends(self.answer())
+            answer = ends_of(self.answer())
             print(f"ended: {end}\n{answer_text(answer, self.what)}", flush=True)
             if self.noted():
                 note_end(self.store, self.name, self.what, str(end), answer)
@@ -149,11 +151,8 @@ class Rounds:
     def what(self) -> str:
         """The answer's name."""
         asked = self.config.next
-        return {
-            "law": "best teacher over student",
-            "target": f"best teacher of {asked.student} at {asked.data} tokens",
-            "break_even": f"tokens from which {asked.large} beats {asked.small} for {asked.student}",
-        }[asked.goal]
+        sizes = {name: getattr(asked, name) or "" for name in ("student", "data", "small", "large")}
+        return question_words(asked.goal, **sizes)
 
     def __iter__(self) -> Iterator[Round]:
         """Raises `StopRounds` with the reason at the end."""
@@ -376,7 +375,7 @@ def _common(cells: Cells) -> set[str]:
     return shared
 
 
-def _ends(found: "Estimate | None") -> list[float | None] | None:
+def ends_of(found: "Estimate | None") -> list[float | None] | None:
     """Value and ends of an interval, None where one is not finite."""
     if found is None:
         return None

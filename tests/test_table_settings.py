@@ -1,0 +1,120 @@
+"""The settings behind a table of records, read back from its columns."""
+
+import pandas as pd
+import pytest
+
+from capacity_gap.cell import pipeline
+from capacity_gap.cell.table_settings import TableSettings, table_settings
+from capacity_gap.commands import cli
+from capacity_gap.runner.rerun import quoted
+from tests.conftest import ROOT, compose
+from tests.test_next import cells, run
+
+SETTINGS = {
+    "defaults": [],
+    "a cached signal": ["distill.signal=sampled", "distill.signal_size=32"],
+    "a cached signal of the usual size": ["distill.signal=topk"],
+    "weights and temperature": ["distill.kd_weight=0.3", "distill.temperature=2.0"],
+    "another objective": ["distill.loss=skewed_reverse_kl", "distill.skew=0.2"],
+    "direct training": ["distill.kd_weight=0"],
+    "a random start": ["prune.init=random"],
+    "a shared start": ["prune.init=shared", "prune.reference=120k"],
+    "another score": ["prune.method=random"],
+    "shapes of each teacher": ["prune.shape=per_teacher"],
+    "the teacher's tokens": ["family.teacher_data=2x"],
+    "another corpus": ["corpus=code"],
+    "batch and epochs": ["train.batch_size=8", "epochs=2"],
+    "settings without columns": ["train.learning_rate=0.01", "train.schedule=wsd", "corpus.sequence_length=64"],
+}
+
+
+def recorded(*words):
+    """A table of two cells with these settings, as records have it, and the cells."""
+    found = [pipeline.resolve(compose(["student=60k", f"teacher={t}", "data=300k", *words])) for t in ("120k", "180k")]
+    return pd.DataFrame([c.description | {"status": "done"} for c in found]), found
+
+
+@pytest.mark.parametrize("words", SETTINGS.values(), ids=SETTINGS)
+def test_settings_read_from_a_table_make_the_same_cells(words, tmp_path):
+    frame, made = recorded(*words)
+    frame.to_csv(tmp_path / "runs.csv", index=False)
+    from capacity_gap import records
+
+    told = table_settings(records.load(tmp_path / "runs.csv"))
+    assert told.known and told.untold == ()
+    again = recorded(*told.overrides)[1]
+    assert [c.record.digest for c in again] == [c.record.digest for c in made]
+    assert len(told.overrides) <= len(words), "what is the default is not printed"
+
+
+def test_what_columns_cannot_give_back_is_named():
+    frame, _ = recorded()
+    told = table_settings(frame.assign(corpus="text", settings="corpus.content=0a1b train.schedule=wsd"))
+    assert told.untold == ("corpus.path", "corpus.content")
+    assert set(told.overrides) == {"corpus=text", "train.schedule=wsd"}
+    assert table_settings(frame.assign(instruct_rows=500)).untold == ("instruct",)
+    assert table_settings(frame.assign(corpus="0.5*text+0.5*code")).untold == ("corpus",)
+
+
+def test_settings_that_differ_between_cells_are_of_no_command():
+    frame, _ = recorded()
+    assert table_settings(frame.assign(kd_weight=[0.3, 0.5])).overrides == ()
+
+
+def test_a_table_from_elsewhere_says_nothing_of_settings():
+    frame = run(cells(seeds=(0,)))
+    assert table_settings(frame) == TableSettings((), (), False), "its `loss` is a number"
+
+
+def test_values_are_spelt_for_hydra():
+    frame, _ = recorded()
+    told = table_settings(frame.assign(settings="train.recipe=pico prune.layers=loss_increase"))
+    assert [quoted(o.partition("=")[2]) for o in told.overrides] == ["pico", "loss_increase"]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Study one's distilled cells."""
+    frame = pd.read_csv(ROOT / "results" / "pico" / "study_law.csv", low_memory=False)
+    file = tmp_path_factory.mktemp("next") / "study.csv"
+    frame[(frame.teacher_data == "1m") & (frame.data_tokens > 0)].to_csv(file, index=False)
+    return file
+
+
+def test_next_says_the_answer_so_far_and_the_settings_of_its_table(study, capsys):
+    assert cli.main(["next", str(study), "--student", "80k", "--data", "1.2m", "--k", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("the answer so far: best teacher of 80k at 1.2m tokens: ")
+    assert "One model of all cells shows " in lines[0]
+    commands = [line for line in lines if line.startswith("python run.py -m")]
+    assert commands and all(" distill.signal=sampled " in line for line in commands)
+    assert "not noted" not in "".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--student", "500m", "--data", "1.2m"], "--student=500m lies outside the students of this pool"),
+        (
+            ["--student", "3m", "--data", "1.2m"],
+            "No teacher of the pool is larger than it: the largest has 2m parameters",
+        ),
+        (["--student", "10k", "--data", "1.2m", "--students", "40k,80k"], "Allowed: 40k to 110k parameters; or give"),
+        (
+            ["--student", "80k", "--data", "10b", "--budgets", "300k"],
+            "--data=10b lies outside the budgets of this pool and its records, so none of its cells would tell. "
+            "Allowed: 300k to 1.2m tokens; or give --budgets that include it.",
+        ),
+        (
+            ["--goal", "break_even", "--student", "80k", "--small", "7k", "--large", "900k"],
+            "--small=7k lies outside the teachers of this pool",
+        ),
+    ],
+)
+def test_questions_outside_the_pool_are_refused_with_what_is_allowed(study, words, said, capsys):
+    assert cli.main(["next", str(study), *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_question_between_what_was_tried_is_answered(study):
+    assert cli.main(["next", str(study), "--student", "60k", "--data", "800k", "--k", "1"]) == 0
