@@ -2,18 +2,20 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from capacity_gap.commands import cli
+from capacity_gap.commands import cli, fit_commands
 from capacity_gap.evaluate.task_scores import measured
 from capacity_gap.fit import fit_law
 from capacity_gap.fit.law_fit import LawFit
 from capacity_gap.fit.optimum import SURE, Optimum
 from capacity_gap.fit.valley import LEAST_TEACHERS
+from capacity_gap.surfaces.surface import published
 from capacity_gap.wording import curve_words as words_of_curves
 from capacity_gap.wording.curve_words import COUNTED, ENOUGH, STATUSES, curve_names, curve_words, ladder
 from capacity_gap.wording.fit_words import JOINTS, LAWS, curves_words, joint_words
@@ -202,3 +204,23 @@ def test_fit_prints_a_sentence_a_curve_and_keeps_the_statuses(study, tmp_path, c
     assert list(table.sentence) == law.sentences() and "tried" not in table
     assert not [f.name for f in (tmp_path / "out").iterdir() if f.name.startswith(".")]
     assert json.loads((tmp_path / "out" / "joint.json").read_text())["status"] in JOINTS
+
+
+@pytest.mark.parametrize("name", ["law.json", "surface.json"])
+def test_a_fit_that_is_stopped_leaves_the_files_of_the_one_before(study, tmp_path, monkeypatch, name):
+    study.to_csv(tmp_path / "runs.csv", index=False)
+    words = ["fit", str(tmp_path / "runs.csv"), "--surface", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(fit_commands, "_surface", lambda *given: published("chinchilla"))  # fitting one takes long
+    assert cli.main(words) == 0
+    before, replace_file = (tmp_path / "out" / name).read_text(), os.replace
+
+    def stop(source, target):
+        if str(target).endswith(name):
+            raise KeyboardInterrupt
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(words)
+    assert (tmp_path / "out" / name).read_text() == before
+    assert not [f.name for f in (tmp_path / "out").iterdir() if f.name.endswith(".tmp")]

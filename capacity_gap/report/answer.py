@@ -127,10 +127,9 @@ def _sure(content: Content) -> list[str]:
     assert law is not None
     said = [f"Curve by curve: {law.verdict()}"]
     if law.null_p is not None:
-        does = "no evidence" if law.null_p > LEVEL else "evidence"
+        bent = "no more than chance bends them" if law.null_p > LEVEL else "more than chance bends them"
         said.append(
-            f"Teachers permuted at random give curves as convex in {law.null_p:.1%} of cases, so the curves' shape is "
-            f"{does} of a best teacher."
+            f"Teachers permuted at random give curves as convex in {law.null_p:.1%} of cases: these bend {bent}."
         )
     if joint is not None:
         rests = f" It rests on the rung {listed(joint.rests_on)}." if joint.rests_on else ""

@@ -108,11 +108,10 @@ def arranged(figure: go.Figure, columns: int) -> dict[str, Any]:
     found["margin"] = {**found["margin"], "t": top}
     if "coloraxis" in found and columns == 1:
         scale = {"orientation": "h", "y": 0, "yref": "container", "yanchor": "bottom", "len": 1, "thickness": 10}
-        title = {**found["coloraxis"]["colorbar"]["title"], "side": "top"}
-        title["text"] = title["text"].replace("<br>", " ")
-        found["coloraxis"] = {**found["coloraxis"], "colorbar": {**scale, "title": title}}
-        found["height"] += 50
-        found["margin"]["b"] = 130
+        # Its title would lie on it; the caption below the chart says the same.
+        found["coloraxis"] = {**found["coloraxis"], "colorbar": scale}
+        found["height"] += 30
+        found["margin"]["b"] = 110
     return found
 
 
