@@ -142,7 +142,7 @@ def test_students_of_teachers_from_the_hub_have_one_shape(hub, given, tmp_path, 
         (["student=s/llama", "teacher=t/llama", "expand.vocab=400"], "has no rows for new tokens"),
         (["student=9k", "teacher=t/llama", "prune.init=pretrained"], "has no model of this size"),
         (["student=40k", "teacher=80k", "prune.init=pretrained"], "say prune.init_data=TOKENS too"),
-        (["student=40k", "teacher=80k", "prune.init_data=1k"], "only the start of init=pretrained is trained"),
+        (["student=40k", "teacher=80k", "prune.init_data=1k"], "only students of init=pretrained are pre-trained"),
         (["student=s/llama", "teacher=80k", "family=pico_t5"], "one is an encoder-decoder"),
     ],
 )

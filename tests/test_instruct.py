@@ -474,7 +474,7 @@ def test_a_missing_extra_is_said_before_anything_is_trained(tiny, tmp_path, monk
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["prefer.count=5"], "say instruct.count=N"),
+        (["prefer.count=5"], "set instruct.count=N"),
         (["instruct.path=/no/such.jsonl"], "instruct.path=/no/such.jsonl does not exist"),
         (["instruct.count=-1"], "instruct.count=-1 is out of range"),
         (["instruct.count=5", "instruct.learning_rate=0"], "instruct.learning_rate=0.0 is out of range"),

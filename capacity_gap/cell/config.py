@@ -47,75 +47,76 @@ class RunConfig:
     data: str = setting("1m", "Tokens that the student learns from; 0: none.", column="data_tokens", computed=True)
     data_offset: str = setting(
         "0",
-        "Tokens of the text that the student's budget begins behind, such as text that its teacher was not trained on.",
+        "Training tokens to skip before the student's budget starts, such as those its teacher was trained on.",
         later=True,
     )
     epochs: int = setting(1, "Passes of the student over its tokens.", least=1, most=10_000, column="epochs", parts=210)
     seed: int = setting(
-        0, "Decides a student's random weights and the order of its text.", least=0, most=MOST_SEED, column="seed"
+        0, "Seed of the student: its random weights and its data order.", least=0, most=MOST_SEED, column="seed"
     )
     teacher_seed: int = setting(
-        0, "The same of teachers that are trained here.", least=0, most=MOST_SEED, column="teacher_seed"
+        0, "Seed of teachers that are trained here.", least=0, most=MOST_SEED, column="teacher_seed"
     )
     store: str = setting("", "The store's folder; empty: $CAPACITY_GAP_STORE, else `store`.", decides=False)
-    plan: bool = setting(False, "Say what would run and what it costs; start nothing.", decides=False)
-    fail_fast: bool = setting(False, "Of a grid: launch no further wave once something has failed.", decides=False)
-    retries: int = setting(0, "Of a grid: how often crashed work is started again.", least=0, most=1000, decides=False)
+    plan: bool = setting(False, "Print what would run and its cost; start nothing.", decides=False)
+    fail_fast: bool = setting(False, "Grids only: launch no further wave after a failure.", decides=False)
+    retries: int = setting(0, "Grids only: how often crashed work is retried.", least=0, most=1000, decides=False)
     strategy: str = setting(
         FACTORIAL,
-        "Of a grid: factorial runs all of it; adaptive runs in rounds the cells that narrow next.goal most per second.",
+        "Grids only: factorial runs every cell; adaptive runs, in rounds, the cells that narrow next.goal most a "
+        "second.",
         allowed=STRATEGIES,
         decides=False,
     )
     until: float | None = setting(
         None,
-        "Of strategy=adaptive: end once the 95 % interval's upper end is at most this times its lower one.",
+        "strategy=adaptive: stop once the upper end of the 95 % interval is at most this multiple of its lower end.",
         above=1,
         most=1e6,
         decides=False,
     )
     budget_hours: float | None = setting(
         None,
-        "Refuse what costs more device-hours (devices times hours) than this; strategy=adaptive ends there.",
+        "Reject runs that cost more device-hours (devices times hours) than this; strategy=adaptive stops there.",
         above=0,
         most=1e9,
         decides=False,
     )
     throughput: float | None = setting(
         None,
-        "FLOP/s of one worker, for plans; null: as measured in this store, else by its devices.",
+        "FLOP/s of one worker, for plans; null: as measured in this store, else estimated from its devices.",
         least=1e6,
         most=1e24,
         decides=False,
     )
     devices: int | None = setting(
         None,
-        "GPUs of one worker, for plans; null: as many as the launcher gives it.",
+        "GPUs of one worker, for plans; null: as many as the launcher assigns.",
         least=1,
         most=100_000,
         decides=False,
     )
     device_name: str | None = setting(
-        None, "The GPU that plans count with, such as h100; null: the launcher's, else this machine's.", decides=False
+        None, "The GPU that plans assume, such as h100; null: the launcher's, else this machine's.", decides=False
     )
     sweep: str | None = setting(
-        None, "Of one cell: the sweep of this store that it joins; of a grid: its name there.", decides=False
+        None, "One cell: the sweep of this store to add it to. A grid: its name in the store.", decides=False
     )
     registration: str | None = setting(
         None,
-        "A file that says beforehand what a grid is to show: each new record keeps the SHA-256 of its content.",
+        "A preregistration file, written before the grid runs; each new record stores the SHA-256 of its content.",
         decides=False,
     )
     only: str = setting("", "One stage of the chain to compute, `name/digest`; grids set it.", decides=False)
     extend: list[str] = setting(
         [],
-        "Modules of your own, such as [my_loss], that register losses, scores, corpora and more.",
+        "Your own modules, such as [my_loss], that register losses, scores, corpora and more.",
         decides=False,
     )
     next: NextConfig = setting(NextConfig, "The question of strategy=adaptive.")
     family: FamilyConfig = setting(FamilyConfig, "Teachers.")
     corpus: CorpusConfig = setting(CorpusConfig, "Text.")
-    expand: ExpandConfig = setting(ExpandConfig, "A second script's tokens.")
+    expand: ExpandConfig = setting(ExpandConfig, "Vocabulary expansion for a second script.")
     adapt: AdaptConfig = setting(AdaptConfig, "Continued pre-training of teachers.")
     prune: PruneConfig = setting(PruneConfig, "The student before training.")
     distill: DistillConfig = setting(DistillConfig, "The objective.")
@@ -128,12 +129,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         validate("", self)
         if self.until is not None and self.strategy != ADAPTIVE:
-            raise ConfigError(f"until={self.until:g} is read by strategy={ADAPTIVE} alone. Add it, or leave out until.")
+            raise ConfigError(f"until={self.until:g} applies only to strategy={ADAPTIVE}. Add it, or leave out until.")
         if self.registration is not None:
             file_digest(self.registration, key="registration")
         if self.prefer.wanted and not self.instruct.wanted:
             raise ConfigError(
-                "prefer.count and prefer.path are for a student that was fine-tuned on conversations: say "
+                "prefer.count and prefer.path need a student that was fine-tuned on conversations: set "
                 "instruct.count=N or instruct.path=FILE too."
             )
 
@@ -292,13 +293,14 @@ def unknown_key(key: str) -> str:
     """What to say of a key that is no setting: which there are where it stands."""
     if key == "sweeps":
         return (
-            f"sweeps is no setting: a named grid is `{' '.join(RUN_WORDS)} -m +sweeps=NAME`, with the +, and its file "
-            "begins with the line `# @package _global_`."
+            f"sweeps is not a setting: a named grid is `{' '.join(RUN_WORDS)} -m +sweeps=NAME`, with the +, and its "
+            "file begins with the line `# @package _global_`."
         )
     keys = [d.key for d in walk(RunConfig)]
     section = key.rpartition(".")[0] if key.rpartition(".")[0] in _sections() else ""
     siblings = [k for k in keys if k.rpartition(".")[0] == section]
     return (
-        f"{shown(key)} is no setting{nearest(key, siblings)}. Settings {'of ' + section if section else 'at the top'}: "
-        f"{', '.join(siblings)}. `{' '.join(RUN_WORDS)} --help` lists all."
+        f"{shown(key)} is not a setting{nearest(key, siblings)}. Settings "
+        f"{'of ' + section if section else 'at the top'}: {', '.join(siblings)}. `{' '.join(RUN_WORDS)} --help` lists "
+        "all."
     )

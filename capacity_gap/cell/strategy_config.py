@@ -1,4 +1,4 @@
-"""How a grid goes through its cells: all of them, or in rounds those that narrow an answer most."""
+"""How a grid chooses its cells: all of them, or in rounds those that narrow an answer most."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ GOALS = {"law": (), "target": ("student", "data"), "break_even": ("student", "sm
 
 @dataclass
 class NextConfig:
-    """What strategy=adaptive is to know better."""
+    """What strategy=adaptive estimates."""
 
     goal: str = setting(
         "law",
@@ -22,18 +22,18 @@ class NextConfig:
         allowed=tuple(GOALS),
         decides=False,
     )
-    student: str | None = setting(None, "Parameters of a target's or a break-even budget's student.", decides=False)
-    data: str | None = setting(None, "Tokens of a target.", decides=False)
-    small: str | None = setting(None, "Of a break-even budget: parameters of the smaller teacher.", decides=False)
-    large: str | None = setting(None, "And of the larger one.", decides=False)
-    k: int = setting(6, "Cells of a round.", least=1, most=10_000, decides=False)
+    student: str | None = setting(None, "goal=target or break_even: the student's number of parameters.", decides=False)
+    data: str | None = setting(None, "goal=target: the student's token budget.", decides=False)
+    small: str | None = setting(None, "goal=break_even: parameters of the smaller teacher.", decides=False)
+    large: str | None = setting(None, "goal=break_even: parameters of the larger teacher.", decides=False)
+    k: int = setting(6, "Cells per round.", least=1, most=10_000, decides=False)
 
     def __post_init__(self) -> None:
         validate("next", self)
         needs = GOALS.get(self.goal, ())
         for name in ("student", "data", "small", "large"):
             if (getattr(self, name) is None) == (name in needs):
-                what = f"next.{name} is missing" if name in needs else f"next.{name} is not read"
+                what = f"next.{name} is missing" if name in needs else f"next.{name} does not apply"
                 takes = (
                     ", ".join(f"next.{n}" for n in needs) or "none of next.student, next.data, next.small, next.large"
                 )

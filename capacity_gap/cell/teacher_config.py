@@ -13,40 +13,38 @@ PLACEMENTS = ("auto", "one", "devices", "ranks")
 
 @dataclass
 class FamilyConfig:
-    """A ladder of teachers, and how those that no one has published are pre-trained."""
+    """A ladder of teachers, and how unpublished ones are pre-trained."""
 
     name: str = setting(
         "pico",
-        "The ladder: a registered family, or `folders`, which are model folders of your own.",
+        "The ladder: a registered family, or `folders` for your own model folders.",
         allowed=lambda: (*FAMILIES, FOLDERS),
         column="family",
         computed=True,
     )
-    folders: list[str] = setting(
-        [], "The model folders of family=folders; their content is what counts.", decides=False
-    )
+    folders: list[str] = setting([], "family=folders: the model folders; hashed by content, not path.", decides=False)
     dtype: str | None = setting(
         None,
-        "Type in which published and local teachers are held while they teach; null: the family's or the recipe's.",
+        "Dtype of published and local teachers during distillation; null: the family's or the recipe's.",
         allowed=PRECISIONS,
     )
     quantization: str = setting(
-        "none", "Quantise published teachers while they teach (needs bitsandbytes).", allowed=("none", "8bit")
+        "none", "Quantise published teachers during distillation (needs bitsandbytes).", allowed=("none", "8bit")
     )
     placement: str = setting(
         "auto",
-        "Where a teacher lies: whole on one device, its layers over all devices of one process, or a share on each of "
-        "several ranks; auto: ranks under train.sharding=fsdp, else one.",
+        "Placement of teachers: one device, layers spread over all devices of one process, or sharded over "
+        "ranks; auto: ranks under train.sharding=fsdp, else one device.",
         allowed=PLACEMENTS,
         decides=False,
     )
     teacher_data: str = setting(
         "1m",
-        "Tokens of a teacher's pre-training: a scale, or `20x` its parameters.",
+        "Tokens of teacher pre-training: a scale, or `20x` its parameters.",
         column="teacher_data",
         computed=True,
     )
-    teacher_epochs: int = setting(1, "Passes over them.", least=1, most=10_000)
+    teacher_epochs: int = setting(1, "Epochs over these tokens.", least=1, most=10_000)
     pretrain: PretrainConfig = setting(PretrainConfig, "How teachers are pre-trained.")
 
     def __post_init__(self) -> None:
@@ -57,17 +55,17 @@ class FamilyConfig:
 
 @dataclass
 class AdaptConfig:
-    """Teachers trained on, before anything is pruned: `data` tokens of `parts` mixed by weight (none: the corpus).
+    """Continued pre-training before pruning: `data` tokens of `parts` mixed by weight (none: the corpus).
 
-    With parts, everything after the teacher's own pre-training sees their text: scores, distillation, evaluation.
+    With parts, everything after the teacher's own pre-training uses their text: scores, distillation, evaluation.
     """
 
     data: str = setting("0", "Tokens of continued pre-training; 0: none.", column="adapt_tokens", computed=True)
-    epochs: int = setting(1, "Passes over them.", least=1, most=10_000)
+    epochs: int = setting(1, "Epochs over these tokens.", least=1, most=10_000)
     parts: list[SourceConfig] = setting(
         [], "Sources by weight, such as [{name:embedded,weight:3},{name:code,weight:1}]."
     )
-    optim: AdaptOptimConfig = setting(AdaptOptimConfig, "How they are trained on.")
+    optim: AdaptOptimConfig = setting(AdaptOptimConfig, "Optimiser of continued pre-training.")
 
     def __post_init__(self) -> None:
         validate("adapt", self)

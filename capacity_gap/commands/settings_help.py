@@ -1,4 +1,4 @@
-"""What every setting is for, from the declarations: the help of `run.py`, and the page docs/settings.md."""
+"""The meaning of every setting, from the declarations: the help of `run.py`, and the page docs/settings.md."""
 
 import textwrap
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ EXAMPLES = """Runs one cell (teacher, scores, student, distillation, record), or
 
   {run} student=60k teacher=120k data=1m
   {run} -m student=60k,90k teacher=120k,180k,270k data=1m,4m seed=0,1,2
-  {run} -m +sweeps=quick               a named grid of sweeps/
-  {run} -m ... plan=true               what it would run and cost; starts nothing
+  {run} -m +sweeps=quick               run a named grid of sweeps/
+  {run} -m ... plan=true               print what would run and its cost; start nothing
 
-Scales are written 60k, 0.5b or 60000. `--cfg job` shows the values that a command line comes to; `--hydra-help` is
-about Hydra's own flags; flags such as -m come before settings. A choice `group=name` sets the settings of that name:
+Scales are written 60k, 0.5b or 60000. `--cfg job` prints the composed settings; `--hydra-help` is
+about Hydra's own flags; flags such as -m come before settings. A choice `group=name` sets all settings of that group:
 """
 LAUNCHERS = "basic (one after another), joblib (processes), slurm, ray"
 
@@ -66,13 +66,13 @@ def shown(value: Any) -> str:
 
 
 def settings_page() -> str:
-    """docs/settings.md: every setting, whether it decides the result, and where a record tells it."""
+    """docs/settings.md: every setting, whether it decides the result, and its place in a record."""
     text = [
         "# Settings",
         "",
-        "Made from the declarations by `make docs`. A setting that decides the result is part of the identity of the "
-        "stages that it decides. The record tells it in the column named, or in the text `settings` where it is not "
-        "the default. The others say how, where or whether something runs.",
+        "Generated from the declarations by `make docs`. A setting that decides the result is part of the identity of "
+        "the stages that it affects. The record has it in the column named, or, where it is not the default, in the "
+        "column `settings`. The other settings determine how, where or whether something runs.",
         "",
         "What a record holds: [Columns of a record](columns.md).",
         "",
@@ -101,7 +101,7 @@ def _row(known: Declared) -> str:
 
 
 def _told(known: Declared) -> str:
-    """Where a record tells a setting."""
+    """Where a record holds a setting."""
     s = known.setting
     if s.column or s.untold:
         return f"`{s.column}`" if s.column else str(s.untold)

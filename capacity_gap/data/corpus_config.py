@@ -25,7 +25,7 @@ class SourceConfig:
     )
     path: str | None = setting(
         None,
-        "corpus=text: a .txt or .jsonl file (also .gz), or a folder of them; its content is what counts.",
+        "corpus=text: a .txt or .jsonl file (also .gz), or a folder of them; hashed by content, not path.",
         decides=False,
         content=True,
     )
@@ -37,11 +37,11 @@ class SourceConfig:
     column: str = setting("text", "corpus=hub: the column that holds the text.", only_for="hub")
     revision: str | None = setting(None, "corpus=hub: the commit of the dataset.", only_for="hub")
     documents: int | None = setting(
-        None, "corpus=hub: take this many documents, streaming.", only_for="hub", least=1, most=10**12
+        None, "corpus=hub: stream this many documents.", only_for="hub", least=1, most=10**12
     )
     weight: float = setting(
         1.0,
-        "In a mixture: share of the bytes, relative to the other parts.",
+        "Mixtures only: share of the bytes, relative to the other parts.",
         least=1e-6,
         most=1e6,
         column="corpus",
@@ -57,8 +57,8 @@ class SourceConfig:
             )
         if (self.name == "hub") != (self.dataset is not None):
             raise ConfigError(
-                f"corpus={self.name} with corpus.dataset={self.dataset}: a dataset is named for corpus=hub, and only "
-                "for it, such as corpus=hub corpus.dataset=Skylion007/openwebtext."
+                f"corpus={self.name} with corpus.dataset={self.dataset}: a dataset is required by corpus=hub and "
+                "allowed only there, such as corpus=hub corpus.dataset=Skylion007/openwebtext."
             )
         if self.name == "text":
             _check_path(self.path)
@@ -69,7 +69,7 @@ class SourceConfig:
         given = [f"{f.name}={getattr(self, f.name)}" for f in asked if getattr(self, f.name) != default_of(f)]
         if given and self.name != "hub":
             raise ConfigError(
-                f"a source with name={self.name} has {', '.join(given)}: that is for a dataset of the hub, so for "
+                f"a source with name={self.name} has {', '.join(given)}: these settings apply to hub datasets only: "
                 "corpus=hub, or a part with name: hub."
             )
 
@@ -79,8 +79,8 @@ def _check_path(path: str | None) -> None:
         raise ConfigError("corpus=text needs corpus.path=FILE_OR_FOLDER (.txt, .jsonl with a `text` field).")
     if not user_path(path).exists():
         raise ConfigError(
-            f"corpus.path={path} does not exist (seen from {Path.cwd()}). "
-            "Give a .txt or .jsonl file, or a folder of them."
+            f"corpus.path={path} does not exist (working directory: {Path.cwd()}). Give a .txt or .jsonl file, or a "
+            "folder of them."
         )
 
 
@@ -102,7 +102,7 @@ class CorpusConfig(SourceConfig):
         [], "corpus=mixture: sources by weight, such as [{name:embedded,weight:3},{name:code,weight:1}]."
     )
     validation: float = setting(0.05, "Share of the bytes that is held out for validation.", least=1e-4, most=0.5)
-    test: float = setting(0.05, "Share of the bytes that held-out losses are taken on.", least=1e-4, most=0.5)
+    test: float = setting(0.05, "Share of the bytes held out for test losses.", least=1e-4, most=0.5)
     sequence_length: int | None = setting(
         None, "Tokens of one packed sequence; null: the recipe's for the student's size.", least=1, most=2**17
     )
@@ -116,8 +116,9 @@ class CorpusConfig(SourceConfig):
     def __post_init__(self) -> None:
         if (self.name == MIXTURE) != bool(self.parts):
             raise ConfigError(
-                f"corpus={self.name} with {len(self.parts)} corpus.parts: parts are for corpus=mixture, and only for "
-                "it, such as corpus=mixture 'corpus.parts=[{name:embedded,weight:3},{name:code,weight:1}]'."
+                f"corpus={self.name} with {len(self.parts)} corpus.parts: parts are required by corpus=mixture and "
+                "allowed only there, such as corpus=mixture "
+                "'corpus.parts=[{name:embedded,weight:3},{name:code,weight:1}]'."
             )
         if self.name != MIXTURE:
             super().__post_init__()

@@ -7,7 +7,7 @@ from capacity_gap.distill.signal_kinds import SIGNALS
 from capacity_gap.settings.declare import setting, validate
 from capacity_gap.settings.errors import ConfigError
 
-SIGNAL_SIZE = 64  # values a token of a cached signal, unless said
+SIGNAL_SIZE = 64  # values per token of cached teacher logits, by default
 
 
 @dataclass
@@ -16,27 +16,32 @@ class DistillConfig:
 
     loss: str = setting(
         "forward_kl",
-        "Name of the distance between teacher and student (not a held-out loss).",
+        "Divergence between teacher and student (not a held-out loss).",
         allowed=LOSSES,
         column="loss",
     )
     kd_weight: float = setting(
-        0.5, "Weight of distillation; 0 trains on the text alone.", least=0, most=1, column="kd_weight", parts=110
+        0.5,
+        "Weight of KD in the objective; 0 is cross-entropy on the text alone.",
+        least=0,
+        most=1,
+        column="kd_weight",
+        parts=110,
     )
     temperature: float = setting(
         1.0, "Divides the logits of both models in KD.", least=0.01, most=1000, column="temperature", parts=120
     )
-    tau_squared: bool = setting(True, "Multiply KD by the temperature squared, which keeps its gradients' scale.")
+    tau_squared: bool = setting(True, "Multiply KD by the squared temperature, which preserves the gradient scale.")
     signal: str = setting(
         "online",
-        "Where the teacher's outputs come from: a model beside the student, or a cache of a few values a token.",
+        "Teacher outputs: `online`, computed during training; or cached teacher logits, a few values per token.",
         allowed=SIGNALS,
         column="signal",
         computed=True,
     )
     skew: float | None = setting(
         None,
-        "β of js (null: 0.5), α of the skewed KLs (null: 0.1); of others as registered.",
+        "β of js (null: 0.5), α of the skewed KLs (null: 0.1); other losses: as registered.",
         above=0,
         below=1,
         later=True,
@@ -46,7 +51,7 @@ class DistillConfig:
     )
     signal_size: int | None = setting(
         None,
-        f"Values a token of a cached signal: k of topk, draws of sampled; null: {SIGNAL_SIZE}.",
+        f"Values per token of cached teacher logits: k of topk, draws of sampled; null: {SIGNAL_SIZE}.",
         least=1,
         most=255,
         later=True,
@@ -74,12 +79,12 @@ class DistillConfig:
             )
         if self.skew is not None and loss.traits["skew"] is None:
             skewed = ", ".join(name for name in LOSSES if LOSSES.entry(name).traits["skew"] is not None)
-            raise ConfigError(f"distill.skew={self.skew} is for the losses {skewed}; {self.loss} has none.")
+            raise ConfigError(f"distill.skew={self.skew} applies only to the losses {skewed}; {self.loss} has no skew.")
         if self.signal_size is not None and self.signal == "online":
-            raise ConfigError(f"distill.signal_size={self.signal_size} is for distill.signal=topk or sampled.")
+            raise ConfigError(f"distill.signal_size={self.signal_size} applies only to distill.signal=topk or sampled.")
         if self.hidden_weight and (self.signal != "online" or self.kd_weight == 0):
             raise ConfigError(
                 f"distill.hidden_weight={self.hidden_weight} with distill.signal={self.signal} and "
-                f"distill.kd_weight={self.kd_weight}: hidden states are compared with those of a teacher that runs "
-                "beside the student. Use distill.signal=online and distill.kd_weight above zero."
+                f"distill.kd_weight={self.kd_weight}: hidden states can be matched only to those of an online "
+                "teacher. Use distill.signal=online and distill.kd_weight above zero."
             )

@@ -14,35 +14,44 @@ class EvaluateConfig:
     """How much held-out text every model is scored on, and on which benchmarks (`evaluate/tasks.py`)."""
 
     tokens: int = setting(
-        200_000, "Tokens of the test split.", least=1, most=10**12, column="held_out_tokens", computed=True
+        200_000,
+        "Tokens of the test split to evaluate on.",
+        least=1,
+        most=10**12,
+        column="held_out_tokens",
+        computed=True,
     )
     ood_tokens: int = setting(
-        100_000, "Tokens of out-of-domain text.", least=1, most=10**12, untold="the same quantity, sampled otherwise"
+        100_000,
+        "Tokens of out-of-domain text to evaluate on.",
+        least=1,
+        most=10**12,
+        untold="not recorded: the same quantity, another sample",
     )
     validation_tokens: int = setting(
         0,
-        "Tokens of the validation split on which students are scored too, to choose settings by; 0: none.",
+        "Tokens of the validation split to evaluate students on, for choosing settings; 0: none.",
         least=0,
         most=10**12,
         later=True,
-        untold="it adds a column and changes no other",
+        untold="not recorded: adds a column and changes no other",
     )
-    batch_size: int = setting(32, "Sequences in one forward pass of an evaluation.", least=1, most=2**20, decides=False)
+    batch_size: int = setting(32, "Sequences per forward pass in evaluation.", least=1, most=2**20, decides=False)
     tasks: list[str] = setting([], "Benchmarks, `name` or `name:shots`.", later=True, column="metrics", computed=True)
     code_tasks: list[str] = setting(
         [],
-        "Benchmarks that run what the model writes, with allow_code_execution only.",
+        "Benchmarks that execute model-written code; need allow_code_execution.",
         later=True,
         column="metrics",
         computed=True,
     )
     task_folder: str | None = setting(
-        None, "A folder of task files of your own; their content is what counts.", decides=False
+        None, "A folder of your own task files; hashed by content, not path.", decides=False
     )
-    limit: int | None = setting(None, "Only so many questions of each benchmark.", least=1, most=10**9, later=True)
+    limit: int | None = setting(None, "At most this many questions per benchmark.", least=1, most=10**9, later=True)
     allow_code_execution: bool = setting(
         False,
-        "Let benchmarks run code, the model's or that of task files, without a sandbox.",
+        "Allow benchmarks to execute code (the model's or that of task files) without a sandbox.",
         decides=False,
     )
 

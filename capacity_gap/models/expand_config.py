@@ -7,25 +7,29 @@ from capacity_gap.settings.checks import need
 from capacity_gap.settings.declare import setting, validate
 from capacity_gap.settings.errors import ConfigError
 
-CONTENT = "the text of settings says the tokenizer's content"
+CONTENT = "`settings` by the tokenizer's content"
 
 
 @dataclass
 class ExpandConfig:
-    """More tokens for every teacher of the ladder before it is adapted: those of a second script.
+    """More tokens, those of a second script, for every teacher of the ladder before it is adapted.
 
     They are learnt from the text that teachers are adapted to, or taken from a second tokenizer.
     """
 
-    vocab: int = setting(0, "Tokens in all; 0: the family's own.", least=0, most=10**7)
-    multiple: int = setting(64, "Rows of the matrices are a multiple of this.", least=1, most=2**16)
-    tokenizer: str | None = setting(None, "A saved tokenizer's folder, or its name on the hub.", untold=CONTENT)
-    revision: str | None = setting(None, "The commit that such a name means.", later=True, untold=CONTENT)
+    vocab: int = setting(0, "Vocabulary size after expansion; 0: no expansion.", least=0, most=10**7)
+    multiple: int = setting(64, "Pad the rows of the embedding matrices to a multiple of this.", least=1, most=2**16)
+    tokenizer: str | None = setting(
+        None, "Second tokenizer: a saved tokenizer's folder, or its name on the hub.", untold=CONTENT
+    )
+    revision: str | None = setting(None, "The hub commit of expand.tokenizer.", later=True, untold=CONTENT)
 
     def __post_init__(self) -> None:
         validate("expand", self)
         if self.tokenizer is not None and not self.vocab:
-            raise ConfigError(f"expand.tokenizer={self.tokenizer} needs expand.vocab=: how many tokens there will be.")
+            raise ConfigError(
+                f"expand.tokenizer={self.tokenizer} needs expand.vocab=, the vocabulary size after expansion."
+            )
         if self.revision is not None:
             commit = re.fullmatch("[0-9a-f]{40}", self.revision) is not None
             need(commit, "expand.revision", self.revision, "a commit, 40 hexadecimal digits")

@@ -57,7 +57,7 @@ class Record:
     corpus: str | None = column(None, "The text that students learn; a mixture by its parts.", parts=20)
     student: str | None = column(None, "The student's nominal scale.")
     teacher: str | None = column(None, "The teacher's rung.")
-    data_tokens: int | None = column(None, "Tokens that the student was trained on.", parts=230)
+    data_tokens: int | None = column(None, "Tokens the student was trained on.", parts=230)
     teacher_tokens: int | None = column(
         None, "Tokens of the teacher's pre-training; null for published ones.", parts_repeats=30
     )
@@ -66,30 +66,32 @@ class Record:
     )
     asked: Mapping[str, Any] = field(default_factory=dict)  # the columns that settings declare
     student_params: int | None = column(None, "The student's parameters.", result=True)
-    student_params_non_embedding: int | None = column(None, "The same without embeddings.", result=True)
-    stored_params: int | None = column(None, "Parameters that the student's files hold.", result=True)
+    student_params_non_embedding: int | None = column(None, "Non-embedding parameters.", result=True)
+    stored_params: int | None = column(None, "Parameters stored in the student's files.", result=True)
     teacher_params: int | None = column(None, "The teacher's parameters.", result=True)
-    teacher_params_non_embedding: int | None = column(None, "The same without embeddings.", result=True)
+    teacher_params_non_embedding: int | None = column(None, "Non-embedding parameters.", result=True)
     shape: str | None = column(None, "How the student's shape was chosen, or the fixed shape.", parts=50)
-    start: str | None = column(None, "The checkpoint that the student is before training, if it is one.", parts=35)
-    start_tokens: int | None = column(None, "Tokens on which a start of init=pretrained was trained here.", parts=36)
-    expanded_vocab: int | None = column(None, "Rows of the matrices after expansion, padding included.", parts=170)
+    start: str | None = column(None, "The checkpoint that the student starts from, if any.", parts=35)
+    start_tokens: int | None = column(
+        None, "init=pretrained: tokens on which the initial student was pre-trained here.", parts=36
+    )
+    expanded_vocab: int | None = column(
+        None, "Rows of the embedding matrices after expansion, padding included.", parts=170
+    )
     expanded_tokens: int | None = column(None, "Tokens of the expanded tokenizer; rows beyond them are padding.")
     adapt_tokens: int | None = column(None, "Tokens of the teacher's continued pre-training.", parts=180)
     second_bytes_per_token_before: float | None = column(
         None, "Bytes per token of held-out text mostly outside ASCII, before expansion."
     )
-    second_bytes_per_token: float | None = column(None, "The same after expansion.")
+    second_bytes_per_token: float | None = column(None, "Bytes per token of the same text after expansion.")
     instruct_rows: int | None = column(
-        None, "Conversations to train on, made or read; what was too long is in metrics.", parts_repeats=50
+        None, "Training conversations, generated or read; those too long are counted in metrics.", parts_repeats=50
     )
     instruct_settings: str | None = column(
-        None, "Non-default settings of both kinds of tuning that have no column.", parts_repeats=110
+        None, "Non-default settings of instruction and preference tuning that have no column.", parts_repeats=110
     )
-    prefer_rows: int | None = column(None, "Pairs to prefer the better answer of.", parts_repeats=120)
-    registration: str | None = column(
-        None, "SHA-256 of the file that said, before this record was made, what its grid is to show."
-    )
+    prefer_rows: int | None = column(None, "Preference pairs.", parts_repeats=120)
+    registration: str | None = column(None, "SHA-256 of the preregistration file of this record's grid.")
     settings: str | None = column(
         None, "Non-default settings that have no column: `prune.batches=8 train.schedule=wsd`.", parts=190
     )
@@ -97,16 +99,14 @@ class Record:
     objective: str | None = column(
         None, "prefix_lm: losses over the second half of each sequence; null: over every token.", parts=160
     )
-    signal: str | None = column(None, "Where the teacher's outputs came from, and values a token.", parts=130)
-    signal_bytes_per_token: float | None = column(None, "Of a cached signal, on disk.")
-    trained: str | None = column(
-        None, "Digest of the trained student: cells that differ in their scores only share it."
-    )
-    held_out_tokens: int | None = column(None, "Tokens predicted in domain.", parts_repeats=40)
+    signal: str | None = column(None, "How teacher outputs were obtained, and values per token if cached.", parts=130)
+    signal_bytes_per_token: float | None = column(None, "Bytes per token of cached teacher logits, on disk.")
+    trained: str | None = column(None, "Digest of the trained student; cells that differ only in evaluation share it.")
+    held_out_tokens: int | None = column(None, "In-domain tokens predicted.", parts_repeats=40)
     student_loss: float | None = column(None, "Held-out label cross-entropy.", result=True)
     student_loss_stderr: float | None = column(None, "Its standard error.", result=True)
     student_bits_per_byte: float | None = column(
-        None, "The same per byte; null too where tokens do not tell the bytes of the text.", result=True
+        None, "Held-out bits per byte; null where the bytes of a token are not known.", result=True
     )
     student_loss_ood: float | None = column(None, "Loss on out-of-domain text.", result=True)
     student_loss_validation: float | None = column(
@@ -116,9 +116,9 @@ class Record:
     teacher_loss_ood: float | None = column(None, "The teacher's loss on out-of-domain text.", result=True)
     teacher_entropy: float | None = column(None, "Mean entropy of the teacher's predictions.", result=True)
     init_loss: float | None = column(None, "The student's held-out loss before training.", result=True)
-    tuned_loss: float | None = column(None, "Held-out loss after instruction tuning and preferences.")
-    train_ce: float | None = column(None, "Cross-entropy in training, the last logged points averaged.", result=True)
-    train_kl: float | None = column(None, "Forward KL in training, the last logged points averaged.", result=True)
+    tuned_loss: float | None = column(None, "Held-out loss after instruction and preference tuning.")
+    train_ce: float | None = column(None, "Training cross-entropy, mean of the last logged points.", result=True)
+    train_kl: float | None = column(None, "Training forward KL, mean of the last logged points.", result=True)
     metrics: dict[str, dict[str, Any]] = column(
         dict, "The student's benchmark scores, {task: {value, stderr, shots, …}}.", result=True
     )
@@ -127,13 +127,13 @@ class Record:
     teacher_flops: float | None = column(None, "FLOPs of the teacher's forward passes in this cell.", result=True)
     teacher_train_flops: float | None = column(None, "FLOPs of the teacher's pre-training.", result=True)
     tokens_per_s: float | None = column(None, "Speed of the student's training.")
-    mfu: float | None = column(None, "Model FLOPs over the devices' peak, where that is known.")
+    mfu: float | None = column(None, "Model FLOPs utilisation, where the devices' peak is known.")
     wall_s: float | None = column(None, "Seconds of the student's training.")
-    peak_memory_bytes: int | None = column(None, "Most memory that training held.")
-    micro_batch: int | None = column(None, "Sequences on one device at once.")
-    device: str | None = column(None, "What trained the student.")
-    threads: int | None = column(None, "CPU threads of one process.", parts_repeats=20)
-    ranks: int | None = column(None, "Processes that trained it together.")
+    peak_memory_bytes: int | None = column(None, "Peak memory of training.")
+    micro_batch: int | None = column(None, "Sequences per device and forward pass.")
+    device: str | None = column(None, "The device that trained the student.")
+    threads: int | None = column(None, "CPU threads per process.", parts_repeats=20)
+    ranks: int | None = column(None, "Number of ranks.")
     git_commit: str | None = column(None, "The commit of this project.")
     versions: dict[str, str] = column(dict, "Versions of Python and packages.")
     created: str | None = column(None, "When the record was made, UTC.")
@@ -141,7 +141,7 @@ class Record:
     def __post_init__(self) -> None:
         for name, value in self.to_dict().items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"a record cannot hold {name}={value}: what was not measured is None")
+                raise ValueError(f"a record cannot hold {name}={value}: use None for what was not measured")
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> "Record":

@@ -10,14 +10,19 @@ ARTIFACTS = ("none", "record", "model")
 
 @dataclass
 class TrackingConfig:
-    """Weights & Biases: a mirror of the records, which are the truth."""
+    """Weights & Biases: a mirror of the records, which are authoritative."""
 
-    mode: str = setting("offline", "Mirror cells to W&B: into the store, online, or not.", allowed=MODES, decides=False)
+    mode: str = setting(
+        "offline",
+        "Mirror cells to W&B: offline (files in the store), online, or disabled.",
+        allowed=MODES,
+        decides=False,
+    )
     project: str = setting("capacity_gap", "W&B project.", decides=False)
     entity: str | None = setting(None, "W&B team or user; null: the account's own.", decides=False)
     artifacts: str = setting(
         "none",
-        "What goes along: nothing, record and history, or the student's weights too.",
+        "Artifacts to upload: none, record and history, or the student's weights too.",
         allowed=ARTIFACTS,
         decides=False,
     )

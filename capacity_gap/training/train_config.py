@@ -15,7 +15,7 @@ MOST_SEQUENCES = 2**20
 MOST_THREADS = 1024
 MOST_FLOPS = 1e21  # a second
 HIGHEST_RATE = 1e30  # it diverges long before: a cell that fails says so in its record
-WARM_UP = "Share of all steps in which the learning rate rises from zero."
+WARM_UP = "Share of all steps used for linear learning-rate warm-up."
 
 
 @dataclass
@@ -26,20 +26,20 @@ class OptimConfig:
     best rate falls in proportion to the width, so one number serves a whole ladder.
     """
 
-    batch_size: int = setting(16, "Sequences in one optimiser step, over all devices.", least=1, most=MOST_SEQUENCES)
+    batch_size: int = setting(16, "Sequences per optimiser step, over all devices.", least=1, most=MOST_SEQUENCES)
     learning_rate: float | None = setting(
         None, "Peak learning rate; null: learning_rate_times_width / hidden size.", above=0, most=HIGHEST_RATE
     )
     learning_rate_times_width: float = setting(0.4, "Peak learning rate times hidden size.", above=0, most=HIGHEST_RATE)
-    schedule: str = setting("cosine", "How the learning rate falls after the warm-up.", allowed=SCHEDULES)
+    schedule: str = setting("cosine", "Learning-rate schedule after the warm-up.", allowed=SCHEDULES)
     warmup: float = setting(0.01, WARM_UP, least=0, most=1)
-    decay: float = setting(0.2, "Share of all steps in which `wsd` falls to its end.", least=0, most=1)
-    final: float = setting(0.1, "Learning rate at the end, as a share of the peak (cosine, wsd).", least=0, most=1)
-    beta1: float = setting(0.9, "AdamW's decay of the mean of gradients.", least=0, below=1)
-    beta2: float = setting(0.95, "AdamW's decay of the mean of squared gradients.", least=0, below=1)
+    decay: float = setting(0.2, "wsd: share of all steps used for the decay.", least=0, most=1)
+    final: float = setting(0.1, "cosine, wsd: final learning rate as a share of the peak.", least=0, most=1)
+    beta1: float = setting(0.9, "AdamW's β₁.", least=0, below=1)
+    beta2: float = setting(0.95, "AdamW's β₂.", least=0, below=1)
     epsilon: float = setting(1e-8, "AdamW's ε.", least=1e-16, most=1)
-    weight_decay: float = setting(0.1, "Weight decay, on matrices only.", least=0, most=100)
-    clip: float = setting(1.0, "Largest norm of the gradient; larger ones are scaled down.", above=0, most=1e30)
+    weight_decay: float = setting(0.1, "Weight decay, applied to matrices only.", least=0, most=100)
+    clip: float = setting(1.0, "Gradient clipping: maximum global norm.", above=0, most=1e30)
 
     def __post_init__(self) -> None:
         validate(self._section, self)
@@ -55,11 +55,11 @@ class OptimConfig:
 
 @dataclass
 class PretrainConfig(OptimConfig):
-    """How teachers that no one has published are pre-trained."""
+    """Pre-training of teachers that are trained here."""
 
     # At pico budgets more steps are worth more than larger ones, and without the warm-up the wider rungs do not bear
     # the rate that suits the narrow ones (docs/decisions.md).
-    batch_size: int = setting(4, "Sequences in one optimiser step, over all devices.", least=1, most=MOST_SEQUENCES)
+    batch_size: int = setting(4, "Sequences per optimiser step, over all devices.", least=1, most=MOST_SEQUENCES)
     warmup: float = setting(0.1, WARM_UP, least=0, most=1)
 
     @property
@@ -69,7 +69,7 @@ class PretrainConfig(OptimConfig):
 
 @dataclass
 class AdaptOptimConfig(OptimConfig):
-    """The optimiser with which teachers are trained on."""
+    """The optimiser of continued pre-training."""
 
     @property
     def _section(self) -> str:
@@ -80,18 +80,18 @@ class AdaptOptimConfig(OptimConfig):
 class TrainConfig(OptimConfig):
     """How students are trained, and where everything is run.
 
-    What is null is as the recipe for the student's size has it (cell/recipes.py); a plan says what it comes to.
+    Null settings take the recipe for the student's size (cell/recipes.py); a plan prints the values.
     """
 
     recipe: str = setting(
         AUTO,
-        "What decides settings that are null: auto takes it by the student's size.",
+        "Defaults for settings that are null; auto chooses by the student's size.",
         allowed=RECIPE_NAMES,
         decides=False,
     )
     batch_size: int | None = setting(  # type: ignore[assignment]
         None,
-        "Sequences in one optimiser step of the student, over all devices; null: the recipe's.",
+        "Sequences per optimiser step of the student, over all devices; null: the recipe's.",
         least=1,
         most=MOST_SEQUENCES,
         column="batch",
@@ -103,17 +103,17 @@ class TrainConfig(OptimConfig):
     )
     precision: str | None = setting(
         None,
-        "Type of the arithmetic; bf16 keeps weights in fp32; null: the recipe's.",
+        "Precision of training; bf16 is autocast with fp32 weights; null: the recipe's.",
         allowed=PRECISIONS,
         column="precision",
         parts=200,
     )
     threads: int = setting(
         1,
-        "CPU threads of one process; part of a result's identity, because sums depend on it.",
+        "CPU threads per process; part of a result's identity, because sums depend on it.",
         least=1,
         most=MOST_THREADS,
-        untold="the same quantities, rounded otherwise; the column `threads` says what was used",
+        untold="`threads`, as used",
     )
     device: str = setting("auto", "Where models run: auto, cpu, cuda, cuda:N, mps, xpu or xpu:N.", decides=False)
     sharding: str = setting(
@@ -123,21 +123,28 @@ class TrainConfig(OptimConfig):
         decides=False,
     )
     micro_batch_size: int | None = setting(
-        None, "Sequences on one device at once; null: the whole batch.", least=1, most=MOST_SEQUENCES, decides=False
+        None,
+        "Sequences per device and forward pass; null: the whole batch.",
+        least=1,
+        most=MOST_SEQUENCES,
+        decides=False,
     )
     checkpoint_minutes: float = setting(1.0, "Minutes between checkpoints.", above=0, most=100_000, decides=False)
     activation_checkpointing: bool = setting(
-        False, "Keep each layer's input only: less memory, a third more time.", decides=False
+        False, "Recompute activations in the backward pass: less memory, a third more time.", decides=False
     )
-    compile: bool = setting(False, "Use torch.compile: other kernels, so other last bits.", later=True)
+    compile: bool = setting(False, "Use torch.compile; results differ in their last bits.", later=True)
     trunk: bool = setting(
         False,
-        "Budgets that are doublings of one another share one run at a constant rate; the last train.decay of each "
-        "branches off. Needs train.schedule=wsd.",
+        "Budgets that are doublings of one another share one run at a constant learning rate; the last train.decay of "
+        "each is a decay branch of its own. Needs train.schedule=wsd.",
         later=True,
     )
     evaluate_every: str = setting(
-        "0", "Tokens between held-out losses on the way; 0: none.", later=True, untold="only adds to the history"
+        "0",
+        "Tokens between held-out losses during training; 0: none.",
+        later=True,
+        untold="not recorded: only adds to the history",
     )
     peak_flops: float | None = setting(
         None,
