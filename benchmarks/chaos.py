@@ -107,7 +107,7 @@ def begun(store: Path) -> Counter:
     counts: Counter = Counter()
     for file in (store / "logs").glob("*.log"):
         for line in file.read_text(errors="replace").splitlines():
-            if line.endswith((": starts", ": goes on from a checkpoint")):
+            if line.endswith((": starts", ": resumed from a checkpoint")):
                 counts[line.split(" INFO ")[1].split(":")[0].replace("/", "-")] += 1
     return counts
 

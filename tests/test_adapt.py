@@ -103,7 +103,10 @@ def test_adaptation_alone_trains_on(tiny):
         (["expand.vocab=1000"], "expand.vocab=1000, but pico already has 1024 tokens"),
         (["expand.tokenizer=x"], "expand.tokenizer=x needs expand.vocab="),
         (["expand.vocab=2000", "expand.tokenizer=/"], "expand.tokenizer=/ has no tokenizer.json"),
-        (["expand.vocab=2000", "expand.tokenizer=a/b"], "expand.tokenizer=a/b is no folder here; .*expand.revision="),
+        (
+            ["expand.vocab=2000", "expand.tokenizer=a/b"],
+            "expand.tokenizer=a/b is not a local folder; .*expand.revision=",
+        ),
         (["expand.vocab=2000", "expand.tokenizer=a/b", "expand.revision=main"], "expand.revision=main is out of range"),
         (["expand.vocab=2000", f"expand.revision={COMMIT}"], "given with expand.tokenizer= only"),
         (["expand.vocab=2000", "expand.tokenizer=/", f"expand.revision={COMMIT}"], "is a folder: expand.revision="),
@@ -125,7 +128,7 @@ def test_too_little_text_to_adapt_to_stops_before_any_model_is_trained(adapted, 
 def test_fewer_tokens_than_there_is_room_for_stop_before_any_model_is_trained(adapted, tmp_path):
     """Else thousands of rows that no token uses would count as parameters."""
     config = compose([*adapted, "expand.vocab=9000", f"store={tmp_path}"])
-    with pytest.raises(ConfigError, match=r"expand.vocab=9000 asks for 7,976 tokens .* only .* Give expand.vocab=\d+"):
+    with pytest.raises(ConfigError, match=r"expand.vocab=9000 asks for 7,976 tokens .* only .* Set expand.vocab=\d+"):
         run_config(config)
     assert not (tmp_path / "teacher").exists()
 

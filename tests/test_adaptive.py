@@ -74,7 +74,7 @@ def test_it_ends_once_the_interval_was_narrow_enough_twice(rounds, monkeypatch):
     cell, words = list(mine.cells.values())[1]
     noted = {cell.record.key: {"name": "b", "overrides": words, "stages": {}}}
     note_sweep(mine.store, "grid", noted, about={"round": 2, "what": mine.what, "answer": [2.5, 2.0, 3.0]})
-    with pytest.raises(StopRounds, match="narrow enough, before the last round and after it: until=1000"):
+    with pytest.raises(StopRounds, match="narrow enough, before and after the last round: until=1000"):
         mine.next(set())
     answer = mine.answer()
     assert answer.interval[0] < 2.5 < answer.interval[1] < 1000 * answer.interval[0]
@@ -94,7 +94,7 @@ def test_the_budget_holds_the_first_cells_and_then_none(rounds):
     some = rounds("next.k=4", f"budget_hours={0.9 * whole.device_hours}").next(set())
     assert 1 <= len(some.cells) < 4
     assert set(some.cells) < set(whole.cells)
-    with pytest.raises(StopRounds, match="the budget is spent: 1e-09 hours of budget_hours=1e-09 are left"):
+    with pytest.raises(StopRounds, match="the budget is used up: 1e-09 hours of budget_hours=1e-09 are left"):
         rounds("budget_hours=1e-9").next(set())
 
 
@@ -132,7 +132,7 @@ def test_nothing_is_left_after_all_cells(rounds, monkeypatch):
     mine = rounds()
     known = measured(mine)
     monkeypatch.setattr(Rounds, "frame", lambda self: known)
-    with pytest.raises(StopRounds, match="nothing is left to run"):
+    with pytest.raises(StopRounds, match="no cell is left to run"):
         mine.next(set(mine.cells))
 
 
@@ -202,7 +202,7 @@ def test_a_grid_over_more_than_a_question_knows_is_refused(tiny, tmp_path, more)
     for asked in (["strategy=adaptive"], ["budget_hours=1e-9"]):
         done = run_here("-m", *tiny, *AXES, *more, *asked, f"store={tmp_path}", cwd=tmp_path)
         assert done.returncode == 2
-        assert "cannot be run in rounds, or cut to a budget" in done.stderr, done.stderr
+        assert "run in rounds, or cut to a budget, may vary only" in done.stderr, done.stderr
         assert more[0].split("=")[0].split(".")[-1].removeprefix("method") in done.stderr
 
 
@@ -218,7 +218,7 @@ def test_a_grid_over_more_than_a_question_knows_is_refused(tiny, tmp_path, more)
             ],
             "next.small=400k is not below next.large=80k",
         ),
-        (["until=3"], "until=3 is read by strategy=adaptive alone"),
+        (["until=3"], "until=3 applies only to strategy=adaptive"),
         (["strategy=adaptive"], "strategy=adaptive is for grids: add -m"),
     ],
 )
@@ -257,7 +257,7 @@ def test_answers_in_words():
     ("given", "said"),
     [
         ({"goal": "target", "student": "80k"}, "next.data is missing. It takes next.student, next.data"),
-        ({"goal": "law", "student": "80k"}, "next.student is not read"),
+        ({"goal": "law", "student": "80k"}, "next.student does not apply"),
         ({"goal": "break_even", "student": "80k", "small": "120k"}, "next.large is missing"),
     ],
 )

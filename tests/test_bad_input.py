@@ -175,7 +175,7 @@ GIVEN = [
     (["-m", "student=range(1,10000000000)"], "more than 100,000 combinations"),
     (["-m", "hydra.sweeper.max_batch_size=0"], "hydra.sweeper.max_batch_size=0 is out of range. Allowed: 1 to 100,000"),
     (["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=0"], "hydra.launcher.n_jobs=0 is out of range"),
-    (["+sweeps=quick"], "gives student, teacher several values: a grid wants -m"),
+    (["+sweeps=quick"], "gives student, teacher several values: a grid needs -m"),
     (["student='60k,90k'"], "or a sweep file with them under `hydra.sweeper.params`"),
 ]
 
@@ -191,10 +191,10 @@ def test_what_is_wrong_is_said(overrides, said, tmp_path):
 
 FILES = {
     "broken": ("a: [b\n", "line 3: expected"),
-    "bytes": (b"\xff\xfe", "no UTF-8 text"),
+    "bytes": (b"\xff\xfe", "not UTF-8 text"),
     "tagged": ("student: !!python/object/apply:os.getcwd []\n", "line 2: could not determine a constructor"),
     "unknown": ("studnet: 60k\n", "studnet is not a setting (did you mean 'student'?)"),
-    "lists": ("student: [60k, 90k]\n", "student takes one value. Several values want a grid"),
+    "lists": ("student: [60k, 90k]\n", "student takes one value. Several values need a grid"),
     "callback": ("hydra: {callbacks: {x: {_target_: evil.X}}}\n", "names code to run (hydra.callbacks.x._target_)"),
     "params": ("hydra: {sweeper: {params: {x: {_target_: evil.X}}}}\n", "(hydra.sweeper.params.x._target_)"),
     "created": (
@@ -252,7 +252,7 @@ def test_options_stand_anywhere(tmp_path):
 
 def test_evaluate_says_first_that_there_is_no_model(capsys):
     assert cli.main(["evaluate", "./nowhere", "--tasks", "arc_easy"]) == 2
-    assert "MODEL ./nowhere: there is no such folder" in capsys.readouterr().err
+    assert "MODEL ./nowhere: no such folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["fit TABLE", "report TABLE", "frontier", "compare TABLE", "evaluate x", "init"])

@@ -135,13 +135,13 @@ def test_students_of_teachers_from_the_hub_have_one_shape(hub, given, tmp_path, 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["student=s/none", "teacher=t/llama"], "s/none cannot be loaded: it is no folder here"),
+        (["student=s/none", "teacher=t/llama"], "s/none cannot be loaded: it is not a local folder"),
         (["student=s/llama@v9", "teacher=t/llama"], "it has no branch, tag or commit v9"),
         (["student=t/llama", "teacher=s/llama"], "is larger than teacher=s/llama"),
-        (["student=s/llama", "teacher=t/llama", "prune.depth=1"], "nothing is cut, and its shape is its own"),
+        (["student=s/llama", "teacher=t/llama", "prune.depth=1"], "it is not pruned and keeps its own shape"),
         (["student=s/llama", "teacher=t/llama", "expand.vocab=400"], "has no rows for new tokens"),
         (["student=9k", "teacher=t/llama", "prune.init=pretrained"], "has no model of this size"),
-        (["student=40k", "teacher=80k", "prune.init=pretrained"], "say prune.init_data=TOKENS too"),
+        (["student=40k", "teacher=80k", "prune.init=pretrained"], "set prune.init_data=TOKENS too"),
         (["student=40k", "teacher=80k", "prune.init_data=1k"], "only students of init=pretrained are pre-trained"),
         (["student=s/llama", "teacher=80k", "family=pico_t5"], "one is an encoder-decoder"),
     ],
@@ -213,7 +213,7 @@ def test_folders_with_a_config_alone_can_be_planned_and_not_run(planned, capfd):
     assert done.returncode == 0, done.stderr
     for _, params in CONFIGS.values():
         assert f"{params:,}" in done.stdout
-    assert "it can be planned with, and not run" in done.stderr + capfd.readouterr().err
+    assert "it can be used in plans but not in runs" in done.stderr + capfd.readouterr().err
     refused = run_here("-m", *words, cwd=planned)
     assert refused.returncode == 2 and "qwen3-8b has no tokenizer.json" in refused.stderr
     assert not (planned / "store").exists()
@@ -341,7 +341,7 @@ def test_a_grid_pins_its_checkpoints(hub, given, tmp_path, monkeypatch):
 
 
 def test_a_family_has_no_checkpoints_but_its_own(hub, given):
-    with pytest.raises(ConfigError, match="family=qwen3 with teacher=t/llama, which is no rung of it"):
+    with pytest.raises(ConfigError, match="family=qwen3 with teacher=t/llama, which is not one of its rungs"):
         pipeline.resolve(compose([*given, "family=qwen3", "teacher=t/llama", "student=9k"]))
 
 
@@ -390,18 +390,18 @@ def test_a_launcher_without_a_grid_is_refused(models, given, tmp_path):
     for launcher in ("hydra/launcher=joblib", "++hydra.launcher.n_jobs=2", "+hydra/launcher=joblib"):
         done = run_here(*words, launcher, cwd=tmp_path)
         assert done.returncode == 2
-        assert f"{launcher} is read by grids only: without -m the cell would run here" in done.stderr
+        assert f"{launcher} applies only to grids: without -m the cell would run here" in done.stderr
     for more in (["hydra/launcher=basic"], ["hydra.mode=MULTIRUN", "hydra/launcher=joblib"]):
         assert run_here(*words, *more, cwd=tmp_path).returncode == 0
 
 
 def test_a_student_with_other_tokens_than_the_default_teacher_says_that_it_is_one(models, given):
-    with pytest.raises(ConfigError, match=r"has 300 tokens, and teacher=120k of family=pico, .* where nothing is said"):
+    with pytest.raises(ConfigError, match=r"has 300 tokens, and teacher=120k of family=pico, .* is the default"):
         pipeline.resolve(compose([*given, f"student={models}/s/llama"]))
 
 
 def test_a_default_student_says_that_it_is_one(planned):
-    with pytest.raises(ConfigError, match=r"no student of 60,000 .* Say student=: 60k is what it is where nothing is"):
+    with pytest.raises(ConfigError, match=r"no student of 60,000 .* Set student=: 60k is only the default"):
         pipeline.resolve(compose([f"teacher={planned}/qwen3-8b", "plan=true"]))
 
 
@@ -420,7 +420,10 @@ def test_a_plan_names_what_the_run_would_refuse_and_what_differs(planned, tmp_pa
     assert "warning: no corpus is named, and the embedded prose" in done.stdout
     assert "trained in steps of" in done.stdout and "data=100m: recipe" in done.stdout
     assert "student smollm2: " in done.stdout, "a checkpoint keeps its name"
-    assert "embeddings have different rows (qwen3-8b 151,936, llama-8b 128,256)" in done.stderr + capfd.readouterr().err
+    assert (
+        "embeddings have different numbers of rows (qwen3-8b 151,936, llama-8b 128,256)"
+        in done.stderr + capfd.readouterr().err
+    )
 
 
 def test_a_plan_needs_no_tokenizer_of_models_that_have_a_padding_token(planned):

@@ -188,5 +188,5 @@ def test_no_stage_trains_on_no_sequence(tmp_path):
     (tmp_path / "train.json").write_text(json.dumps({"dtype": "<u2", "tokens": 1001}))
     packed = Packed(tmp_path / "train", 10)
     assert len(subset(packed, 0)) == 0
-    with pytest.raises(ConfigError, match="instruct.replay=9 in 1 passes is less than one sequence of 10"):
+    with pytest.raises(ConfigError, match="instruct.replay=9 in 1 epochs is less than one sequence of 10"):
         subset(packed, 9, key="instruct.replay")

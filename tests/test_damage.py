@@ -136,7 +136,7 @@ def test_a_stage_of_an_older_version_stays_valid_and_gets_its_list(chain, capsys
     store.compute(Stage("other", 1, {}, {"base": base}, writing(calls)), Runtime())
     assert calls.count(base.digest) == 1
     assert cli.main(["store", "verify", str(store.root)]) == 0
-    assert "0 damaged, 1 of an older version got their list" in capsys.readouterr().out
+    assert "0 damaged, 1 of an older version were given a list" in capsys.readouterr().out
     halve(store.path(base) / "inner" / "x.txt")
     assert not store.is_sound(base)
 
@@ -156,15 +156,15 @@ def test_verify_finds_one_flipped_byte_in_any_file_and_repair_sets_it_aside(chai
     assert cli.main(["store", "verify", "--repair", str(store.root)]) == 0
     out = capsys.readouterr().out
     assert f"python run.py student=60k store={store.root}" in out
-    assert f"set aside and not made again: {base.key}\n" in out
+    assert f"set aside and not recomputed: {base.key}\n" in out
     assert not store.has(base)
     assert [s.key for s in store.lost(end)] == [base.key]
     assert verify(store).damaged == []
     flip(note)
     assert cli.main(["store", "verify", "--repair", str(store.root)]) == 0
     out = capsys.readouterr().out
-    assert f"not made again: {base.key}\n" in out and f"not made again: sweeps/{note.name}\n" in out
-    assert f"`status` does not know the cells of {note.name} until" in out
+    assert f"not recomputed: {base.key}\n" in out and f"not recomputed: sweeps/{note.name}\n" in out
+    assert f"`status` cannot list the cells of {note.name} until" in out
     cli.main(["status", str(store.root)])
     assert f"{base.key}, sweeps/{note.name}" in capsys.readouterr().out
     store.compute(base, Runtime())
@@ -242,7 +242,7 @@ def test_a_store_without_its_marker_is_read_and_gets_it_back(used, capsys):
     assert json.loads(used.marker.read_text())["schema"] == 1
 
 
-@pytest.mark.parametrize(("damage", "said"), [(halve, "it has"), (flip, "it has the right size and another content")])
+@pytest.mark.parametrize(("damage", "said"), [(halve, "it has"), (flip, "it has the right size but different content")])
 def test_export_names_what_is_damaged(used, tmp_path, capsys, damage, said):
     (weights,) = used.root.glob("distil/*/model.safetensors")
     damage(weights)
@@ -330,7 +330,7 @@ def test_a_changed_key_in_the_list_of_files_is_damage(chain):
     assert not store.is_sound(base)
     meta = json.loads((store.path(base) / "stage.json").read_text())
     files.write_checked(store.path(base) / "stage.json", meta)
-    with pytest.raises(Damaged, match="holds something else"):
+    with pytest.raises(Damaged, match="differs from what was written"):
         files.check_sizes(store.path(base))
 
 
@@ -434,4 +434,4 @@ def test_what_could_not_be_repaired_names_who_is_at_it(chain, capsys):
     flip(store.path(base) / "y.json")
     with Lease(store.place(base.key), lambda: False) as held:
         assert cli.main(["store", "verify", "--repair", str(store.root)]) == 1
-    assert f"{base.key}: {held.owner} is at it ({held.file})" in capsys.readouterr().out
+    assert f"{base.key}: {held.owner} is working on it ({held.file})" in capsys.readouterr().out

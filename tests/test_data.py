@@ -62,7 +62,7 @@ def test_a_corpus_is_the_same_bytes_twice(tmp_path):
 
 
 def test_too_small_a_corpus_says_so(tmp_path):
-    with pytest.raises(ConfigError, match=r"too small or too uniform.*Give more text"):
+    with pytest.raises(ConfigError, match=r"too small or too uniform.*Provide more text"):
         corpus.build_corpus([Document("one", "a")], tmp_path, validation=0.1, test=0.1)
 
 
@@ -82,7 +82,9 @@ def test_embedded_code_is_code():
 
 def test_a_wrong_version_of_a_pinned_wheel_is_refused(monkeypatch):
     monkeypatch.setattr(corpora.ServiceDocumentation, "version", "0.0.1")
-    with pytest.raises(ConfigError, match=r"inside botocore 0\.0\.1, but botocore .* is installed.*\[embedded\]"):
+    with pytest.raises(
+        ConfigError, match=r"of the package botocore 0\.0\.1, but botocore .* is installed.*\[embedded\]"
+    ):
         next(corpora.ServiceDocumentation().documents(None))
 
 
@@ -244,7 +246,7 @@ def test_an_offset_passes_over_the_first_tokens_and_says_what_is_left():
     whole = packing.subset(packed, 800)
     assert np.array_equal(packing.subset(packed, 160, skip=400), whole[50:70])
     assert np.array_equal(packing.subset(packed, 320, epochs=2, skip=400), whole[50:70])
-    with pytest.raises(ConfigError, match="holds 400 behind data_offset=400. Give at most data=400"):
+    with pytest.raises(ConfigError, match="holds 400 behind data_offset=400. Set at most data=400"):
         packing.subset(packed, 480, skip=400)
     with pytest.raises(ConfigError, match="holds 0 behind"):
         packing.subset(packed, 80, skip=900)

@@ -246,10 +246,10 @@ def test_too_few_tokens_for_the_room_say_how_many_there_are(english, tmp_path):
     """The number that the message gives is one that works."""
     (tmp_path / "out").mkdir()
     train_tokenizer(english, 400, tmp_path)
-    with pytest.raises(ConfigError, match=r"asks for 8,600 tokens beside the old 400, and only") as caught:
+    with pytest.raises(ConfigError, match=r"asks for 8,600 tokens in addition to the old 400, but only") as caught:
         expand_tokenizer(tmp_path, tmp_path / "out", size=9000, texts=SECOND * 3)
     assert list((tmp_path / "out").iterdir()) == []
-    size = int(str(caught.value).split("Give expand.vocab=")[1].split(",")[0])
+    size = int(str(caught.value).split("Set expand.vocab=")[1].split(",")[0])
     assert expand_tokenizer(tmp_path, tmp_path / "out", size=size, texts=SECOND * 3)["after"] == size
 
 
@@ -269,7 +269,7 @@ def test_an_expanded_tokenizer_that_reads_otherwise_is_refused(harm, english, tm
     monkeypatch.setattr(module, "with_tokens", harmful)
     (tmp_path / "out").mkdir()
     train_tokenizer(english, 400, tmp_path)
-    with pytest.raises(StageError, match="keep their ids" if harm == "moved" else "would read '.*' otherwise"):
+    with pytest.raises(StageError, match="keep their ids" if harm == "moved" else "would tokenise '.*' differently"):
         expand_tokenizer(tmp_path, tmp_path / "out", size=450, texts=[*english, *SECOND * 3])
 
 

@@ -51,7 +51,7 @@ def test_the_card_of_a_distilled_student(plain):
     card, row = (plain / "README.md").read_text(encoding="utf-8"), json.loads((plain / "record.json").read_text())
     assert "cut from 55k and distilled from 55k (55,032 parameters) on 6,000 tokens of `text`." in card
     assert f"| held-out loss, nats per token | {row['student_loss']:.4f} | {row['student_loss_stderr']:.4f} |" in card
-    assert "epochs 1" in card and "before it was tuned" not in card
+    assert "epochs 1" in card and "before tuning" not in card
     assert _head(plain)["license"] == "other", "nobody knows the licence of the user's text"
     assert "base_model" not in _head(plain)
     assert use_as_the_card_says(plain)
@@ -69,7 +69,7 @@ def test_what_began_with_random_weights_is_not_called_cut(tiny, tmp_path):
     given = ["student=40k", "teacher=55k", "prune.init=random", "distill.kd_weight=0", "data=1k"]
     cell, store = _run(*tiny, *given, f"store={tmp_path / 'store'}")
     card = (export(store, cell.record.digest, tmp_path / "out") / "README.md").read_text(encoding="utf-8")
-    assert "that began with random weights and trained without a teacher on 1,000 tokens" in card
+    assert "randomly initialised and trained without a teacher on 1,000 tokens" in card
     assert "cut from" not in card
 
 
@@ -145,7 +145,7 @@ def test_published_parents_are_named_where_the_hub_looks_for_them(tiny_cell, tmp
 def test_a_size_that_is_none_says_so_and_leaves_nothing(tiny_cell, tmp_path, capsys):
     digest, store = pipeline.resolve(tiny_cell).record.digest, str(tiny_cell.store_path)
     assert cli.main(["export", digest, str(tmp_path / "out"), "--store", store, "--shard", "abc"]) == 2
-    assert "--shard abc: a size is a whole number and KB, MB, GB or TB" in capsys.readouterr().err
+    assert "--shard abc: write a whole number and KB, MB, GB or TB" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -175,6 +175,6 @@ def test_an_export_writes_over_nothing(tiny_cell, tmp_path):
 
 @pytest.mark.parametrize("cell", ["", "*", "../..", "[a-f]", "record/", "xyz", "A" * 300])
 def test_only_a_digest_names_a_cell(cell, tiny_cell, tmp_path):
-    with pytest.raises(UserError, match="is no cell: give the beginning of its digest"):
+    with pytest.raises(UserError, match="is not a cell: pass the first hexadecimal digits"):
         export(Store(tiny_cell.store_path), cell, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -134,7 +134,9 @@ def test_the_layers_of_gemma_slide_in_all_but_every_sixth():
         assert thetas == {"full_attention": 1e6, "sliding_attention": 1e4}
 
 
-@pytest.mark.parametrize(("name", "rung", "why"), [("qwen3", "32b", "no base model"), ("gemma3", "4b", "reads images")])
+@pytest.mark.parametrize(
+    ("name", "rung", "why"), [("qwen3", "32b", "no base model"), ("gemma3", "4b", "is multimodal")]
+)
 def test_a_model_that_is_no_rung_says_why(name, rung, why):
     with pytest.raises(ImpossibleCell, match=why):
         pipeline.resolve(compose([f"family={name}", f"teacher={rung}", "student=300m"]))
@@ -146,7 +148,7 @@ def test_what_cannot_be_cut_yet_is_refused_before_any_compute(tmp_path):
     (tmp_path / "moe" / "config.json").write_text(json.dumps({"model_type": kind, **small, "eos_token_id": 0}))
     given = [f"teacher={tmp_path / 'moe'}", "student=5k", "plan=true"]
     for more in ([], ["prune.init=random"], ["data=0"]):
-        with pytest.raises(ConfigError, match=r"is no axis that can be cut.* student=ORG/NAME or student=FOLDER"):
+        with pytest.raises(ConfigError, match=r"is not an axis that can be cut.* student=ORG/NAME or student=FOLDER"):
             pipeline.resolve(compose([*given, *more]))
 
 
@@ -342,7 +344,7 @@ def test_a_teacher_held_in_bf16_is_adapted_in_fp32(folders, tiny, tmp_path):
 
 
 def test_folders_that_cannot_serve_are_named(folders, tmp_path):
-    with pytest.raises(ConfigError, match="is no model folder: it has no config.json"):
+    with pytest.raises(ConfigError, match="is not a model folder: it has no config.json"):
         checkpoint_family([str(tmp_path)])
     pickled = tmp_path / "pickled"
     shutil.copytree(folders / "small", pickled)
@@ -363,7 +365,7 @@ def test_folders_that_cannot_serve_are_named(folders, tmp_path):
 def test_a_bad_folder_stops_before_compute(tmp_path):
     done = run_here("family=folders", f"teacher={tmp_path}", f"store={tmp_path / 'store'}", cwd=tmp_path)
     assert done.returncode == 2
-    assert "is no model folder" in done.stderr
+    assert "is not a model folder" in done.stderr
     assert not (tmp_path / "store").exists()
 
 
@@ -421,7 +423,7 @@ def test_bytes_of_sentencepiece_tokens():
 
 
 def test_names_that_cannot_be_fetched_say_why(capsys):
-    for name, said in (("pico:55k", "teachers of pico are trained on the spot"), ("a/b/c", "a/b/c cannot be fetched")):
+    for name, said in (("pico:55k", "teachers of pico are trained here"), ("a/b/c", "a/b/c cannot be fetched")):
         assert cli.main(["fetch", name]) == 2
         assert said in capsys.readouterr().err
 

@@ -131,12 +131,12 @@ def test_cells_that_differ_in_any_setting_are_not_replicates():
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"", "No columns"), (b"a,b\n1,2,3\n1\n1,2,3,4\n", "Expected 2 fields"), (b"\xff\xfe\x00a", "utf-8")],
+    [(b"", "it has no header"), (b"a,b\n1,2,3\n1\n1,2,3,4\n", "Expected 2 fields"), (b"\xff\xfe\x00a", "UTF-8")],
 )
 def test_a_file_that_is_no_table_is_named(content, said, tmp_path):
     (tmp_path / "runs.csv").write_bytes(content)
     for source in (tmp_path / "runs.csv", tmp_path):
-        with pytest.raises(UserError, match=f"runs.csv is no table that can be read: .*{said}"):
+        with pytest.raises(UserError, match=f"runs.csv is not a readable table: .*{said}"):
             records.load(source)
 
 
@@ -154,7 +154,7 @@ def test_a_cell_that_was_recorded_again_with_its_settings_counts_once():
     before = grid(valley).assign(seed=0, settings=None)
     before["trained"] = [f"digest{i}" for i in range(len(before))]
     again = before.assign(settings="prune.batches=8")
-    with pytest.warns(UserWarning, match="rows left out: .* the same model again"):
+    with pytest.warns(UserWarning, match="rows left out as duplicates:"):
         found = locate_optima(pd.concat([before, again]))
     assert len(found) == len(STUDENTS)
 
@@ -163,7 +163,7 @@ def test_one_model_recorded_twice_counts_once():
     """Cells that differ in how the student was tuned afterwards hold the same distilled student."""
     frame = grid(valley, noise=0.003)
     twice = pd.concat([frame.assign(prefer_rows=None), frame.assign(prefer_rows=800)], ignore_index=True)
-    with pytest.warns(UserWarning, match="84 rows left out: the same loss under the same seeds"):
+    with pytest.warns(UserWarning, match="84 rows left out as duplicates: the same loss under the same seeds"):
         assert locate_optima(twice) == locate_optima(frame)
 
 
@@ -171,7 +171,7 @@ def test_pruning_alone_does_not_hide_what_training_shows():
     """Its scatter over seeds is a hundred times that of trained students, and all curves of a table share one noise."""
     trained = grid(valley, noise=0.002).assign(data_tokens=300_000)
     start = grid(lambda r: math.log(r), noise=0.3, draw=1).assign(data_tokens=0)
-    with pytest.warns(UserWarning, match="84 rows of pruning alone left out"):
+    with pytest.warns(UserWarning, match="84 rows without distillation left out"):
         both = locate_optima(pd.concat([trained, start]))
     assert both == locate_optima(trained)
     assert {o.data_tokens for o in locate_optima(start)} == {0}
@@ -185,7 +185,7 @@ def test_a_score_that_nobody_asked_for_says_how_to_get_it():
 def test_settings_in_which_cells_of_one_seed_differ_part_curves():
     low, high = grid(valley, noise=0.001), grid(lambda r: valley(r, 4), noise=0.001, draw=1)
     both = pd.concat([low.assign(learning_rate=1e-3), high.assign(learning_rate=3e-3)])
-    with pytest.warns(UserWarning, match="parted by learning_rate"):
+    with pytest.warns(UserWarning, match="split by learning_rate"):
         assert len(locate_optima(both)) == 2 * len(STUDENTS)
     with pytest.warns(UserWarning, match="84 rows repeat student, teacher and seeds"):
         assert len(locate_optima(both.drop(columns="learning_rate"))) == len(STUDENTS)
@@ -268,7 +268,7 @@ def test_figures_are_the_same_bytes_twice(tmp_path):
 
 def test_command_refuses_what_holds_no_records(tmp_path, capsys):
     assert cli.main(["fit", str(tmp_path)]) == 2
-    assert "holds no records. Give a store" in capsys.readouterr().err
+    assert "contains no records. Pass a store" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_a_power_law_is_told_from_a_ratio():
     law = fit_law(frame)
     assert law.slope_interval[0] < 1.4 < law.slope_interval[1]
     assert law.tests["b = 1"] < 0.01
-    assert "no constant over students" in law.verdict()
+    assert "not constant over students" in law.verdict()
 
 
 def test_covariates_take_their_part_and_are_reported():
@@ -305,7 +305,7 @@ def test_a_level_of_which_only_bounds_are_known_gives_no_number():
     law = fit_law(frame)
     assert law.status == "law"
     assert law.ratio_interval[0] < 2.5 < law.ratio_interval[1]
-    assert "family=b takes no part in the law: only bounds on its optima are known" in law.notes
+    assert "family=b is left out of the law: only bounds on its optima are known" in law.notes
     assert not law.effects
 
 
@@ -333,7 +333,7 @@ def test_tokens_in_proportion_to_parameters_are_told_from_the_exponent_by_nobody
     law = fit_law(frame)
     assert law.status == "law"
     assert not law.effects
-    assert any("goes with the student's size" in n for n in law.notes)
+    assert any("confounded with the student's size" in n for n in law.notes)
     assert law.slope_interval[0] < 1 < law.slope_interval[1]
 
 
@@ -346,7 +346,7 @@ def test_settings_that_go_together_are_one():
     )
     law = fit_law(frame)
     assert len(law.effects) == 1
-    assert sum("goes with" in n for n in law.notes) == 1
+    assert sum("confounded with" in n for n in law.notes) == 1
 
 
 def test_a_setting_of_one_student_alone_breaks_nothing():
@@ -375,9 +375,9 @@ def test_missing_settings_and_text_for_numbers():
     assert law.status == "law"
     assert any("rows 4" in n for n in law.notes)
     frame.loc[frame.index[4], "loss"] = "failed"
-    with pytest.raises(ValueError, match=r"column loss, row 4 .*'failed' is no number"):
+    with pytest.raises(ValueError, match=r"column loss, row 4 .*'failed' is not a number"):
         fit_law(frame)
-    with pytest.raises(ValueError, match=r"no row can be used.*status: running"):
+    with pytest.raises(ValueError, match=r"no usable row.*status: running"):
         fit_law(grid(valley).assign(status="running"))
     with pytest.raises(ValueError, match=r"scales must be positive.*rows \[2\]"):
         fit_law(grid(valley).assign(teacher_params=lambda f: f["teacher_params"].where(f.index != 2, np.inf)))

@@ -18,7 +18,7 @@ from tests.test_fit import grid, valley
 def test_students_that_no_column_names_are_told_apart_by_size_and_that_is_said():
     rows = [{"student_params": 40_000 * 1.05**k, "teacher_params": 90_000 * 2**k, "loss": 3.0} for k in range(5)]
     _, notes = curves(pd.DataFrame(rows))
-    assert any("each of the 5 stands under one teacher: if several are one student, name it" in n for n in notes)
+    assert any("each of the 5 has only one teacher: if several rows are one student, name it" in n for n in notes)
 
 
 STEP = math.log(8) / 6
@@ -78,7 +78,7 @@ def test_without_a_way_to_tell_a_curve_is_refused_and_named():
 
 def test_the_error_of_the_slope_is_in_every_interval():
     found, notes = curves(table(spread=0.4, noise=0.008, students=3))
-    assert any("intervals hold that error" in n and "differ by up to 20.0%" in n for n in notes)
+    assert any("intervals include that error" in n and "differ by up to 20.0%" in n for n in notes)
     wide, narrow = locate(found), locate(known(found))
     assert wide.beta == pytest.approx(narrow.beta)
     spans = [[math.log(o.interval[1] / o.interval[0]) for o in fit.optima] for fit in (wide, narrow)]
@@ -125,7 +125,7 @@ def test_one_percent_exactly_is_within():
     frame["student_params"] = 1000.0 + 10.0 * (frame["teacher_params"] > 100e3)
     (curve,), notes = curves(frame)
     assert len(curve.x) == 7 and curve.size_slope is None
-    assert notes == ["student sizes differ by up to 0.6% within a curve; not adjusted for: one size"]
+    assert notes == ["student sizes differ by up to 0.6% within a curve; not adjusted for: each has one size"]
 
 
 def test_tables_from_elsewhere_group_within_three_percent():
@@ -133,4 +133,4 @@ def test_tables_from_elsewhere_group_within_three_percent():
     frame = table(spread=0.02).drop(columns="student")
     found, notes = curves(frame)
     assert len(found) == 4 and all(c.size_slope is not None for c in found)
-    assert any("intervals hold that error" in n for n in notes)
+    assert any("intervals include that error" in n for n in notes)

@@ -150,7 +150,7 @@ def test_equal_texts_give_equal_suites_and_few_texts_an_error(documents, tmp_pat
         (tmp_path / name).mkdir()
         build_suite(documents, tmp_path / name, items=60)
     assert folder_digest(tmp_path / "one") == folder_digest(tmp_path / "two")
-    with pytest.raises(StageError, match=r"gives only \d+ questions for pico_cloze"):
+    with pytest.raises(StageError, match=r"yields only \d+ questions for pico_cloze"):
         build_suite(documents[:3], tmp_path / "one")
 
 
@@ -165,7 +165,7 @@ def test_a_folder_says_what_it_defines_without_running_its_code(tmp_path):
     (tmp_path / "utils.py").write_text("x = 1\n")
     assert folder_digest(tmp_path) != before
     (tmp_path / "b.yaml").write_text("task: [b\n")
-    with pytest.raises(ConfigError, match=r"b\.yaml is no YAML file"):
+    with pytest.raises(ConfigError, match=r"b\.yaml is not a valid YAML file"):
         folder_tasks(tmp_path)
 
 
@@ -468,7 +468,7 @@ def test_a_task_that_scores_nothing_or_runs_code_unasked_is_an_error(checkpoint,
     pytest.importorskip("lm_eval")
     write_choice(tmp_path, "mute", "process_results: !function own.nothing\n")
     (tmp_path / "own.py").write_text("def nothing(doc, results):\n    return {}\n")
-    with pytest.raises(StageError, match="the benchmark mute scored nothing"):
+    with pytest.raises(StageError, match="the benchmark mute returned no score"):
         score(checkpoint, tmp_path, Task("mute"), allow_code=True)
     write_choice(tmp_path, "sly", "unsafe_code: true\n")
     with pytest.raises(StageError, match=r"sly executes code .* evaluate.allow_code_execution=true"):
@@ -489,7 +489,7 @@ def test_any_model_is_scored_for_tables_of_comparison(checkpoint, folder, tmp_pa
     assert set(zip(table["dtype"], table["batch_size"], table["limit"], strict=True)) == {("fp32", 8, 4)}
     assert "bits_per_byte" in capsys.readouterr().out
     assert cli.main(["evaluate", str(tmp_path), "--task-folder", str(folder)]) == 2
-    assert "holds no .safetensors weights" in capsys.readouterr().err
+    assert "has no .safetensors weights" in capsys.readouterr().err
     assert cli.main(["evaluate", str(checkpoint), "--tasks", "cruxeval_input"]) == 2
     assert "Allow it with --allow-code-execution" in capsys.readouterr().err
 
@@ -501,7 +501,7 @@ def test_a_foreign_table_is_found_before_anything_is_loaded(folder, tmp_path, mo
     (tmp_path / "foreign.csv").write_text("name,score\nx,1\n")
     command = ["evaluate", "x", "--task-folder", str(folder), "--out", str(tmp_path / "foreign.csv")]
     assert cli.main(command) == 2
-    assert "is another table (columns name, score)" in capsys.readouterr().err
+    assert "is a different table (columns name, score)" in capsys.readouterr().err
 
 
 def test_tables_of_scores_are_compared(tmp_path, capsys):
@@ -534,7 +534,7 @@ def test_tables_of_scores_are_compared(tmp_path, capsys):
         assert cli.main(["compare", write(name, given)]) == 2
         assert wrong in capsys.readouterr().err
     (tmp_path / "foreign.csv").write_text("name\nx\n")
-    for name, wrong in (("foreign.csv", "is another table"), ("none.csv", "is no file")):
+    for name, wrong in (("foreign.csv", "is a different table"), ("none.csv", "does not exist")):
         assert cli.main(["compare", str(tmp_path / name)]) == 2
         assert wrong in capsys.readouterr().err
 
@@ -563,7 +563,7 @@ def test_directions():
         assert metric_direction(name) == -1, name
     for name in ("metrics/mmlu", "metrics/lambada_openai/acc", "metrics/gsm8k", "metrics/x/exact_match", "acc_norm"):
         assert metric_direction(name) == 1, name
-    with pytest.raises(UserError, match="nothing says whether more of thing is better"):
+    with pytest.raises(UserError, match="it is unknown whether higher thing is better"):
         metric_direction("thing")
     frame = pd.DataFrame({"thing": [0.25, 0.5], "thing/higher_is_better": [True, True], "rating": [3.0, 7.0]})
     assert metric_direction("thing", frame) == 1

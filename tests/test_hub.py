@@ -197,17 +197,20 @@ def refusals(folders, tmp_path, name=NAME):
 
 def test_errors_name_the_cause_and_the_remedy(hub, folders, tmp_path):
     page = re.escape(f"{hub.url}/{NAME}")
-    gated = {401: f"not logged in.*licence on {page}.*`hf auth login`", 403: f"has no access. Ask for it on {page}"}
+    gated = {401: f"not logged in.*licence on {page}.*`hf auth login`", 403: f"has no access. Request access on {page}"}
     for status, expected in gated.items():
         hub.gate(NAME, status)
         assert all(re.search(expected, said) for said in refusals(folders, tmp_path))
     hub.gate(NAME, None)
     for name, expected in {
-        "org/none": f"no folder here, and {hub.url}/org/none does not exist or is private. Check the name",
-        "a/b/c": "a name on the hub, which is written ORG/NAME",
+        "org/none": f"not a local folder, and {hub.url}/org/none does not exist or is private. Check the name",
+        "a/b/c": "a hub name of the form ORG/NAME",
     }.items():
         assert all(expected in said for said in refusals(folders, tmp_path, name))
-    for status, expected in {503: r"error \(503\).*does not hold it. Try again later", 429: "limits requests"}.items():
+    for status, expected in {
+        503: r"error \(503\).*does not hold it. Try again later",
+        429: "rate-limits this machine",
+    }.items():
         hub.down = status
         assert all(re.search(expected, said) for said in refusals(folders, tmp_path))
     hub.down = 401
@@ -215,7 +218,9 @@ def test_errors_name_the_cause_and_the_remedy(hub, folders, tmp_path):
 
 
 def test_a_revision_that_is_not_there_is_named(hub):
-    with pytest.raises(StageError, match=f"{NAME} cannot be loaded: it has no branch, tag or commit v9. Name one that"):
+    with pytest.raises(
+        StageError, match=f"{NAME} cannot be loaded: it has no branch, tag or commit v9. Use one listed on"
+    ):
         published_tokenizer(NAME, "v9")
 
 
@@ -273,5 +278,5 @@ def test_a_repository_without_all_its_files_says_which(hub, folders, tmp_path):
 def test_a_cache_that_cannot_be_written_is_named(hub, tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "hub").write_text("a file where the cache should be")
-    with pytest.raises(StageError, match=f"cannot be fetched: .*{tmp_path}/home/hub: make room .*HF_HOME"):
+    with pytest.raises(StageError, match=f"cannot be fetched: .*{tmp_path}/home/hub: free space .*HF_HOME"):
         fetch(NAME)

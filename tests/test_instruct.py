@@ -133,7 +133,7 @@ def test_a_few_rows_may_be_too_long_and_not_many(caplog):
     with caplog.at_level(logging.WARNING):
         check_lengths(5, 100, "instruct", 64)
     assert "5 of 100 rows have no answer that fits into instruct.max_length=64" in caplog.text
-    with pytest.raises(ConfigError, match=r"6 of 100 rows .* Give a larger prefer.max_length, or shorter rows"):
+    with pytest.raises(ConfigError, match=r"6 of 100 rows .* Set a larger prefer.max_length, or use shorter rows"):
         check_lengths(6, 100, "prefer", 64)
 
 
@@ -398,7 +398,7 @@ def test_rows_of_your_own(tiny, text_file, tmp_path):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("{oops", "line 2 is no JSON"),
+        ("{oops", "line 2 is not JSON"),
         ('{"text": "x"}', "line 2 has no messages. Each needs messages."),
         ('{"messages": [{"role": "system", "content": "x"}]}', "Allowed are user and assistant"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "ends with the assistant's turn"),
@@ -440,8 +440,8 @@ LONG = [{"role": "user", "content": "word " * 150}, {"role": "assistant", "conte
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["instruct.path={bad}"], "line 1 is no JSON"),
-        (["instruct.count=4000000"], "Ask for fewer"),
+        (["instruct.path={bad}"], "line 1 is not JSON"),
+        (["instruct.count=4000000"], "Request fewer"),
         (["instruct.path={long}", "instruct.held_out=5", "instruct.max_length=64"], "15 of 15 rows have no answer"),
         (["instruct.count=20", "instruct.held_out=5", "prefer.path={pairs}", "prefer.max_length=32"], "1 of 1 rows"),
         (["family=pico_gpt2", "instruct.path={talks}", "instruct.held_out=1", "instruct.answer_tokens=120"], "longest"),
@@ -481,7 +481,7 @@ def test_a_missing_extra_is_said_before_anything_is_trained(tiny, tmp_path, monk
         (["instruct.count=5", "prefer.beta=0"], "prefer.beta=0.0 is out of range"),
         (["instruct.count=5", "instruct.replay=-1"], "instruct.replay=-1.0 is out of range"),
         (["instruct.count=5", "family=pico_t5", "student=50k", "teacher=80k"], "is an encoder–decoder"),
-        (["instruct.count=5", "family=pico_gpt2", "instruct.max_length=256"], "Give instruct.max_length=128 or less"),
+        (["instruct.count=5", "family=pico_gpt2", "instruct.max_length=256"], "Set instruct.max_length=128 or less"),
         (
             ["instruct.count=5", "instruct.batch_size=8", "train.batch_size=3", "train.micro_batch_size=3"],
             "instruct.batch_size=8 does not split into micro-batches of train.micro_batch_size=3",
@@ -528,13 +528,13 @@ def _check_scores_are_the_exported_models(card, cell):
     from capacity_gap.export.student import Lineage
 
     (row,) = records.read(cell.config.store_path)
-    own, before = card.split("## Scores of this model")[1].split("## To compare")
+    own, before = card.split("## Scores of this model")[1].split("## For comparison")
     assert f"| held-out loss, nats per token | {row['tuned_loss']:.4f} |" in own
     held_out = Lineage.of(Store(cell.config.store_path), cell.record.digest).held_out
     assert held_out["test"]["loss"] == row["tuned_loss"] != row["student_loss"]
     assert f"| exact_match | {row['metrics']['exact_match/prefer']['value']:.4f} |" in own
     assert "/base" not in own and "/instruct" not in own
-    assert f"| the student before it was tuned | {row['student_loss']:.4f} |" in before
+    assert f"| the student before tuning | {row['student_loss']:.4f} |" in before
 
 
 def test_a_users_instruction_files_are_among_the_parents(chat_cell, tmp_path):

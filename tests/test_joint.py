@@ -175,7 +175,7 @@ def test_what_study_one_says():
         assert found.tokens == pytest.approx(tokens, rel=0.06) and found.interval[0] < tokens < found.interval[1]
     one_budget = fit_joint(study_one().query("data_tokens == 300000"))
     assert one_budget.status == "no_optimum"
-    with pytest.raises(ValueError, match="needs cells of two budgets"):
+    with pytest.raises(ValueError, match="needs cells of at least two budgets"):
         one_budget.break_even(40e3)
 
 
@@ -183,7 +183,7 @@ def test_two_teachers_have_a_break_even_budget_and_no_optimum():
     """What most people have: no curve, but an order that changes with tokens."""
     frame = study_one()
     fit = fit_joint(frame[frame["teacher"].isin(["120k", "900k"])])
-    assert fit.status == "break_even" and "An optimum takes 5 teachers or more; there are 2." in fit.verdict()
+    assert fit.status == "break_even" and "An optimum needs at least 5 teachers; there are 2." in fit.verdict()
     tokens, (low, high) = fit.break_even(55e3)
     assert low < 664e3 < high and tokens == pytest.approx(664e3, rel=0.2)
     assert math.isnan(fit.optimum(55e3).value) and fit.exponents() == {} and list(fit.tests()) == ["d = 0"]
@@ -227,7 +227,7 @@ def test_teachers_count_by_their_loss():
     plain = rated.optimum(60e3).interval
     assert math.log(wide[1] / wide[0]) > math.log(plain[1] / plain[0]) + 0.1
     assert json.loads(rated.to_json())["axis"] == "teacher_loss"
-    with pytest.raises(ValueError, match="does not fall with size"):
+    with pytest.raises(ValueError, match="needs losses that fall with teacher size"):
         fit_joint(by_loss(sign=1.0), axis="teacher_loss")
     with pytest.raises(ValueError, match="lacks teacher_loss"):
         fit_joint(frame.drop(columns="teacher_loss"), axis="teacher_loss")
@@ -287,7 +287,7 @@ def test_the_command_prints_the_model_and_writes_it(tmp_path, capsys):
     assert json.loads((tmp_path / "rated" / "joint.json").read_text())["axis"] == "teacher_loss"
     assert (tmp_path / "rated" / "joint.png").stat().st_size > 10_000
     assert cli.main(["fit", str(ROOT / "results" / "pico" / "study_architectures.csv"), "--joint"]) == 0
-    assert "no model of all cells: one model is for cells alike but for" in capsys.readouterr().out
+    assert "no model of all cells: one joint model needs cells that differ only in" in capsys.readouterr().out
 
 
 def two_starts(frame):
@@ -301,7 +301,7 @@ def of_many_sizes(frame):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (two_starts, r"here differ init \(pruned, random\)"),
+        (two_starts, r"these also differ in init \(pruned, random\)"),
         (lambda frame: frame[frame["teacher_params"] < 6e4], "all cells have one teacher"),
         (lambda frame: frame.drop(columns="teacher_params"), "the table lacks"),
         (of_many_sizes, "differ by .* in size"),

@@ -267,13 +267,13 @@ def test_a_whole_judgement_over_http_and_the_key_goes_only_to_the_endpoint(files
         command = ["judge", str(good), "--endpoint", url, "--model", "judge", "--out", str(out)]
         command += ["--questions", str(questions), "--key-env", "MY_KEY", "--price", "1", "2"]
         assert cli.main(command) == 0
-        assert "3 judgements to ask, 0 in the cache" in capsys.readouterr().out
+        assert "3 judgements to request, 0 in the cache" in capsys.readouterr().out
         assert seen == [], "nothing is asked before --yes"
         assert cli.main([*command, "--yes"]) == 2
         said = capsys.readouterr()
         assert "does not answer: AuthenticationError" in said.err and KEY not in said.err + said.out
         assert cli.main([*command, "--yes"]) == 0
-        assert "1 judgements to ask, 2 in the cache" in capsys.readouterr().out
+        assert "1 judgements to request, 2 in the cache" in capsys.readouterr().out
     assert len(seen) == 5
     assert {(path, key) for path, key, _ in seen} == {("/v1/chat/completions", f"Bearer {KEY}")}
     assert all(body["temperature"] == 0 and body["model"] == "judge" for _, _, body in seen)
@@ -326,7 +326,7 @@ def test_an_endpoint_of_models_that_reason_is_asked_in_its_way(files, tmp_path, 
         assert all(body["max_completion_tokens"] == 700 for _, _, body in seen[2:])
         assert cli.main(command) == 0
         said = capsys.readouterr().out
-        assert "2 judgements to ask, 1 in the cache" in said and "cut off" not in said
+        assert "2 judgements to request, 1 in the cache" in said and "cut off" not in said
     assert json.loads((tmp_path / "out/summary.json").read_text())["count"] == 3
 
 
@@ -335,9 +335,9 @@ def test_an_endpoint_of_models_that_reason_is_asked_in_its_way(files, tmp_path, 
     [
         (404, {"error": {"message": f"no model j for {KEY}"}}, "NotFoundError: Error code: 404 .*no model j for .key."),
         (400, {"error": {"message": "context too long"}}, "BadRequestError: .*400.*context too long"),
-        (200, {"choices": None}, "the reply is no chat completion"),
-        (200, {"choices": ["x"]}, "the reply is no chat completion"),
-        (200, "<html>Welcome</html>", "the reply is no chat completion .<html>Welcome</html>"),
+        (200, {"choices": None}, "the reply is not a chat completion"),
+        (200, {"choices": ["x"]}, "the reply is not a chat completion"),
+        (200, "<html>Welcome</html>", "the reply is not a chat completion .<html>Welcome</html>"),
     ],
 )
 def test_what_an_endpoint_says_is_shown_without_the_key(files, tmp_path, monkeypatch, capsys, status, reply, said):
@@ -359,7 +359,7 @@ def test_questions_of_mt_bench_are_read_and_wrong_ones_named(tmp_path):
     for wrong, said in (
         ({"question_id": 82, "turns": "How are you?"}, "line 2: turns should be a list of texts"),
         ({"question_id": 82, "turns": []}, "line 2: turns should be a list of texts"),
-        ({}, "line 2: there is a line with id 81 already"),
+        ({}, "line 2: another line has the id 81"),
         ({"question_id": None}, "line 2: id .or question_id. should be a text or a whole number"),
         ({"question_id": 82, "category": 3}, "line 2: category should be a text"),
         ({"question_id": 82, "reference": 4}, "line 2: reference should be a list of texts"),
@@ -374,7 +374,7 @@ def test_questions_of_mt_bench_are_read_and_wrong_ones_named(tmp_path):
     with pytest.raises(UserError, match="line 1: not a JSON object with category, turns"):
         read_questions(file)
     file.write_text("\n")
-    with pytest.raises(UserError, match="holds no question"):
+    with pytest.raises(UserError, match="contains no question"):
         read_questions(file)
 
 
@@ -441,7 +441,7 @@ def test_a_model_answers_where_it_is_told_and_as_far_as_its_positions_reach(tmp_
     short = [Question("short", "x", ("1?",))]
     assert len(answers.answer_all(model, short, tmp_path, device="cuda:3")["short"]) == 1
     assert loaded == ["cuda:3"]
-    with pytest.raises(UserError, match=r"question long comes, .*, to \d+ tokens, and .*model holds 48"):
+    with pytest.raises(UserError, match=r"question long has, .*, \d+ tokens, and .*model allows 48"):
         answers.answer_all(model, [Question("long", "x", ("z" * 60,))], tmp_path)
 
 
@@ -455,15 +455,15 @@ def test_the_cost_is_shown_before_a_model_answers(files, tmp_path, monkeypatch, 
         command = judging((questions, model), url, tmp_path / "out")
         assert cli.main(command) == 0
         said = capsys.readouterr().out
-        assert "3 judgements to ask, 0 in the cache" in said
-        assert "3 answers are still to be made here (auto), and counted above at their longest" in said
+        assert "3 judgements to request, 0 in the cache" in said
+        assert "3 answers must be generated here (auto), counted above at their maximum length" in said
         assert not list((tmp_path / "out").glob("answers-*")) and not seen
         at_most = int(re.search(r"about ([\d,]+) tokens in", said)[1].replace(",", ""))
         assert cli.main([*command, "--device", "cpu", "--yes"]) == 0
         exact = [int(n.replace(",", "")) for n in re.findall(r"about ([\d,]+) tokens in", capsys.readouterr().out)]
         assert exact[0] == at_most >= exact[1]
         assert cli.main(command) == 0
-        assert "0 judgements to ask, 3 in the cache" in capsys.readouterr().out
+        assert "0 judgements to request, 3 in the cache" in capsys.readouterr().out
     assert len(seen) == 3
 
 
@@ -488,14 +488,14 @@ def test_against_a_server_of_transformers(files, tmp_path, capsys):
         arguments += ["--out", str(tmp_path / "out"), "--questions", str(questions)]
         assert cli.main(arguments) == 0
         said = capsys.readouterr().out
-        assert "questions left out: the judge gave no readable verdict" in said
+        assert "questions left out: the verdict could not be parsed" in said
         cut = int(found[1]) if (found := re.search(r"(\d) replies were empty or cut off", said)) else 0
         file = tmp_path / "out/judgements.jsonl"
         rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
         assert len(rows) + cut == 3
         assert all(r["tokens_in"] > 50 and r["tokens_out"] > 0 for r in rows)
         assert cli.main([a for a in arguments if a != "--yes"]) == 0
-        assert f"{cut} judgements to ask, {3 - cut} in the cache" in capsys.readouterr().out
+        assert f"{cut} judgements to request, {3 - cut} in the cache" in capsys.readouterr().out
     finally:
         serving.terminate()
         serving.wait(30)
@@ -519,7 +519,7 @@ def _wait_for(url, process, log, seconds=400):
     "url", ["", "x", "localhost:80", "ftp://a/b", "http://", "http://a:99999", "file:///etc/passwd"]
 )
 def test_what_is_no_url_is_refused(url):
-    with pytest.raises(UserError, match="is no URL"):
+    with pytest.raises(UserError, match="is not a URL"):
         endpoint.check_url(url)
 
 

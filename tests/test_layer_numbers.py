@@ -157,7 +157,7 @@ def test_the_predecessor_of_a_cell_that_loses_layers_is_stale(windows, tiny, tmp
         run_config(config)
     assert not Store(tmp_path).has(pipeline.resolve(config).record)
     cli.main(["status", str(tmp_path)])
-    assert "other layers' numbers" in capsys.readouterr().out
+    assert "settings of other layers" in capsys.readouterr().out
     run_config(config)
     made = Store(tmp_path).path(pipeline.resolve(config).student)
     assert json.loads((made / "config.json").read_text())["layer_types"] == [FULL, FULL, SLIDING, SLIDING]

@@ -210,7 +210,7 @@ def test_draws_are_distinct_tokens_with_their_counts(parts):
 
 def test_samples_refuse_what_they_cannot_estimate(parts):
     hidden, weight, labels, teacher = parts
-    with pytest.raises(ValueError, match="serves forward_kl and soft_ce only, not reverse_kl"):
+    with pytest.raises(ValueError, match="supports only forward_kl and soft_ce, not reverse_kl"):
         distill_loss(hidden, weight, labels, signal=targets_of(teacher, "sampled", 8), loss="reverse_kl")
 
 

@@ -243,7 +243,7 @@ def test_a_tensor_of_an_expert_that_is_missing_is_named(mixtral, tmp_path):
 def test_inputs_of_experts_that_lie_on_several_ranks_are_refused(mixtral, method, monkeypatch):
     """What runs there are not the model's own parameters: every neuron would have a score of zero."""
     monkeypatch.setattr(reading, "DTensor", torch.nn.Parameter)
-    with pytest.raises(ConfigError, match="lies on several ranks"):
+    with pytest.raises(ConfigError, match="sharded over ranks"):
         SCORES[method](mixtral, list(TOKENS))
 
 
@@ -280,16 +280,16 @@ def test_shapes_have_as_many_experts_as_asked_for():
     with pytest.raises(ConfigError, match=r"prune.experts=2 leaves at most 12,879,138,816 parameters"):
         choose_shape(MIXTRAL, 20_000_000_000, experts=2)
     others = {"8": MIXTRAL, "9": MIXTRAL, "k": {**MIXTRAL, "num_experts_per_tok": 4}}
-    with pytest.raises(ImpossibleCell, match=r"a token goes through 4 of its experts, and through 2 of the student's"):
+    with pytest.raises(ImpossibleCell, match=r"a token is routed to 4 of its experts, but to 2 of the student's"):
         student_shape(others, others["k"], int(0.2 * full), policy="common", multiple=8)
 
 
 @pytest.mark.parametrize(
     ("config", "experts", "why"),
     [
-        (MIXTRAL, 1, "8 experts in each layer, and a token goes through 2 of them. Say a number from 2 to 8"),
-        (MIXTRAL, 9, "Say a number from 2 to 8"),
-        (FAMILIES["pico"].rungs["120k"], 2, "no mixture of experts"),
+        (MIXTRAL, 1, "8 experts in each layer, and routes each token to 2 of them. Set a number from 2 to 8"),
+        (MIXTRAL, 9, "Set a number from 2 to 8"),
+        (FAMILIES["pico"].rungs["120k"], 2, "not a mixture of experts"),
     ],
 )
 def test_a_number_of_experts_that_cannot_be_is_refused(config, experts, why):

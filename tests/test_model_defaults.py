@@ -112,7 +112,7 @@ def test_the_layers_of_gemma_alternate_as_transformers_has_them():
 def test_a_gemma_whose_losses_would_be_wrong_is_refused(key):
     config = {"model_type": "gemma3_text", **BARE["gemma3_text"]}
     check_head(config)
-    with pytest.raises(ConfigError, match=f"{key}=30.0, and no model with it can be scored, trained"):
+    with pytest.raises(ConfigError, match=f"{key}=30.0, which is not supported for scoring, training"):
         check_head({**config, key: 30.0})
 
 

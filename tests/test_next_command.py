@@ -112,7 +112,7 @@ def test_stages_that_a_store_has_cost_nothing(tiny_cell):
     assert len(trained) == 1 and next(iter(trained.values())) > 6 * 30_000 * 8000
     other = cost(there | {"teacher_seed": "1", "student": "48k"})[1]
     assert trained.items() <= other.items(), "both students need the same teacher"
-    with pytest.raises(ConfigError, match="a cell that cannot be run.*larger than teacher"):
+    with pytest.raises(ConfigError, match="a cell that cannot run.*larger than teacher"):
         cost(there | {"student": "80k"})
 
 
@@ -139,7 +139,7 @@ def test_command_on_an_empty_store_starts_a_design(tmp_path, capsys):
         (["--family", "pica"], "family='pica' is not known (did you mean 'pico'?)"),
         (["--students", "3m"], "no teacher of 55k, 80k"),
         (["--pool", "runs.csv", "--seeds", "1"], "--pool names every candidate"),
-        (["--pool", "none.csv"], "none.csv holds no records"),
+        (["--pool", "none.csv"], "none.csv contains no records"),
         (["--sweep", "x"], "runs.csv"),
     ],
 )

@@ -81,7 +81,7 @@ def test_bytes_counted_wrongly_are_counted_again_and_nothing_is_trained_again(
     assert store.has(now.distilled), "what was trained is used again"
     assert not store.has(now.record)
     cli.main(["status", str(tmp_path)])
-    assert "bits per byte counted other bytes" in capsys.readouterr().out
+    assert "bits per byte used a wrong byte count" in capsys.readouterr().out
     run_config(config)
     new = next(r for r in records.read(tmp_path) if r["cell"] == now.record.digest)
     assert new["student_loss"] == old["student_loss"]
@@ -116,7 +116,7 @@ def test_counts_that_differ_from_the_shapes_are_named_and_left_out_of_fits(made,
     assert reasons(store, cell) == "parameters of its teacher were counted wrongly"
     kept, notes = without_outdated(records.load(store.root), store.root)
     assert kept.empty
-    assert notes == ["1 stale cell left out: `python -m capacity_gap status` says why"]
+    assert notes == ["1 stale cell left out: `python -m capacity_gap status` lists the reasons"]
     assert cli.main(["fit", str(store.root)]) == 2
     assert "1 stale cell left out" in capsys.readouterr().err
     assert gather(str(store.root)).notes == notes
@@ -128,7 +128,7 @@ def test_a_run_of_no_steps_is_named(folder, text, tiny, tmp_path):
     store, cell = Store(tmp_path), pipeline.resolve(config)
     assert reasons(store, cell) is None
     rewrite(store.path(cell.distilled) / "result.json", steps=0)
-    assert reasons(store, cell) == "trained on no sequence at all"
+    assert reasons(store, cell) == "trained on zero sequences"
 
 
 def test_a_folder_is_judged_only_as_it_was(made, folder, tmp_path):
@@ -142,7 +142,7 @@ def test_a_folder_is_judged_only_as_it_was(made, folder, tmp_path):
     old = (folder / "config.json").stat().st_mtime - 1000
     for file in (tmp_path / "copy").iterdir():
         os.utime(file, (old, old))
-    assert "are not those of its config.json" in str(reasons(store, cell))
+    assert "do not match its config.json" in str(reasons(store, cell))
 
 
 def test_what_is_damaged_is_passed_over(made):

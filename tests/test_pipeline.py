@@ -56,7 +56,7 @@ def test_a_record_keeps_the_hash_of_its_registration_and_the_loss_on_the_validat
     assert 0 < registered["student_loss_validation"] < 1.2 * math.log(1024)
     same = dataclasses.replace(asked, registration=None)
     assert pipeline.resolve(same).record.digest == pipeline.resolve(asked).record.digest
-    with pytest.raises(ConfigError, match="registration=.*none.md is no file"):
+    with pytest.raises(ConfigError, match="registration=.*none.md is not a file"):
         dataclasses.replace(asked, registration=str(tmp_path / "none.md"))
 
 

@@ -189,7 +189,9 @@ def test_what_reads_a_teacher_is_for_all_ranks_where_it_is_sharded(config, given
     ],
 )
 def test_what_needs_a_whole_teacher_is_refused_before_compute(config, given):
-    with pytest.raises(ConfigError, match="with prune.method=movement: that needs the whole teacher on one device"):
+    with pytest.raises(
+        ConfigError, match="with prune.method=movement: this combination needs the whole teacher on one device"
+    ):
         cell(config, *given)
 
 

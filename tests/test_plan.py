@@ -89,7 +89,7 @@ def test_a_slurm_launcher_with_four_gpus_is_planned_with_four(tiny, tmp_path):
     training = train_flops(cell.teacher_shape, 8000) + cell.distilled.cost
     assert plan.worker_s == pytest.approx(training / (4 * one) + (plan.flops - training) / one)
     assert plan.device_hours == pytest.approx(4 * plan.worker_s / 3600), "those that wait are paid too"
-    assert f"{4 * one:.3g} FLOP/s a worker, 4 x A100 (assumed: device_name=h100 names another)" in plan.speed.source
+    assert f"{4 * one:.3g} FLOP/s a worker, 4 x A100 (assumed; set device_name=h100 for another)" in plan.speed.source
     assert "40% MFU of 19.5 TFLOP/s in fp32 (bf16 has 312: train.precision)" in plan.speed.source
     named = Machines.of(SLURM | {"device_name": "h100", "nodes": 2})
     assert (
@@ -98,7 +98,7 @@ def test_a_slurm_launcher_with_four_gpus_is_planned_with_four(tiny, tmp_path):
     (cell,) = cells_of(*tiny, "device_name=l4", "devices=2")
     assert "2 x L4 (device_name=l4)" in make_plan([cell], Store(tmp_path), machines=named).speed.source
     (cell,) = cells_of(*tiny, "device_name=abacus")
-    with pytest.raises(ConfigError, match="device_name=abacus is no GPU whose speed is known. Known: B200, H200"):
+    with pytest.raises(ConfigError, match="device_name=abacus is not a GPU of known speed. Known: B200, H200"):
         make_plan([cell], Store(tmp_path))
 
 
@@ -262,7 +262,7 @@ def test_a_plan_says_how_many_devices_it_takes(tmp_path):
     assert re.fullmatch(r"fits one 80 GB device with train.micro_batch_size=\d+", said("distil", "h100"))
     # 16 GB of student, 6 of teacher: 24 GB hold both only where the student's part is shared.
     assert re.fullmatch(r"needs 2 devices of 24 GB: train.sharding=fsdp.*", said("distil", "l4"))
-    assert said("scores", "l4").startswith("TOO LARGE FOR 24 GB: a device takes prune.batch_size=")
+    assert said("scores", "l4").startswith("TOO LARGE FOR 24 GB: a device can hold prune.batch_size=")
     assert said("distil", "l4", teacher="14b").startswith("TOO LARGE FOR 24 GB")
     assert Need(Memory(73e9)).advice(80e9).startswith("TOO LARGE"), "a tenth of a device is not ours"
 
@@ -295,9 +295,10 @@ def test_a_plan_warns_of_what_the_grid_cannot_find(tiny, tmp_path):
         return make_plan(cells_of(*tiny, students=students, teachers=teachers), Store(tmp_path)).warnings
 
     assert said(["40k"], ["80k"]) == [], "nobody asks one cell for a law"
-    few = "no law can be fitted, which takes 3 (this grid alone)"
+    few = "no law can be fitted, which needs 3 (this grid alone)"
     assert said(["40k", "50k"], ["80k"]) == [
-        "warning: one teacher only: no optimum can be located, which takes 4 teachers a curve; 2 students only: " + few
+        "warning: one teacher only: no optimum can be located, which needs 4 teachers per curve; 2 students only: "
+        + few
     ]
     assert said(["40k"], ["80k", "120k", "180k"]) == [
         "warning: 1 of 1 curve has fewer than 4 teachers: no optimum can be located there; 1 student only: " + few

@@ -261,15 +261,15 @@ def test_per_teacher_keeps_the_teachers_proportions():
 
 
 def test_shapes_that_cannot_be_say_what_can():
-    with pytest.raises(ConfigError, match=r"no student of 100 parameters.*nearest sizes that can: 1,173"):
+    with pytest.raises(ConfigError, match=r"no student of 100 parameters.*nearest possible sizes: 1,173"):
         choose_shape(PICO.rungs["55k"], 100, multiple=1)
-    with pytest.raises(ConfigError, match="nearest sizes"):
+    with pytest.raises(ConfigError, match="nearest possible sizes"):
         choose_shape(PICO.rungs["55k"], 90_000, multiple=1)
-    with pytest.raises(ConfigError, match="depth=9 is not between 1 and the 4 layers"):
+    with pytest.raises(ConfigError, match="depth=9 is not between 1 and the teacher's 4 layers"):
         choose_shape(PICO.rungs["55k"], 40_000, depth=9, multiple=1)
     with pytest.raises(ConfigError, match=r"policy='sideways'.*Allowed: local, global, fixed"):
         choose_shape(PICO.rungs["55k"], 40_000, "sideways")
-    with pytest.raises(ImpossibleCell, match="cannot hold the common student.*hidden"):
+    with pytest.raises(ImpossibleCell, match="the common student .*does not fit into the teacher: hidden"):
         student_config(PICO.rungs, PICO.rungs["55k"], 90_000, policy="common", multiple=1)
 
 

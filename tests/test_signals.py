@@ -113,7 +113,7 @@ def test_rows_beyond_the_tokenizer_are_no_part_of_a_signal(teacher, tmp_path):
 
 
 def test_a_sequence_that_is_not_there_is_an_error(teacher, tmp_path):
-    with pytest.raises(IndexError, match="holds no targets"):
+    with pytest.raises(IndexError, match="lack some of these sequences"):
         written(teacher, tmp_path).targets(np.array([7, 5]))
 
 

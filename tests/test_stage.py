@@ -89,7 +89,7 @@ def test_a_full_disk_is_named_and_the_store_stays_whole(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     store, stage = Store(tmp_path), Stage("s", 1, {}, {}, full)
-    with pytest.raises(StageError, match="the disk is full: stage s/.*start the same command again"):
+    with pytest.raises(StageError, match="the disk is full: stage s/.*run the same command again"):
         store.compute(stage, Runtime())
     assert not store.has(stage)
 
@@ -531,7 +531,7 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("how", WRITES)
 def test_whatever_fills_the_disk_the_error_is_one_paragraph(small_disk, how):
     store, stage = Store(small_disk / "store"), Stage("s", 1, {}, {}, lambda run: WRITES[how](run.out))
-    with pytest.raises(StageError, match="the disk is full: stage s/.*start the same command again"):
+    with pytest.raises(StageError, match="the disk is full: stage s/.*run the same command again"):
         store.compute(stage, Runtime())
     assert not store.has(stage)
 
@@ -543,5 +543,5 @@ def test_a_disk_that_is_full_before_the_first_stage_gives_the_paragraph_too(smal
         (small_disk / "filler").write_bytes(b"x" * 5_000_000)
     os.truncate(small_disk / "filler", (small_disk / "filler").stat().st_size - 4096 * left)
     stage = Stage("s", 1, {}, {}, lambda run: (run.out / "x").write_text("x" * 40_000))
-    with pytest.raises(StageError, match="the disk is full: .*start the same command again"):
+    with pytest.raises(StageError, match="the disk is full: .*run the same command again"):
         Store(small_disk / "store").compute(stage, Runtime())

@@ -119,8 +119,8 @@ def test_a_single_cell_that_fails_before_its_work_has_failed(tmp_path, capsys):
     text.write_bytes("Ein schöner Tag.".encode("latin-1"))
     words = ["student=60k", "teacher=120k", "data=0", "corpus=text", f"corpus.path={text}", f"store={store}"]
     done = run_here(*words, cwd=tmp_path)
-    assert done.returncode == 2 and "no UTF-8 text" in done.stderr
+    assert done.returncode == 2 and "not UTF-8 text" in done.stderr
     assert cli.main(["status", str(store), "--failed"]) == 1
-    assert f"cause: {text}, line 1: no UTF-8 text" in capsys.readouterr().out
+    assert f"cause: {text}, line 1: not UTF-8 text" in capsys.readouterr().out
     assert cli.main(["store", "forget", str(store), "--failed"]) == 0
     assert cli.main(["status", str(store)]) == 0

@@ -314,7 +314,7 @@ def test_what_slurm_did_not_cancel_is_told_with_the_command(slurm, tmp_path, mon
     (tmp_path / "more").write_text(more)
     monkeypatch.setattr(slurm_launcher, "ANSWER_S", 0.5)
     slurm_launcher._cancel(["12_0", "12_1", "13_0"])
-    assert "They may still run. Type: scancel 12 13" in capsys.readouterr().err
+    assert "They may still run. Run: scancel 12 13" in capsys.readouterr().err
 
 
 def test_a_queue_that_does_not_answer_is_asked_again(tmp_path, monkeypatch):

@@ -52,7 +52,7 @@ def store(tmp_path):
 
 def test_waste_is_dead_work_then_signals_then_orphans(store):
     found = [(w.path.parent.name, w.reason.split()[0]) for w in waste(store)]
-    assert found == [(".work", "checkpoints"), ("signal", "cached"), ("scores", "no")]
+    assert found == [(".work", "checkpoints"), ("signal", "cached"), ("scores", "not")]
     assert "distil-dead" in str(next(waste(store)).path)
 
 
@@ -105,7 +105,7 @@ def test_deleting_is_whole(tmp_path):
 
 def test_what_is_no_store_is_said(tmp_path, capsys):
     assert cli.main(["store", "du", str(tmp_path)]) == 2
-    assert "is no store" in capsys.readouterr().err
+    assert "is not a store" in capsys.readouterr().err
 
 
 def signal_key(store):
@@ -140,7 +140,7 @@ def test_what_running_work_reads_stays(store):
 def test_a_stage_that_somebody_is_at_is_not_deleted(store):
     (item,) = [w for w in waste(store) if w.path.parent.name == "signal"]
     with Lease(item.place, lambda: False) as held:
-        assert delete(item) == f"{held.owner} is at it ({held.file})"
+        assert delete(item) == f"{held.owner} is working on it ({held.file})"
         assert item.path.exists()
     assert delete(item) == ""
     assert not item.path.exists()
@@ -312,7 +312,7 @@ def test_what_a_grid_that_started_meanwhile_needs_is_not_deleted(store):
     (orphan,) = store.root.glob("scores/*")
     note_sweep(store, "mine", {UNBORN: {**CELL, "stages": {f"scores/{orphan.name}": 1.0, "distil/dead": 1.0}}})
     with Lease(store.place("distil/now"), lambda: False, needs=[signal_key(store)]):
-        assert [delete(items[kind]) for kind in ("scores", ".work", "signal")] == ["it is needed now"] * 3
+        assert [delete(items[kind]) for kind in ("scores", ".work", "signal")] == ["it is needed again"] * 3
     assert delete(items["signal"]) == ""
 
 
@@ -410,7 +410,7 @@ def test_an_owner_elsewhere_that_beats_keeps_what_it_reads(store, monkeypatch):
     real = lease._read
     monkeypatch.setattr(lease, "_read", beating)
     assert "signal" not in kinds_of_waste(store)
-    assert delete(Waste(place, 1, "", place)) == f"far-1-a is at it ({place / 'lease.json'})"
+    assert delete(Waste(place, 1, "", place)) == f"far-1-a is working on it ({place / 'lease.json'})"
 
 
 @pytest.mark.slow

@@ -310,9 +310,9 @@ def test_bad_questions_are_refused():
         LAW.predict(student_params=1e9)
     with pytest.raises(ConfigError, match="must be positive"):
         LAW.predict(student_params=-1, data_tokens=1e9, teacher_loss=2)
-    with pytest.raises(ConfigError, match="a teacher counts by its loss: give teachers="):
+    with pytest.raises(ConfigError, match="describes a teacher by its loss: pass teachers="):
         best_teacher(LAW, student_params=1e9, data_tokens=1e10)
-    with pytest.raises(ConfigError, match="pays for no teacher"):
+    with pytest.raises(ConfigError, match="is too small for any teacher"):
         compute_optimal(LAW, student_params=1e9, flops=1e3, teachers=TEACHERS)
     with pytest.raises(ConfigError, match="teacher_cost='all' is not known"):
         compute_optimal(LAW, student_params=1e9, flops=1e20, teachers=TEACHERS, teacher_cost="all")
@@ -347,7 +347,7 @@ def test_the_form_that_foretells_the_dearest_runs_is_chosen():
 def test_forms_that_cannot_be_compared_are_refused():
     with pytest.raises(ConfigError, match="take different inputs"):
         select_surface(of_text(), ("chinchilla", "additive"))
-    with pytest.raises(ConfigError, match="too few to foretell"):
+    with pytest.raises(ConfigError, match="too few to predict"):
         select_surface(of_text().head(8))
     with pytest.raises(ConfigError, match="form='cubic' is not"):
         select_surface(of_text(), ("cubic",))

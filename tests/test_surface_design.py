@@ -126,14 +126,14 @@ def test_runs_that_do_not_identify_the_form_are_completed():
     found = next_runs(line, POOL, k=20, target=TARGET)
     sizes = {c.cell["student_params"] for c in found} | set(line["student_params"])
     assert 1 <= len(found) < 6 and len(sizes) >= 3
-    assert all("part of a start" in c.reason for c in found)
+    assert all("part of an initial design" in c.reason for c in found)
 
 
 def test_runs_that_were_made_are_left_out_but_not_those_that_failed_or_have_another_seed():
     made, tried = POOL[:20], POOL.iloc[[25]]
     rest = {tuple(c.cell[s] for s in SCALES) for c in next_runs(made, POOL[:26], k=99, target=TARGET)}
     assert rest == set(POOL[20:26][SCALES].itertuples(index=False, name=None))
-    with pytest.raises(ConfigError, match="made already"):
+    with pytest.raises(ConfigError, match="exist already"):
         next_runs(made, made, target=TARGET)
     assert len(next_runs(made.assign(seed=0), made.assign(seed=1), k=3, target=TARGET)) == 3
     failed = pd.concat([made.assign(status="done"), tried.assign(status="failed", loss=np.nan)])
@@ -185,7 +185,7 @@ def test_it_predicts_better_than_random_order_at_the_same_cost():
     [
         ({"k": 0}, "k=0"),
         ({"budget": 0}, "budget=0"),
-        ({"budget": 1.0}, "holds no run"),
+        ({"budget": 1.0}, "is too small for any run"),
         ({"exponent": 1.5}, "exponent=1.5"),
         ({"misfit": -1}, "misfit=-1"),
         ({"misfit": float("nan")}, "misfit=nan"),

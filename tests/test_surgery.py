@@ -354,7 +354,7 @@ def test_layers_go_evenly_from_both_ends_or_by_score():
     llama, t5 = small_model().config, small_model("t5").config
     scores = dataclasses.replace(random_scores(small_model(), ()), layers=torch.tensor([0.3, 0.1, 0.2]))
     assert kept_layers(scores, llama, 2, "block_influence") == [[0, 2]]
-    with pytest.raises(ConfigError, match=r"layers=loss_increase needs scores of layers"):
+    with pytest.raises(ConfigError, match=r"layers=loss_increase needs layer scores"):
         kept_layers(dataclasses.replace(scores, layers=None), llama, 2, "loss_increase")
     both = dataclasses.replace(scores, layers=torch.tensor([0.3, 0.1, 0.2, 0.1, 0.3, 0.2]))
     assert kept_layers(both, t5, 2, "block_influence") == [[0, 2], [1, 2]]
@@ -383,10 +383,10 @@ def test_fixed_shapes():
     assert abs(expanded.params / 3.0e9 - 1) < 0.01, "the published 3B, with its expanded vocabulary"
     with pytest.raises(ConfigError, match="cannot be read"):
         choose_shape(llama, 2_900_000_000, "fixed", fixed="24x3072")
-    with pytest.raises(ConfigError, match=r"has 2,914,667,520 parameters.*Say student=2914667520"):
+    with pytest.raises(ConfigError, match=r"has 2,914,667,520 parameters.*Set student=2914667520"):
         choose_shape(llama, 1_000_000_000, "fixed", fixed="24x3072x24x8192")
     gpt2 = small_model("gpt2").config
-    with pytest.raises(ConfigError, match=r"ties hidden = heads × 4.*Say hidden 8, or 3 heads"):
+    with pytest.raises(ConfigError, match=r"ties hidden = heads × 4.*Use hidden 8, or 3 heads"):
         choose_shape(gpt2, 2000, "fixed", fixed="2x12x2x8")
 
 

@@ -131,7 +131,7 @@ def test_text_in_a_column_of_numbers_is_named(name, value, tmp_path):
     rows = [{"data_tokens": 5, "metrics/t": 0.5, "wall_s": 1.5} | run for run in RUNS]
     rows[3][name] = value
     with pytest.raises(
-        UserError, match=rf"t\.csv, line 5, column {name}: '{value}' is no number\. Write a plain number"
+        UserError, match=rf"t\.csv, line 5, column {name}: '{value}' is not a number\. Write a plain number"
     ):
         records.load(write(tmp_path / "t.csv", rows))
 
@@ -172,14 +172,14 @@ def test_one_spoilt_loss_does_not_turn_the_fit_to_another_column(tmp_path):
     rows = [run | {"student_loss": 1.0} for run in with_cell("loss", "3,5")]
     with pytest.raises(UserError, match="line 5, column loss: '3,5'"):
         records.load(write(tmp_path / "t.csv", rows))
-    with pytest.raises(ValueError, match="column loss, row 3 .*'3,5' is no number"):
+    with pytest.raises(ValueError, match="column loss, row 3 .*'3,5' is not a number"):
         fit_law(pd.DataFrame(rows))
 
 
 @pytest.mark.parametrize("name", ["student_params", "teacher_params", "loss"])
 def test_text_in_a_frame_is_named(name):
     frame = pd.DataFrame(with_cell(name, "400k")).set_index(pd.Index(range(10, 10 + len(RUNS))))
-    said = rf"column {name}, row 13 \(of the table's index\): '400k' is no number"
+    said = rf"column {name}, row 13 \(of the table's index\): '400k' is not a number"
     for call in (fit_law, locate_optima, student_growth):
         with pytest.raises(ValueError, match=said):
             call(frame)
@@ -196,12 +196,12 @@ def test_text_for_a_missing_number_is_missing():
 def test_scores_and_costs_as_text_are_named():
     frame = pd.DataFrame(RUNS).assign(train_flops=1e15, teacher_flops=1e14)
     frame["metrics/mmlu"] = [0.5] * 9 + ["50%"]
-    with pytest.raises(UserError, match="column metrics/mmlu, row 9 .*'50%' is no number"):
+    with pytest.raises(UserError, match="column metrics/mmlu, row 9 .*'50%' is not a number"):
         as_loss(frame, "metrics/mmlu")
-    with pytest.raises(UserError, match="column metrics/mmlu, row 9 .*'50%' is no number"):
+    with pytest.raises(UserError, match="column metrics/mmlu, row 9 .*'50%' is not a number"):
         record_points(frame, "mmlu")
     costs = frame.assign(**{"metrics/mmlu": 0.5, "teacher_flops": ["1e14"] * 9 + ["1e14 FLOPs"]})
-    with pytest.raises(UserError, match="column teacher_flops, row 9 .*'1e14 FLOPs' is no number"):
+    with pytest.raises(UserError, match="column teacher_flops, row 9 .*'1e14 FLOPs' is not a number"):
         record_points(costs, "mmlu")
 
 
@@ -209,10 +209,10 @@ def test_scores_and_costs_as_text_are_named():
     ("options", "said"),
     [
         ({"encoding": "utf-16"}, "UTF-16"),
-        ({"encoding": "utf-16-le"}, "NUL bytes, as UTF-16"),
+        ({"encoding": "utf-16-le"}, "NUL bytes, like UTF-16"),
         ({"comma": ";"}, "semicolons between values"),
         ({"comma": "\t"}, "tabs between values"),
-        ({"encoding": "latin-1", "names": ["Größe", "teacher_params", "loss", "seed"]}, "no text in utf-8"),
+        ({"encoding": "latin-1", "names": ["Größe", "teacher_params", "loss", "seed"]}, "not UTF-8 text"),
         ({"names": ["student_params", "teacher_params", "loss", " loss"]}, "more than one column loss"),
     ],
 )
@@ -241,11 +241,11 @@ def test_parquet(tmp_path, capsys):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")
     assert cli.main(["fit", str(tmp_path / "bad.parquet")]) == 2
     told = capsys.readouterr().err
-    assert "bad.parquet is no parquet file that can be read" in told and told.count("\n") == 1
+    assert "bad.parquet is not a readable parquet file" in told and told.count("\n") == 1
     pd.DataFrame(RUNS).to_parquet(tmp_path / "good.parquet")
     pd.testing.assert_frame_equal(records.load(tmp_path / "good.parquet"), pd.DataFrame(RUNS))
     pd.DataFrame(with_cell("loss", "3,5")).astype({"loss": str}).to_parquet(tmp_path / "text.parquet")
-    with pytest.raises(UserError, match=r"text\.parquet, row 3, column loss: '3,5' is no number"):
+    with pytest.raises(UserError, match=r"text\.parquet, row 3, column loss: '3,5' is not a number"):
         records.load(tmp_path / "text.parquet")
 
 
@@ -293,8 +293,8 @@ def test_a_table_from_elsewhere_is_fitted_and_reported_by_its_own_names(tmp_path
     ("given", "more", "said"),
     [
         ("student_params=config.n_studnet", {}, r"no column config.n_studnet \(nearest: config.n_student"),
-        ("student_params=config.n_student", {"student_params": 1.0}, "has a column student_params already"),
-        ("student_params=config.n_student", {"config.n_student": "many"}, "'many' is no number"),
+        ("student_params=config.n_student", {"student_params": 1.0}, "already has a column student_params"),
+        ("student_params=config.n_student", {"config.n_student": "many"}, "'many' is not a number"),
         ("student_params", {}, "cannot be read; write OURS=THEIRS"),
         ("a=b,a=c", {}, "cannot be read; write OURS=THEIRS"),
     ],

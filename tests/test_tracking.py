@@ -248,7 +248,7 @@ def test_runs_of_others_in_a_project_are_left_out(server, capfd):
     said = capfd.readouterr().err
     assert all(f"{name} (" in said for name in ("mute", "nan", "odd")) and "open" not in said
     del server.runs["c0"]
-    with pytest.raises(UserError, match="holds no cells"):
+    with pytest.raises(UserError, match="contains no cells"):
         records.load("wandb:team/gap")
 
 

@@ -272,7 +272,7 @@ def test_vocabularies_of_two_heights_are_cropped_with_a_note(tmp_path, caplog):
     student = new_model({**RUNGS["55k"], "vocab_size": 1100}, 0)
     teacher = new_model(RUNGS["80k"], 7)
     train(student, Text(), plan(order=np.arange(8)), runtime=Runtime(), checkpoints=tmp_path, teacher=teacher)
-    assert "padded to 1100 rows, the teacher's to 1024: KD compares the first 1024" in caplog.text
+    assert "padded to 1100 rows, the teacher's to 1024: KD uses the first 1024" in caplog.text
 
 
 def test_bf16_trains_nearly_the_same(tmp_path):
@@ -314,9 +314,9 @@ def test_devices_are_named_checked_and_taken(monkeypatch):
         "cuda:0",
         "cpu",
     ]
-    with pytest.raises(ConfigError, match="torch finds 2 cuda devices here .numbers begin at 0.. There is: cuda, cpu"):
+    with pytest.raises(ConfigError, match="torch found 2 cuda devices here .numbers begin at 0.. Available: cuda, cpu"):
         process.resolve_device("cuda:2")
-    with pytest.raises(ConfigError, match="torch finds no xpu device here"):
+    with pytest.raises(ConfigError, match="torch found no xpu device here"):
         process.resolve_device("xpu:0")
     for device in ("cuda:1", "cpu"):
         process.take(device)
@@ -329,9 +329,9 @@ def test_each_rank_takes_the_device_of_its_number(monkeypatch):
         monkeypatch.setenv(name, value)
     assert process.resolve_device("auto") == process.resolve_device("cuda") == "cuda:2"
     monkeypatch.setenv("LOCAL_RANK", "4")
-    with pytest.raises(ConfigError, match="rank 4 of this machine has no device: torch finds 4 of cuda here"):
+    with pytest.raises(ConfigError, match="rank 4 of this machine has no device: torch found 4 of cuda here"):
         process.resolve_device("auto")
-    with pytest.raises(ConfigError, match="train.device=cuda:1 with 4 ranks: each needs a device of its own"):
+    with pytest.raises(ConfigError, match="train.device=cuda:1 with 4 ranks: each rank needs its own device"):
         process.resolve_device("cuda:1")
 
 

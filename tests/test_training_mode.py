@@ -171,7 +171,7 @@ def test_a_tokenizer_whose_end_of_text_changed_is_refused(folders, tiny, tmp_pat
     tokenizer.save_pretrained(tmp_path / "other")
     shutil.copy(tmp_path / "other" / "tokenizer_config.json", tmp_path / "moved")
     again = cell_of(tmp_path / "moved", tiny, tmp_path / "store", "data=0", "prune.batches=3")
-    with pytest.raises(StageError, match=r"end of a text was '<\|endoftext\|>'.* now '!'"):
+    with pytest.raises(StageError, match=r"end-of-text token was '<\|endoftext\|>'.* now '!'"):
         run_config(again)
 
 

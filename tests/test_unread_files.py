@@ -23,21 +23,21 @@ LINE = json.dumps({"text": "A line of text."}).encode() + b"\n"
 TEXTS = {
     "latin.txt": (
         "Ein schöner Tag.\n\n".encode("latin-1") * 2,
-        r"line 1: no UTF-8 text \(byte 0xf6 .*iconv -f WIN",
+        r"line 1: not UTF-8 text \(byte 0xf6 .*iconv -f WIN",
     ),
-    "late.jsonl": (LINE * 3 + LINE.replace(b"A", b"\xff"), "line 4: no UTF-8 text"),
-    "wide.txt": (codecs.BOM_UTF16_LE + "text".encode("utf-16-le"), "line 1: no UTF-8 text .*iconv -f UTF-16"),
-    "half.txt": ("text é".encode()[:-1], "no UTF-8 text"),
+    "late.jsonl": (LINE * 3 + LINE.replace(b"A", b"\xff"), "line 4: not UTF-8 text"),
+    "wide.txt": (codecs.BOM_UTF16_LE + "text".encode("utf-16-le"), "line 1: not UTF-8 text .*iconv -f UTF-16"),
+    "half.txt": ("text é".encode()[:-1], "not UTF-8 text"),
     "null.jsonl": (LINE + b'{"text": null}\n', "line 2: the text is null"),
     "number.jsonl": (LINE + b'{"text": 3}\n', "line 2: the text is a number"),
     "list.jsonl": (LINE + b'{"text": ["a"]}\n', "line 2: the text is a list"),
-    "pair.jsonl": (LINE + b'{"text": "cut \\ud83d"}\n', "line 2: half a surrogate pair"),
+    "pair.jsonl": (LINE + b'{"text": "cut \\ud83d"}\n', "line 2: half of a surrogate pair"),
     "mark.jsonl": (codecs.BOM_UTF8 + LINE, "line 1: it begins with a byte order mark"),
     "field.jsonl": (LINE + b'{"txt": "a"}\n', "line 2: not a JSON object with a field `text`"),
     "deep.jsonl": (b"[" * 100_000 + b"\n", "line 1: not a JSON object"),
-    "cut.jsonl.gz": (gzip.compress(LINE * 1000)[:60], "is no whole .gz file"),
-    "plain.txt.gz": (b"no gzip at all", "is no whole .gz file"),
-    "flipped.txt.gz": (gzip.compress(os.urandom(500))[:-9] + b"123456789", "is no whole .gz file|no UTF-8"),
+    "cut.jsonl.gz": (gzip.compress(LINE * 1000)[:60], "is not a complete .gz file"),
+    "plain.txt.gz": (b"no gzip at all", "is not a complete .gz file"),
+    "flipped.txt.gz": (gzip.compress(os.urandom(500))[:-9] + b"123456789", "is not a complete .gz file|not UTF-8"),
 }
 
 
@@ -54,7 +54,7 @@ def test_pipes_and_devices_are_no_text_and_never_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(ConfigError, match="a pipe, a socket or a device"):
         text_files(tmp_path / "pipe.txt")
-    with pytest.raises(ConfigError, match="holds no text"):
+    with pytest.raises(ConfigError, match="contains no text"):
         text_files(tmp_path)
     (tmp_path / "link.txt").symlink_to("/dev/zero")
     with pytest.raises(ConfigError, match="a pipe, a socket or a device"):
@@ -104,25 +104,28 @@ def copy(model, tmp_path):
 
 
 CONFIGS = {
-    "no JSON": (b"{'model_type': 'llama'}", "is no JSON"),
-    "no UTF-8": (b"\xff{}", "is no JSON"),
-    "marked": (codecs.BOM_UTF8 + b"{}", "is no JSON"),
-    "empty": (b"", "is no JSON"),
-    "a list": (b"[]", "holds no JSON object"),
-    "deep": (b"[" * 100_000, "is no JSON"),
+    "no JSON": (b"{'model_type': 'llama'}", "is not JSON"),
+    "not UTF-8": (b"\xff{}", "is not JSON"),
+    "marked": (codecs.BOM_UTF8 + b"{}", "is not JSON"),
+    "empty": (b"", "is not JSON"),
+    "a list": (b"[]", "is not a JSON object"),
+    "deep": (b"[" * 100_000, "is not JSON"),
     "no type": (lambda c: {k: v for k, v in c.items() if k != "model_type"}, "model_type is None"),
     "a type that is a list": (lambda c: c | {"model_type": ["llama"]}, r"model_type is \['llama'\]"),
     "own code": (lambda c: c | {"model_type": "mine", "auto_map": {"AutoConfig": "x.C"}}, r"auto_map.*never run"),
-    "several inputs": (lambda c: {"model_type": "llava", "text_config": c}, "several kinds of input"),
+    "several inputs": (lambda c: {"model_type": "llava", "text_config": c}, "is a multimodal model"),
     "quantised": (lambda c: c | {"quantization_config": {"bits": 4}}, "quantised checkpoint"),
-    "a size of text": (lambda c: c | {"hidden_size": "24"}, "hidden_size='24' is no size"),
-    "no size": (lambda c: c | {"hidden_size": None}, "hidden_size=None is no size"),
-    "zero": (lambda c: c | {"num_attention_heads": 0}, "num_attention_heads=0 is no size"),
-    "negative": (lambda c: c | {"vocab_size": -5}, "vocab_size=-5 is no size"),
-    "true": (lambda c: c | {"intermediate_size": True}, "intermediate_size=True is no size"),
-    "fraction": (lambda c: c | {"intermediate_size": 1.5}, "intermediate_size=1.5 is no size"),
-    "endless layers": (lambda c: c | {"num_hidden_layers": 10**15}, "num_hidden_layers=1000000000000000 is no number"),
-    "endless width": (lambda c: c | {"hidden_size": 10**15}, "hidden_size=1000000000000000 is no size"),
+    "a size of text": (lambda c: c | {"hidden_size": "24"}, "hidden_size='24' is not a valid size"),
+    "no size": (lambda c: c | {"hidden_size": None}, "hidden_size=None is not a valid size"),
+    "zero": (lambda c: c | {"num_attention_heads": 0}, "num_attention_heads=0 is not a valid size"),
+    "negative": (lambda c: c | {"vocab_size": -5}, "vocab_size=-5 is not a valid size"),
+    "true": (lambda c: c | {"intermediate_size": True}, "intermediate_size=True is not a valid size"),
+    "fraction": (lambda c: c | {"intermediate_size": 1.5}, "intermediate_size=1.5 is not a valid size"),
+    "endless layers": (
+        lambda c: c | {"num_hidden_layers": 10**15},
+        "num_hidden_layers=1000000000000000 is not a valid number",
+    ),
+    "endless width": (lambda c: c | {"hidden_size": 10**15}, "hidden_size=1000000000000000 is not a valid size"),
     "heads that do not divide": (lambda c: c | {"num_key_value_heads": 2, "num_attention_heads": 3}, "do not divide"),
 }
 
@@ -147,7 +150,7 @@ UNBUILT = {
 @pytest.mark.parametrize("kind", UNBUILT)
 def test_what_transformers_cannot_make_is_refused_before_anything_is_computed(kind, copy):
     config = read_config(copy(config_json=lambda c: c | UNBUILT[kind]))
-    with pytest.raises(ConfigError, match="describes no model that transformers can make"):
+    with pytest.raises(ConfigError, match="transformers cannot build the model"):
         check_builds("here", config)
 
 
@@ -155,7 +158,7 @@ TOKENIZERS = {
     "no JSON": b"{",
     "marked": codecs.BOM_UTF8 + b"{}",
     "no model": b"{}",
-    "no vocabulary": b'{"model": {"type": "BPE"}}',
+    "no readable vocabulary": b'{"model": {"type": "BPE"}}',
     "a vocabulary of lists": b'{"model": {"vocab": [[1, 2, 3]]}}',
     "ids of text": b'{"model": {"vocab": {"a": "b"}}}',
 }
@@ -174,7 +177,7 @@ def test_the_end_of_texts_is_the_configs_where_the_tokenizer_names_none(copy):
     assert end_of_text(folder) == "<|endoftext|>"
     checkpoint_family([str(folder)])
     silent = copy("n", tokenizer_config_json=lambda c: {}, config_json=lambda c: c | {"eos_token_id": None})
-    with pytest.raises(ConfigError, match="names no token that ends a text"):
+    with pytest.raises(ConfigError, match="has no end-of-text token"):
         checkpoint_family([str(silent)])
 
 
@@ -184,7 +187,7 @@ def test_one_bad_folder_is_left_out_by_name_and_its_cells_are_skipped(copy, tiny
     assert list(ladder.rungs) == ["good"]
     assert "bad is left out of the ladder" in capsys.readouterr().err
     for name in ("bad", str(bad)):
-        with pytest.raises(ImpossibleCell, match="is no JSON"):
+        with pytest.raises(ImpossibleCell, match="is not JSON"):
             ladder.rung(name)
     grid = [
         *tiny,
@@ -197,8 +200,8 @@ def test_one_bad_folder_is_left_out_by_name_and_its_cells_are_skipped(copy, tiny
     ]
     done = run_here(*grid, f"store={good.parent / 'store'}", cwd=good.parent)
     assert done.returncode == 0, done.stderr
-    assert "plan: 1 cell," in done.stdout and "skipped" in done.stdout and "config.json is no JSON" in done.stdout
-    with pytest.raises(ConfigError, match="is no JSON"):
+    assert "plan: 1 cell," in done.stdout and "skipped" in done.stdout and "config.json is not JSON" in done.stdout
+    with pytest.raises(ConfigError, match="is not JSON"):
         checkpoint_family([str(bad)])
 
 
@@ -239,7 +242,7 @@ def test_code_of_a_folder_is_never_run(copy, monkeypatch):
 def test_an_epsilon_that_is_no_small_number_is_refused(copy, value):
     text = json.dumps(json.loads((copy() / "config.json").read_text()) | {"rms_norm_eps": 12345})
     folder = copy("eps", config_json=text.replace("12345", value).encode())
-    with pytest.raises(ConfigError, match="no small number|no JSON"):
+    with pytest.raises(ConfigError, match="not a number between 0 and 1|not a JSON"):
         read_config(folder)
 
 

@@ -140,7 +140,7 @@ FILES = {
     "two checkpoints": (lambda f: (f / INDEX).write_text("{}"), "holds two checkpoints"),
     "a lost shard": (lambda f: (shard(f), (f / "model-00002-of-00002.safetensors").unlink()), "lacks 1 of the 2 files"),
     "shards without index": (lambda f: (shard(f), (f / INDEX).unlink()), f"neither {SINGLE} nor {INDEX}"),
-    "an index that is none": (lambda f: (shard(f), (f / INDEX).write_text("[]")), "is no index of shards"),
+    "an index that is none": (lambda f: (shard(f), (f / INDEX).write_text("[]")), "is not a shard index"),
     "a file cut short": (lambda f: (f / SINGLE).write_bytes((f / SINGLE).read_bytes()[:-50]), "is cut short"),
     "a file cut in its header": (lambda f: (f / SINGLE).write_bytes((f / SINGLE).read_bytes()[:50]), "header cannot"),
     "an empty file": (lambda f: (f / SINGLE).write_bytes(b""), "header cannot be read"),

@@ -24,8 +24,8 @@ def check_lengths(config: RunConfig, data: int, teacher: int | None, target: int
     for key, given, tokens, passes, epochs in budgets:
         if 0 < tokens < length * epochs:
             raise ConfigError(
-                f"{key}={given} with {passes}={epochs} and corpus.sequence_length={length} is less than one sequence a "
-                f"pass: nothing would be trained. Give {key}={length * epochs} or more."
+                f"{key}={given} with {passes}={epochs} and corpus.sequence_length={length} is less than one sequence "
+                f"per epoch: nothing would be trained. Give {key}={length * epochs} or more."
             )
 
 

@@ -25,14 +25,14 @@ def ladder_of(config: RunConfig) -> Family:
         return family(name)
     if name not in (FOLDERS, UNSAID):
         raise ConfigError(
-            f"family={name} with teacher={config.teacher}, which is no rung of it: {' '.join(family(name).rungs)}. "
-            "Leave family= out: checkpoints are a ladder of their own."
+            f"family={name} with teacher={config.teacher}, which is not one of its rungs: "
+            f"{' '.join(family(name).rungs)}. Leave out family=: checkpoints form a ladder of their own."
         )
     given = config.family.folders or ([config.teacher] if is_checkpoint(config.teacher) else [])
     if not given:
         raise ConfigError(
             "family=folders needs checkpoints: family.folders=[FOLDER,ORG/NAME,FILE.gguf,...], and teacher= one of "
-            "them. Without family=folders, teacher=ORG/NAME alone will do."
+            "them. Without family=folders, teacher=ORG/NAME alone is enough."
         )
     return checkpoint_family(given, planning=config.plan)
 
@@ -45,7 +45,7 @@ def expanded(ladder: Family, config: RunConfig) -> Family:
     own = _rows_of(ladder)
     rows = padded(wanted.vocab, wanted.multiple)
     if wanted.vocab <= own:
-        raise ConfigError(f"expand.vocab={wanted.vocab}, but {ladder.name} already has {own} tokens. Give more.")
+        raise ConfigError(f"expand.vocab={wanted.vocab}, but {ladder.name} already has {own} tokens. Set it higher.")
     shapes = {n: {**shape, architecture(shape).keys["vocab"]: rows} for n, shape in ladder.rungs.items()}
     return replace(ladder, rungs=shapes)
 
@@ -66,13 +66,13 @@ def start_of(config: RunConfig, ladder: Family) -> Start:
         raise ConfigError(
             f"student={config.student} has {rows:,} tokens, and teacher={config.teacher} of family={ladder.name}, "
             f"which is trained here, has {theirs:,}. Name a teacher with the student's tokens: teacher=FOLDER or "
-            f"teacher=ORG/NAME (teacher={RunConfig.teacher} is what it is where nothing is said)."
+            f"teacher=ORG/NAME (teacher={RunConfig.teacher} is the default)."
         )
     shaped = config.prune.fixed or config.prune.depth or config.prune.experts
     if config.prune.init == "shared" or config.prune.init_data or shaped:
         raise ConfigError(
-            f"student={config.student} is a trained model: nothing is cut, and its shape is its own. Leave "
-            "prune.init=shared, prune.init_data, prune.fixed, prune.depth and prune.experts out."
+            f"student={config.student} is a trained model: it is not pruned and keeps its own shape. Leave "
+            "out prune.init=shared, prune.init_data, prune.fixed, prune.depth and prune.experts."
         )
     return found, shape
 
@@ -86,20 +86,20 @@ def _published_start(config: RunConfig, ladder: Family) -> Start:
     rung = ladder.scales.get(parse_scale(config.student, key="student"))
     if not ladder.published and config.prune.init_data is None:
         raise ConfigError(
-            f"prune.init=pretrained with family={ladder.name}, whose models are trained here: say prune.init_data="
-            "TOKENS too, on which the student's start is trained."
+            f"prune.init=pretrained with family={ladder.name}, whose models are trained here: set prune.init_data="
+            "TOKENS too, the tokens that the initial student is pre-trained on."
         )
     if not ladder.published:
         return None, None
     if config.prune.init_data is not None:
         raise ConfigError(
-            f"prune.init_data={config.prune.init_data}: the models of {ladder.name} are published, and none is trained "
-            "here. Leave it out."
+            f"prune.init_data={config.prune.init_data}: the models of {ladder.name} are published, none is trained "
+            "here. Leave out this setting."
         )
     if rung is None:
         raise ConfigError(
             f"prune.init=pretrained with student={config.student}: {ladder.name} has no model of this size. Its rungs: "
-            f"{' '.join(ladder.published)}. Any other checkpoint will do too: student=ORG/NAME."
+            f"{' '.join(ladder.published)}. Any other checkpoint can be named: student=ORG/NAME."
         )
     name = ladder.published[rung]
     return ladder.checkpoints.get(rung, Checkpoint(name, name, NOT_HERE)), ladder.rungs[rung]
@@ -110,14 +110,14 @@ def check_start(config: RunConfig, ladder: Family, rung: str, shape: Mapping[str
     check_positions(config, ladder, shape)
     if config.expand.vocab:
         raise ConfigError(
-            f"expand.vocab={config.expand.vocab} with student={config.student}: a student that is a trained model has "
+            f"expand.vocab={config.expand.vocab} with student={config.student}: a pre-trained student has "
             "no rows for new tokens. Cut the student from an expanded teacher, or leave expand.vocab out."
         )
     stacks = [len(architecture(one).stacks) for one in (shape, ladder.rungs[rung])]
     if stacks[0] != stacks[1]:
         raise ConfigError(
             f"student={config.student} and teacher={config.teacher}: one is an encoder-decoder and the other is not. "
-            "Their losses are over other tokens; take two of one kind."
+            "Their losses cover different tokens; use two models of one kind."
         )
 
 
@@ -145,4 +145,4 @@ def unsaid_student(config: RunConfig, ladder: Family, why: ConfigError) -> Confi
     """The error of a student that cannot be, which says if nobody asked for it."""
     if config.student != RunConfig.student or not ladder.published:
         return why
-    return ConfigError(f"{why} Say student=: {config.student} is what it is where nothing is said.")
+    return ConfigError(f"{why} Set student=: {config.student} is only the default.")

@@ -132,7 +132,7 @@ def _found_right(root: Path) -> set[str]:
 def _acted(made: Made) -> str | None:
     """Dropout and the like, before training ignored them."""
     keys = _read(made, training_only(made.shape))
-    return f"trained with {', '.join(keys)} of its config.json in effect" if keys else None
+    return f"trained with {', '.join(keys)} of its config.json active" if keys else None
 
 
 def _frozen(made: Made) -> str | None:
@@ -161,12 +161,12 @@ def _renumbered(made: Made) -> str | None:
     right = config_with(before, dims(shape)).get("layer_types") if symmetric else shape.get("layer_types")
     moved = renumbered(before, dims(before).layers, dims(shape).layers, symmetric=symmetric)
     if moved or right != shape.get("layer_types"):
-        return "its layers were given what belongs to other layers' numbers (layer_types and the like)"
+        return "its layers got per-layer settings of other layers (layer_types and the like)"
     return None
 
 
 def _trained_on_nothing(made: Made) -> str | None:
-    return "trained on no sequence at all" if made.read(RESULT).get("steps") == 0 else None
+    return "trained on zero sequences" if made.read(RESULT).get("steps") == 0 else None
 
 
 def _as_it_was(made: Made) -> Path | None:
@@ -186,14 +186,14 @@ def _of_other_weights(made: Made) -> str | None:
     try:
         check_names(source, made.shape)
     except UserError:
-        return f"the weights of {source} are not those of its config.json"
+        return f"the weights of {source} do not match its config.json"
     return None
 
 
 def _of_other_bytes(made: Made) -> str | None:
     if "tokenizer" in made.inputs or made.tokenizer is None or not old_bytes_were_wrong(made.tokenizer):
         return None
-    return "bits per byte counted other bytes than the text's"
+    return "bits per byte used a wrong byte count"
 
 
 CHECKS: dict[str, tuple[Callable[[Made], str | None], ...]] = {
@@ -217,10 +217,10 @@ def _other_student(record: Made) -> str | None:
     ladder, scale = str(row["family"]), parse_scale(row["student"], key="student")
     target, rows = _common(ladder, scale) if ladder in FAMILIES else (scale, None)
     if abs(row["student_params"] / target - 1) > SIZED:
-        return f"its student has {row['student_params']:,} parameters, not the {target:,} asked for"
+        return f"its student has {row['student_params']:,} parameters instead of the requested {target:,}"
     mine = dims(student.shape)
     if rows and row["shape"] == "common" and not row.get("expanded_vocab") and (mine.vocab, mine.tied) != rows:
-        return "its student's embedding is not that of the common shape under the other teachers"
+        return "its student's embedding differs from the common shape under the other teachers"
     return None
 
 
@@ -238,7 +238,9 @@ def without_outdated(frame: "pd.DataFrame", source: str | Path) -> "tuple[pd.Dat
         return frame, []
     keys = "record/" + frame["cell"]
     found = outdated(Store(folder), keys[frame["status"] == "done"])
-    note = f"{len(found)} stale cell{'s' * (len(found) > 1)} left out: `python -m capacity_gap status` says why"
+    note = (
+        f"{len(found)} stale cell{'s' * (len(found) > 1)} left out: `python -m capacity_gap status` lists the reasons"
+    )
     return frame[~keys.isin(list(found))], [note] if found else []
 
 
@@ -249,7 +251,7 @@ def said(found: Mapping[str, str]) -> list[str]:
     ways: dict[str, list[str]] = {}
     for key, why in found.items():
         ways.setdefault(why, []).append(key.partition("/")[2])
-    lines = [f"stale: {len(found)} recorded cells have numbers that an earlier version got wrong:"]
+    lines = [f"stale: {len(found)} recorded cells hold numbers that an earlier version computed wrongly:"]
     lines += [f"  {len(cells)} × {why}: {', '.join(cells[:3])}{' …' * (len(cells) > 3)}" for why, cells in ways.items()]
     advice = "Started again, such a cell is computed anew under another digest, or refused with what is wrong."
     return [*lines, f"  {advice} Fits and reports of this store leave the old ones out."]

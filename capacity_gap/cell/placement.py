@@ -19,8 +19,8 @@ def check_placement(config: RunConfig) -> None:
     whole = _must_be_whole(config, asked)
     if whole and asked in ("devices", "ranks"):
         raise ConfigError(
-            f"family.placement={asked} with {whole}: that needs the whole teacher on one device. Leave out "
-            "family.placement, or change the other."
+            f"family.placement={asked} with {whole}: this combination needs the whole teacher on one device. Leave "
+            "out family.placement, or change the other setting."
         )
 
 
@@ -29,9 +29,9 @@ def check_quantization(config: RunConfig, ladder: str, *, pretrained: bool) -> N
     dtype, quantization = config.family.dtype, config.family.quantization
     if pretrained and (dtype, quantization) != ("fp32", "none"):
         raise ConfigError(
-            f"family.dtype={dtype} family.quantization={quantization}: these say how published teachers are held, and "
-            f"those of {ladder} are trained here, in fp32. Leave both as they are; train.precision=bf16 is how models "
-            "are trained."
+            f"family.dtype={dtype} family.quantization={quantization}: these settings apply to published teachers, "
+            f"and those of {ladder} are trained here, in fp32. Leave out both; train.precision=bf16 sets the "
+            "precision of training."
         )
     if quantization != "none" and config.prune.cuts:
         raise ConfigError(
@@ -55,13 +55,14 @@ def check_trunk(config: RunConfig, tokens: int, *, by_recipe: bool) -> None:
             (f"train.decay={train.decay:g} (it takes more than 0 and less than 1)", not 0 < train.decay < 1),
             (f"epochs={config.epochs} (it takes 1)", config.epochs != 1),
             ("data=0", tokens == 0),
-            ("no train.batch_size: the recipe's grows with the budget, and budgets would share nothing", by_recipe),
+            ("no train.batch_size: the recipe's grows with the budget, so budgets would share no steps", by_recipe),
         )
         if is_wrong
     ]
     if wrong:
         raise ConfigError(
-            f"train.trunk=true does not go with {', '.join(wrong)}. Change that, or leave out train.trunk."
+            f"train.trunk=true cannot be combined with {', '.join(wrong)}. Change these settings, or leave out "
+            "train.trunk."
         )
 
 

@@ -137,9 +137,9 @@ def no_corpus(config: RunConfig, params: int) -> str:
     if config.corpus.name != ANY_CORPUS or params <= EMBEDDED_FOR or config.adapt.parts:
         return ""
     return (
-        "no corpus is named, and the embedded prose (about 7M tokens of technical documentation) is no text for a "
-        f"student of {params:,} parameters. Say corpus=text corpus.path=FOLDER, corpus=fineweb_edu or another one; "
-        "corpus=embedded if it is meant."
+        "no corpus is named, and the embedded prose (about 7M tokens of technical documentation) is unsuitable for a "
+        f"student of {params:,} parameters. Set corpus=text corpus.path=FOLDER, corpus=fineweb_edu or another one; or "
+        "corpus=embedded to use it anyway."
     )
 
 

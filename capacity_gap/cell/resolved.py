@@ -77,8 +77,8 @@ class ResolvedCell:
         if target > params * 1.005:
             raise ImpossibleCell(
                 f"student={config.student} is larger than teacher={config.teacher} ({params:,} parameters)"
-                f"{f': it has {target:,}' if shape else ''}. Give a smaller student or a larger teacher; equal sizes "
-                f"are fine. Rungs of {ladder.name}: {' '.join(ladder.rungs)}."
+                f"{f': it has {target:,}' if shape else ''}. Use a smaller student or a larger teacher; equal sizes "
+                f"are allowed. Rungs of {ladder.name}: {' '.join(ladder.rungs)}."
             )
         data = parse_scale(config.data, key="data", allow_zero=True)
         by_recipe = config.train.batch_size is None and recipe_of(config, target).batch_tokens

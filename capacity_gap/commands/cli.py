@@ -18,7 +18,7 @@ GROUPS = {
     "store and upload": store_commands,
 }
 HYDRAS = ("run", "plan")  # every word after these is for Hydra, options too
-QUESTION = "From which teacher should a student of N parameters be distilled?"
+QUESTION = "Find the best teacher size for distilling a student of N parameters."
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; a user's error is one paragraph and exit status 2."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if any("\ud800" <= sign <= "\udfff" for word in words for sign in word):
-        print("error: what was given holds bytes that are no UTF-8. Rename such files.", file=sys.stderr)
+        print("error: the arguments hold bytes that are not UTF-8. Rename such files.", file=sys.stderr)
         return 2
     if words[:1] in ([name] for name in HYDRAS):
         given = parser().parse_args(words[:1])

@@ -42,7 +42,7 @@ def ends_single_run() -> Iterator[list[str] | None]:
     except (Interrupted, KeyboardInterrupt) as error:
         if single or not in_pool():
             raise
-        raise Stopped("it was asked to stop; a checkpoint was left where the stage keeps one") from error
+        raise Stopped("stopped by a signal; stages that write checkpoints left one") from error
 
 
 def explained(main: Callable[[], object]) -> int:
@@ -54,9 +54,7 @@ def explained(main: Callable[[], object]) -> int:
     except BrokenPipeError:
         leave_output()
     except (Interrupted, KeyboardInterrupt) as error:
-        print(
-            "interrupted: finished work and checkpoints are kept; the same command goes on from there", file=sys.stderr
-        )
+        print("interrupted: finished work and checkpoints are kept; run the same command to continue", file=sys.stderr)
         return error.exit_status if isinstance(error, Interrupted) else 130
     except Exception as error:
         if (said := paragraph(error)) is None:
@@ -82,7 +80,7 @@ def paragraph(error: BaseException) -> str | None:
         return f"{error.strerror}."
     if not _is_hydras(error):
         return None
-    return f"a config file is no UTF-8 text: {error}." if isinstance(error, UnicodeError) else _plain(error)
+    return f"a config file is not UTF-8 text: {error}." if isinstance(error, UnicodeError) else _plain(error)
 
 
 def _is_hydras(error: BaseException) -> bool:
@@ -98,8 +96,8 @@ def _plain(error: BaseException) -> str:
     """Hydra's and OmegaConf's own errors, with what is allowed and what to do."""
     if (mark := getattr(error, "problem_mark", None)) is not None:  # YAML's
         return (
-            f"{mark.name}, line {mark.line + 1}: {getattr(error, 'problem', 'it is no YAML')}. Check the indentation, "
-            "which is of spaces, and the brackets and quotes up to there."
+            f"{mark.name}, line {mark.line + 1}: {getattr(error, 'problem', 'it is not valid YAML')}. Check the "
+            "indentation (spaces only), brackets and quotes up to that line."
         )
     cause = str(error.__cause__ or "")
     text = f"{error}\n{cause}"
@@ -108,7 +106,7 @@ def _plain(error: BaseException) -> str:
         full = re.search(r"full_key: (\S+)", text)
         key = full[1] if full else unknown[1]
         if override and not override[1].startswith(key):  # inside a list: its own key is not said
-            return f"{override[1]} has no {shown(key)}. `{RUN} --help` says what it takes."
+            return f"{override[1]} has no {shown(key)}. `{RUN} --help` lists what it takes."
         return unknown_key(key)
     if override and "Could not override" in text:
         return unknown_key(override[1])
@@ -116,14 +114,14 @@ def _plain(error: BaseException) -> str:
         options = found[3].split("Config search path")[0].split()
         return f"{found[1]}={found[2]} is not known{nearest(found[2], options)}. Allowed: {', '.join(options)}."
     if found := re.search(r"Ambiguous value for argument '(.+?)'", text):
-        return f"{found[1]} gives several values: a grid wants -m, `{RUN} -m {found[1]} …`."
+        return f"{found[1]} gives several values: a grid needs -m, `{RUN} -m {found[1]} …`."
     if found := re.search(r"Sweep parameters '(.+?)' requires --multirun", text):
-        return f"{found[1]} stands for several values: a grid wants -m, `{RUN} -m {found[1]} …`."
+        return f"{found[1]} stands for several values: a grid needs -m, `{RUN} -m {found[1]} …`."
     if type(error).__name__ == "OverrideParseException":
         given = str(getattr(error, "override", None) or "what was given")
         return (
-            f"{shown(given)} cannot be read. Write KEY=VALUE, with quotes inside the shell's around a value that has "
-            f"spaces or other signs than letters, digits and -_./:, such as \"sweep='my sweep'\"."
+            f"{shown(given)} cannot be read. Write KEY=VALUE, and quote values with characters other than letters, "
+            "digits and -_./: inside the shell's quotes, such as \"sweep='my sweep'\"."
         )
     if found := re.search(r"Cannot convert '(?:List|Dict)Config'.*?full_key: (\S+)", text, re.S):
         return f"{found[1]} takes one value. {several_values(found[1])}"
@@ -134,5 +132,5 @@ def _plain(error: BaseException) -> str:
         return f"{where} has the wrong type: it should be {kind}."
     if override:
         why = "it may not be null" if "is not Optional" in cause else shown(cause.partition("\n")[0].rstrip("."))
-        return f"{shown(override[1])} has the wrong type: {why}. `{RUN} --help` says what it takes."
+        return f"{shown(override[1])} has the wrong type: {why}. `{RUN} --help` lists what it takes."
     return shown(" ".join(line.strip() for line in str(error).splitlines() if line.strip()), most=MESSAGE)

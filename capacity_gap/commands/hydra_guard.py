@@ -25,7 +25,7 @@ VARIABLE = re.compile(r"\$\{\s*oc\.env\s*:\s*(\w+)\s*(?:,[\w./~ -]*)?\}")  # wit
 SECRET = re.compile("token|key|secret|passw|credential", re.IGNORECASE)
 # Groups of the folder that --config-dir names. Hydra would take every folder in it for one: also a store, or `data`.
 GROUPS = ("sweeps", "hydra", "family", "corpus", "prune", "evaluate", "train", "tracking")
-ON_COMMAND_LINE = "Give it on the command line if it is meant."
+ON_COMMAND_LINE = "Pass it on the command line if it is intended."
 
 
 def guard(words: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
 
 
 def _add_check(commands: Any) -> None:
-    told = "Prove that a model can be cut: a small one of its structure is cut along every axis."
+    told = "Check that a model can be pruned, on a small model of its structure."
     check = commands.add_parser("check", description=told)
     check.add_argument(
         "model", help="a folder, ORG/NAME, FILE.gguf, pip:PACKAGE/FILE.gguf, FAMILY:RUNG, or a model_type"
@@ -37,7 +37,7 @@ def run_check(given: argparse.Namespace) -> int:
     table, kind = architecture(config), config["model_type"]
     print(f"{given.model}: {kind}, {count_params(config):,} parameters")
     if table.uncut:
-        print(f"cannot be cut: {table.uncut.rstrip('.')}. It can teach a student that is a model of its own.")
+        print(f"cannot be cut: {table.uncut.rstrip('.')}. It can teach a student that is a separate model.")
         return 0
     checks = prove(config)
     for one in checks:
@@ -49,7 +49,7 @@ def run_check(given: argparse.Namespace) -> int:
     axes = [axis for axis in axes if axis.split()[0] not in failed]
     print(f"can be cut: {', '.join(axes) or 'nothing'}." + (f" Not proved: {', '.join(failed)}." if failed else ""))
     if table.alibi:
-        print("Which heads stay follows from how many: each has an ALiBi slope of its own.")
+        print("The number of heads determines which are kept, because each head has its own ALiBi slope.")
     return int(bool(failed))
 
 
@@ -75,48 +75,58 @@ def _config_named(name: str) -> dict[str, Any]:
 
 
 def _add_evaluate(commands: Any) -> None:
-    evaluate = commands.add_parser("evaluate", description="Score any model on benchmarks, for tables of comparison.")
+    evaluate = commands.add_parser("evaluate", description="Evaluate any model on benchmarks, for comparison tables.")
     evaluate.add_argument("model", help="a model folder, or a repository of the hub")
-    evaluate.add_argument("--tasks", help="name or name:shots, with commas (default: the paper's, or the folder's)")
-    evaluate.add_argument("--task-folder", type=Path, help="task files of your own, or a suite of a store")
+    evaluate.add_argument("--tasks", help="name or name:shots, comma-separated (default: the paper's, or the folder's)")
+    evaluate.add_argument("--task-folder", type=Path, help="your own task files, or a suite of a store")
     evaluate.add_argument("--tokenizer", help="where the model's tokenizer is, if not beside it")
-    evaluate.add_argument("--limit", type=whole(), help="only so many questions of each task")
-    evaluate.add_argument(
-        "--batch-size", type=whole(most=2**20), default=8, help="sequences at once (default: %(default)s)"
-    )
+    evaluate.add_argument("--limit", type=whole(), help="at most this many questions per task")
+    evaluate.add_argument("--batch-size", type=whole(most=2**20), default=8, help="batch size (default: %(default)s)")
     evaluate.add_argument("--device", default="auto", help="default: %(default)s")
     evaluate.add_argument("--dtype", default="fp32", help="fp32 (default) or bf16")
-    evaluate.add_argument("--allow-code-execution", action="store_true", help="let tasks run what the model writes")
-    evaluate.add_argument("--train-tokens", help="tokens it was trained on, such as 300b: its FLOPs go into the CSV")
-    evaluate.add_argument("--out", type=out_file, help="CSV to which the scores are added (`compare` reads it)")
+    evaluate.add_argument(
+        "--allow-code-execution", action="store_true", help="allow tasks to execute model-written code"
+    )
+    evaluate.add_argument(
+        "--train-tokens", help="training tokens of the model, such as 300b, for the FLOPs column of the CSV"
+    )
+    evaluate.add_argument("--out", type=out_file, help="CSV to append the scores to (read by `compare`)")
     evaluate.set_defaults(run=run_evaluate)
 
 
 def _add_compare(commands: Any) -> None:
-    told = "Show models beside one another, from the tables of `evaluate --out`."
+    told = "Compare models, from the tables of `evaluate --out`."
     compare = commands.add_parser("compare", description=told)
     compare.add_argument("tables", nargs="+", type=Path, help="CSV files of `evaluate --out`")
-    compare.add_argument("--out", type=out_file, help="CSV: one row a model, columns metrics/<task> as records have")
+    compare.add_argument(
+        "--out", type=out_file, help="CSV with one row per model and columns metrics/<task>, as in records"
+    )
     compare.set_defaults(run=run_compare)
 
 
 def _add_judge(commands: Any) -> None:
-    told = "Let a model behind an OpenAI-compatible endpoint grade answers."
+    told = "Grade answers with a model behind an OpenAI-compatible endpoint."
     judge = commands.add_parser("judge", description=told)
     judge.add_argument("answers", nargs="+", help="one (single grades) or two (pairs): model folders or answers .jsonl")
     judge.add_argument("--endpoint", required=True, help="base URL, such as http://localhost:8000/v1")
-    judge.add_argument("--model", required=True, help="the judge's name there")
+    judge.add_argument("--model", required=True, help="the judge model's name at the endpoint")
     judge.add_argument(
         "--out", type=out_folder, required=True, help="folder for answers, judgements (the cache) and summary"
     )
-    judge.add_argument("--questions", type=Path, help="questions .jsonl of your own (default: those of this package)")
-    judge.add_argument("--key-env", default="OPENAI_API_KEY", help="variable that holds the key (default: %(default)s)")
+    judge.add_argument("--questions", type=Path, help="your own questions .jsonl (default: those of this package)")
+    judge.add_argument(
+        "--key-env", default="OPENAI_API_KEY", help="environment variable with the API key (default: %(default)s)"
+    )
     judge.add_argument("--price", type=amount, nargs=2, default=(0.0, 0.0), metavar=("IN", "OUT"), help="a million")
     judge.add_argument(
-        "--max-tokens", type=whole(most=2**20), default=512, help="of one judgement (default: %(default)s)"
+        "--max-tokens", type=whole(most=2**20), default=512, help="maximum tokens per judgement (default: %(default)s)"
     )
-    judge.add_argument("--device", default="auto", help="where model folders answer (default: %(default)s)")
-    judge.add_argument("--yes", action="store_true", help="answer and ask the judge; without it only the cost is shown")
+    judge.add_argument(
+        "--device", default="auto", help="device for generating answers of model folders (default: %(default)s)"
+    )
+    judge.add_argument(
+        "--yes", action="store_true", help="generate answers and call the judge; without it, only the cost is shown"
+    )
     judge.set_defaults(run=run_judge)
 
 
@@ -124,9 +134,9 @@ def _add_export(commands: Any) -> None:
     told = "Write a cell's model to a folder: sharded safetensors, tokenizer, model card."
     export = commands.add_parser("export", description=told)
     export.add_argument("cell", help="the beginning of a recorded cell's digest (column `cell` of the records)")
-    export.add_argument("out", type=out_folder, help="a folder that is empty or not there yet")
+    export.add_argument("out", type=out_folder, help="an empty or new folder")
     export.add_argument("--store", default=default_store(), help="default: %(default)s")
-    export.add_argument("--shard", default="2GB", help="largest size of one file (default: %(default)s)")
+    export.add_argument("--shard", default="2GB", help="maximum file size (default: %(default)s)")
     export.set_defaults(run=run_export)
 
 
@@ -176,7 +186,7 @@ def run_fetch(given: argparse.Namespace) -> int:
         name, _, rung = what.partition(":")
         ladder = family(name) if rung else None
         if ladder and not ladder.published:
-            raise ConfigError(f"{what}: teachers of {name} are trained on the spot, there is nothing to fetch.")
+            raise ConfigError(f"{what}: teachers of {name} are trained here, so there is nothing to fetch.")
         repositories.append(ladder.published[ladder.rung(rung)] if ladder else what)
     from capacity_gap.models.loading import fetch  # torch, only now that the names are known to be good
 

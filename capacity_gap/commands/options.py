@@ -19,12 +19,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the process with status 2."""
-        self.exit(2, f"error: {message.rstrip('.')}. `{self.prog} --help` says what it takes.\n")
+        self.exit(2, f"error: {message.rstrip('.')}. `{self.prog} --help` lists what it takes.\n")
 
 
 def out_file(given: str) -> Path:
     """A file that can be written."""
-    return _out(given, Path.is_file, "is no file: name one to be written")
+    return _out(given, Path.is_file, "is not a file: name a file to write")
 
 
 def out_folder(given: str) -> Path:
@@ -54,7 +54,7 @@ def amount(given: str) -> float:
     return value
 
 
-COLUMNS = "names of a table from elsewhere: student_params=n_student,teacher_params=n_teacher,loss=val_loss,..."
+COLUMNS = "column names of an external table: student_params=n_student,teacher_params=n_teacher,loss=val_loss,..."
 
 
 def columns(given: str) -> dict[str, str]:
@@ -85,7 +85,7 @@ def _path(given: str) -> Path:
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     if not given:
-        raise argparse.ArgumentTypeError("an empty name; name a place to write to")
+        raise argparse.ArgumentTypeError("empty; give a path to write to")
     return user_path(given)
 
 
@@ -95,6 +95,6 @@ def _writable(path: Path, given: str) -> None:
     while not there.exists() and there.parent != there:
         there = there.parent
     if there != path.absolute() and not there.is_dir():
-        raise argparse.ArgumentTypeError(f"{shown(given)} lies inside {there}, which is no folder")
+        raise argparse.ArgumentTypeError(f"{shown(given)} is inside {there}, which is not a folder")
     if not os.access(there, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{shown(given)} cannot be written: {there} is not yours to write to")
+        raise argparse.ArgumentTypeError(f"{shown(given)} cannot be written: no write permission for {there}")

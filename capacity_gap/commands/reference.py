@@ -23,7 +23,7 @@ def commands_page() -> str:
     text = [
         "# Commands",
         "",
-        "Made from the parser by `make docs`. In a checkout a command is `python -m capacity_gap COMMAND`, and "
+        "Generated from the parser by `make docs`. In a checkout a command is `python -m capacity_gap COMMAND`, and "
         "`python run.py` is `python -m capacity_gap run`. Installed as a package, all are `capacity-gap COMMAND`.",
     ]
     for heading, group in cli.GROUPS.items():
@@ -80,8 +80,8 @@ def columns_page() -> str:
     text = [
         "# Columns of a record",
         "",
-        "Made from the declarations by `make docs`. A record is one row for each cell. Null is what was not measured, "
-        "and some settings at their default. Losses are nats per token.",
+        "Generated from the declarations by `make docs`. A record has one row per cell. Null means not measured, or "
+        "for some settings their default. Losses are nats per token.",
         "",
         "The fit parts curves by the columns marked yes. Those marked *repeats* part only cells that agree in "
         "everything else, their seeds too.",
@@ -110,10 +110,10 @@ def families_page() -> str:
     text = [
         "# Families and their rungs",
         "",
-        "Made from the ladders by `make docs`. `family=NAME` chooses a ladder and `teacher=RUNG` a rung of it. "
+        "Generated from the ladders by `make docs`. `family=NAME` chooses a ladder and `teacher=RUNG` a rung of it. "
         "Sizes are counted from the shapes, to the parameter, and agree with the models of transformers.",
         "",
-        "Rungs without a checkpoint are trained on the spot. Checkpoints of your own need no ladder: "
+        "Rungs without a checkpoint are trained when first needed. Your own checkpoints need no ladder: "
         "[Your own checkpoints](checkpoints.md).",
     ]
     for name, family in FAMILIES.items():
@@ -125,9 +125,9 @@ def families_page() -> str:
 def _family(family: Family) -> Iterator[str]:
     kinds = ", ".join(f"`{kind}`" for kind in dict.fromkeys(str(s["model_type"]) for s in family.rungs.values()))
     held = FAMILIES.entry(family.name).traits["dtype"]
-    made = "published checkpoints" if family.published else "trained on the spot"
+    made = "published checkpoints" if family.published else "trained when first needed"
     yield from ["", f"## `{family.name}`", ""]
-    yield f"Architecture {kinds}, {made}. Teachers are held in {held} unless `family.dtype` says otherwise."
+    yield f"Architecture {kinds}, {made}. Teachers use {held} unless `family.dtype` is set."
     yield from ["", "| rung | parameters | non-embedding | layers | hidden | heads | of size | neurons | vocabulary |"]
     yield "|---|---|---|---|---|---|---|---|---|"
     for rung, shape in family.rungs.items():
@@ -140,7 +140,7 @@ def _family(family: Family) -> Iterator[str]:
         )
     if family.added:
         added = ", ".join(rung for rung in family.rungs if rung in family.added)
-        yield f"\nAdded later: {added}. These teach the common students and do not decide their shape."
+        yield f"\nAdded later: {added}. These can teach the common students but do not affect their shape."
     if family.published:
         yield from ["", *_checkpoints(family)]
     yield from (f"\nNot a rung: {why}" for why in dict.fromkeys(family.left_out.values()))

@@ -78,12 +78,12 @@ def check_words(arguments: Sequence[str]) -> None:
     launcher = [w for w in arguments if w.lstrip("+").startswith(names) and w != "hydra/launcher=basic"]  # runs here
     if launcher and not multirun:
         raise ConfigError(
-            f"{shown(launcher[0])} is read by grids only: without -m the cell would run here. Add -m: "
+            f"{shown(launcher[0])} applies only to grids: without -m the cell would run here. Add -m: "
             f"`{' '.join(RUN_WORDS)} -m …`. A grid may have one cell."
         )
     for word in arguments:
         if found := re.search(r"\d{1000,}", word):
-            raise ConfigError(f"{shown(word)} holds a number of {len(found[0]):,} digits. No setting takes that.")
+            raise ConfigError(f"{shown(word)} holds a number of {len(found[0]):,} digits. No setting accepts that.")
 
 
 def check_is_no_grid() -> None:
@@ -93,12 +93,12 @@ def check_is_no_grid() -> None:
     params = HydraConfig.get().sweeper.get("params")
     if params:
         raise ConfigError(
-            f"the sweep file gives {', '.join(params)} several values: a grid wants -m, `{' '.join(RUN_WORDS)} -m …`."
+            f"the sweep file gives {', '.join(params)} several values: a grid needs -m, `{' '.join(RUN_WORDS)} -m …`."
         )
 
 
 def _refuse(message: str) -> NoReturn:
-    raise ConfigError(f"{shown(message)}. `{' '.join(RUN_WORDS)} --help` says what it takes.")
+    raise ConfigError(f"{shown(message)}. `{' '.join(RUN_WORDS)} --help` lists what it takes.")
 
 
 def _help(arguments: Sequence[str]) -> None:

@@ -18,21 +18,25 @@ def add(commands: Any) -> None:
     run = commands.add_parser("run", description="Run one cell, or with -m a grid of them.", add_help=False)
     run.add_argument("overrides", nargs=argparse.REMAINDER)
     run.set_defaults(run=run_run)
-    told = "List every setting, what it is for and what it may be."
+    told = "List every setting with its meaning and allowed values."
     listed = commands.add_parser("settings", description=told)
     listed.add_argument("--page", action="store_true", help="as the Markdown page docs/settings.md")
     listed.set_defaults(run=run_settings)
-    plan = commands.add_parser("plan", description="Say what a grid would run and cost; it takes what `run -m` takes.")
+    plan = commands.add_parser(
+        "plan", description="Show what a grid would run and its cost; takes the arguments of `run -m`."
+    )
     plan.add_argument("overrides", nargs=argparse.REMAINDER, help="such as +sweeps=quick, or student=60k,90k teacher=…")
     plan.set_defaults(run=run_plan)
     _add_status(commands)
 
 
 def _add_init(commands: Any) -> None:
-    told = "Write a commented sweep for your own checkpoints, and how to run it."
+    told = "Write a commented sweep for your own checkpoints, and a README with the commands."
     init = commands.add_parser("init", description=told)
     init.add_argument("folder", type=out_folder, help="where sweeps/NAME.yaml and README.md go; nothing is overwritten")
-    init.add_argument("--name", default="mine", help="of the sweep: letters, digits, _ and - (default: %(default)s)")
+    init.add_argument(
+        "--name", default="mine", help="name of the sweep: letters, digits, _ and - (default: %(default)s)"
+    )
     init.set_defaults(run=run_init)
 
 

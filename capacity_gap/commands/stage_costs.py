@@ -73,7 +73,7 @@ class StageCost:
             try:
                 stages = closure(resolve(replace(self.base, **named)).record)
             except UserError as error:
-                raise ConfigError(f"the pool holds a cell that cannot be run, {dict(place)}: {error}") from error
+                raise ConfigError(f"the pool contains a cell that cannot run, {dict(place)}: {error}") from error
             own = math.fsum(s.cost for s in stages.values() if s.name in OWN and not self.store.has(s))
             shared = {k: s.cost for k, s in stages.items() if s.name not in OWN and s.cost > 0}
             kept: dict[Hashable, float] = {

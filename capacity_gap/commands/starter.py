@@ -20,11 +20,11 @@ def write_starter(folder: Path, name: str) -> tuple[Path, Path]:
         UserError: one of them is there already, or the name is none that Hydra reads.
     """
     if not re.fullmatch(r"[A-Za-z_][\w-]*", name, re.ASCII):
-        raise UserError(f"--name={name} is no name of a sweep: a letter, then letters, digits, _ and -.")
+        raise UserError(f"--name={name} is not a valid sweep name: use a letter, then letters, digits, _ and -.")
     folder = user_path(folder).absolute()
     texts = {folder / "sweeps" / f"{name}.yaml": SWEEP, folder / "README.md": README}
     if there := [str(file) for file in texts if file.exists()]:
-        raise UserError(f"already there: {', '.join(there)}. `init` overwrites nothing: name another folder.")
+        raise UserError(f"already there: {', '.join(there)}. `init` overwrites nothing: choose another folder.")
     words = _words(folder, name)
     for file, text in texts.items():
         file.parent.mkdir(parents=True, exist_ok=True)

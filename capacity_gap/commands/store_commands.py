@@ -25,16 +25,16 @@ def add(commands: Any) -> None:
 
 
 def _add_store(commands: Any) -> None:
-    told = "Say what is in a store, what can go and what is damaged, and mend it."
+    told = "List the contents of a store, find unused or damaged files, and repair it."
     store = commands.add_parser("store", description=told)
     actions = store.add_subparsers(dest="action", required=True, metavar="ACTION")
     listed = _action(actions, "ls", _ls, "cells and size of each sweep")
-    listed.add_argument("--cells", action="store_true", help="every recorded cell: digest, loss, what it is")
+    listed.add_argument("--cells", action="store_true", help="every recorded cell: digest, loss, settings")
     _action(actions, "du", _du, "size by kind of stage")
-    told = "delete dead work, cached signals and what no record needs; says what, and asks for --yes"
+    told = "list abandoned work, cached teacher logits and unused stages; delete them with --yes"
     _action(actions, "gc", _gc, told).add_argument("--yes", action="store_true", help="really delete")
-    verify = _action(actions, "verify", _verify, "compare every file with its hash; 1 if something is left damaged")
-    verify.add_argument("--repair", action="store_true", help="move what is damaged to .damaged/, to be made again")
+    verify = _action(actions, "verify", _verify, "compare every file with its hash; exit status 1 if damage remains")
+    verify.add_argument("--repair", action="store_true", help="move damaged stages to .damaged/, to be recomputed")
     forget = _action(actions, "forget", _forget, "forget cells that failed and will not be run again")
     forget.add_argument(
         "--failed", nargs="?", const="", required=True, metavar="SWEEP", help="those of one sweep, or of all"
@@ -44,7 +44,9 @@ def _add_store(commands: Any) -> None:
 def _add_sync(commands: Any) -> None:
     sync = commands.add_parser("sync", description="Upload to W&B what was tracked offline.")
     sync.add_argument("store", nargs="?", default=default_store(), help="default: %(default)s")
-    sync.add_argument("--limit", type=amount, default=SYNC_S, metavar="SECONDS", help="give up then (%(default)s)")
+    sync.add_argument(
+        "--limit", type=amount, default=SYNC_S, metavar="SECONDS", help="seconds until giving up (%(default)s)"
+    )
     sync.add_argument("--entity", help="another than the runs were made for")
     sync.add_argument("--project", help="another than the runs were made for")
     sync.set_defaults(run=run_sync)
@@ -111,7 +113,7 @@ def _gc(store: "Store", given: argparse.Namespace) -> int:
         why = f"not deleted: {left}" if left else item.reason
         print(f"{item.bytes / 1e6:>9.1f} MB  {item.path}  ({why})")
         items, total = items + (not left), total + item.bytes * (not left)
-    ending = "deleted" if given.yes else "could go; `--yes` deletes it. Nothing was changed"
+    ending = "deleted" if given.yes else "can be deleted; add `--yes`. Nothing was changed"
     print(f"{items} items, {total / 1e6:.1f} MB {ending}.")
     return 0
 
@@ -128,10 +130,10 @@ def _verify(store: "Store", given: argparse.Namespace) -> int:
     print(
         f"{found.stages} stages and {found.notes} notes, {found.bytes / 1e6:,.1f} MB in {found.seconds:.1f} s: "
         f"{len(found.damaged)} damaged"
-        + (f", {found.listed} of an older version got their list of files" if found.listed else "")
+        + (f", {found.listed} of an older version were given a list of files" if found.listed else "")
     )
     for name in not_made_again(store):
-        print(f"set aside and not made again: {name}")
+        print(f"set aside and not recomputed: {name}")
     if found.damaged:
         print("\n".join(_advice(store, found, given.repair)))
     return 0 if found.is_sound else 1
@@ -140,23 +142,23 @@ def _verify(store: "Store", given: argparse.Namespace) -> int:
 def _advice(store: "Store", found: "Verified", repair: bool) -> Sequence[str]:
     """What to do next."""
     if not repair:
-        return ["`--repair` moves what is damaged to .damaged/; the run.py commands that made it then make it again."]
+        return ["`--repair` moves damaged stages to .damaged/; then run the same run.py commands to recompute them."]
     if not found.is_sound:
         return [
-            "Some of it is being worked on: verify again when that has ended.",
+            "Some of it is in use by running work: verify again when that has ended.",
             *(f"  {line}" for line in found.left),
         ]
     again = _commands(store, [fault.file for fault in found.damaged])
     shown = [f"  {line}" for line in again[:SHOWN]]
     more = [f"  and {len(again) - SHOWN} more cells"] if len(again) > SHOWN else []
-    told = "Moved to .damaged/. Made again when needed, or now by:" if again else "Moved to .damaged/."
+    told = "Moved to .damaged/. Recomputed when needed, or now by:" if again else "Moved to .damaged/."
     return [told, *shown, *more, *_lost_notes(found)]
 
 
 def _lost_notes(found: "Verified") -> list[str]:
     lost = [fault.file.name for fault in found.damaged if fault.file.parent.name == "sweeps"]
     return [
-        f"`status` does not know the cells of {name} until the command of its sweep is given again; their results stay."
+        f"`status` cannot list the cells of {name} until its sweep is run again; their results are kept."
         for name in lost
     ]
 
@@ -195,7 +197,7 @@ def run_sync(given: argparse.Namespace) -> int:
     waiting = run_folders(folder)
     if still := len(waiting) - len(ended(waiting)):
         print(
-            f"{still} runs have not ended: sync again when they have. One whose process died gives way to a new one "
-            "when its cell is run again."
+            f"{still} runs have not ended: sync again when they have. A run whose process died is replaced "
+            "when its cell runs again."
         )
     return 1 if left else 0

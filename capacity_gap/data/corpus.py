@@ -49,7 +49,7 @@ def build_corpus(
         raise ConfigError(
             "the corpus is too small or too uniform to be split: "
             + ", ".join(f"{name} has {len(part)} documents" for name, part in splits.items())
-            + ". Give more text, in more documents: a document ends at an empty line, or with its line of .jsonl."
+            + ". Provide more text in more documents: documents end at an empty line, or at each line of .jsonl."
         )
     digest = hashlib.sha256()
     for name in SPLITS:

@@ -71,13 +71,13 @@ def text_files(path: Path) -> list[Path]:
     suffixes = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
     if path.exists() and not path.is_dir() and not path.is_file():
         raise ConfigError(
-            f"corpus.path={path} is no file but a pipe, a socket or a device, which cannot be read twice. Write its "
-            "text to a file first."
+            f"corpus.path={path} is a pipe, a socket or a device, which cannot be read twice. Write its text to a "
+            "file first."
         )
     inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     files = [p for p in inside if p.name.endswith(suffixes)]
     if not files:
-        raise ConfigError(f"corpus.path={path} holds no text. Allowed: {', '.join(suffixes)}, or a folder of them.")
+        raise ConfigError(f"corpus.path={path} contains no text. Allowed: {', '.join(suffixes)}, or a folder of them.")
     return files
 
 
@@ -135,8 +135,8 @@ def _texts(file: Path) -> Iterator[str]:
         raise ConfigError(_not_utf8(file)) from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ConfigError(
-            f"{file} is no whole .gz file ({str(error).rstrip('.')}). Copy or download it again; `gzip --test` says "
-            "whether it is whole."
+            f"{file} is not a complete .gz file ({str(error).rstrip('.')}). Copy or download it again; `gzip --test` "
+            "checks whether it is complete."
         ) from error
 
 
@@ -152,7 +152,7 @@ def _not_utf8(file: Path) -> str:
                 new = file.with_name(f"utf8-{file.name}")
                 byte, encoding = line[error.start], "UTF-16" if wide else "WINDOWS-1252"
                 return (
-                    f"{file}, line {number}: no UTF-8 text (byte 0x{byte:02x} after {error.start} others). If it is "
+                    f"{file}, line {number}: not UTF-8 text (byte 0x{byte:02x} after {error.start} others). If it is "
                     f"{encoding}, `iconv -f {encoding} -t UTF-8 {file} > {new}` converts it."
                 )
     return f"{file}: it ends in the middle of a character. Copy or download it again."
@@ -161,8 +161,8 @@ def _not_utf8(file: Path) -> str:
 def _json_text(line: str, file: Path, number: int) -> str:
     if number == 1 and line.startswith("\ufeff"):
         raise ConfigError(
-            f"{file}, line 1: it begins with a byte order mark, which JSON may not. Save the file as UTF-8 without it, "
-            f"such as by `sed -i '1s/^\\xEF\\xBB\\xBF//' {file.name}`."
+            f"{file}, line 1: it begins with a byte order mark, which JSON does not allow. Save the file as UTF-8 "
+            f"without it, such as by `sed -i '1s/^\\xEF\\xBB\\xBF//' {file.name}`."
         )
     try:
         text = json.loads(line)["text"]
@@ -183,12 +183,12 @@ def readable(text: object, where: str) -> str:
     if not isinstance(text, str):
         kind = {"NoneType": "null", "dict": "an object", "list": "a list", "bool": "a truth value"}
         said = kind.get(type(text).__name__, "a number")
-        raise ConfigError(f"{where}: the text is {said}. Leave such documents out, or give them a text.")
+        raise ConfigError(f"{where}: the text is {said}. Remove such documents, or add their text.")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(
-            f"{where}: half a surrogate pair ({text[error.start]!a}), so no character. A longer text was cut in the "
-            "middle of one: cut it elsewhere, or leave the document out."
+            f"{where}: half of a surrogate pair ({text[error.start]!a}), not a character. The text was cut inside a "
+            "character: cut it elsewhere, or remove the document."
         ) from error
     return text

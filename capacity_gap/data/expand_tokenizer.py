@@ -29,7 +29,7 @@ LEAST = 2  # a token that text holds once saves nothing
 FILLED = 0.9  # share of the new rows that must get a token: the others would be trained, and counted, for nothing
 CHECKED = 500  # texts on which an expanded tokenizer is compared with the old one
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-_CANNOT = "the teacher's tokenizer cannot be expanded, take a family with another one:"
+_CANNOT = "the teacher's tokenizer cannot be expanded; use a family with another one:"
 Pair = tuple[str, str]
 
 
@@ -127,7 +127,7 @@ def expand_tokenizer(
         raise ConfigError(f"expand.vocab: a {kind} tokenizer cannot be expanded. Allowed: BPE, Unigram.")
     first = max(old.get_vocab().values()) + 1
     if size <= first:
-        raise ConfigError(f"expand.vocab={size}, but the tokenizer already has {first} tokens. Give more.")
+        raise ConfigError(f"expand.vocab={size}, but the tokenizer already has {first} tokens. Set it higher.")
     given = list(texts)
     if second is not None:
         found = from_second(content, second, size - first)
@@ -147,14 +147,14 @@ def _check_found(found: int, first: int, size: int) -> None:
     """Refuses too few new tokens: rows that no token uses would count as parameters of teacher and student."""
     if not found:
         raise ConfigError(
-            f"expand.vocab={size}: no token to add was found. The text, or the second tokenizer, holds no script but "
-            "the Latin one; name text of the second script in adapt.parts=."
+            f"expand.vocab={size}: no token to add was found. The text, or the second tokenizer, holds only Latin "
+            "script; add text of the second script in adapt.parts=."
         )
     if found < FILLED * (size - first):
         raise ConfigError(
-            f"expand.vocab={size} asks for {size - first:,} tokens beside the old {first:,}, and only {found:,} were "
-            f"found; the other rows would count as parameters for nothing. Give expand.vocab={first + found}, or more "
-            "text of the second script."
+            f"expand.vocab={size} asks for {size - first:,} tokens in addition to the old {first:,}, but only "
+            f"{found:,} were found; the other rows would be unused parameters. Set expand.vocab={first + found}, or "
+            "more text of the second script."
         )
 
 
@@ -176,7 +176,7 @@ def check_expanded(old: Any, new: Any, added: Sequence[str], texts: Sequence[str
             continue
         same = max(now, default=0) >= first and OTHER_SCRIPT.search(text)
         if not same or _decoded(old, was) != _decoded(new, now):
-            raise StageError(f"{_CANNOT} it would read {text[:80]!r} otherwise than before.")
+            raise StageError(f"{_CANNOT} it would tokenise {text[:80]!r} differently than before.")
 
 
 def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -334,8 +334,8 @@ def from_second(content: dict[str, Any], second: Any, room: int) -> list[Additio
     unigram = content["model"]["type"] == "Unigram"
     if unigram and other["model"]["type"] != "Unigram":
         raise ConfigError(
-            f"expand.tokenizer= names a {other['model']['type']} tokenizer: a Unigram one can take tokens only from "
-            "another Unigram tokenizer, whose pieces have scores. Leave it out to learn them from text."
+            f"expand.tokenizer= names a {other['model']['type']} tokenizer: a Unigram tokenizer can take tokens only "
+            "from another Unigram tokenizer, whose pieces have scores. Leave it out to learn tokens from text."
         )
     own, theirs = Spelling.of(content), Spelling.of(other)
     vocab = content["model"]["vocab"]

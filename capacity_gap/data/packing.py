@@ -102,7 +102,7 @@ def subset(packed: Packed, tokens: int, *, epochs: int = 1, key: str = "data", s
     each, first = tokens // (packed.sequence_length * epochs), skip // packed.sequence_length
     if tokens and not each:
         raise ConfigError(
-            f"{key}={format_scale(tokens)} in {epochs} passes is less than one sequence of {packed.sequence_length} "
+            f"{key}={format_scale(tokens)} in {epochs} epochs is less than one sequence of {packed.sequence_length} "
             f"tokens: nothing would be trained. Give {packed.sequence_length * epochs} or more."
         )
     if first + each > len(packed):
@@ -110,13 +110,13 @@ def subset(packed: Packed, tokens: int, *, epochs: int = 1, key: str = "data", s
         behind = f" behind data_offset={format_scale(skip)}" if skip else ""
         passes = {"family.teacher_data": "family.teacher_epochs", "adapt.data": "adapt.epochs"}.get(key, "epochs")
         more = (
-            f"Give at most {key}={held * epochs}, or say how often the text may be repeated: {passes}=%d."
+            f"Set at most {key}={held * epochs}, or set how often the text may be repeated: {passes}=%d."
             if held
             else ""
         )
         raise ConfigError(
-            f"{key}={format_scale(tokens)} with {passes}={epochs} needs {each * packed.sequence_length:,} tokens a "
-            f"pass, but the training text holds {held:,}{behind}. " + (more % -(-tokens // held) if held else "")
+            f"{key}={format_scale(tokens)} with {passes}={epochs} needs {each * packed.sequence_length:,} tokens per "
+            f"epoch, but the training text holds {held:,}{behind}. " + (more % -(-tokens // held) if held else "")
         )
     return np.random.Generator(np.random.PCG64(PERMUTATION_SEED)).permutation(len(packed))[first : first + each]
 

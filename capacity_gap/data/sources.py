@@ -46,12 +46,15 @@ def tokenizer_identity(tokenizer: str, revision: str | None) -> dict[str, Any]:
     if not folder.is_dir():
         if revision is None:
             raise ConfigError(
-                f"expand.tokenizer={tokenizer} is no folder here; as a name on the hub it needs expand.revision=COMMIT "
-                "(40 hexadecimal digits, in the history of its files): what the name stands for may change."
+                f"expand.tokenizer={tokenizer} is not a local folder; as a name on the hub it needs "
+                "expand.revision=COMMIT (40 hexadecimal digits, in the history of its files), because the repository "
+                "may change."
             )
         return {"repository": tokenizer, "revision": revision}
     if revision is not None:
-        raise ConfigError(f"expand.tokenizer={tokenizer} is a folder: expand.revision={revision} is for the hub only.")
+        raise ConfigError(
+            f"expand.tokenizer={tokenizer} is a folder: expand.revision={revision} applies to the hub only."
+        )
     if not (folder / "tokenizer.json").is_file():
         raise ConfigError(f"expand.tokenizer={tokenizer} has no tokenizer.json: save its fast tokenizer there.")
     return {"content": files_digest([folder / "tokenizer.json"])}

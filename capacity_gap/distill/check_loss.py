@@ -14,7 +14,7 @@ def check_divergence(name: str) -> None:
 
     Raises:
         ConfigError: its value is not one number a token, its gradient not that of its value by the student's logits,
-            it changes what it is given, or it fails.
+            it modifies its arguments, or it fails.
     """
     entry = LOSSES.entry(name)
     try:
@@ -36,14 +36,14 @@ def _fault(divergence: Divergence, skew: float) -> str | None:
     student, teacher = _softmax(z), _softmax(t)
     value, gradient = divergence(student, teacher, skew)
     if value.shape != (TOKENS,):
-        return f"its value has shape {tuple(value.shape)}, not [n]: one number a token"
+        return f"its value has shape {tuple(value.shape)} instead of [n], one number per token"
     if gradient.shape != size:
-        return f"its gradient has shape {tuple(gradient.shape)}, not [n, V]"
+        return f"its gradient has shape {tuple(gradient.shape)} instead of [n, V]"
     if _differ(student, _softmax(z)) or _differ(teacher, _softmax(t)):
-        return "it changes what it is given"
+        return "it modifies its arguments"
     above, below = (divergence(_softmax(z + s * direction), _softmax(t), skew)[0] for s in (STEP, -STEP))
     if not torch.allclose((above - below) / (2 * STEP), (gradient * direction).sum(-1), atol=1e-5):
-        return "its gradient is not that of its value by the student's logits"
+        return "its gradient is not the derivative of its value with respect to the student's logits"
     return None
 
 

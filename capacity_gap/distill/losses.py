@@ -76,7 +76,7 @@ def distill_loss(
     """
     entry = LOSSES.entry(loss)
     if signal is not None and SIGNALS.entry(signal.kind).traits["draws"] and not entry.traits["samples"]:
-        raise ValueError(f"a sampled signal serves {' and '.join(LOSSES.that(samples=True))} only, not {loss}")
+        raise ValueError(f"a sampled signal supports only {' and '.join(LOSSES.that(samples=True))}, not {loss}")
     keep = (labels != IGNORE).flatten()
     count = float(keep.sum()) if label_count is None else float(label_count)
     # Without a label that counts the loss is 0, not 0/0.
@@ -113,7 +113,7 @@ def _teacher(
         return signal
     if hidden is None or weight is None:
         raise ValueError(
-            f"kd_weight={kd_weight} needs teacher_hidden and teacher_weight, or a signal; without a teacher give 0"
+            f"kd_weight={kd_weight} needs teacher_hidden and teacher_weight, or a signal; without a teacher set it to 0"
         )
     return _autocast(hidden.flatten(0, -2)), _autocast(weight[:rows])
 

@@ -158,7 +158,7 @@ class Signal:
         """The targets of all tokens of the named sequences, flattened."""
         places = self._places[indices]
         if (places < 0).any():
-            raise IndexError("the signal holds no targets for some of these sequences")
+            raise IndexError("the cached teacher logits lack some of these sequences")
         ids, values, entropy = (np.stack([blocks[p // BLOCK][p % BLOCK] for p in places]) for blocks in self._arrays)
         given = torch.from_numpy(values).float()
         if SIGNALS.entry(self.header["kind"]).traits["draws"]:

@@ -47,7 +47,7 @@ def table(files: Iterable[Path]) -> "pd.DataFrame":
         if before.shots != score.shots:
             raise UserError(
                 f"the tables hold {score.task} of {row['model']} with {before.shots} and with {score.shots} shots. "
-                "Compare models at one number: keep one of them."
+                "Use one number of shots for all models: remove the other rows."
             )
         scores[score.task, score.metric] = score
         spent[way] = row["train_flops"] or spent.get(way)
@@ -62,7 +62,7 @@ def table(files: Iterable[Path]) -> "pd.DataFrame":
 def _rows(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
     for file in files:
         if not file.is_file():
-            raise UserError(f"{file} is no file. Give tables that `evaluate --out` wrote.")
+            raise UserError(f"{file} does not exist. Pass tables written by `evaluate --out`.")
         for line, row in score_rows(file):
             read = {}
             for name, text in row.items():
@@ -86,11 +86,11 @@ def _number(text: str, *, whole: bool) -> float:
     try:
         found = int(text) if whole and text.strip().isdecimal() else float(text)
     except ValueError as error:
-        raise ValueError(f"{text!r} is no number. {PLAIN}") from error
+        raise ValueError(f"{text!r} is not a number. {PLAIN}") from error
     if not whole or isinstance(found, int):
         return found
     if not found.is_integer():
-        raise ValueError(f"{text!r} is no whole number. Write one, such as 1000")
+        raise ValueError(f"{text!r} is not a whole number. Write one, such as 1000")
     return int(found)
 
 

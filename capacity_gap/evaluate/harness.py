@@ -73,13 +73,13 @@ def score_tasks(
             ]
     except AssertionError as error:  # the harness says so that a question is none
         raise StageError(
-            f"{', '.join(task.name for task in tasks)} cannot be scored: the harness refuses a question of it "
-            f"({first_line(error)}). Look for empty answers, and for answers that repeat the question."
+            f"{', '.join(task.name for task in tasks)} cannot be evaluated: the harness rejects one of its questions "
+            f"({first_line(error)}). Check for empty answers and answers that repeat the question."
         ) from error
     except jinja2.TemplateError as error:
         raise StageError(
-            f"a template of {', '.join(task.name for task in tasks)} cannot be filled in: {error}. Templates may read "
-            "the fields of a question, and nothing else unless code is allowed."
+            f"a template of {', '.join(task.name for task in tasks)} cannot be rendered: {error}. Templates may read "
+            "only the fields of a question unless code execution is allowed."
         ) from error
     finally:
         hook.remove()
@@ -173,9 +173,9 @@ def forbid_foreign_metrics(folder: Path) -> None:
 
     if found := foreign_metrics(folder, METRIC_REGISTRY):
         raise StageError(
-            f"{folder} names the metrics {', '.join(found)}, which the lm-evaluation-harness does not have: it would "
-            "load code for them. Allow it with evaluate.allow_code_execution=true (or --allow-code-execution), or take "
-            f"one of its own: {', '.join(sorted(METRIC_REGISTRY))}."
+            f"{folder} names the metrics {', '.join(found)}, which are not built into the lm-evaluation-harness: it "
+            "would load code for them. Allow it with evaluate.allow_code_execution=true (or --allow-code-execution), "
+            f"or use a built-in one: {', '.join(sorted(METRIC_REGISTRY))}."
         )
 
 
@@ -198,8 +198,8 @@ def _loading(task: Task) -> Iterator[None]:
         said = " ".join(str(error).split())
         raise StageError(
             f"the benchmark {task.name} cannot be loaded ({type(error).__name__}: {said}). If its data set is not in "
-            "the cache (HF_HOME), start once on a machine with a network; leave the task out of evaluate.tasks, or use "
-            "files of your own: evaluate=local evaluate.task_folder=FOLDER."
+            "the cache (HF_HOME), run once on a machine with network access; leave the task out of evaluate.tasks, or "
+            "use your own files: evaluate=local evaluate.task_folder=FOLDER."
         ) from error
 
 
@@ -256,8 +256,8 @@ def _scores_of(name: str, loaded: Mapping[str, Any], found: Mapping[str, Any]) -
         return scores
     if name in loaded["tasks"]:
         raise StageError(
-            f"the benchmark {name} scored nothing: no metric came out of any question. Look at its metric_list and "
-            "process_results, or leave it out."
+            f"the benchmark {name} returned no score for any question. Check its metric_list and process_results, or "
+            "leave it out."
         )
     members = loaded["group_map"].get(name) or [n for n, t in loaded["tasks"].items() if name in (t.config.tag or ())]
     return [score for member in members for score in _scores_of(member, loaded, found)]

@@ -57,7 +57,7 @@ def _check_names(model: str, tokenizer: str | None) -> None:
     """Raises for a path where no folder is; what could be a name on the hub is looked for there."""
     for option, name in (("MODEL", model), ("--tokenizer", tokenizer)):
         if name and not Path(name).is_dir() and not ON_HUB.fullmatch(name):
-            raise UserError(f"{option} {shown(name)}: there is no such folder, and no name on the hub looks like it.")
+            raise UserError(f"{option} {shown(name)}: no such folder, and not a valid name on the hub.")
 
 
 def _spent(model: Any, tokens: str | None, params: int) -> float | None:
@@ -98,8 +98,8 @@ def _load(model: str, tokenizer: str, *, device: str, dtype: Any) -> tuple[Any, 
     except Exception as error:  # a broken folder raises errors of many libraries
         said = first_line(error)
         raise UserError(
-            f"{model} cannot be loaded as a causal language model with the tokenizer of {tokenizer}: {said} Give a "
-            "model folder or a repository of the hub, and --tokenizer if the tokenizer lies elsewhere."
+            f"{model} cannot be loaded as a causal language model with the tokenizer of {tokenizer}: {said} Pass a "
+            "model folder or a hub repository, and --tokenizer if the tokenizer is elsewhere."
         ) from error
 
 
@@ -127,7 +127,7 @@ def score_rows(file: Path) -> list[tuple[int, dict[str, str]]]:
     header, rows = cells(file)
     if header != list(COLUMNS):
         raise UserError(
-            f"{file} is another table (columns {', '.join(header)}), not one of `evaluate --out` (columns "
+            f"{file} is a different table (columns {', '.join(header)}) than `evaluate --out` writes (columns "
             f"{', '.join(COLUMNS)}). Name another file."
         )
     return [(line, dict(zip(header, map(as_given, row), strict=True))) for line, row in rows if any(row)]

@@ -65,7 +65,7 @@ def build_suite(documents: Sequence[dict[str, Any]], out: Path, *, items: int = 
         kept = list(itertools.islice(questions, items))
         if len(kept) < LEAST_ITEMS:
             raise StageError(
-                f"the held-out text gives only {len(kept)} questions for {task} (at least {LEAST_ITEMS} are needed). "
+                f"the held-out text yields only {len(kept)} questions for {task} (at least {LEAST_ITEMS} are needed). "
                 "Give more text or a larger corpus.test, or evaluate with evaluate=perplexity."
             )
         _write(task, kept, out)

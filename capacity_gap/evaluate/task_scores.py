@@ -61,14 +61,14 @@ def metric_direction(name: str, frame: "pd.DataFrame | None" = None) -> int:
     if frame is not None and column in frame and (said := set(booleans(frame[column]).dropna())):
         if len(said) == 1:
             return 1 if said.pop() else -1
-        raise UserError(f"the records disagree whether more of {name} is better ({column} holds both).")
+        raise UserError(f"the records disagree on whether higher {name} is better ({column} holds both).")
     metric = name.rpartition("/")[2]
     for pattern, direction in ((_DOWN, -1), (_UP, 1), (_UP_TASKS, 1)):
         if pattern.search(metric):
             return direction
     raise UserError(
-        f"nothing says whether more of {name} is better. Add a column {column} (true or false) to the table, or give a "
-        "column whose name says it, such as one that ends in loss, perplexity or acc."
+        f"it is unknown whether higher {name} is better. Add a column {column} (true or false) to the table, or use a "
+        "column name that implies it, such as one that ends in loss, perplexity or acc."
     )
 
 

@@ -60,7 +60,7 @@ def parse_task(given: str, *, key: str = "evaluate.tasks") -> Task:
     """
     match = _TASK.fullmatch(given.strip())
     if not match:
-        raise ConfigError(f"{key}: {given!r} is no task. Write name or name:shots, such as mmlu:5 or wikitext.")
+        raise ConfigError(f"{key}: {given!r} is not a task. Write name or name:shots, such as mmlu:5 or wikitext.")
     return Task(match["name"], None if match["shots"] is None else int(match["shots"]))
 
 
@@ -69,7 +69,7 @@ def parse_tasks(given: Iterable[str], *, key: str = "evaluate.tasks") -> list[Ta
     tasks = [parse_task(g, key=key) for g in given]
     names = [t.name for t in tasks]
     if twice := sorted({n for n in names if names.count(n) > 1}):
-        raise ConfigError(f"{key} names {', '.join(twice)} more than once. Give each task one number of shots.")
+        raise ConfigError(f"{key} names {', '.join(twice)} more than once. Use one number of shots per task.")
     return tasks
 
 
@@ -85,7 +85,7 @@ def forbid_code(tasks: Iterable[Task], *, allowed: bool, flag: str, folder: Path
     for task in tasks:
         if (task.runs_code or task.name in own) and not allowed:
             raise ConfigError(
-                f"{task.name} executes code (what the model writes, or a function that its task file names), on this "
+                f"{task.name} executes code (model-written code, or a function named in its task file), on this "
                 f"machine and without a sandbox. Allow it with {flag}, or leave the task out."
             )
 
@@ -182,7 +182,7 @@ def _tags_of(entry: Mapping[str, Any]) -> list[str]:
 
 def _entries(folder: Path) -> tuple[Mapping[str, Any], ...]:
     if not folder.is_dir():
-        raise ConfigError(f"evaluate.task_folder={folder} is no folder. Give one that holds task files (.yaml).")
+        raise ConfigError(f"evaluate.task_folder={folder} is not a folder. Pass a folder of task files (.yaml).")
     return _entries_of(folder, folder_digest(folder))
 
 
@@ -217,7 +217,7 @@ def _read_yaml(file: Path, before: frozenset[Path] = frozenset()) -> dict[str, A
     try:
         read = yaml.load(file.read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{file} is no YAML file: {shown(error)}.") from error
+        raise ConfigError(f"{file} is not a valid YAML file: {shown(error)}.") from error
     if not isinstance(read, dict):
         return {}
     marks = {FUNCTION: True} if named and not is_known else {}
@@ -268,7 +268,7 @@ def place(name: str) -> Path:
     if name not in places:
         raise ConfigError(
             f"the lm-evaluation-harness has no task {name!r}{nearest(name, places)}. `lm_eval ls tasks` lists them; "
-            "tasks of your own go into a folder: evaluate=local evaluate.task_folder=FOLDER."
+            "put your own tasks into a folder: evaluate=local evaluate.task_folder=FOLDER."
         )
     return places[name]
 

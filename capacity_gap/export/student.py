@@ -56,14 +56,14 @@ class Lineage:
         """The recorded cell whose digest begins with `cell`; none, or several, is an error that lists what there is."""
         asked = cell.removeprefix("record/")
         if not re.fullmatch("[0-9a-f]{1,40}", asked):
-            raise UserError(f"{shown(cell)!r} is no cell: give the beginning of its digest, hexadecimal digits.")
+            raise UserError(f"{shown(cell)!r} is not a cell: pass the first hexadecimal digits of its digest.")
         found = sorted(p.parent for p in store.root.glob(f"record/{asked}*/{RECORD}"))
         if len(found) != 1:
             known = sorted(p.parent.name for p in store.root.glob(f"record/*/{RECORD}"))
             listed = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
             raise UserError(
-                f"{cell} names {len(found)} recorded cells of {store.root}. Give the beginning of one digest: "
-                f"{listed or 'none is recorded yet'}. `store ls --cells` says what each of them is."
+                f"{cell} matches {len(found)} recorded cells of {store.root}. Pass the first digits of one digest: "
+                f"{listed or 'none is recorded yet'}. `store ls --cells` describes each of them."
             )
         return Lineage(store, found[0])
 
@@ -240,9 +240,9 @@ def export(store: Store, cell: str, out: Path, *, shard: str = SHARD) -> Path:
     """
     lineage = Lineage.of(store, cell)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not empty. Name another folder: an export never writes over anything.")
+        raise UserError(f"{out} is not empty. Choose another folder: an export never overwrites files.")
     if not re.fullmatch(r"[1-9]\d*[KMGT]B", shard):
-        raise UserError(f"--shard {shard}: a size is a whole number and KB, MB, GB or TB, as 2GB.")
+        raise UserError(f"--shard {shard}: write a whole number and KB, MB, GB or TB, such as 2GB.")
     beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     beside.mkdir(parents=True)
     try:
@@ -294,13 +294,13 @@ def card(lineage: Lineage, law: str) -> str:
     parts = [
         "\n".join(["---", *_head(lineage), "---"]),
         f"# {row['student']} from {row['teacher']} ({row['family']})",
-        f"{_origin(lineage)} Made by capacity_gap, cell `{row['cell']}`, commit `{row['git_commit']}`; everything that "
-        "decided it is in `record.json`.",
+        f"{_origin(lineage)} Made by capacity_gap, cell `{row['cell']}`, commit `{row['git_commit']}`; all settings "
+        "that determine it are in `record.json`.",
         "## Use\n" + _usage(lineage),
         "## Lineage\n" + "\n".join(_lineage(lineage)),
         "## Scores of this model\n" + "\n".join(_scores(lineage)),
-        "## To compare: what came before it\n" + "\n".join(_before(lineage)),
-        f"## Law\nWhat the store that this model comes from says of the law of the capacity gap:\n```\n{law}\n```",
+        "## For comparison: the models it was made from\n" + "\n".join(_before(lineage)),
+        f"## Law\nFit of the capacity-gap law to the store that this model comes from:\n```\n{law}\n```",
         "## Licences of its parents\n"
         + "\n".join(f"- {name}: {licence}" for name, licence in lineage.parents)
         + "\n\nThis model may be used only as all of them allow.",
@@ -324,7 +324,7 @@ def _head(lineage: Lineage) -> Iterator[str]:
 def _origin(lineage: Lineage) -> str:
     row = lineage.row
     trained = row.get("start") or f"a model trained on {row.get('start_tokens')} tokens"
-    starts = {"random": "that began with random weights", "pretrained": f"that began as {trained}"}
+    starts = {"random": "randomly initialised", "pretrained": f"initialised from {trained}"}
     start = starts.get(row["init"], f"cut from {row.get('reference') or row['teacher']}")
     teacher = f"distilled from {row['teacher']} ({row['teacher_params']:,} parameters)"
     taught = teacher if row["kd_weight"] else "trained without a teacher"
@@ -358,7 +358,7 @@ def _usage(lineage: Lineage) -> str:
 
 
 def _lineage(lineage: Lineage) -> Iterator[str]:
-    yield "| stage | digest | what decided it | device | commit |\n|---|---|---|---|---|"
+    yield "| stage | digest | settings | device | commit |\n|---|---|---|---|---|"
     for meta in lineage.ancestors.values():
         given = {k: _plain(v) for k, v in meta["config"].items() if k in SHOWN}
         if given.get("lora_rank") == 0:
@@ -389,7 +389,7 @@ def _before(lineage: Lineage) -> Iterator[str]:
     yield f"| the teacher | {row['teacher_loss']:.4f} |"
     yield f"| the student before training | {row['init_loss']:.4f} |"
     if lineage.tuned:
-        yield f"| the student before it was tuned | {row['student_loss']:.4f} |"
+        yield f"| the student before tuning | {row['student_loss']:.4f} |"
 
 
 def _line(name: str, value: float | None, stderr: float | None = None) -> str:

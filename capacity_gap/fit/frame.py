@@ -90,8 +90,8 @@ def curves(
         found.append(_curve(named, group, student, teacher, column))
     if "student" not in frame and all(len(c.x) < 2 for c in found):
         notes.append(
-            f"students are told apart by size (within {SAME_SIZE:.0%}), and each of the {len(found)} stands under one "
-            "teacher: if several are one student, name it in a column student, such as 40k"
+            f"students are distinguished by size (within {SAME_SIZE:.0%}), and each of the {len(found)} has only one "
+            "teacher: if several rows are one student, name it in a column `student`, such as 40k"
         )
     return sorted(found, key=lambda c: ([str(c.key[k]) for k in given], c.student_params)), notes
 
@@ -120,7 +120,7 @@ def _usable(frame: pd.DataFrame, student: str, teacher: str, column: str) -> tup
         notes.append(f"{int((~finite).sum())} rows left out (failed, or no finite {column}): rows {rows}")
     if not finite.any():
         seen = f"; status: {', '.join(map(str, frame['status'].unique()))}" if "status" in frame else ""
-        raise ValueError(f"no row can be used: each needs {student}, {teacher} and a finite {column}{seen}.")
+        raise ValueError(f"no usable row: each needs {student}, {teacher} and a finite {column}{seen}.")
     return frame[finite], notes
 
 
@@ -130,7 +130,7 @@ def _trained(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """
     if "data_tokens" not in frame or not (alone := frame["data_tokens"].eq(0)).any() or alone.all():
         return frame, []
-    note = f"{int(alone.sum())} rows of pruning alone left out (data_tokens = 0): fit them from a table of their own"
+    note = f"{int(alone.sum())} rows without distillation left out (data_tokens = 0): fit them in a separate table"
     return frame[~alone], [note]
 
 
@@ -149,11 +149,11 @@ def _told_apart(
     parting = [c for c in SETTINGS if c in twice and c not in given and (groups[c].nunique(dropna=False) > 1).any()]
     notes = []
     if again.any():
-        notes.append(f"{again.sum()} rows left out: the same {column} under the same seeds, the same model again")
+        notes.append(f"{again.sum()} rows left out as duplicates: the same {column} under the same seeds")
     if parting:
-        notes.append(f"curves are parted by {', '.join(parting)}, in which cells of one seed differ")
+        notes.append(f"curves are split by {', '.join(parting)}, in which cells of one seed differ")
     if left := int(kept.duplicated([*same, *others, *parting]).sum()):
-        notes.append(f"{left} rows repeat student, teacher and seeds with another {column}: averaged like seeds")
+        notes.append(f"{left} rows repeat student, teacher and seeds with a different {column}: averaged like seeds")
     return kept, parting, notes
 
 
@@ -225,8 +225,8 @@ def _equal_teachers(frame: pd.DataFrame, teacher: str) -> list[str]:
         return []
     names = frame.groupby(teacher)["teacher"].unique()
     return [
-        f"WARNING: {', '.join(map(str, equal))} have {size:,.0f} parameters each and are averaged like seeds: fit the "
-        "rows of one of them"
+        f"WARNING: {', '.join(map(str, equal))} have {size:,.0f} parameters each and are averaged like seeds: fit "
+        "only the rows of one of them"
         for size, equal in names.items()
         if len(equal) > 1
     ]

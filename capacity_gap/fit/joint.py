@@ -120,8 +120,8 @@ def _check_rungs(teacher: np.ndarray, codes: np.ndarray, named: Mapping[int, str
         if np.ptp(sizes) > SAME:
             low, high = (short_scale(math.exp(x)) for x in (sizes.min(), sizes.max()))
             raise ValueError(
-                f"teachers called {name} have from {low} to {high} parameters. Give each size a name of its own in the "
-                "column teacher, or leave the column out."
+                f"teachers called {name} have from {low} to {high} parameters. Use a separate name for each size in "
+                "the column `teacher`, or drop the column."
             )
 
 
@@ -207,8 +207,8 @@ def fit_cells(cells: Cells) -> Joint:
             found = _fit_at(cells, centre, means, terms, powers, found)
         except np.linalg.LinAlgError as error:
             raise ValueError(
-                "these cells do not determine the model: students and teachers differ together, or too few teachers "
-                "stand over one student. Give every student the same teachers."
+                "these cells do not determine the model: students and teachers are confounded, or too few teachers "
+                "share a student. Run every student under the same teachers."
             ) from error
         moved = _moved(found, n, d) if powers else None
         if moved is None or abs(moved.at - centre.at) + abs(moved.b - centre.b) + abs(moved.d - centre.d) < 0.02:

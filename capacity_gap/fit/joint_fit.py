@@ -87,7 +87,7 @@ class Answers:
             ValueError: all cells have one budget, or `small` is not the smaller one.
         """
         if "d" not in self.curve.terms:
-            raise ValueError("a break-even budget needs cells of two budgets (data_tokens) or more; here is one.")
+            raise ValueError("a break-even budget needs cells of at least two budgets (data_tokens); there is one.")
         ends = zip((small, large), self.curve.shared, strict=True)
         low, high = (math.log(size) if size else self.curve.rungs[name] for size, name in ends)
         if not low < high:
@@ -282,7 +282,7 @@ def fit_joint(
     cells = cells_of(frame, axis=axis, metric=column, unpruned=unpruned)
     _check_sizes(cells)
     if len(np.unique(cells.groups["rung"])) < 2:
-        raise ValueError("all cells have one teacher, or none larger than its student: nothing to compare.")
+        raise ValueError("all cells have one teacher, or no teacher larger than its student: nothing to compare.")
     families = tuple(sorted(frame["family"].dropna().astype(str).unique())) if "family" in frame else ()
     tokens = frame["data_tokens"].dropna().unique().tolist() if "data_tokens" in frame else [0]
     budget = float(tokens[0]) if len(tokens) == 1 and tokens[0] > 0 else None
@@ -296,7 +296,8 @@ def check_alike(frame: pd.DataFrame) -> None:
         some = {c: ", ".join(map(str, frame[c].unique()[:4])) for c in differ}
         said = "; ".join(f"{c} ({values})" for c, values in some.items())
         raise ValueError(
-            f"one model is for cells alike but for student, teacher, budget and seeds; here differ {said}."
+            "one joint model needs cells that differ only in student, teacher, budget and seeds; these also differ "
+            f"in {said}."
         )
 
 
@@ -306,7 +307,7 @@ def _check_sizes(cells: Cells) -> None:
     spread = max(float(np.ptp(cells.student[cells.curve == c])) for c in np.unique(cells.curve))
     if spread > TIGHT:
         raise ValueError(
-            f"students of one curve differ by {math.expm1(spread):.1%} in size, and size alone would order their "
+            f"students of one curve differ by {math.expm1(spread):.1%} in size, which confounds the comparison of "
             f"teachers. Fit rows within {TIGHT:.0%}, such as those of prune.shape=common; fit_law adjusts for size."
         )
 
@@ -338,7 +339,7 @@ def _status(fit: JointFit) -> tuple[str, str, tuple[str, ...]]:
     joint = fit.joint
     pair, rungs = ends(joint), len(fit.curve.rungs)
     enough = rungs >= LEAST_RUNGS
-    missing = _missing(pair) if enough else f"An optimum takes {LEAST_RUNGS} teachers or more; there are {rungs}."
+    missing = _missing(pair) if enough else f"An optimum needs at least {LEAST_RUNGS} teachers; there are {rungs}."
     students = len(np.unique(close_names(joint.cells.student)))
     if enough and _passes(pair, ALPHA):
         codes = {name: code for code, name in joint.cells.rungs.items()}
@@ -347,7 +348,7 @@ def _status(fit: JointFit) -> tuple[str, str, tuple[str, ...]]:
             return "law", "", ()
         if rests:
             return "provisional", "", tuple(rests)
-        missing = f"{fit.inside} of {students} students have their optimum inside the grid; a law takes {LEAST_INSIDE}."
+        missing = f"{fit.inside} of {students} students have their optimum inside the grid; a law needs {LEAST_INSIDE}."
         return "provisional", missing, ()
     if "d" in fit.curve.terms and fit.break_even(math.exp(fit.curve.means[0])).established:
         return "break_even", missing, ()
@@ -358,7 +359,7 @@ def _missing(pair: Sequence[Contrast]) -> str:
     """What would decide whether there is an optimum."""
     low, high = pair
     if 1 - low.p_above() >= ALPHA and high.p_above() >= ALPHA:
-        return "Neither end of the ladder is shown to be worse: more rungs narrow this, more seeds of these hardly."
+        return "Neither end of the ladder is shown to be worse: add rungs; more seeds of these would change little."
     if high.p_above() >= ALPHA:
         return "The largest teachers are not shown to be worse: larger ones, or smaller budgets, would decide."
     return "The smallest teachers are not shown to be worse: smaller ones, or larger budgets, would decide."

@@ -43,7 +43,7 @@ class Forecast:
         if math.log(data_tokens) - largest > math.log(FARTHEST):
             raise ValueError(
                 f"data_tokens={data_tokens:,.0f} is more than {FARTHEST:g} times the largest budget of the fit, "
-                f"{math.exp(largest):,.0f}: nothing is known so far away."
+                f"{math.exp(largest):,.0f}: the extrapolation is too far."
             )
         found = _statistics(self.joint, math.log(student_params), math.log(data_tokens), seeds)
         return {pair: float(stats.t.cdf(t / self.flattened, df)) for pair, (t, df) in found.items()}
@@ -59,8 +59,8 @@ def forecast(fit: JointFit) -> Forecast:
     budgets = np.unique(np.round(cells.data, 6))
     if len(budgets) < LEAST_BUDGETS:
         raise ValueError(
-            f"a forecast needs {LEAST_BUDGETS} budgets or more, the last of which is foretold from those before it to "
-            f"see how far its odds can be trusted; here are {len(budgets)}."
+            f"a forecast needs at least {LEAST_BUDGETS} budgets, because it is calibrated by predicting the last one "
+            f"from the others; there are {len(budgets)}."
         )
     before = fit_cells(coded_anew(cells, cells.data < budgets[-1] - SAME))
     t, df, larger = _seen(before, cells, float(budgets[-1]))

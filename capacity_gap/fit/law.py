@@ -108,9 +108,9 @@ def _estimated(located: Located, notes: Sequence[str], seed: int) -> dict[str, A
     r, b = forms["proportional"].parameters["r"], forms["power"].parameters["b"] if power else None
     outer = _outer_ratio(located, seed)
     draws = power.draws if power else np.stack([proportional.draws[:, 0], np.ones(len(proportional.draws))], 1)
-    said += [f"{n} is no covariate of the law" for n in left]
+    said += [f"{n} is not a covariate of the law" for n in left]
     if outer is None:
-        said.append("the ratio could not be refitted without the outer rungs: that takes six teachers a student")
+        said.append("the ratio could not be refitted without the outer rungs, which needs six teachers per student")
     return {
         "ratio": r.value,
         "ratio_interval": r.interval,

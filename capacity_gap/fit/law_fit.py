@@ -119,7 +119,7 @@ def _doubts(law: LawFit) -> list[str]:
     """The evidence against one constant ratio."""
     said = []
     if law.tests.get("b = 1", 1.0) < 0.05 and law.slope is not None:
-        said.append(f"the ratio is no constant over students (exponent {law.slope:.2f})")
+        said.append(f"the ratio is not constant over students (exponent {law.slope:.2f})")
     return said + [f"it depends on {a.by} (p = {a.p:.2g})" for a in law.agreements if a.p < 0.05]
 
 

@@ -90,7 +90,9 @@ def within_budget(
         raise ValueError(f"budget={budget} must be above zero FLOPs.")
     found = _chosen(frame, pool, goal, len(pool), budget, cost or Arithmetic())
     if not found:
-        raise ValueError(f"budget={budget:.3g} FLOPs holds no cell of this pool. Give more, or add smaller cells.")
+        raise ValueError(
+            f"budget={budget:.3g} FLOPs is too small for any cell of this pool. Raise it, or add smaller cells."
+        )
     return found
 
 
@@ -132,8 +134,8 @@ def _first_core(search: Search, pairs: Pairs, budget: float) -> None:
     if not cells and math.isfinite(budget) and (dear := core(search, pairs)):
         needed = search.bills.total(dear, search.paid)
         raise BudgetTooSmall(
-            f"budget={budget:.3g} FLOPs does not hold {LEAST_STUDENTS} students under {LEAST_TEACHERS} teachers, which "
-            f"a law takes. Give {needed:.3g} or more, or ask for a target (student_params, data_tokens).",
+            f"budget={budget:.3g} FLOPs is too small for {LEAST_STUDENTS} students under {LEAST_TEACHERS} teachers, "
+            f"which a law needs. Set {needed:.3g} or more, or choose a target (student_params, data_tokens).",
             needed,
         )
     for i in cells:
@@ -165,8 +167,8 @@ def _tidy(frame: pd.DataFrame, pool: pd.DataFrame) -> tuple[pd.DataFrame, pd.Dat
     new = _larger(pool) & ~_places(pool, kept).isin(set(_places(frame, kept)))
     if not new.any():
         raise ValueError(
-            f"none of the pool's {len(pool)} cells can be run: each was run already, or its teacher is no larger than "
-            "its student. Give more students, teachers, budgets or seeds."
+            f"none of the pool's {len(pool)} cells can be run: each was run already, or its teacher is not larger "
+            "than its student. Add students, teachers, budgets or seeds."
         )
     return frame[_larger(frame)].reset_index(drop=True), pool[new].drop_duplicates(kept).reset_index(drop=True)
 

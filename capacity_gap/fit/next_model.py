@@ -214,7 +214,7 @@ class _Model:
         """The larger teacher's loss less the smaller one's at the budget where that seems to be nearest to zero."""
         d = np.linspace(self.d.min(), self.d.max(), GRID)
         if np.ptp(d) < SAME:
-            raise ValueError("a break-even budget needs cells of two budgets (data_tokens) or more; here is one.")
+            raise ValueError("a break-even budget needs cells of at least two budgets (data_tokens); there is one.")
         assert goal.small and goal.large
         small, large = (row(math.log(size) - self.centre(n, d), n, d) for size in (goal.small, goal.large))
         least = int(np.argmin(np.abs((large - small) @ beta)))

@@ -61,18 +61,18 @@ def _place(belief: Belief, i: int, before: Sequence[int]) -> str:
     off = float(cells.teacher[at] - belief.optimum[i])
     mine = [j for j in before if cells.curve[j] == cells.curve[at]]
     if not mine:
-        return "first cell of this student and budget, which others are compared with"
+        return "first cell of this student and budget, the baseline for its others"
     tried = cells.teacher[mine]
     if abs(off) <= NEAR:
-        return "near the teacher that seems best"
+        return "near the estimated best teacher"
     beyond = bool((tried < cells.teacher[at] - SAME).all() if off > 0 else (tried > cells.teacher[at] + SAME).all())
     side = "above" if off > 0 else "below"
     if beyond:
         end = "largest" if off > 0 else "smallest"
         return (
-            f"{side} the teacher that seems best, and the {end} of this student and budget so far: slope and curvature"
+            f"{side} the estimated best teacher, and the {end} of this student and budget so far: slope and curvature"
         )
-    return f"{side} the teacher that seems best"
+    return f"{side} the estimated best teacher"
 
 
 def _new(belief: Belief, table: pd.DataFrame, at: int, before: Sequence[int]) -> str:
@@ -81,16 +81,16 @@ def _new(belief: Belief, table: pd.DataFrame, at: int, before: Sequence[int]) ->
     last = list(before)
     same_rung = [j for j in last if groups["rung"][j] == groups["rung"][at]]
     if not same_rung:
-        return "a teacher size that was not tried"
+        return "a new teacher size"
     if not any(groups["teacher"][j] == groups["teacher"][at] for j in same_rung):
         seeds = len({int(groups["teacher"][j]) for j in same_rung}) + 1
-        return f"trained teacher number {seeds} of this size, which tells size from the seed of its training"
+        return f"trained teacher number {seeds} of this size, which separates size from teacher-seed variance"
     if not any(abs(cells.student[j] - cells.student[at]) <= SAME for j in last):
-        return "a student that was not tried"
+        return "a new student"
     if not any(abs(cells.data[j] - cells.data[at]) <= SAME for j in last):
-        return "a budget that was not tried"
+        return "a new budget"
     repeated = [j for j in same_rung if cells.curve[j] == cells.curve[at] and _trained(groups, j, at)]
-    return "another seed of a student under a teacher that it was run with" if repeated else ""
+    return "another seed of a student and teacher that were run" if repeated else ""
 
 
 def _trained(groups: Mapping[str, np.ndarray], i: int, j: int) -> bool:
@@ -103,8 +103,8 @@ def _teacher(bills: Bills, i: int, began: np.ndarray, paid: np.ndarray) -> str:
     if not shared:
         return ""
     if all(began[shared] | (bills.parts[shared] == 0)):  # a store may have a teacher that no cell was run with
-        return "its teacher is there already"
-    return "its teacher is trained for a cell above" if all(paid[shared]) else "its teacher is to be trained"
+        return "its teacher is already trained"
+    return "its teacher is trained for a cell above" if all(paid[shared]) else "its teacher must be trained"
 
 
 def _kind(bills: Bills, part: int) -> str:

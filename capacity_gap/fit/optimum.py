@@ -150,7 +150,7 @@ def locate(
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not known. Allowed: {', '.join(METHODS)}.")
     if not found:
-        raise ValueError("there is no curve to fit: the table has no usable row.")
+        raise ValueError("no curve to fit: the table has no usable row.")
     design, noise, shape = _fit(found, SHAPES if method == "asymmetric" else (0.0,))
     loss = design.grid.loss[None]
     if method == "local":

@@ -188,7 +188,7 @@ def covariates(responses: Responses, room: int) -> tuple[np.ndarray, list[str], 
         if Z.shape[1] + new.shape[1] > room:
             left.append(f"{name} (too few optima)")
         elif len(independent(new[seen], np.hstack([base, Z])[seen])) < new.shape[1]:
-            left.append(f"{name} (it goes with the student's size or another setting)")
+            left.append(f"{name} (confounded with the student's size or another setting)")
         else:
             Z, names = np.hstack([Z, new]), [*names, *made]
     return Z, names, left
@@ -203,7 +203,7 @@ def without_bounds_alone(responses: Responses) -> tuple[Responses, list[str]]:
             mine = values == level
             if len(np.unique(values)) > 1 and not responses.seen[mine].any():
                 keep &= ~mine
-                notes.append(f"{name}={level} takes no part in the law: only bounds on its optima are known")
+                notes.append(f"{name}={level} is left out of the law: only bounds on its optima are known")
     return responses.part(keep), notes
 
 

@@ -46,8 +46,8 @@ def size_map(size: np.ndarray, loss: np.ndarray, rung: np.ndarray) -> SizeMap:
     slope = np.polyval(np.polyder(fit), np.linspace(s.min(), s.max(), 50) - middle)
     if (slope >= 0).any():
         raise ValueError(
-            "axis=teacher_loss reads a teacher's quality off its loss, but a quadratic of the ladder's losses does not "
-            "fall with size all along. Train the larger ones longer, or fit axis=total."
+            "axis=teacher_loss needs losses that fall with teacher size, but the quadratic fit to the ladder's losses "
+            "does not. Train the larger ones longer, or fit axis=total."
         )
     rest = (y - np.polyval(fit, s - middle)) / np.polyval(np.polyder(fit), s - middle)
     free = max(1, len(codes) - degree - 1)

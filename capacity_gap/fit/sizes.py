@@ -75,7 +75,7 @@ def _adjust_tight(
     within = [v - v.groupby(others, dropna=False).transform("mean") for v in (logs, frame[column].astype(float))]
     most = off.abs().max()
     if (within[0].abs() < SPREAD).all():
-        note = f"student sizes differ by up to {most:.1%} within a curve; not adjusted for: one size"
+        note = f"student sizes differ by up to {most:.1%} within a curve; not adjusted for: each has one size"
         return frame, [note] if most >= 1e-3 else []
     gamma = float((within[0] * within[1]).sum() / (within[0] ** 2).sum())
     note = f"losses adjusted for student sizes that differ by up to {most:.1%} ({gamma:.3f} nats per log unit)"
@@ -133,7 +133,7 @@ def _adjustment(slope: SizeSlope, most: float) -> str:
     stderr = math.sqrt((slope.spread[:, 0] ** 2).sum())
     return (
         f"losses adjusted for student sizes that differ by up to {most:.1%} ({slope.value[0]:.3f} ± {stderr:.3f} nats "
-        f"per log unit, from {len(slope.spread)} teachers); intervals hold that error"
+        f"per log unit, from {len(slope.spread)} teachers); intervals include that error"
     )
 
 
@@ -143,7 +143,7 @@ def _refusal(part: pd.DataFrame, student: str, settings: Sequence[str]) -> str:
     where = "".join(f", {k}={part[k].iloc[0]}" for k in settings if part[k].notna().all())
     return (
         f"student {part['_student'].iloc[0]}{where} left out ({len(part)} rows): its sizes differ by "
-        f"{high / low - 1:.1%} ({low:,.0f} to {high:,.0f}), and nothing tells what size alone does to its loss. Use "
+        f"{high / low - 1:.1%} ({low:,.0f} to {high:,.0f}), and the effect of size alone is not identified. Use "
         f"prune.shape=common, or add students of other sizes under at least {LEAST_TELLING} of the same teachers"
     )
 

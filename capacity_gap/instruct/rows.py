@@ -41,7 +41,7 @@ def _row(line: bytes, place: str, fields: Iterable[str]) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{place} is not UTF-8: {error}. Save the file as UTF-8.") from error
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits
-        raise ConfigError(f"{place} is no JSON: {error}. Each line is one object.") from error
+        raise ConfigError(f"{place} is not JSON: {error}. Each line must be one object.") from error
     if not isinstance(row, dict) or (lacking := [f for f in fields if f not in row]):
         said = ", ".join(lacking) if isinstance(row, dict) else "fields"
         raise ConfigError(f"{place} has no {said}. Each needs {', '.join(fields)}.")
@@ -73,7 +73,7 @@ def _check_answers(row: Mapping[str, Any], place: str) -> None:
         if not _is_text(row[name]):
             raise ConfigError(f"{place}: {name} is {row[name]!r}. It must be the text of an answer.")
     if row["chosen"] == row["rejected"]:
-        raise ConfigError(f"{place}: chosen and rejected are the same, so nothing can be preferred. Leave the row out.")
+        raise ConfigError(f"{place}: chosen and rejected are the same, so there is no preference. Remove the row.")
 
 
 def _is_text(value: Any) -> bool:

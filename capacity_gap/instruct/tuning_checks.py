@@ -21,20 +21,20 @@ def check_settings(
     """Raises `ConfigError` if a student of this shape and family cannot be tuned as asked."""
     if len(architecture(shape).stacks) == 2:
         raise ConfigError(
-            f"instruct asks for a causal model, and family={family} is an encoder–decoder. Leave "
-            "instruct and prefer out, or take another family."
+            f"instruct needs a causal model, and family={family} is an encoder–decoder. Leave out instruct and "
+            "prefer, or use another family."
         )
     limit, micro = dims(shape).longest, micro_batch
     for name, c in (("instruct", instruct), ("prefer", prefer)):
         if c.wanted and limit and c.max_length > limit:
             raise ConfigError(
                 f"{name}.max_length={c.max_length}, but models of {family} have learned positions for "
-                f"{limit} tokens. Give {name}.max_length={limit} or less."
+                f"{limit} tokens. Set {name}.max_length={limit} or less."
             )
         if c.wanted and micro and c.batch_size % min(micro, c.batch_size):
             raise ConfigError(
                 f"{name}.batch_size={c.batch_size} does not split into micro-batches of "
-                f"train.micro_batch_size={micro}. Give a divisor of the batch."
+                f"train.micro_batch_size={micro}. Set it to a divisor of the batch."
             )
 
 
@@ -76,7 +76,7 @@ def check_rows(
     if limit and needed > limit:
         raise ConfigError(
             f"the longest held-out question needs {needed} tokens with instruct.answer_tokens="
-            f"{instruct.answer_tokens}, and the model has learned positions for {limit}. Give shorter ones."
+            f"{instruct.answer_tokens}, and the model has learned positions for {limit}. Use shorter ones."
         )
 
 
@@ -87,7 +87,7 @@ def check_lengths(dropped: int, rows: int, section: str, most: int) -> None:
     said = f"{dropped:,} of {rows:,} rows have no answer that fits into {section}.max_length={most} tokens"
     if dropped > MOST_DROPPED * rows:
         raise ConfigError(
-            f"{said}: nothing would be learnt from them. At most {MOST_DROPPED:.0%} may be left out. Give a larger "
-            f"{section}.max_length, or shorter rows."
+            f"{said}: they would be dropped from training. At most {MOST_DROPPED:.0%} may be dropped. Set a larger "
+            f"{section}.max_length, or use shorter rows."
         )
     log.warning("%s, and are left out", said)

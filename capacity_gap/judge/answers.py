@@ -56,8 +56,9 @@ def _load(folder: Path, device: str) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if tokenizer.chat_template is None:
         raise UserError(
-            f"{folder} has a tokenizer without a chat template, so it is no instructed model. Instruct it first, or "
-            'give its answers as .jsonl: {"id", "answers": [one a turn]}.'
+            f"{folder} has a tokenizer without a chat template, so it is not an instruction-tuned model. Tune it "
+            "first, or "
+            'pass its answers as .jsonl: {"id", "answers": [one a turn]}.'
         )
     model = whole_model(AutoModelForCausalLM, folder, local_files_only=True)
     return model.to(device).eval(), tokenizer
@@ -89,7 +90,7 @@ def _room(model: Any, read: int, question: Question) -> int:
         return MAX_NEW_TOKENS
     if read >= longest:
         raise UserError(
-            f"question {question.id} comes, with what was said before, to {read} tokens, and {model.name_or_path} "
-            f"holds {longest}. Leave it out with --questions, or give this model's answers as .jsonl."
+            f"question {question.id} has, with the conversation before it, {read} tokens, and {model.name_or_path} "
+            f"allows {longest}. Exclude it with --questions, or pass this model's answers as .jsonl."
         )
     return min(MAX_NEW_TOKENS, longest - read)

@@ -56,8 +56,8 @@ def endpoint(url: str, model: str, key_env: str, *, max_tokens: int = MAX_TOKENS
                 other = _accepted(options, error)
                 if other is None:
                     raise UserError(
-                        f"the judge {model} at {redacted(url)} does not answer: {_said(error, key, url)} What it has "
-                        f"said so far is kept; check --endpoint, --model and the key in ${key_env}, and start the same "
+                        f"the judge {model} at {redacted(url)} does not answer: {_said(error, key, url)} Its replies "
+                        f"so far are kept; check --endpoint, --model and the key in ${key_env}, and run the same "
                         "command again."
                     ) from None  # the client's own traceback may quote the key
                 options = other
@@ -87,7 +87,7 @@ def check_url(url: str) -> None:
         sound = False
     if not sound:
         # What was given is not repeated: where a password stands in it cannot be told.
-        raise UserError("--endpoint is no URL. Write one such as http://localhost:8000/v1.")
+        raise UserError("--endpoint is not a URL. Write one such as http://localhost:8000/v1.")
 
 
 def redacted(url: str) -> str:
@@ -125,7 +125,7 @@ def _reply(said: Any) -> Reply:
     choice = choices[0] if isinstance(choices, list) and choices else None
     message = getattr(choice, "message", None)
     if message is None:
-        raise ValueError(f"the reply is no chat completion ({said})")
+        raise ValueError(f"the reply is not a chat completion ({said})")
     content, used = getattr(message, "content", None), getattr(said, "usage", None)
     text = content if isinstance(content, str) else ""
     return Reply(

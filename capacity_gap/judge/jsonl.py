@@ -20,7 +20,7 @@ def read_given(file: Path, needed: Sequence[str]) -> list[tuple[str, dict[str, A
         UserError: there is no such file, or a line is no JSON object that has all of `needed`.
     """
     if not file.is_file():
-        raise UserError(f"{file} is no file. Give JSON lines with the fields {', '.join(needed)}.")
+        raise UserError(f"{file} does not exist. Pass JSON lines with the fields {', '.join(needed)}.")
     rows = []
     for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
         if not line.strip():

@@ -34,7 +34,7 @@ def read_questions(file: Path = QUESTIONS) -> list[Question]:
             raise UserError(f"{place}: category should be a text, not {row['category']!r}.")
         found[name] = Question(name, row["category"], _texts(place, "turns", row["turns"]), _reference(place, row))
     if not found:
-        raise UserError(f"{file} holds no question.")
+        raise UserError(f"{file} contains no question.")
     return list(found.values())
 
 
@@ -51,7 +51,7 @@ def _id(place: str, row: Mapping[str, Any], before: Mapping[str, Any]) -> str:
     if isinstance(given, bool) or not isinstance(given, str | int):
         raise UserError(f"{place}: id (or question_id) should be a text or a whole number, not {given!r}.")
     if str(given) in before:
-        raise UserError(f"{place}: there is a line with id {given} already. Give each question its own.")
+        raise UserError(f"{place}: another line has the id {given}. Use unique ids.")
     return str(given)
 
 

@@ -59,8 +59,8 @@ class Cost:
 
     def __str__(self) -> str:
         return (
-            f"{self.asked} judgements to ask, {self.cached} in the cache; about {self.tokens_in:,} tokens in, at most "
-            f"{self.tokens_out:,} out, at most {self.price:.2f} at the prices given"
+            f"{self.asked} judgements to request, {self.cached} in the cache; about {self.tokens_in:,} tokens in, at "
+            f"most {self.tokens_out:,} out, at most {self.price:.2f} at the given prices"
         )
 
 
@@ -212,16 +212,16 @@ def run(given: Any) -> int:
     from capacity_gap.store.files import write_json
 
     if len(given.answers) > 2:
-        raise UserError(f"{len(given.answers)} models are given. Allowed: one (single grades) or two (pairs).")
+        raise UserError(f"{len(given.answers)} models were given. Allowed: one (single grades) or two (pairs).")
     questions = read_questions(given.questions or QUESTIONS)
     cache = Cache(given.out / "judgements.jsonl")
     said = {"judge": given.model, "cache": cache, "max_tokens": given.max_tokens}
     known = [_known(Path(a), questions, given.out) for a in given.answers]
     print(cost(requests(questions, [a for a, _ in known]), price=given.price, **said))
     if left := sum(missing for _, missing in known):
-        print(f"{left} answers are still to be made here ({given.device}), and counted above at their longest.")
+        print(f"{left} answers must be generated here ({given.device}), counted above at their maximum length.")
     if not given.yes:
-        print("Nothing was asked: add --yes.")
+        print("No request was sent: add --yes.")
         return 0
     given.out.mkdir(parents=True, exist_ok=True)
     ask = endpoint(given.endpoint, given.model, given.key_env, max_tokens=given.max_tokens)
@@ -234,8 +234,8 @@ def run(given: Any) -> int:
     print(_report(summary))
     if cut := texts.count(""):
         print(
-            f"{cut} replies were empty or cut off and are not kept. A judge that reasons before it answers needs more "
-            f"than --max-tokens {given.max_tokens}."
+            f"{cut} replies were empty or cut off and are not kept. A reasoning judge needs more than --max-tokens "
+            f"{given.max_tokens}."
         )
     return 0
 
@@ -269,5 +269,5 @@ def _report(summary: Mapping[str, Any]) -> str:
         value, stderr = ("–" if v is None else f"{v:.3f}" for v in (row["value"], row["stderr"]))
         lines.append(f"{name:<16}{value:>8}{stderr:>8}{row['count']:>5}")
     if summary["unreadable"]:
-        lines.append(f"{summary['unreadable']} questions left out: the judge gave no readable verdict")
+        lines.append(f"{summary['unreadable']} questions left out: the verdict could not be parsed")
     return "\n".join(lines)

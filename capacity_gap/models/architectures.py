@@ -102,8 +102,8 @@ def _with_biases(parameters: dict[str, tuple[str, ...]], outputs: Mapping[str, s
 def _gpt2(config: Config) -> Architecture:
     if get(config, "add_cross_attention"):
         raise ConfigError(
-            "this GPT-2 has cross-attention (add_cross_attention: true): it is the decoder of another model, and no "
-            "language model by itself. Give a GPT-2 without it."
+            "this GPT-2 has cross-attention (add_cross_attention: true): it is the decoder of another model, not a "
+            "language model by itself. Use a GPT-2 without it."
         )
     layer = "transformer.h.{i}."
     norms = (layer + "ln_1", layer + "ln_2", "transformer.ln_f")
@@ -292,5 +292,5 @@ def _check_t5(config: Config) -> None:
     if get(config, "tie_word_embeddings") is False:
         raise ConfigError(
             "this T5 has an output matrix of its own (tie_word_embeddings: false, as in T5 v1.1), and the T5Config of "
-            "transformers 5 cannot say so: it ties every T5. Give one whose embeddings are shared, as in the first T5."
+            "transformers 5 cannot represent this: it ties every T5. Use one with shared embeddings, such as T5 v1.0."
         )

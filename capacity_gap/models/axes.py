@@ -69,8 +69,8 @@ def cuttable(config: Config) -> Architecture:
     if table.uncut:
         raise ConfigError(
             f"models of the architecture {get(config, 'model_type')!r} cannot be scored or cut yet: {table.uncut}. "
-            "They can teach a student that is a model of its own: student=ORG/NAME or student=FOLDER, with the same "
-            "tokens. To cut students, take teachers such as qwen3, llama3, gemma3 or smollm2."
+            "They can teach a student that is a separate model: student=ORG/NAME or student=FOLDER, with the same "
+            "tokens. To cut students, use teachers such as qwen3, llama3, gemma3 or smollm2."
         )
     return table
 
@@ -84,8 +84,8 @@ def check_head(config: Config) -> None:
     for key in ("attn_logit_softcapping", "use_bidirectional_attention"):
         if (value := get(config, key)) and (key, get(config, "model_type")) != ("attn_logit_softcapping", "gemma2"):
             raise ConfigError(
-                f"this {get(config, 'model_type')} has {key}={value}, and no model with it can be scored, trained or "
-                "evaluated here yet. Take one without it, such as Gemma 3."
+                f"this {get(config, 'model_type')} has {key}={value}, which is not supported for scoring, training or "
+                "evaluation yet. Use a model without it, such as Gemma 3."
             )
     if not is_written(config):
         derived.check_read(config if isinstance(config, Mapping) else config.to_dict())
@@ -161,7 +161,7 @@ def pattern_of(table: Architecture, name: str) -> tuple[str, int]:
     found = re.search(r"\.(\d+)\.", name)
     pattern = name.replace(found[0], ".{i}.", 1) if found else name
     if pattern not in table.parameters:
-        raise ConfigError(f"parameter {name} is not in the axis table; its model cannot be pruned.")
+        raise ConfigError(f"parameter {name} is not in the axis table, so the model cannot be pruned.")
     return pattern, int(found[1]) if found else 0
 
 

@@ -31,7 +31,7 @@ def check_builds(folder: Path | str, config: Mapping[str, Any]) -> None:
         ConfigError: it cannot be made, or has other parameters.
     """
     if problem := _building_problem(json.dumps(config, sort_keys=True)):
-        raise ConfigError(f"{folder}: config.json describes no model that transformers can make ({problem}). {AGAIN}")
+        raise ConfigError(f"{folder}: transformers cannot build the model of this config.json ({problem}). {AGAIN}")
 
 
 @lru_cache(maxsize=256)
@@ -50,4 +50,4 @@ def _building_problem(config_text: str) -> str | None:
     except Exception as error:  # whatever transformers and torch raise over a config
         return f"{type(error).__name__}: {shown(str(error).splitlines()[0] if str(error) else '')}"
     expected = count_params(json.loads(config_text))
-    return None if found == expected else f"it makes {found:,} parameters where {expected:,} are counted"
+    return None if found == expected else f"it has {found:,} parameters where {expected:,} were expected"

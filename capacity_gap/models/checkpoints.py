@@ -72,7 +72,7 @@ def checkpoint(given: str) -> Checkpoint:
     path = packaged(given) if given.startswith(PIP) else user_path(given).absolute()
     if given.endswith(GGUF):
         if not path.is_file():
-            raise ConfigError(f"{shown(given)}: there is no such file, seen from {Path.cwd()}.")
+            raise ConfigError(f"{shown(given)}: no such file (working directory: {Path.cwd()}).")
         folder = _described(path, path.stat().st_size, path.stat().st_mtime_ns)
         return Checkpoint(path.name, str(path), folder, aliases=(given,))
     repository, _, revision = given.partition("@")
@@ -81,7 +81,7 @@ def checkpoint(given: str) -> Checkpoint:
     try:
         folder = planning_files(repository, revision or None)
     except NotHad as error:
-        raise NotHad(f"{error} There is no folder {shown(given)} either, seen from {Path.cwd()}.") from error
+        raise NotHad(f"{error} There is also no folder {shown(given)} (working directory: {Path.cwd()}).") from error
     commit = folder.name
     aliases = (given, f"{repository}@{commit}")
     return Checkpoint(f"{repository}@{commit[:SHORT]}", repository, folder, commit, aliases)

@@ -31,14 +31,14 @@ def read_object(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_bytes().decode("utf-8"), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} is no JSON: {shown(error)}. {AGAIN}") from error
+        raise ConfigError(f"{file} is not JSON: {shown(error)}. {AGAIN}") from error
     if not isinstance(found, dict):
-        raise ConfigError(f"{file} holds no JSON object, but a {type(found).__name__}. {AGAIN}")
+        raise ConfigError(f"{file} is not a JSON object but a {type(found).__name__}. {AGAIN}")
     return found
 
 
 def _no_number(constant: str) -> None:
-    raise ValueError(f"{constant} is no number of JSON")
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder} does not exist{nearest(folder.name, beside)}.")
     if not file.is_file():
         raise ConfigError(
-            f"{folder} is no model folder: it has no config.json. Give a folder that save_pretrained wrote, with "
+            f"{folder} is not a model folder: it has no config.json. Use a folder written by save_pretrained, with "
             "config.json, tokenizer.json and .safetensors files."
         )
     config = read_object(file)
@@ -68,7 +68,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise ConfigError(
-            f"{file} describes no model that can be counted ({type(error).__name__}: {shown(error)}). {AGAIN}"
+            f"{file} describes a model whose parameters cannot be counted ({type(error).__name__}: {shown(error)}). "
+            f"{AGAIN}"
         ) from error
     if params > MOST_PARAMS:
         raise ConfigError(f"{file} describes a model of {params:,} parameters. {AGAIN}")
@@ -79,19 +80,19 @@ def _check_kind(file: Path, config: Mapping[str, Any]) -> None:
     """Says what is meant by models that have no table: those with code of their own, those that see."""
     kind = config.get("model_type")
     if not isinstance(kind, str):
-        raise ConfigError(f"{file}: model_type is {shown(repr(kind))}, and should be a name such as 'llama'. {AGAIN}")
+        raise ConfigError(f"{file}: model_type is {shown(repr(kind))}; it should be a name such as 'llama'. {AGAIN}")
     if kind in ASSUMED or kind in ARCHITECTURES:
         return
     inner = config.get("text_config") or config.get("llm_config")
     if isinstance(inner, Mapping):
         raise ConfigError(
-            f"{file}: {shown(kind)!r} is a model of several kinds of input; only language models are distilled. Save "
-            f"its language model ({shown(inner.get('model_type'))}) to a folder of its own."
+            f"{file}: {shown(kind)!r} is a multimodal model; only language models can be distilled. Save "
+            f"its language model ({shown(inner.get('model_type'))}) to a separate folder."
         )
     if config.get("auto_map") and not derived.is_known(kind):
         raise ConfigError(
-            f"{file}: the architecture {shown(kind)!r} is code of the folder's own (auto_map), which is never run. "
-            "Take a model that transformers itself knows, or register a table for it with extend=[MODULE]."
+            f"{file}: the architecture {shown(kind)!r} is custom code in the folder (auto_map), which is never run. "
+            "Use a model that transformers supports, or register a table for it with extend=[MODULE]."
         )
 
 
@@ -100,19 +101,19 @@ def _wrong_sizes(config: Mapping[str, Any]) -> Iterator[str]:
     own = by_own_names(config)
     for key in MOST_LAYERS:  # before the table: it lists every layer
         if key in own and not _is_size(own[key], MOST["layers"]) and own[key] is not None:
-            yield f"{key}={shown(repr(own[key]))} is no number of layers (1 to {MOST['layers']:,})."
+            yield f"{key}={shown(repr(own[key]))} is not a valid number of layers (1 to {MOST['layers']:,})."
     table = architecture({k: v for k, v in config.items() if k == "model_type"})
     for axis, key in table.keys.items():
         if key in own and own[key] is None and assumed(str(config["model_type"])).get(key) is None:
             continue
         most = MOST.get(axis, MOST_UNITS)
         if key in own and not _is_size(own[key], most):
-            yield f"{key}={shown(repr(own[key]))} is no size (a whole number, 1 to {most:,})."
+            yield f"{key}={shown(repr(own[key]))} is not a valid size (a whole number, 1 to {most:,})."
     if (dim := own.get("head_dim")) is not None and not _is_size(dim, MOST_UNITS):
-        yield f"head_dim={shown(repr(dim))} is no size (a whole number, 1 to {MOST_UNITS:,})."
+        yield f"head_dim={shown(repr(dim))} is not a valid size (a whole number, 1 to {MOST_UNITS:,})."
     for key, value in own.items():
         if key.endswith(("_eps", "_epsilon")) and _is_number(value) and not 0 < value < 1:
-            yield f"{key}={shown(repr(value))} is no small number (more than 0, less than 1)."
+            yield f"{key}={shown(repr(value))} is not a number between 0 and 1."
     sizes = dims(config)
     if sizes.heads % sizes.kv_heads:
         yield f"{sizes.heads} query heads do not divide among {sizes.kv_heads} key-value heads."

@@ -50,7 +50,7 @@ def expand_checkpoint(
     config = json.loads((folder / "config.json").read_text())
     table, old = architecture(config), dims(config).vocab
     if rows < first + len(parts) or rows < old:
-        raise StageError(f"{rows} rows cannot hold the {max(old, first + len(parts))} there are.")
+        raise StageError(f"{rows} rows are too few for {max(old, first + len(parts))} tokens.")
     own = [name for name, axes in table.parameters.items() if "vocab" in axes]
     own += [copy for copy, of in table.copies.items() if of in own]
     names = {*own, *(n.partition(".")[2] for n in own), *(table.in_checkpoints.get(n, n) for n in own)}

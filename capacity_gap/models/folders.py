@@ -40,7 +40,7 @@ def checkpoint_family(given: Sequence[str], *, planning: bool = False) -> Family
     if not found:
         raise ConfigError(next(iter(wrong.values())))
     if len({one.name for one in found}) < len(found):
-        raise ConfigError(f"family.folders={list(given)}: two of them have the same name, which is what names a rung.")
+        raise ConfigError(f"family.folders={list(given)}: two of them have the same name, but names identify rungs.")
     for name, why in wrong.items():
         _tell_once(f"{name.rstrip('/').rpartition('/')[2]} is left out of the ladder: {why}")
     same_vocabulary(list(found))
@@ -74,16 +74,16 @@ def config_of(one: Checkpoint, *, planning: bool = False) -> dict[str, Any]:
     path, config = one.folder, read_config(one.folder)
     if planning and (lacks := _lacks(one)):
         pickled = " (pickled ones are not read)" if "weights" in lacks and any(path.glob("*.bin")) else ""
-        _tell_once(f"{one.name} has no {' and no '.join(lacks)}{pickled}: it can be planned with, and not run.")
+        _tell_once(f"{one.name} has no {' and no '.join(lacks)}{pickled}: it can be used in plans but not in runs.")
         if "tokenizer.json" in lacks:
             return config
     if not (path / "tokenizer.json").is_file():
-        raise ConfigError(f"{one.source} has no tokenizer.json: save its (fast) tokenizer there too.")
+        raise ConfigError(f"{one.source} has no tokenizer.json: save its (fast) tokenizer there.")
     vocabulary(path)
     if end_of_text(path) is None:
         raise ConfigError(
-            f"{one.source} names no token that ends a text, neither in tokenizer_config.json nor in config.json "
-            "(eos_token_id). Set one and save again: tokenizer.eos_token = '...'; tokenizer.save_pretrained(FOLDER)."
+            f"{one.source} has no end-of-text token in tokenizer_config.json or config.json (eos_token_id). Set one "
+            "and save again: tokenizer.eos_token = '...'; tokenizer.save_pretrained(FOLDER)."
         )
     if one.revision or one.is_gguf:  # the weights are fetched, and checked, by the stage that needs them
         architecture(config)  # one without a table says so here
@@ -128,8 +128,8 @@ def _tell_of_rows(models: Sequence[Checkpoint]) -> None:
     if max(rows.values()) > MOST_PADDING * min(rows.values()):
         listed = ", ".join(f"{name} {count:,}" for name, count in rows.items())
         _tell_once(
-            f"their embeddings have different rows ({listed}), and without each tokenizer.json it is not known whether "
-            "they share a vocabulary, which models of one grid must."
+            f"their embeddings have different numbers of rows ({listed}). Models of one grid must share a vocabulary, "
+            "which cannot be checked without each tokenizer.json."
         )
 
 
@@ -153,10 +153,10 @@ def _vocabulary(file: Path, size: int, changed: int) -> dict[str, int]:
         found = dict(vocab) if isinstance(vocab, dict) else {token: i for i, (token, _) in enumerate(vocab)}
         found |= {t["content"]: t["id"] for t in content.get("added_tokens") or ()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{file} is no tokenizer: it has no vocabulary that can be read. {AGAIN}") from error
+        raise ConfigError(f"{file} is not a tokenizer: it has no readable vocabulary. {AGAIN}") from error
     sound = all(isinstance(k, str) and isinstance(i, int) and 0 <= i < MOST_UNITS for k, i in found.items())
     if not found or not sound:
-        raise ConfigError(f"{file} is no tokenizer: its vocabulary is not tokens with their numbers. {AGAIN}")
+        raise ConfigError(f"{file} is not a tokenizer: its vocabulary does not map tokens to ids. {AGAIN}")
     return found
 
 

@@ -58,23 +58,23 @@ def _gated(error: Any, repository: str) -> str:
             f"{_page(repository)}, then log in with `hf auth login` or set HF_TOKEN."
         )
     return (
-        f"it is gated, and the account that this machine uses has no access. Ask for it on {_page(repository)}, and "
-        "start again when it is granted. `hf auth whoami` names the account; a fine-grained token must allow reading "
-        "gated repositories."
+        f"it is gated, and the account of this machine has no access. Request access on {_page(repository)}, and run "
+        "again once it is granted. `hf auth whoami` shows the account; a fine-grained token must allow reading gated "
+        "repositories."
     )
 
 
 def _not_there(_error: Any, repository: str) -> str:
     return (
-        f"it is no folder here, and {_page(repository)} does not exist or is private. Check the name; for a private "
-        "repository, log in with `hf auth login` as an account that may read it."
+        f"it is not a local folder, and {_page(repository)} does not exist or is private. Check the name; for a "
+        "private repository, log in with `hf auth login` as an account that may read it."
     )
 
 
 def _no_such_revision(error: Any, repository: str) -> str:
     asked = re.search(r"/(?:resolve|revision|tree)/([^/]+)", error.response.url.path)
     given = asked[1] if asked else "of the name given"
-    return f"it has no branch, tag or commit {given}. Name one that {_page(repository)} lists."
+    return f"it has no branch, tag or commit {given}. Use one listed on {_page(repository)}."
 
 
 def _no_such_file(error: Any, repository: str) -> str:
@@ -83,7 +83,7 @@ def _no_such_file(error: Any, repository: str) -> str:
 
 
 def _no_name(_error: Any, _repository: str) -> str:
-    return "this is neither a folder here nor a name on the hub, which is written ORG/NAME. Check the spelling."
+    return "this is neither a local folder nor a hub name of the form ORG/NAME. Check the spelling."
 
 
 def _refused(error: Any, repository: str) -> str:
@@ -91,7 +91,7 @@ def _refused(error: Any, repository: str) -> str:
     if status == 401:
         return "the hub rejects this machine's token (401). Log in again with `hf auth login`, or unset HF_TOKEN."
     if status == 429:
-        return "the hub limits requests from here (429). Wait some minutes, or log in with `hf auth login`."
+        return "the hub rate-limits this machine (429). Wait some minutes, or log in with `hf auth login`."
     return f"the hub answers with an error ({status}), and {_in_cache(repository)}. Try again later."
 
 
@@ -99,9 +99,9 @@ def _unreachable(error: Any, repository: str) -> str:
     from huggingface_hub import constants, is_offline_mode
 
     if is_offline_mode():
-        why, remedy = "HF_HUB_OFFLINE is set", "Unset it (and TRANSFORMERS_OFFLINE) where there is a network."
+        why, remedy = "HF_HUB_OFFLINE is set", "Unset it (and TRANSFORMERS_OFFLINE) if there is a network."
     else:
-        why = f"{constants.ENDPOINT} cannot be reached or breaks off ({first_line(list(_causes(error))[-1])})"
+        why = f"{constants.ENDPOINT} cannot be reached or drops the connection ({first_line(list(_causes(error))[-1])})"
         remedy = "Check the network and its proxy."
     return f"{why}, and {_in_cache(repository)}. {remedy} {_FETCH.format(repository)}"
 
@@ -109,8 +109,8 @@ def _unreachable(error: Any, repository: str) -> str:
 def _unwritable(error: OSError, repository: str) -> str:
     where = f" ({error.filename})" if error.filename else ""  # a full disk has no name
     return (
-        f"{error.strerror}{where}. What the hub sends is kept in {_cached(repository).parent}: make room and check who "
-        "may write there, or name another folder in HF_HOME."
+        f"{error.strerror}{where}. Downloads are cached in {_cached(repository).parent}: free space there and check "
+        "write permission, or set HF_HOME to another folder."
     )
 
 

@@ -74,8 +74,8 @@ class Family:
         except ConfigError as error:
             if not self.checkpoints:
                 raise ConfigError(
-                    f"{error} A checkpoint is a folder that is there (seen from {Path.cwd()}), ORG/NAME of the hub, "
-                    "or a .gguf file."
+                    f"{error} A checkpoint is an existing folder (working directory: {Path.cwd()}), a hub name "
+                    "ORG/NAME, or a .gguf file."
                 ) from error
             wanted = 0
         if wanted in self.scales:

@@ -37,8 +37,9 @@ def of_kept_layers(config: Mapping[str, Any], layers_key: str, stay: Sequence[in
             continue
         if key not in EACH or len(value) != layers:
             raise ConfigError(
-                f"config.json has {key}={value}, which speaks of single layers, and {layers - len(stay)} of {layers} "
-                "layers would go: what it means afterwards is not known. Keep all layers: leave out prune.depth."
+                f"config.json has {key}={value}, a per-layer setting, and {layers - len(stay)} of {layers} "
+                "layers would be removed, which changes its meaning in unknown ways. Keep all layers: leave out "
+                "prune.depth."
             )
         mine = [value[i] for i in stay]
         # An entry that transformers assumes for the new depth anyway stays implicit.

@@ -141,8 +141,8 @@ def whole_model(kind: Any, source: str | Path, **options: Any) -> Any:
     if any(wrong.values()):
         said = "; ".join(f"{what}: {', '.join(names[:3])} ({len(names)})" for what, names in wrong.items() if names)
         raise StageError(
-            f"the weights of {source} are not those of its config.json: {said}. Nothing was computed with them. Save "
-            "the whole model again with save_pretrained, without adapters."
+            f"the weights of {source} do not match its config.json: {said}. Nothing was computed with them. Save the "
+            "whole model again with save_pretrained, without adapters."
         )
     return model
 
@@ -196,8 +196,8 @@ def point_to(
     found, expected = count_params(config.to_dict()), count_params(shape)
     if found != expected:
         raise StageError(
-            f"{repository} has {found:,} parameters, but its rung says {expected:,}: "
-            "the checkpoint is not the one this ladder was written for."
+            f"{repository} has {found:,} parameters, but its rung says {expected:,}: it is not the checkpoint that "
+            "this ladder describes."
         )
     if not Path(repository).is_dir():
         revision = files.name  # a snapshot is called by its commit: a branch may move on between two stages
@@ -255,7 +255,7 @@ def check_tokenizer(repository: str, folder: Path) -> None:
         changed = sorted(set(theirs.items()) ^ set(ours.items()))[:3]
         raise StageError(
             f"{repository} has another vocabulary than the tokenizer of this ladder ({len(theirs):,} and {len(ours):,} "
-            f"tokens; the first differences: {changed}). Students are distilled on their teachers' logits: take "
+            f"tokens; the first differences: {changed}). Students are distilled on their teachers' logits, so use "
             "teachers that share a tokenizer."
         )
 
@@ -271,8 +271,8 @@ def check_roles(repository: str, folder: Path) -> None:
     if now != before:
         raise StageError(
             f"the special tokens of {repository} have changed since this store packed texts with its tokenizer: the "
-            f"end of a text was {before[0]!r}, all of them {before[1]}; now {now[0]!r}, {now[1]}. Put "
-            "tokenizer_config.json back, or take another store."
+            f"end-of-text token was {before[0]!r}, all of them {before[1]}; now {now[0]!r}, {now[1]}. Restore "
+            "tokenizer_config.json, or use another store."
         )
 
 

@@ -63,7 +63,7 @@ def spread(folder: Path, device: str) -> Any:
     if left := sorted({str(place) for place in model.hf_device_map.values()} & {"cpu", "disk"} - {device}):
         raise StageError(
             f"the model of {folder} does not fit on the devices of this process: layers were left on "
-            f"{' and '.join(left)}. Give the process more devices, or several ranks: family.placement=ranks."
+            f"{' and '.join(left)}. Use more devices per process, or several ranks: family.placement=ranks."
         )
     return model
 

@@ -179,8 +179,8 @@ def _cerebras(layers: int, hidden: int, heads: int) -> Shape:
 
 def _sees(rung: str) -> str:
     return (
-        f"Gemma 3 {rung} reads images too, and only language models are distilled. Take 1b or 270m, or save its "
-        "language model to a folder of its own and take family=folders."
+        f"Gemma 3 {rung} is multimodal, and only language models can be distilled. Use 1b or 270m, or save its "
+        "language model to a separate folder and use family=folders."
     )
 
 
@@ -269,8 +269,8 @@ PUBLISHED: dict[str, Published] = {
         # A ladder compares sizes. Post-training costs loss on plain text, so a post-trained top rung would look like a
         # capacity gap: an optimum below it that has nothing to do with size.
         {
-            "32b": "Qwen3 32b has no base model: it is published post-trained only, and a ladder compares base models. "
-            "Take 14b, or download Qwen/Qwen3-32B and take family=folders."
+            "32b": "Qwen3 32b has no base model: only a post-trained one is published, and a ladder compares base "
+            "models. Use 14b, or download Qwen/Qwen3-32B and use family=folders."
         },
     ),
     "llama3": Published(

@@ -26,14 +26,14 @@ CHUNK = 2**24  # bytes read at once
 EXPONENTS = {"F64": ("<u8", 0x7FF << 52), "F32": ("<u4", 0xFF << 23), "F16": ("<u2", 0x1F << 10)}
 EXPONENTS |= {"BF16": ("<u2", 0xFF << 7)}
 _NOT_FINITE = "not finite (NaN or infinity)"
-_NOT_SHARED = "of a matrix that its config.json shares with another"
+_NOT_SHARED = "of a matrix that its config.json ties to another"
 _SAVE = (
-    "It is not a checkpoint of its config.json, or was saved from inside another model: save it again with "
-    "save_pretrained from the whole model."
+    "The checkpoint does not belong to its config.json, or was saved from inside another model: save the whole model "
+    "again with save_pretrained."
 )
 _ADVICE = {  # what to do, where it is not to save the model again
-    _NOT_FINITE: "Copy it again, or take an earlier checkpoint of its training.",
-    _NOT_SHARED: "Say tie_word_embeddings: false in config.json if both matrices are meant, or delete the copy.",
+    _NOT_FINITE: "Copy it again, or use an earlier training checkpoint.",
+    _NOT_SHARED: "Set tie_word_embeddings: false in config.json if both matrices are intended, or delete the copy.",
 }
 
 
@@ -86,9 +86,9 @@ def no_adapter(folder: Path) -> None:
     """Raises `ConfigError` if an adapter lies in a model folder: transformers would load it beside the weights."""
     if found := [name for name in ADAPTERS if (folder / name).exists()]:
         raise ConfigError(
-            f"{folder} holds an adapter ({', '.join(found)}), which would be loaded with the model where peft is "
-            "installed and left out where it is not. Merge it (peft: merge_and_unload, then save_pretrained to another "
-            "folder), or move its files away to use the model without it."
+            f"{folder} holds an adapter ({', '.join(found)}), which would be loaded with the model only where peft is "
+            "installed. Merge it (peft: merge_and_unload, then save_pretrained to another folder), or remove its "
+            "files to use the model without it."
         )
 
 
@@ -101,8 +101,8 @@ def weight_files(folder: Path) -> list[Path]:
     index, single = folder / INDEX, folder / SINGLE
     if index.is_file() and single.is_file():
         raise ConfigError(
-            f"{folder} holds two checkpoints: {SINGLE}, and the shards of {INDEX}. Which one is meant is not clear: "
-            "move one of them away."
+            f"{folder} holds two checkpoints: {SINGLE}, and the shards of {INDEX}. It is unclear which one is "
+            "intended: remove one of them."
         )
     if single.is_file():
         return [single]
@@ -111,9 +111,9 @@ def weight_files(folder: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{index} is no index of shards: it needs a JSON object with weight_map.") from error
+        raise ConfigError(f"{index} is not a shard index: it must be a JSON object with weight_map.") from error
     if outside := [n for n in names if Path(n).name != n]:
-        raise ConfigError(f"{index} lists files of other folders: {_few(outside)}. Move them beside it.")
+        raise ConfigError(f"{index} lists files of other folders: {_few(outside)}. Move them to its folder.")
     if lost := [n for n in names if not (folder / n).is_file()]:
         raise ConfigError(f"{folder} lacks {len(lost)} of the {len(names)} files that {INDEX} lists: {_few(lost)}.")
     return [folder / name for name in names]
@@ -123,11 +123,11 @@ def _no_files(folder: Path) -> str:
     shards = sorted(f.name for f in folder.glob("*.safetensors"))
     if shards:
         return (
-            f"{folder} holds {_few(shards)}, but neither {SINGLE} nor {INDEX}, by which shards are found. Load the "
+            f"{folder} holds {_few(shards)}, but neither {SINGLE} nor {INDEX}, which lists the shards. Load the "
             "model once with transformers and save it again."
         )
     return (
-        f"{folder} holds no .safetensors weights; pickled ones (.bin, .pt) are not read. Load it once with "
+        f"{folder} has no .safetensors weights; pickled ones (.bin, .pt) are not read. Load it once with "
         "transformers and save it again: save_pretrained writes safetensors."
     )
 
@@ -150,7 +150,7 @@ def stored_tensors(file: Path, size: int, changed: int) -> dict[str, Stored]:
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
-            f"{file} is no safetensors file: its header cannot be read. Copy or download it again."
+            f"{file} is not a safetensors file: its header cannot be read. Copy or download it again."
         ) from error
     if found and max(t.end for t in found.values()) > size:
         raise ConfigError(f"{file} is cut short: {size:,} bytes of {max(t.end for t in found.values()):,}.")
@@ -162,7 +162,7 @@ def stored_tensors(file: Path, size: int, changed: int) -> dict[str, Stored]:
         at = tensor.end
     if at != size:
         raise ConfigError(
-            f"{file} is no whole safetensors file: its tensors do not cover it. Copy or download it again."
+            f"{file} is not a valid safetensors file: its tensors do not cover it. Copy or download it again."
         )
     return found
 
@@ -180,7 +180,7 @@ def tensors_of(folder: Path) -> dict[str, Stored]:
         mine = stored_tensors(file, file.stat().st_size, file.stat().st_mtime_ns)
         if twice := sorted(found.keys() & mine.keys()):
             others = sorted({found[name].file.name for name in twice})
-            raise ConfigError(f"{folder}: {_few(twice)} in {file.name} and in {_few(others)}. Move one of them away.")
+            raise ConfigError(f"{folder}: {_few(twice)} in {file.name} and in {_few(others)}. Remove one of them.")
         found |= mine
     return {name: tensor for name, tensor in found.items() if tensor.file in listed}
 
@@ -240,7 +240,7 @@ def _other_number(folder: Path, stored: Mapping[str, Stored], wanted: Mapping[st
     # A tied matrix may be stored twice, and buffers too.
     if 0 <= held - described <= max(map(prod, wanted.values())):
         return None
-    return f"{folder} holds {held:,} numbers, and its config.json describes {described:,} parameters. {_SAVE}"
+    return f"{folder} holds {held:,} numbers, but its config.json describes {described:,} parameters. {_SAVE}"
 
 
 def _opened(

@@ -126,8 +126,8 @@ def student_shape(
         _check_kind(rungs, teacher, target)
     if reasons := unfit(shape, dims(teacher)):
         raise ImpossibleCell(
-            f"the teacher cannot hold the {policy} student of {target:,} parameters: {'; '.join(reasons)}. "
-            "Take a larger teacher, or prune.shape=per_teacher."
+            f"the {policy} student of {target:,} parameters does not fit into the teacher: {'; '.join(reasons)}. "
+            "Use a larger teacher, or prune.shape=per_teacher."
         )
     return shape
 
@@ -144,18 +144,18 @@ def _check_kind(rungs: Mapping[str, Config], teacher: Mapping[str, Any], target:
     active = [dims(c).active for c in pair]
     if active[0] != active[1] and all(active):
         raise ImpossibleCell(
-            f"the teacher cannot hold the common student of {target:,} parameters: a token goes through {active[0]} of "
-            f"its experts, and through {active[1]} of the student's. prune.shape=per_teacher gives each teacher a "
-            "student of its own kind."
+            f"the common student of {target:,} parameters does not fit the teacher: a token is routed to {active[0]} "
+            f"of its experts, but to {active[1]} of the student's. prune.shape=per_teacher gives each teacher a "
+            "student of its own architecture."
         )
     mine, usual = (dict(_names(c)) for c in pair)
     if differ := sorted(set(mine.items()) ^ set(usual.items())):
         kinds = [str(get(config, "model_type")) for config in pair]
         other = f"it is a {kinds[0]}, the student a {kinds[1]}" if kinds[0] != kinds[1] else "both have one model_type"
         raise ImpossibleCell(
-            f"the teacher cannot hold the common student of {target:,} parameters: {other}, and their weights differ "
-            f"in {', '.join(sorted({n for n, _ in differ})[:3])}. One student for all teachers takes teachers of one "
-            "architecture; prune.shape=per_teacher gives each teacher a student of its own kind."
+            f"the common student of {target:,} parameters does not fit the teacher: {other}, and their weights differ "
+            f"in {', '.join(sorted({n for n, _ in differ})[:3])}. A student shared by all teachers needs teachers of "
+            "one architecture; prune.shape=per_teacher gives each teacher a student of its own architecture."
         )
 
 

@@ -54,7 +54,7 @@ def expert_inputs(model: Any, table: Architecture, sizes: Dims, note: "Note") ->
         return
     if any(isinstance(p, DTensor) for p in model.parameters()):
         raise ConfigError(
-            "of a mixture that lies on several ranks the inputs of single experts cannot be read. Use "
+            "the inputs of single experts cannot be read in a mixture sharded over ranks. Use "
             "prune.method=expressive, taylor or magnitude, or family.placement=one."
         )
     before = model.get_experts_implementation()

@@ -20,7 +20,7 @@ def kept_layers(scores: Scores, config: Config, keep: int, by: str) -> list[list
     if by == SYMMETRIC or keep == layers:
         return [symmetric_layers(layers, keep)] * stacks
     if scores.layers is None:
-        raise ConfigError(f"layers={by} needs scores of layers: score with prune.layers={by}.")
+        raise ConfigError(f"layers={by} needs layer scores: compute them with prune.layers={by}.")
     return top(scores.layers.unflatten(0, (stacks, layers)), keep).tolist()
 
 
@@ -45,7 +45,7 @@ def kept_experts(scores: Scores, sizes: Dims, keep: int | None) -> list[Tensor]:
     if keep in (None, sizes.experts):
         return [torch.arange(sizes.experts)] * sizes.layers
     if scores.experts is None:
-        raise ConfigError("fewer experts are kept than there are, and these scores have none of experts.")
+        raise ConfigError("experts are removed, but these scores contain no expert scores.")
     return list(top(scores.experts, keep))
 
 

@@ -118,7 +118,7 @@ def _choose_heads(scores: Scores, shape: Shape, table: Architecture, sizes: Dims
         return _spread(units, sizes.group), units
     if queries is None:
         raise ConfigError(
-            "the student groups queries differently from its teacher, and these scores have none of them."
+            "the student groups queries differently from its teacher, but these scores contain no query-head scores."
         )
     if shape.group == 1:
         chosen = top(queries[row], keep)

@@ -108,8 +108,8 @@ def _check_proved(config: str) -> None:
     given = json.loads(config)
     if failed := [f"{one.name} ({one.said})" for one in prove(given) if not one.held]:
         raise ConfigError(
-            f"models like this {given['model_type']} cannot be scored or cut: its axis table was derived, and does not "
-            f"hold for {', '.join(failed)}. Name a student that is a model of its own: student=ORG/NAME."
+            f"models like this {given['model_type']} cannot be scored or cut: its derived axis table fails the checks "
+            f"{', '.join(failed)}. Use a separate model as the student: student=ORG/NAME."
         )
 
 
@@ -126,7 +126,7 @@ def _count(config: Mapping[str, Any]) -> str:
     with torch.device("meta"):
         found = sum(p.numel() for p in from_config(config).parameters())
     counted = count_params(config)
-    return "" if found == counted else f"{counted:,} counted, transformers makes {found:,}"
+    return "" if found == counted else f"{counted:,} counted, transformers has {found:,}"
 
 
 def shapes(config: Config) -> dict[str, Shape]:
@@ -306,4 +306,6 @@ def _generation(student: Any, tokens: Tensor) -> str:
     """Whether greedy generation gives the same tokens with a cache and without, and as many as asked for."""
     ends = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4, "pad_token_id": 1, "eos_token_id": None}
     fast, slow = (student.generate(tokens[:, :5], use_cache=cached, **ends) for cached in (True, False))
-    return "" if fast.shape[1] == 9 and torch.equal(fast, slow) else "other tokens with a cache than without"
+    return (
+        "" if fast.shape[1] == 9 and torch.equal(fast, slow) else "generates different tokens with and without a cache"
+    )

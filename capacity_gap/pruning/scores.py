@@ -77,7 +77,7 @@ def opened(model: Any) -> tuple[Dims, Architecture]:
     broken = [n for n, p in model.named_parameters() if not p.is_floating_point()]
     if broken or getattr(model, "is_quantized", False):
         raise ConfigError(
-            "a quantised teacher cannot be scored or pruned: its weights have no gradients and no rows to select. Use "
+            "a quantised teacher cannot be scored or pruned: its weights have no gradients and cannot be sliced. Use "
             "family.quantization=none (8-bit teachers can still teach: prune.init=random)."
         )
     check_head(model.config)

@@ -105,11 +105,13 @@ def with_experts(sizes: Dims, experts: int | None) -> Dims:
     if experts is None:
         return sizes
     if not sizes.experts:
-        raise ConfigError(f"prune.experts={experts}: this teacher is no mixture of experts. Leave prune.experts out.")
+        raise ConfigError(
+            f"prune.experts={experts}: this teacher is not a mixture of experts. Leave out prune.experts."
+        )
     if not sizes.active <= experts <= sizes.experts:
         raise ConfigError(
-            f"prune.experts={experts}: the teacher has {sizes.experts} experts in each layer, and a token goes through "
-            f"{sizes.active} of them. Say a number from {sizes.active} to {sizes.experts}."
+            f"prune.experts={experts}: the teacher has {sizes.experts} experts in each layer, and routes each token "
+            f"to {sizes.active} of them. Set a number from {sizes.active} to {sizes.experts}."
         )
     return replace(sizes, experts=experts)
 
@@ -118,8 +120,8 @@ def check_room(table: Architecture, sizes: Dims, target: int, experts: int | Non
     """Raises `ConfigError` where so few experts were asked for that a model with them is smaller than the student."""
     if experts and (most := count(table, sizes)) < target * (1 - TOLERANCE):
         raise ConfigError(
-            f"prune.experts={experts} leaves at most {most:,} parameters, and the student was asked to have "
-            f"{target:,}. Keep more experts, or give a smaller student."
+            f"prune.experts={experts} leaves at most {most:,} parameters, but the student needs "
+            f"{target:,}. Keep more experts, or use a smaller student."
         )
 
 
@@ -145,21 +147,21 @@ def fixed_shape(config: Config, given: str, target_params: int | None = None, *,
     if table.square and hidden != heads * sizes.head_dim:
         raise ConfigError(
             f"fixed={given}: this architecture ties hidden = heads × {sizes.head_dim}, but {hidden} ≠ {heads} × "
-            f"{sizes.head_dim}. Say hidden {heads * sizes.head_dim}, or {hidden // sizes.head_dim} heads."
+            f"{sizes.head_dim}. Use hidden {heads * sizes.head_dim}, or {hidden // sizes.head_dim} heads."
         )
     if neurons != (tied := table.neurons_of(hidden, neurons)):
         raise ConfigError(
             f"fixed={given}: this architecture has {NEURONS_PER_HIDDEN} neurons for each hidden unit. "
-            f"Say {tied} neurons."
+            f"Use {tied} neurons."
         )
     if hidden % heads:
-        raise ConfigError(f"fixed={given}: transformers wants a hidden size that the number of heads divides.")
+        raise ConfigError(f"fixed={given}: transformers needs a hidden size divisible by the number of heads.")
     found = sizes.with_units(hidden=hidden, kv_heads=kv_heads, neurons=neurons, layers=layers, group=group)
     params = count(table, found)
     if target_params and abs(params / target_params - 1) > FIXED_TOLERANCE:
         raise ConfigError(
-            f"fixed={given} has {params:,} parameters, but the student was asked to have {target_params:,}. "
-            f"Say student={params}, or another shape."
+            f"fixed={given} has {params:,} parameters, but the student should have {target_params:,}. "
+            f"Set student={params}, or another shape."
         )
     return _shape(table, found)
 
@@ -169,7 +171,7 @@ def spread(shape: Shape, config: Config, scores: "Scores | None", *, layers: str
     all layers by their layer-normalised scores, so that layers end up with different counts. Parameters stay the same.
     """
     if scores is None:
-        raise ConfigError("policy=global ranks units across layers: it needs scores.")
+        raise ConfigError("policy=global ranks units across layers, so it needs scores.")
     from capacity_gap.pruning.kept_layers import kept_experts, kept_layers, kept_rows
 
     table, full = architecture(config), dims(config)
@@ -214,12 +216,12 @@ def shrink(table: Architecture, full: Dims, target: int, *, multiple: int, depth
     """The shape of `target` parameters inside `full` whose hidden, heads and neurons are most nearly in proportion."""
     if table.literal:
         raise ConfigError(
-            f"students of such teachers have no sizes of their own: {table.uncut}. Name a student that is a model: "
+            f"students cannot be cut from such teachers: {table.uncut}. Use a separate model as the student: "
             "student=ORG/NAME or student=FOLDER."
         )
     layers = depth or full.layers
     if not 1 <= layers <= full.layers:
-        raise ConfigError(f"depth={layers} is not between 1 and the {full.layers} layers there are.")
+        raise ConfigError(f"depth={layers} is not between 1 and the teacher's {full.layers} layers.")
     if layers == full.layers and abs(count(table, full) / target - 1) <= TOLERANCE:
         return _shape(table, full)
     found = list(_candidates(table, full, target, layers, multiple))
@@ -293,7 +295,7 @@ def _no_shape(table: Architecture, full: Dims, target: int, layers: int, multipl
     return (
         f"no student of {target:,} parameters can be cut from {full.layers} layers of hidden {full.hidden}, "
         f"{full.kv_heads} key-value heads, {full.neurons} neurons ({count(table, full):,} parameters) keeping {layers} "
-        f"layers and multiples of {multiple}. The nearest sizes that can: {' and '.join(near)}."
+        f"layers and multiples of {multiple}. The nearest possible sizes: {' and '.join(near)}."
     )
 
 

@@ -61,8 +61,8 @@ def prune(model: Any, scores: Scores, shape: Shape, *, layers: str = "symmetric"
     source = dict(model.named_parameters())
     if cut.sizes.tied and cut.table.output in source:
         raise ConfigError(
-            f"this model has an output matrix of its own ({cut.table.output}), but its config says that it shares the "
-            "embedding: what is pruned by the config would lose it."
+            f"this model has an output matrix of its own ({cut.table.output}), but its config ties it to the "
+            "embedding, so pruning would drop it."
         )
     student = _empty(model, cut.config)
     with torch.no_grad():
@@ -277,7 +277,7 @@ class _Checkpoint:
         for spelling in whole_names(self.table, name):
             if self._has(spelling):
                 return self._of(spelling, indices, name, expert)
-        raise ConfigError(f"{self.folder} holds no tensor {name}: it is not a checkpoint of its config.json.")
+        raise ConfigError(f"{self.folder} has no tensor {name}: the checkpoint does not belong to its config.json.")
 
     def _has(self, spelling: str) -> bool:
         return spelling in self.tensors

@@ -30,7 +30,7 @@ def require(frame: pd.DataFrame, names: Sequence[str]) -> None:
         held, asked = ", ".join(scores_of(frame)) or "none", ", ".join(map(shown, scores))
         raise ValueError(
             f"no run was scored on {asked}. Scores here: {held}. The same grid with evaluate=pico, or evaluate=paper, "
-            "adds scores to what is there; nothing is trained again."
+            "adds scores to existing cells without training again."
         )
     if missing:
         near = {n: difflib.get_close_matches(n, map(str, frame.columns), n=2, cutoff=0.5) for n in missing}
@@ -51,7 +51,7 @@ def renamed(frame: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
     """
     held = list(map(str, frame.columns))
     if len(set(names.values())) < len(names):
-        raise ConfigError("--columns names one column of the table twice. Each of ours is another of theirs.")
+        raise ConfigError("--columns names one column of the table twice. Map each name to a different column.")
     for wanted, given in names.items():
         if given not in held:
             near = ", ".join(difflib.get_close_matches(given, held, n=3, cutoff=0.5)) or "none"
@@ -61,7 +61,7 @@ def renamed(frame: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
             )
         if wanted in held and wanted not in names.values() and given != wanted:
             raise ConfigError(
-                f"--columns {wanted}={shown(given)}: the table has a column {wanted} already. Rename or drop one."
+                f"--columns {wanted}={shown(given)}: the table already has a column {wanted}. Rename or drop one."
             )
     found = frame.rename(columns={given: wanted for wanted, given in names.items()})
     _once(found, list(names))

@@ -100,7 +100,7 @@ def load(source: str | Path) -> "pd.DataFrame":
     tables = sorted(path.glob("*.csv")) if path.is_dir() else []
     if not tables:
         raise UserError(
-            f"{source} holds no records. Give a store (a folder with store.json), a folder of CSV files, "
+            f"{source} contains no records. Pass a store (a folder with store.json), a folder of CSV files, "
             "a .csv or a .parquet file, or wandb:entity/project."
         )
     return pd.concat([read_csv(t, **COLUMNS) for t in tables], ignore_index=True)

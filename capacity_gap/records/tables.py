@@ -97,7 +97,7 @@ def no_number(values: "pd.Series") -> int | None:
 def _not_plain(name: str, value: Any) -> str:
     if str(value).strip() == name:
         return "the column's name again. Delete the line that repeats the header."
-    return f"{str(value)!r} is no number. {PLAIN}."
+    return f"{str(value)!r} is not a number. {PLAIN}."
 
 
 def cells(file: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
@@ -109,14 +109,14 @@ def cells(file: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     try:
         rows = list(_rows(_text(file)))
     except csv.Error as error:
-        raise UserError(f"{file} is no table that can be read: {error}. {AS_CSV}.") from error
+        raise UserError(f"{file} is not a readable table: {error}. {AS_CSV}.") from error
     header = [name.strip() for name in rows[0][1]] if rows else []
     _check_header(file, header)
     for line, row in rows[1:]:
         if len(row) != len(header):
             raise UserError(
-                f"{file} is no table that can be read: Expected {len(header)} fields, as in its header, saw {len(row)} "
-                f"in line {line}. Write one value a column; decimals take a point, since a comma parts a number in two."
+                f"{file} is not a readable table: Expected {len(header)} fields, as in its header, saw {len(row)} "
+                f"in line {line}. Write one value a column; decimals take a point, since a comma separates values."
             )
     return header, rows[1:]
 
@@ -127,10 +127,10 @@ def _text(file: Path) -> str:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
-        why = "it is in UTF-16, not in utf-8" if utf16 else f"no text in utf-8 ({error.reason} at byte {error.start})"
-        raise UserError(f"{file} is no table that can be read: {why}. {AS_CSV}.") from error
+        why = "it is UTF-16 instead of UTF-8" if utf16 else f"not UTF-8 text ({error.reason} at byte {error.start})"
+        raise UserError(f"{file} is not a readable table: {why}. {AS_CSV}.") from error
     if "\0" in text:
-        raise UserError(f"{file} is no table that can be read: it holds NUL bytes, as UTF-16 does. {AS_CSV}.")
+        raise UserError(f"{file} is not a readable table: it contains NUL bytes, like UTF-16. {AS_CSV}.")
     return text
 
 
@@ -145,11 +145,11 @@ def _rows(text: str) -> Iterator[tuple[int, list[str]]]:
 
 def _check_header(file: Path, header: Sequence[str]) -> None:
     if not any(header):
-        raise UserError(f"{file} is no table that can be read: No columns are named in it. {AS_CSV}.")
+        raise UserError(f"{file} is not a readable table: it has no header. {AS_CSV}.")
     joined = "".join(header)
     for mark, named in ((";", "semicolons"), ("\t", "tabs")):
         if joined.count(mark) >= len(header):
-            raise UserError(f"{file} has {named} between values, where commas are read. {AS_CSV}.")
+            raise UserError(f"{file} has {named} between values instead of commas. {AS_CSV}.")
     if twice := sorted({name for name in header if name and header.count(name) > 1}):
         raise UserError(f"{file} has more than one column {', '.join(twice)}. Rename or delete all but one.")
 
@@ -168,7 +168,7 @@ def read_csv(file: Path, *, is_flag: Callable[[str], bool], is_number: IsNumber)
     try:
         found = pd.read_csv(io.StringIO(_text(file)), header=0, names=names, dtype=kinds)
     except pd.errors.ParserError as error:
-        raise UserError(f"{file} is no table that can be read: {str(error).strip()}. {AS_CSV}.") from error
+        raise UserError(f"{file} is not a readable table: {str(error).strip()}. {AS_CSV}.") from error
     return _checked(found, str(file), [f"line {line}" for line, _ in rows], is_flag, is_number)
 
 
@@ -180,7 +180,7 @@ def read_parquet(file: Path, *, is_flag: Callable[[str], bool], is_number: IsNum
         found = pd.read_parquet(file)
     except (ValueError, OSError) as error:
         raise UserError(
-            f"{file} is no parquet file that can be read: {' '.join(str(error).split())} Write it anew, or give a .csv."
+            f"{file} is not a readable parquet file: {' '.join(str(error).split())} Write it again, or pass a .csv."
         ) from error
     return _checked(found, str(file), [f"row {i}" for i in found.index], is_flag, is_number)
 

@@ -39,7 +39,7 @@ def load_rows(source: str) -> list[dict[str, Any]]:
     """
     path = source.removeprefix(PREFIX)
     if path.count("/") != 1 or not all(path.split("/")):
-        raise UserError(f"{source} names no project. Write wandb:entity/project.")
+        raise UserError(f"{source} is not a project. Write wandb:entity/project.")
     api = connect()
     try:
         runs = api.runs(path, filters={"jobType": "cell"}, order="+created_at", per_page=200, lazy=False)
@@ -48,11 +48,11 @@ def load_rows(source: str) -> list[dict[str, Any]]:
         raise UserError(f"{source} cannot be read: {error}") from error
     foreign = [f"{name} ({row})" for name, row in found if isinstance(row, str)]
     if foreign:
-        print(f"note: no records of ours, left out: {_some(foreign)}.", file=sys.stderr)
+        print(f"note: not records of this package, left out: {_some(foreign)}.", file=sys.stderr)
     rows = [row for _, row in found if isinstance(row, dict)]
     if not rows:
         raise UserError(
-            f"{source} holds no cells. `tracking=online`, or `python -m capacity_gap sync`, puts them there."
+            f"{source} contains no cells. Upload them with `tracking=online` or `python -m capacity_gap sync`."
         )
     return rows
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Cells = Mapping[str, tuple[Cell, list[str]]]  # by digest: a cell and the overrides that make it
 LEAST_GAIN = 0.02  # share of the answer's variance: a round that is expected to remove less is not run
 ABOVE = 1.02  # teachers larger than their student by less are no evidence
-NO_ROUNDS = "a grid cannot be run in rounds, or cut to a budget, over settings that a question knows nothing of"
+NO_ROUNDS = "a grid run in rounds, or cut to a budget, may vary only student, teacher, budget and seeds"
 SECOND = 1e-3  # the least a cell costs: one whose stages are all there costs next to nothing
 
 
@@ -198,11 +198,11 @@ class Rounds:
         frame, config, pace = self.frame(), self.config, self.speed()
         so_far = answer(frame, self.goal)
         if narrow_enough(so_far, config.until) and narrow_enough(self._last(), config.until):
-            raise StopRounds(f"narrow enough, before the last round and after it: until={config.until:g}")
+            raise StopRounds(f"the interval is narrow enough, before and after the last round: until={config.until:g}")
         pool = {d: c for d, c in self.cells.items() if d not in tried and not self.store.finished(c[0].record)}
         pool = {d: c for d, c in pool.items() if c[0].description["teacher_params"] > ABOVE * c[0].student_target}
         if not pool:
-            raise StopRounds("nothing is left to run")
+            raise StopRounds("no cell is left to run")
         try:
             found = next_cells(frame, pool_rows(pool), goal=self.goal, k=config.next.k, cost=self._bill(pace))
         except ValueError as error:
@@ -214,9 +214,11 @@ class Rounds:
             wide = (
                 ""
                 if low > 0 and high < math.inf
-                else "; the interval is open, so this grid cannot answer: add teachers"
+                else "; the interval is open, so this grid is not enough: add teachers"
             )
-            raise StopRounds(f"nothing left would help: the best {cells} would remove {gain:.1%} of the variance{wide}")
+            raise StopRounds(
+                f"no remaining cell would help: the best {cells} would remove {gain:.1%} of the variance{wide}"
+            )
         found = self._affordable(found, pace)
         chosen = self._named(found)
         reasons = {digest: c.reason for digest, c in zip(chosen, found, strict=True)}
@@ -265,8 +267,8 @@ class Rounds:
                 return found[:count]
         cost = self.hours(self._named(found[:1]), pace)
         raise StopRounds(
-            f"the budget is spent: {format_hours(max(0.0, left))} hours of budget_hours={self.config.budget_hours:g} "
-            f"are left, and the next cell takes {format_hours(cost)}"
+            f"the budget is used up: {format_hours(max(0.0, left))} hours of "
+            f"budget_hours={self.config.budget_hours:g} are left, but the next cell takes {format_hours(cost)}"
         )
 
     def frame(self) -> "pd.DataFrame":

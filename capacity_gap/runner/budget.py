@@ -23,11 +23,11 @@ def proposed(rounds: Rounds, hours: float) -> str:
     except BudgetTooSmall as error:
         needed = format_hours(error.needed * rounds.worker.devices / 3600)
         return (
-            f"A law takes three students under four teachers, for which this grid needs {needed} device-hours. Give as "
-            "many, or ask for less: next.goal=target next.student=… next.data=…"
+            f"A law needs three students under four teachers, which cost {needed} device-hours in this grid. Raise "
+            "the budget, or estimate less: next.goal=target next.student=… next.data=…"
         )
     except ValueError as error:
-        return f"No part of it was found that answers next.goal={rounds.config.next.goal}: {error}"
+        return f"No part of the grid was found for next.goal={rounds.config.next.goal}: {error}"
     students, teachers = (len({c.description[of] for c, _ in part.values()}) for of in ("student", "teacher"))
     said = (
         f"The best part that fits is {counted(len(part), 'cell')} ({counted(students, 'student')}, "
@@ -35,7 +35,7 @@ def proposed(rounds: Rounds, hours: float) -> str:
     )
     lines = commands(part, [overrides for _, overrides in rounds.cells.values()])
     more = [f"  … and {len(lines) - SHOWN} more commands"] if len(lines) > SHOWN else []
-    choose = "Or add strategy=adaptive, which chooses cells as results come and ends at the budget."
+    choose = "Or add strategy=adaptive, which chooses cells from the results so far and stops at the budget."
     return "\n".join([said, *(f"  {line}" for line in lines[:SHOWN]), *more, choose])
 
 
@@ -66,5 +66,5 @@ def check_affordable(rounds: Rounds, hours: float | None, needed: float, said: s
     instead = proposed(rounds, hours) if few else "Add strategy=adaptive, or run fewer cells."
     raise ConfigError(
         f"budget_hours={hours:g}, but this needs about {format_hours(needed)} device-hours ({said}). Nothing was "
-        f"started. Raise budget_hours; plan=true says what each teacher and each curve takes. {instead}"
+        f"started. Raise budget_hours; plan=true lists the cost of each teacher and each curve. {instead}"
     )

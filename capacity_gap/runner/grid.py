@@ -138,9 +138,7 @@ def _resolve(jobs: Sequence[Job], outcome: Outcome) -> dict[str, tuple[Cell, lis
                 outcome.warnings.setdefault("corpus", f"warning: {said}")
             cells.setdefault(cell.record.digest, (cell, job.overrides))
     if not jobs:
-        raise ConfigError(
-            "this grid has no cell: one of its axes names no value. Write values, such as student=60k,90k."
-        )
+        raise ConfigError("this grid has no cell: one of its axes has no value. Write values, such as student=60k,90k.")
     if not cells:
         raise ConfigError(f"no cell of this grid is possible. The first: {outcome.cells[0][2]}")
     return cells

@@ -91,7 +91,7 @@ def worker_of(config: RunConfig, machines: Machines) -> Worker:
     if asked is None and gpus() and (here := gpu_name()):
         said = "this machine's" if known_device(here) else f"this machine's, of unknown speed: taken as {ASSUMED_GPU}"
         return Worker(here, said, ranks, share, precision)
-    return Worker(ASSUMED_GPU, "assumed: device_name=h100 names another", ranks, share, precision, assumed=True)
+    return Worker(ASSUMED_GPU, "assumed; set device_name=h100 for another", ranks, share, precision, assumed=True)
 
 
 def _on_gpu(config: RunConfig, machines: Machines) -> bool:
@@ -107,6 +107,6 @@ def _known(key: str, name: str) -> str:
     if found := known_device(name):
         return name if device_bytes(name) != device_bytes(found) else found  # one that says its own memory keeps it
     raise ConfigError(
-        f"{key}={shown(name)} is no GPU whose speed is known. Known: {', '.join(PEAKS)}. For any other say "
+        f"{key}={shown(name)} is not a GPU of known speed. Known: {', '.join(PEAKS)}. For any other GPU set "
         "throughput=, the FLOP/s of one worker."
     )

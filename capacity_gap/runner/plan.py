@@ -191,7 +191,7 @@ def recipe_warnings(cells: Sequence[Cell]) -> list[str]:
         sizes = sorted(set().union(*steps.values()))
         found += [
             f"warning: budgets of one student are trained in steps of {' and '.join(map(str, sizes))} sequences, so "
-            f"they differ in more than tokens: train.batch_size={sizes[0]} gives all of them one"
+            f"budgets differ in more than tokens: train.batch_size={sizes[0]} gives all of them one"
         ]
     return found
 

@@ -116,14 +116,14 @@ def warnings(cells: Sequence[Cell]) -> list[str]:
         return []
     found, counts = [], [len(rungs) for rungs in curves.values()]
     if max(counts) == 1:
-        found.append(f"one teacher only: no optimum can be located, which takes {LEAST_TEACHERS} teachers a curve")
+        found.append(f"one teacher only: no optimum can be located, which needs {LEAST_TEACHERS} teachers per curve")
     elif few := sum(count < LEAST_TEACHERS for count in counts):
         found.append(
             f"{few} of {counted(len(counts), 'curve')} {'has' if few == 1 else 'have'} fewer than {LEAST_TEACHERS} "
             "teachers: no optimum can be located there"
         )
     if (students := len({c.student_scale for c in cells})) < LEAST_STUDENTS:
-        found.append(f"{counted(students, 'student')} only: no law can be fitted, which takes {LEAST_STUDENTS}")
+        found.append(f"{counted(students, 'student')} only: no law can be fitted, which needs {LEAST_STUDENTS}")
     return [f"warning: {'; '.join(found)} (this grid alone)"] if found else []
 
 

@@ -100,12 +100,12 @@ class Need:
                         return f"needs {other.devices} devices of {size}: {changes or 'raise gpus'}"
                     return f"fits one {size} device with {changes}"
             if room / 2 < self.memory.teacher <= room:
-                return f"TOO LARGE FOR {size}: the teacher is whole on each device: {SPREAD}"
-            return f"TOO LARGE FOR {size}: before they are sharded, models are whole on each device"
+                return f"TOO LARGE FOR {size}: the whole teacher is on each device: {SPREAD}"
+            return f"TOO LARGE FOR {size}: models are loaded whole on each device before sharding"
         each, fixed = self.memory.activations / max(1, self.sequences), self.memory.total - self.memory.activations
         if self.sequences and fixed + each <= room:
             most = int((room - fixed) / each)
-            return f"TOO LARGE FOR {size}: a device takes prune.batch_size={most}"
+            return f"TOO LARGE FOR {size}: a device can hold prune.batch_size={most}"
         return f"TOO LARGE FOR {size}: {SPREAD}"
 
 

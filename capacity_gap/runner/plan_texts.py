@@ -56,7 +56,7 @@ def _line(want: Want, store: Store) -> str:
         held = (packed - 1) // want.length * want.length
         return f"{said}, the corpus holds {held:,}" if want.each <= held else _short(want, f"{held:,} tokens")
     if not (found := _bytes(want, store)):
-        return f"{said}; what the corpus holds is known once it is packed, before any model is trained"
+        return f"{said}; the corpus size is known after packing, before any model is trained"
     held, how = found
     ratio = next(r for most, r in BYTES_PER_TOKEN.items() if dims(want.cell.teacher_shape).vocab <= most)
     seems = f"about {about(held / ratio)} tokens ({format_bytes(held)} {how}, {ratio:g} bytes a token assumed)"

@@ -76,8 +76,8 @@ def _check_vocabularies(cell: Cell, store: Store, tokens: int) -> None:
     for name, shape in (("teacher", cell.teacher_shape), ("student", cell.student_shape)):
         if dims(shape).vocab < tokens:
             raise ConfigError(
-                f"the {name}'s vocabulary has {dims(shape).vocab:,} rows, its tokenizer {tokens:,} tokens. Rows "
-                "may be padded, never too few: take the tokenizer that the model was trained with."
+                f"the {name}'s vocabulary has {dims(shape).vocab:,} rows, its tokenizer {tokens:,} tokens. Rows may "
+                "be padded but not missing: use the tokenizer that the model was trained with."
             )
 
 

@@ -71,8 +71,8 @@ def _lead(cell: Cell, store: Store, runtime: Runtime) -> str:
         stage = closure(cell.record).get(only)
         if stage is None:
             raise UserError(
-                f"this process finds other models or texts than the grid that asked it for {only}: a folder or file "
-                "has changed since, or is another on this machine. Start the grid again."
+                f"this process sees different models or texts than the grid that requested {only}: a folder or file "
+                "has changed, or differs on this machine. Run the grid again."
             )
         store.compute(stage, runtime)
         store.make_again(stage, runtime)

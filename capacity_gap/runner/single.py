@@ -50,7 +50,7 @@ def run_alone(config: RunConfig, overrides: Sequence[str]) -> str:
     # What is not here is refused before anything is written.
     resolve_device(config.train.device)
     check_threads(config.train.threads)
-    with explaining_full_disk(store.root, "the note of what is to run"):
+    with explaining_full_disk(store.root, "the list of cells to run"):
         store.create()
         noted = {cell.record.key: noted_cell(cell, overrides, plan.speed)}
         note_sweep(store, config.sweep or SINGLE, noted)

@@ -49,7 +49,7 @@ class Crew:
 
     def note(self, noted: dict[str, dict[str, Any]], about: Mapping[str, Any] | None = None) -> None:
         """Writes down what is to run, before it does."""
-        with explaining_full_disk(self.store.root, "the note of what is to run"):
+        with explaining_full_disk(self.store.root, "the list of cells to run"):
             self.store.create()
             note_sweep(self.store, self.name, noted, about=about)
 

@@ -114,7 +114,7 @@ def run_task(settings: Mapping[str, Any], variables: Mapping[str, str] | None = 
     try:
         return run_job(settings)
     except Interrupted:
-        return "stopped", "it was asked to end"
+        return "stopped", "stopped by a signal"
 
 
 def run_children(

@@ -23,7 +23,7 @@ def command(processes: str, program: list[str]) -> list[str]:
 def main() -> None:
     """Becomes torchrun."""
     if len(sys.argv) < 3:
-        raise SystemExit("error: say how many ranks, and what they run, such as 4 run.py student=0.5b.")
+        raise SystemExit("error: give the number of ranks and the program to run, such as 4 run.py student=0.5b.")
     os.environ |= {ALONE: "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     words = command(sys.argv[1], sys.argv[2:])
     os.execv(words[0], words)

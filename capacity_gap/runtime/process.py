@@ -230,20 +230,20 @@ def resolve_device(device: str) -> str:
     if int(index or 0) >= there:
         found = [name for name in ("cuda", "xpu", "mps") if _devices(name)]
         raise ConfigError(
-            f"train.device={device}, but torch finds {there or 'no'} {kind} device{'s' * (there > 1)} here"
-            f"{' (numbers begin at 0)' * bool(there)}. There is: {', '.join([*found, 'cpu'])}. Use train.device=auto "
-            "(the default), or install a torch that was built for the devices of this machine."
+            f"train.device={device}, but torch found {there or 'no'} {kind} device{'s' * (there > 1)} here"
+            f"{' (numbers begin at 0)' * bool(there)}. Available: {', '.join([*found, 'cpu'])}. Use train.device=auto "
+            "(the default), or install a torch build for the devices of this machine."
         )
     if index and ranks.size > 1:
         raise ConfigError(
-            f"train.device={device} with {ranks.size} ranks: each needs a device of its own. Use train.device={kind}."
+            f"train.device={device} with {ranks.size} ranks: each rank needs its own device. Use train.device={kind}."
         )
     if index:
         return device
     if kind not in ("cuda", "xpu"):
         return kind
     if ranks.local >= there:
-        raise ConfigError(f"rank {ranks.local} of this machine has no device: torch finds {there} of {kind} here.")
+        raise ConfigError(f"rank {ranks.local} of this machine has no device: torch found {there} of {kind} here.")
     own = _own_gpu(there) if kind == "cuda" and ranks.size == 1 else ranks.local
     return f"{kind}:{own}"
 
@@ -252,8 +252,8 @@ def check_threads(threads: int) -> None:
     """Raises `ConfigError` if this machine has fewer cores than threads are asked for."""
     if threads > (cores := os.cpu_count() or threads):
         raise ConfigError(
-            f"train.threads={threads}, but this machine has {cores} cores: more threads than cores only wait for one "
-            f"another. Allowed here: 1 to {cores}."
+            f"train.threads={threads}, but this machine has {cores} cores: more threads than cores only slow each "
+            f"other down. Allowed here: 1 to {cores}."
         )
 
 

@@ -106,7 +106,7 @@ class Ranks:
             return found[0]
         if isinstance(failed, StageError):
             raise failed
-        said = f"{type(failed).__name__}: {first_line(failed)}" if failed else "the message of another rank says why"
+        said = f"{type(failed).__name__}: {first_line(failed)}" if failed else "see the message of the other rank"
         raise StageError(f"rank {self.rank} of {self.size} cannot go on: {said}") from failed
 
     def desert(self) -> None:

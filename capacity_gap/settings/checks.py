@@ -22,7 +22,9 @@ def check_text(key: str, text: str) -> None:
         ConfigError: it is too long, or holds characters that no file system and no terminal takes.
     """
     if bad := [c for c in text if unicodedata.category(c) in ("Cc", "Cs")]:
-        raise ConfigError(f"{key}={shown(text)} holds the character {bad[0]!a}, which no name can. Leave it out.")
+        raise ConfigError(
+            f"{key}={shown(text)} holds the character {bad[0]!a}, which is not allowed in names. Remove it."
+        )
     longest = max(len(part.encode()) for part in text.split("/"))
     if len(text.encode()) > LONGEST_TEXT or longest > LONGEST_NAME:
         raise ConfigError(

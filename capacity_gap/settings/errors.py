@@ -29,7 +29,7 @@ class Damaged(StoreError):
         self.file, self.why = file, why
         super().__init__(
             f"{file} is damaged: it {why}. `python -m capacity_gap store verify STORE --repair` sets aside what is "
-            "damaged; the run.py command that made it then makes it again."
+            "damaged; run the same run.py command to recompute it."
         )
 
     def __reduce__(self) -> tuple:
@@ -55,7 +55,7 @@ def first_line(error: BaseException) -> str:
 def several_values(key: str) -> str:
     """How a grid gives a setting several values."""
     command = f"{' '.join(RUN_WORDS)} -m {key}=A,B"
-    return f"Several values want a grid: `{command}`, or a sweep file with them under `hydra.sweeper.params`."
+    return f"Several values need a grid: `{command}`, or a sweep file with them under `hydra.sweeper.params`."
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:

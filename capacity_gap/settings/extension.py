@@ -43,7 +43,7 @@ def load(names: Iterable[str] = ()) -> None:
 
 def _import(name: str) -> None:
     if not all(part.isidentifier() for part in name.split(".")):
-        raise ConfigError(f"extend={shown(name)} is no name of a module. Give one such as my_module, without .py.")
+        raise ConfigError(f"extend={shown(name)} is not a module name. Write one such as my_module, without .py.")
     try:
         importlib.import_module(name)
     except ConfigError:
@@ -52,8 +52,8 @@ def _import(name: str) -> None:
         if error.name is None or name.split(".")[0] != error.name.split(".")[0]:
             raise ConfigError(f"extend={name} needs {error.name}, which is not installed.") from error
         raise ConfigError(
-            f"extend={name}: there is no such module in {Path.cwd()} or where Python looks. Give its name without "
-            ".py, and run in its folder or add that to PYTHONPATH."
+            f"extend={name}: no such module in {Path.cwd()} or on Python's path. Write its name without .py, and run "
+            "in its folder or add that folder to PYTHONPATH."
         ) from error
     except Exception as error:
         raise ConfigError(f"extend={name} fails when it is imported: {type(error).__name__}: {shown(error)}") from error
@@ -77,7 +77,7 @@ def load_named_on(arguments: Sequence[str]) -> None:
     for argument in arguments:
         key, _, value = argument.lstrip("+").partition("=")
         if key == "extend" and not (value.startswith("[") and value.endswith("]") and value.count("[") == 1):
-            raise ConfigError(f"extend={shown(value)}: it takes one list for all cells, such as extend=[my_module].")
+            raise ConfigError(f"extend={shown(value)}: use one list for all cells, such as extend=[my_module].")
         if key == "extend":
             names += [name.strip(" '\"") for name in value.strip("[] ").split(",")]
     load(name for name in names if name)
@@ -87,6 +87,6 @@ def check(names: Sequence[str]) -> None:
     """Raises `ConfigError` if a module is named that neither the command line nor the environment named."""
     if unasked := [name for name in names if name not in named()]:
         raise ConfigError(
-            f"extend={shown(unasked[0])} is named in a config file. It is code that would run: only the command line "
+            f"extend={shown(unasked[0])} is named in a config file. Modules are code, so only the command line "
             f"(extend=[{shown(unasked[0])}]) and the environment ({VARIABLE}) may name it."
         )

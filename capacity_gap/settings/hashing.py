@@ -88,7 +88,7 @@ def file_digest(given: str, *, key: str) -> str:
     for file in (named, ROOT / named):
         if file.is_file():
             return hashlib.sha256(file.read_bytes()).hexdigest()
-    raise ConfigError(f"{key}={shown(given)} is no file, seen from {Path.cwd()} or {ROOT}.")
+    raise ConfigError(f"{key}={shown(given)} is not a file (looked in {Path.cwd()} and {ROOT}).")
 
 
 @lru_cache(maxsize=256)

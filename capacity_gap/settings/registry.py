@@ -76,7 +76,7 @@ def source_digest(module: str) -> str:
     else:  # a package, or a folder that serves as one
         files = {str(f.relative_to(r)): f for r in getattr(loaded, "__path__", ()) for f in Path(r).rglob("*.py")}
     if not files:
-        raise ConfigError(f"{module} registers an entry but is no file. Put it into a module that extend= names.")
+        raise ConfigError(f"{module} registers an entry but is not a file. Put it into a module named by extend=.")
     digest = hashlib.sha256()
     for name in sorted(files):
         digest.update(name.encode() + b"\0" + files[name].read_bytes())
@@ -118,12 +118,12 @@ class Registry(Mapping[str, T]):
     def _add(self, name: str, value: T, module: str, version: int, traits: Mapping[str, Any]) -> None:
         taken = self._entries.get(name)
         if taken and (taken.module != module or (not callable(value) and taken.value != value)):
-            raise ConfigError(f"there is a {self.kind} {name!r} already, of {taken.module}. Name yours otherwise.")
+            raise ConfigError(f"the {self.kind} {name!r} already exists, in {taken.module}. Choose another name.")
         self._entries[name] = Entry(name, value, module, version, self.traits | dict(traits), source_digest(module))
 
     def _check(self, name: str, traits: Mapping[str, Any]) -> None:
         if name in self.reserved:
-            raise ConfigError(f"{self.setting}={name} has a meaning of its own. Name your {self.kind} otherwise.")
+            raise ConfigError(f"{self.setting}={name} is reserved. Choose another name for your {self.kind}.")
         if unknown := traits.keys() - self.traits.keys():
             raise ConfigError(
                 f"the {self.kind} {name!r} is registered with {', '.join(sorted(unknown))}. "
@@ -139,7 +139,7 @@ class Registry(Mapping[str, T]):
         if name not in self._entries:
             raise ConfigError(
                 f"{self.setting}={shown(name)!r} is not known{nearest(name, self._entries)}. "
-                f"Allowed: {', '.join(self._entries)}. One of your own needs extend=[MODULE]."
+                f"Allowed: {', '.join(self._entries)}. Your own entries need extend=[MODULE]."
             )
         return self._entries[name]
 

@@ -49,7 +49,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tu
         try:
             tensors, state = _read(found, model)
         except (Damaged, SafetensorError, OSError) as error:
-            log.warning("%s is passed over: %s", found, error)
+            log.warning("%s is skipped: %s", found, error)
             continue
         _restore(tensors, model, optimizer)
         return state["step"], state["history"]

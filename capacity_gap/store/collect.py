@@ -152,19 +152,19 @@ def waste(store: Store) -> Iterator[Waste]:
     yield from _set_aside(store, kept)
     for key, e in kept.found.items():
         if key.split("/")[0] == SIGNAL and not kept.holds_signal(key):
-            yield _stage(kept, e, "cached teacher outputs, made again when needed", kept.holds_signal)
+            yield _stage(kept, e, "cached teacher logits, recomputed when needed", kept.holds_signal)
     for key, e in kept.found.items():
         if key.split("/")[0] != SIGNAL and not kept.holds(key):
-            yield _stage(kept, e, "no record and no cell of a sweep was made from it", kept.holds)
+            yield _stage(kept, e, "not used by any record or cell of a sweep", kept.holds)
     for path in kept.unreadable:
         if path not in kept.blind.values():  # they were named as left out
-            tell(f"whatever {path.relative_to(store.root)} may name is kept: {_mend(store, path)}")
+            tell(f"everything that {path.relative_to(store.root)} may name is kept: {_mend(store, path)}")
 
 
 def _mend(store: Store, path: Path) -> str:
     if path.parent == store.damaged:
-        return "it was set aside as damaged. Run its sweep or cell again, or delete it if nothing of it is wanted."
-    return f"it is damaged. `python -m capacity_gap store verify {store.root} --repair` sets it aside."
+        return "it was set aside as damaged. Run its sweep or cell again, or delete it if it is not needed."
+    return f"it is damaged. `python -m capacity_gap store verify {store.root} --repair` moves it to .damaged/."
 
 
 def _stage(kept: Kept, entry: Entry, reason: str, holds: Callable[[str], bool]) -> Waste:
@@ -193,12 +193,12 @@ def _dead_work(store: Store, kept: Kept) -> Iterator[Waste]:
         if place.name.startswith(DELETED):
             continue
         if place.is_symlink() or not place.is_dir():
-            yield Waste(place, size(place), "no work: a stray file or link")
+            yield Waste(place, size(place), "a stray file or link")
         elif not kept.holds_work(place) and not kept.is_at_work(place):
             yield Waste(
                 place,
                 size(place),
-                "checkpoints and halves of work that nobody is at",
+                "checkpoints and partial results without a running process",
                 place,
                 _unless(kept, kept.holds_work, place),
                 kept.dead.get(place),
@@ -212,7 +212,7 @@ def _set_aside(store: Store, kept: Kept) -> Iterator[Waste]:
         match = ASIDE.fullmatch(path.name)
         again = there.get(match["name"]) if match else None
         if again is not None:
-            yield Waste(path, size(path), "set aside as damaged, and made again", is_waste=again.exists)
+            yield Waste(path, size(path), "set aside as damaged, and recomputed", is_waste=again.exists)
         elif not path.is_dir() and path not in kept.unreadable:
             free = _unless(kept, lambda file: file in kept.unreadable, path)
             yield Waste(path, size(path), "set aside as damaged", is_waste=free)
@@ -228,7 +228,7 @@ def delete(item: Waste) -> str:
             if busy:
                 return busy
             if not item.is_waste():
-                return "it is needed now"
+                return "it is needed again"
             aside = _hide(item.path)
     except FileNotFoundError:
         return "it is gone"

@@ -44,11 +44,11 @@ def open_store(folder: str) -> Store:
     store = Store(folder)
     if not is_store(store.root):
         raise StoreError(
-            f"{folder} is no store: it has no store.json. Name the folder that run.py was given as store= "
-            "(`export` takes it as --store DIR)."
+            f"{folder} is not a store: it has no store.json. Use the folder passed to run.py as store= (`export` "
+            "takes it as --store DIR)."
         )
     if not store.marker.exists():
-        tell(f"{store.marker} is missing; the next run.py with this store writes it again.")
+        tell(f"{store.marker} is missing; the next run.py with this store will write it.")
     store.check_schema()
     return store
 
@@ -75,7 +75,7 @@ def entries(store: Store) -> dict[str, Entry]:
 
 def _check_inputs(file: Path, meta: dict[str, Any]) -> None:
     if wrong := [key for key in meta["inputs"].values() if not isinstance(key, str)]:
-        raise TypeError(f"{wrong[0]!r} is no stage")
+        raise TypeError(f"{wrong[0]!r} is not a stage")
 
 
 def size(path: Path) -> int:
@@ -194,7 +194,7 @@ def check_cells(file: Path, part: dict[str, Any]) -> None:
     """Raises if a note of a sweep does not tell of each cell what a note tells."""
     for key, cell in part["cells"].items():
         if wrong := [name for name, kind in OF_A_CELL.items() if not isinstance(cell.get(name), kind)]:
-            raise Damaged(file, f"does not tell {', '.join(wrong)} of {key}")
+            raise Damaged(file, f"lacks {', '.join(wrong)} of {key}")
 
 
 def _sweep_of(file: Path) -> str:

@@ -102,14 +102,14 @@ def read_json(path: Path, needs: Iterable[str] | Mapping[str, Any] = ()) -> dict
     except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are kinds of ValueError
         raise Damaged(path, "is no JSON" if path.stat().st_size else "is empty") from error
     if not isinstance(value, dict):
-        raise Damaged(path, f"holds a {type(value).__name__} and no JSON object")
+        raise Damaged(path, f"holds a {type(value).__name__} instead of a JSON object")
     if not has_its_checksum(value):
-        raise Damaged(path, "does not have its checksum")
+        raise Damaged(path, "does not match its checksum")
     types = needs if isinstance(needs, Mapping) else dict.fromkeys(needs, object)
     if lacking := [key for key in types if key not in value]:
         raise Damaged(path, f"lacks {', '.join(lacking)}")
     if wrong := [key for key, kind in types.items() if not isinstance(value[key], kind)]:
-        raise Damaged(path, f"holds something else under {', '.join(wrong)} than was written there")
+        raise Damaged(path, f"differs from what was written, in {', '.join(wrong)}")
     return value
 
 
@@ -132,7 +132,7 @@ def reading(file: Path) -> Iterator[None]:
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise Damaged(file, f"holds something else than was written there ({type(error).__name__}: {error})") from error
+        raise Damaged(file, f"differs from what was written ({type(error).__name__}: {error})") from error
 
 
 def is_store(folder: Path) -> bool:
@@ -204,7 +204,8 @@ def name_left_out(root: Path, found: Iterable[Damaged]) -> None:
         said = ", ".join(f"{_below(root, d.file)} {d.why}" for d in fresh[:5])
         more = f" and {len(fresh) - 5} more" if len(fresh) > 5 else ""
         tell(
-            f"left out as damaged: {said}{more}. `python -m capacity_gap store verify {root} --repair` mends the store."
+            f"left out as damaged: {said}{more}. `python -m capacity_gap store verify {root} --repair` repairs the "
+            "store."
         )
 
 
@@ -336,7 +337,7 @@ def _tensors_end(file: Path) -> int:
         header = json.loads(stream.read(min(length, file.stat().st_size)))
     tensors = [t for name, t in header.items() if name != "__metadata__"]
     if any(t.keys() != {"dtype", "shape", "data_offsets"} for t in tensors):
-        raise ValueError(f"{file.name} describes its tensors by other keys than safetensors do")
+        raise ValueError(f"{file.name} has an invalid safetensors header")
     return 8 + length + max((t["data_offsets"][1] for t in tensors), default=0)
 
 
@@ -368,6 +369,6 @@ def disk_full(root: Path, what: str) -> StageError:
     free = shutil.disk_usage(there).free
     return StageError(
         f"the disk is full: {what} could not be written below {root} ({free / 1e6:.1f} MB are free). "
-        "Nothing in the store is damaged. Free some space (`python -m capacity_gap store du` says what takes it) "
-        "and start the same command again: it goes on from its checkpoints."
+        "Nothing in the store is damaged. Free some space (`python -m capacity_gap store du` shows usage) and run the "
+        "same command again: it continues from its checkpoints."
     )

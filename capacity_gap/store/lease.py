@@ -193,9 +193,7 @@ def at_work(places: Iterable[Path]) -> dict[Path, str]:
     alive = {place for place, lease in leases.items() if _alive_here(lease)}
     watched = {place: Pulse(place) for place in leases.keys() - alive}
     if watched:
-        tell(
-            f"waiting at most {PATIENCE_S:.0f} s for a heartbeat of {len(watched)} owners that are not of this machine"
-        )
+        tell(f"waiting at most {PATIENCE_S:.0f} s for a heartbeat of {len(watched)} owners on other machines")
     while watched:
         states = {place: pulse.state() for place, pulse in watched.items()}
         alive |= {place for place, state in states.items() if state == "alive"}
@@ -225,7 +223,7 @@ def taking(place: Path, *, dead: str | None = None) -> Iterator[str]:
     lease = Lease(place, lambda: False)
     lease.owned = lease.take_unless_alive(dead)
     try:
-        yield "" if lease.owned else f"{lease.holder()} is at it ({lease.file})"
+        yield "" if lease.owned else f"{lease.holder()} is working on it ({lease.file})"
     finally:
         lease.give_back()
 

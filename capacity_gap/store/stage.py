@@ -136,7 +136,7 @@ class Store:
         if schema is not None and schema > SCHEMA:
             raise StoreError(
                 f"store={self.root} was written by a newer capacity_gap (store schema {schema}; this version reads up "
-                f"to {SCHEMA}). Upgrade capacity_gap, or name another store with store=FOLDER."
+                f"to {SCHEMA}). Upgrade capacity_gap, or choose another store with store=FOLDER."
             )
 
     def _schema(self) -> int | None:
@@ -145,14 +145,14 @@ class Store:
             return None
         schema = read_json(self.marker, ["schema"])["schema"]
         if not isinstance(schema, int):
-            raise Damaged(self.marker, f"names the schema {schema!r}, which is no whole number")
+            raise Damaged(self.marker, f"names the schema {schema!r}, which is not a whole number")
         return schema
 
     def check(self) -> None:
         """Raises `StoreError` if the store cannot be written or is of a newer schema; writes nothing."""
         existing = next(p for p in (self.root, *self.root.parents) if p.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            raise StoreError(self._unwritable(f"{existing} is not a folder that you may write to"))
+            raise StoreError(self._unwritable(f"{existing} is not a writable folder"))
         self.check_schema()
 
     def create(self) -> None:
@@ -179,7 +179,7 @@ class Store:
     def _unwritable(self, why: str) -> str:
         return (
             f"store={self.root} cannot be written: {why}. "
-            "Name another folder with store=FOLDER or the environment variable CAPACITY_GAP_STORE."
+            "Choose another folder with store=FOLDER or the environment variable CAPACITY_GAP_STORE."
         )
 
     def path(self, stage: Stage) -> Path:
@@ -305,7 +305,7 @@ class Store:
             if lease.is_taken():
                 self._leave(stage, mine)
             elif self.is_sound(stage) or not all(map(self.is_sound, stage.inputs.values())):
-                log.warning("%s: begins again, because what it needs is gone (%s)", stage.key, error)
+                log.warning("%s: restarted, because an input was deleted (%s)", stage.key, error)
             else:
                 raise
         if self.has(stage):
@@ -322,7 +322,7 @@ class Store:
         out.mkdir(parents=True)
         resumed = adopt_checkpoint(place, checkpoint)
         started = time.monotonic()
-        log.info("%s: %s", stage.key, "goes on from a checkpoint" if resumed else "starts")
+        log.info("%s: %s", stage.key, "resumed from a checkpoint" if resumed else "starts")
         inputs = {k: self.path(s) for k, s in stage.inputs.items()}
         _call(stage, StageRun(stage.digest, stage.config, inputs, out, checkpoint, runtime, stage.options))
         meta = self._meta(stage, runtime, time.monotonic() - started, resumed)

@@ -24,7 +24,7 @@ def adopt_checkpoint(place: Path, checkpoint: Path) -> bool:
     checkpoint.mkdir(parents=True, exist_ok=True)
     for found in checkpoints(place.glob(f"*/{CHECKPOINT}")):
         if not _is_sound(found):
-            log.warning("%s is damaged: it is passed over", found)
+            log.warning("%s is damaged: skipped", found)
             continue
         if found.parent == checkpoint:
             return True
@@ -33,7 +33,7 @@ def adopt_checkpoint(place: Path, checkpoint: Path) -> bool:
         except FileNotFoundError:
             continue  # another owner was faster
         except OSError as error:
-            told = f"{found} cannot be taken over ({error.strerror or error}): the work goes on from an earlier step"
+            told = f"{found} cannot be taken over ({error.strerror or error}): work resumes from an earlier step"
             log.warning("%s", told)
             tell(told)
             continue

@@ -146,18 +146,18 @@ def _check_identity(folder: Path, meta: dict[str, Any]) -> None:
     inputs = {k: key.partition("/")[2] for k, key in meta["inputs"].items()}
     own = {"name": meta["name"], "version": meta["version"], "config": meta["config"], "inputs": inputs}
     if fingerprint(own) != folder.name:
-        raise Damaged(folder / META, f"names other settings than those of {folder.name}")
+        raise Damaged(folder / META, f"has different settings than {folder.name}")
 
 
 def _check_content(folder: Path, meta: dict[str, Any]) -> None:
     if "files" not in meta:
         for file in folder.rglob("*"):
             if file.is_file() and file.suffix in (".json", ".safetensors") and not is_whole_file(file):
-                raise Damaged(file, "cannot be read to its end")
+                raise Damaged(file, "cannot be read completely")
         return
     for name, known in meta["files"].items():
         if sha256(folder / name) != known["sha256"]:
-            raise Damaged(folder / name, "has the right size and another content")
+            raise Damaged(folder / name, "has the right size but different content")
 
 
 def _add_list(folder: Path) -> bool:

@@ -56,12 +56,12 @@ def derive(config: Mapping[str, Any]) -> Derived:
     """
     keys, facts = size_keys(config), FACTS.get(str(config["model_type"]), Facts())
     if lacking := [a for a in NEEDED if a not in keys and not (a == "neurons" and facts.fixed_neurons)]:
-        raise Underivable(f"its config.json says nothing of {', '.join(lacking)}")
+        raise Underivable(f"its config.json lacks {', '.join(lacking)}")
     probe, square = _probe(config, keys)
     with torch.device("meta"):
         model = from_config(probe)
     if any(p.ndim > 2 + ("experts" in keys) for p in model.parameters()):
-        raise Underivable("it has convolutions, which have no axes here")
+        raise Underivable("it has convolutions, which are not supported")
     table = _parameters(model, probe, keys, square)
     table = replace(table, in_files=names_in_files(table, probe)) if "experts" in keys else table
     return Derived(with_sites(table, probe), _pads(probe))
@@ -120,9 +120,9 @@ def size_keys(config: Mapping[str, Any]) -> dict[str, str]:
     try:
         made = AutoConfig.for_model(kind)
     except (ValueError, KeyError) as error:
-        raise ConfigError(f"transformers knows no model_type {kind!r}.") from error
+        raise ConfigError(f"transformers does not support model_type {kind!r}.") from error
     if made.is_encoder_decoder:
-        raise ConfigError(f"{kind!r} is an encoder-decoder; of these only T5 can be used here.")
+        raise ConfigError(f"{kind!r} is an encoder-decoder; only T5 is supported.")
     names, known = getattr(made, "attribute_map", {}) or {}, made.to_dict()
     found = {}
     for axis, candidates in SIZE_KEYS.items():
@@ -211,7 +211,7 @@ def _parameters(model: Any, probe: Mapping[str, Any], keys: Mapping[str, str], s
         axes = tuple(_axis(model, name, d, n, sizes, facts, square) for d, n in enumerate(parameter.shape))
         of_layers.setdefault(pattern, []).append(axes)
     if numbered := [p for p in of_layers if re.search(r"\.\d+(\.|$)", p)]:
-        raise Underivable(f"it has parameters of their own for single heads or experts ({numbered[0]})")
+        raise Underivable(f"it has separate parameters for single heads or experts ({numbered[0]})")
     for pattern, found in of_layers.items():
         if len(set(found)) > 1 or ("{i}" in pattern and len(found) != PROBE["layers"]):
             raise Underivable(f"the layers of {probe['model_type']!r} differ in {pattern.replace('{i}', '·')}.")
@@ -247,7 +247,7 @@ def layer_prefix(model: Any, layers: int) -> str:
     """The name of the list of layers."""
     named = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     if not named:
-        raise Underivable("its layers are in no list")
+        raise Underivable("its layers are not in a list")
     return min(named, key=lambda n: n.count("."))
 
 
@@ -260,7 +260,7 @@ def _axis(
     axis = next((a for a, n in sizes.items() if n == length), None)
     if axis is None:
         raise Underivable(
-            f"dimension {dimension} of {name}, of length {length} in a small model, is no axis that can be cut"
+            f"dimension {dimension} of {name}, of length {length} in a small model, is not an axis that can be cut"
         )
     if axis == "qkv":
         return facts.fused or axis
@@ -334,7 +334,7 @@ def read_wrongly(kind: str, usual: Mapping[str, Any]) -> tuple[str, list[str]]:
         if reason := disagreement(probe):
             return reason, []
     except Exception as error:
-        return f"a small model of its kind cannot be made ({type(error).__name__})", []
+        return f"a small model of its kind cannot be built ({type(error).__name__})", []
     numbers = {k: v for k, v in usual.items() if HEAD_WORDS.search(k) and (v is None or isinstance(v, float))}
     wrong = []
     for key, value in numbers.items():

@@ -53,7 +53,7 @@ def check_read(config: Mapping[str, Any]) -> None:
     usual_ = of_type["defaults"]
     other = [k for k in of_type["head_keys"] if k in config and config[k] != usual_.get(k)]
     if of_type["unread"] or other:
-        said = of_type["unread"] or f"{other[0]}={config[other[0]]} changes its logits in a way that is not known here"
+        said = of_type["unread"] or f"{other[0]}={config[other[0]]} changes its logits in an unsupported way"
         raise ConfigError(f"models of the type {kind!r} cannot be trained, taught by or evaluated here: {said}.")
 
 
@@ -132,8 +132,8 @@ def _type(kind: str) -> dict[str, Any]:
     if kind not in _committed().get("decoders", [kind]):
         raise ConfigError(
             f"transformers {version('transformers')} has no decoder of the type {shown(kind)!r}"
-            f"{nearest(kind, _committed().get('decoders', []))}. Where it is a model of your own, register its axis "
-            "table with capacity_gap.models.architectures.ARCHITECTURES, in a module named by extend=[MODULE]."
+            f"{nearest(kind, _committed().get('decoders', []))}. If it is your own model, register its axis table "
+            "with capacity_gap.models.architectures.ARCHITECTURES, in a module named by extend=[MODULE]."
         )
     return _committed()["types"].get(kind) or _made({"type": kind})
 
@@ -216,7 +216,8 @@ def _asked_outside(asked: Mapping[str, Any]) -> dict[str, Any]:
     except (subprocess.SubprocessError, ValueError, IndexError) as error:
         why = str(getattr(error, "stderr", None) or error).strip().splitlines()
         raise ConfigError(
-            f"the structure of {asked['type']!r} models could not be read from transformers: {why[-1] if why else ''}."
+            f"the structure of {asked['type']!r} models could not be derived from transformers: "
+            f"{why[-1] if why else ''}."
         ) from error
 
 
@@ -231,7 +232,7 @@ def answer(asked: Mapping[str, Any]) -> dict[str, Any]:
             try:
                 table = derive.as_it_is(asked["config"], asked["uncut"])
             except Exception as error:  # whatever a class raises over a config.json
-                return {"error": f"{kind}: transformers makes no decoder of its config.json ({first_line(error)})"}
+                return {"error": f"{kind}: transformers builds no decoder from its config.json ({first_line(error)})"}
             return {"table": _as_json(table), "pads": False, "kinds": {}}
         if "flags" not in asked:
             keys = derive.size_keys({"model_type": kind})
@@ -250,7 +251,7 @@ def answer(asked: Mapping[str, Any]) -> dict[str, Any]:
         except Underivable as error:
             return {"uncut": str(error)}
         except Exception as error:  # whatever a class raises over sizes that it did not expect
-            return {"uncut": f"a small model of its kind cannot be made ({type(error).__name__}: {first_line(error)})"}
+            return {"uncut": f"a small model of its kind cannot be built ({type(error).__name__}: {first_line(error)})"}
         return {"table": _as_json(found.table), "pads": found.pads, "kinds": derive.kinds(config)}
     except ConfigError as error:
         return {"error": str(error)}

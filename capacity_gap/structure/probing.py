@@ -115,7 +115,7 @@ def _same_numbers(parameter: Tensor, stored: Mapping[str, Tensor], name: str, *,
         names.append(re.sub(r"\.2\.", ".{e}.", part.replace(".1.", ".{i}.", 1)))
         rest = rest[len(stored[part]) :]
     if len(rest) or not names:
-        raise Underivable(f"under which names files hold {name} cannot be told")
+        raise Underivable(f"the names of {name} in files cannot be determined")
     return tuple(names)
 
 
@@ -166,7 +166,9 @@ def _only_map(table: Architecture, layer: str, axis: str) -> str:
         n for n in found if re.search(ATTENTION_OUTPUT if axis == "heads" else r"(down|fc2|c_proj|4h_to_h|out)", n)
     ]
     if len(gives) != 1:
-        raise Underivable(f"which map of a layer takes {axis} cannot be told: {', '.join(found) or 'none does'}.")
+        raise Underivable(
+            f"the linear map of a layer that takes {axis} cannot be determined: {', '.join(found) or 'none does'}."
+        )
     return gives[0]
 
 
@@ -296,7 +298,7 @@ def disagreement(probe: Mapping[str, Any]) -> str:
         logits = model(tokens, use_cache=False).logits
         other = model(changed, use_cache=False).logits
         if not _close(other[:, :-1], logits[:, :-1]):
-            return "a token changes what is said of those before it: it is no causal model"
+            return "a token affects the predictions before it: the model is not causal"
         hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         output = model.get_output_embeddings()
         found = from_hidden(model.config, hidden, output.weight, getattr(output, "bias", None))

@@ -118,7 +118,9 @@ def next_runs(
         if not design.add(budget):
             break
     if not design.chosen:
-        raise ConfigError(f"budget={budget:.3g} FLOPs holds no run of this pool. Give more, or add smaller runs.")
+        raise ConfigError(
+            f"budget={budget:.3g} FLOPs is too small for any run of this pool. Raise it, or add smaller runs."
+        )
     return _candidates(design, fresh, known, rows, spec if started else None)
 
 
@@ -281,7 +283,8 @@ def _mendable_by_none(form: Form, everything: Mapping[str, Array]) -> set[str]:
     lacking, count = _lacks(form, everything), len(everything["student_params"])
     if "runs" in lacking:
         raise ConfigError(
-            f"{count} runs, made and candidates, do not identify {form.name}. Give {len(form.parameters) + 1} or more."
+            f"{count} runs, made and candidates, do not identify {form.name}. Provide {len(form.parameters) + 1} or "
+            "more."
         )
     return lacking
 
@@ -293,7 +296,7 @@ def _inputs(table: pd.DataFrame, form: Form, axis: str, what: str) -> dict[str, 
     )
     if not len(table) or len(runs.loss) < len(table):
         held = f"{len(runs.loss)} of its {len(table)} rows have {', '.join(form.inputs)}"
-        raise ConfigError(f"{what}: {held}. Give one row or more, with numbers in all of them.")
+        raise ConfigError(f"{what}: {held}. Provide at least one row with numbers in all of them.")
     return dict(runs.inputs)
 
 
@@ -317,7 +320,7 @@ def _fresh(frame: pd.DataFrame, pool: pd.DataFrame, form: Form, axis: str) -> tu
     there = set(numbers(frame, scales)[by].itertuples(index=False, name=None)) if len(frame) else set()
     new = np.array([run not in there for run in numbers(pool, scales)[by].itertuples(index=False, name=None)])
     if not new.any():
-        raise ConfigError(f"each of the pool's {len(pool)} runs was made already. Add sizes, tokens or seeds.")
+        raise ConfigError(f"all {len(pool)} runs of the pool exist already. Add sizes, tokens or seeds.")
     return pool[new].reset_index(drop=True), {name: v[new] for name, v in rows.items()}
 
 
@@ -354,5 +357,9 @@ def _reason(before: Mapping[str, Array], run: Mapping[str, float], gain: float, 
         for word, beyond in zip(words, (np.less, np.greater), strict=True)
         if beyond(run[name], before[name]).all() and len(before[name])
     ]
-    part = f"part of a start that identifies {start.name}" if start else f"{gain:.0%} of the variance at the targets"
+    part = (
+        f"part of an initial design that identifies {start.name}"
+        if start
+        else f"{gain:.0%} of the variance at the targets"
+    )
     return f"{told}: {'; '.join([*ends, part])}."

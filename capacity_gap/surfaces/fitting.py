@@ -54,7 +54,7 @@ def fit_surface(
     choose("form", form, FORMS)
     spec = FORMS[form]
     if (base is not None) != (form == "distillation"):
-        raise ConfigError("base, the surface of students trained on text alone, is for the form distillation.")
+        raise ConfigError("base, the surface of students trained on text alone, applies only to the form distillation.")
     runs = read_runs(frame, spec.inputs, metric=metric, axis=axis, cluster=cluster)
     generator = np.random.default_rng(seed)
     task = _prepare(spec, runs, base, delta)
@@ -124,10 +124,10 @@ def _unidentified(form: Form, logs: Mapping[str, Array]) -> tuple[dict[str, floa
             notes.append(f"{column} takes one value: {', '.join(parameters)} held")
         elif column in form.inputs[:2] and column in logs and two_values(logs[column]):
             term = " and ".join(name for name in parameters if name in chinchilla)
-            notes.append(f"{column} takes two values: {term} cannot be told apart, only their term")
+            notes.append(f"{column} takes two values: {term} are not identified separately, only their term")
     if collinear(logs["student_params"], logs["data_tokens"]):
         holds.update(form.alone["data_tokens"])
-        notes.append("data_tokens grow in step with student_params: A/N^alpha stands for both, log_B and beta held")
+        notes.append("data_tokens are proportional to student_params: A/N^alpha stands for both, log_B and beta held")
     return holds, tuple(notes)
 
 
@@ -329,14 +329,14 @@ def _doubts(task: _Task, names: Sequence[str], at_bound: Sequence[str], draws: M
         share = _at_bound(task, draws.theta).mean(axis=0)
         often = [f"{n} ({s:.0%})" for n, s in zip(names, share, strict=True) if s > TAIL and n not in at_bound]
         if often:
-            notes.append(f"at a bound in part of the bootstraps, so hardly identified: {', '.join(often)}")
+            notes.append(f"at a bound in part of the bootstraps, so weakly identified: {', '.join(often)}")
         if not draws.converged.all():
             notes.append(
                 f"{(~draws.converged).sum()} of {len(draws.converged)} bootstraps were stopped before they converged"
             )
     if "c" in at_bound:
         others = " and ".join(n for n in names if n in ("ratio", "nu", "b", "d"))
-        notes.append(f"c = 0: no capacity gap in these data, so k and {others} mean nothing")
+        notes.append(f"c = 0: no capacity gap in these data, so k and {others} are meaningless")
     elif "ratio" in at_bound:
-        notes.append("the best ratio lies at the edge of what the fit allows: the loss only falls, or only rises")
+        notes.append("the best ratio is at the edge of what the fit allows: the loss only falls, or only rises")
     return notes

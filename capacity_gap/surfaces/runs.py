@@ -90,7 +90,7 @@ def _usable(frame: pd.DataFrame, scales: Sequence[str], column: str) -> tuple[pd
     if wrong.any():
         raise ConfigError(
             f"scales and losses must be positive, since the fit takes their logarithms; they are not in "
-            f"{', '.join([*scales, column])} of {_rows(frame, wrong)}. Leave those rows out or mend them."
+            f"{', '.join([*scales, column])} of {_rows(frame, wrong)}. Remove or correct those rows."
         )
     good = pd.Series(np.isfinite(numbers.to_numpy(float)).all(axis=1), index=frame.index)
     if "status" in frame:

@@ -68,12 +68,14 @@ def select_surface(
     if not 0 < share <= MOST:
         raise ConfigError(f"share={share} is out of range: above 0, at most {MOST}.")
     if len({FORMS[form].inputs for form in forms}) > 1:
-        raise ConfigError(f"forms={list(forms)} take different inputs; what they foretell cannot be compared.")
+        raise ConfigError(f"forms={list(forms)} take different inputs, so their predictions cannot be compared.")
     runs = read_runs(frame, FORMS[forms[0]].inputs, metric=metric, axis=axis, cluster=None)
     cost = 6 * runs.inputs["student_params"] * runs.inputs["data_tokens"]
     held = max(LEAST, round(share * len(cost)))
     if len(cost) < 3 * held:
-        raise ConfigError(f"{len(cost)} runs are too few to foretell the dearest {held} of them. Give 9 or more.")
+        raise ConfigError(
+            f"{len(cost)} runs are too few to predict the most expensive {held} of them. Provide 9 or more."
+        )
     table = pd.DataFrame({**runs.inputs, "loss": runs.loss})
     order = np.argsort(cost, kind="stable")
     near, far = table.iloc[order[:-held]], table.iloc[order[-held:]]

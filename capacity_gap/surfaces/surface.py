@@ -107,7 +107,7 @@ class SurfaceFit:
             lines.append(f"{name:>10} {value:>12.5g} {between:>27}{mark}")
         lines += [f"fitted on {k}: {low:,.4g} to {high:,.4g}" for k, (low, high) in self.span.items()]
         if self.null_p is not None:
-            lines.append(f"teachers dealt at random fit as well in {self.null_p:.1%} of cases")
+            lines.append(f"permuted teachers fit as well in {self.null_p:.1%} of cases")
         return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
 
     def to_json(self) -> str:

@@ -47,7 +47,7 @@ class Teachers:
             return {"teacher_params": teacher_params}
         if self.law is None:
             raise ConfigError(
-                "in the distillation law a teacher counts by its loss: give teachers=Teachers(law=…), the surface of "
+                "the distillation law describes a teacher by its loss: pass teachers=Teachers(law=…), the surface of "
                 "the teachers themselves (fit_surface(teachers_of(records), 'supervised'))."
             )
         return {"teacher_loss": self.law.predict(student_params=teacher_params, data_tokens=teacher_tokens)}
@@ -212,8 +212,8 @@ def compute_optimal(
     (x, y), loss = _zoom(lambda x, y: budget.losses(*budget.split(x, y)), _logs(ends), _logs(per_param))
     if not np.isfinite(loss):
         raise ConfigError(
-            f"flops={flops:.3g} pays for no teacher of {ends[0]:.3g} to {ends[1]:.3g} parameters at "
-            f"teacher_cost={teacher_cost}. Raise flops, or search smaller teachers (teacher_range)."
+            f"flops={flops:.3g} is too small for any teacher of {ends[0]:.3g} to {ends[1]:.3g} parameters at "
+            f"teacher_cost={teacher_cost}. Raise flops, or include smaller teachers (teacher_range)."
         )
     teacher, trained, tokens = (float(v[0]) for v in budget.split(np.array([x]), np.array([y])))
     return ComputeChoice(

@@ -218,7 +218,7 @@ def go_offline(why: str) -> None:
     """Says so in one line, and keeps this process and those that it starts from trying again."""
     os.environ["WANDB_MODE"] = "offline"
     line = (
-        f"warning: W&B cannot be reached ({_first(why)}). Going on offline; `python -m capacity_gap sync` uploads it."
+        f"warning: W&B cannot be reached ({_first(why)}). Continuing offline; `python -m capacity_gap sync` uploads it."
     )
     print(line, file=sys.stderr, flush=True)
     log.info("%s", line)

@@ -231,9 +231,7 @@ def train(
     if begin is not None and start == 0:
         start, history = checkpoint.load(begin, bare.trained, optimizer)
         if start == 0:
-            raise StageError(
-                f"{begin} holds no state to go on from: `store verify --repair` sets damaged stages aside."
-            )
+            raise StageError(f"{begin} has no state to resume from: `store verify --repair` sets damaged stages aside.")
     for point in history:
         on_log(point)
     beside = teacher if isinstance(teacher, nn.Module) and plan.distill.kd_weight > 0 else None
@@ -277,7 +275,7 @@ def _note_widths(student: Any, teacher: Any) -> None:
         ours, theirs = (len(output_weight(m)) for m in (student, teacher))
         if ours != theirs:
             log.warning(
-                "the student's vocabulary is padded to %d rows, the teacher's to %d: KD compares the first %d",
+                "the student's vocabulary is padded to %d rows, the teacher's to %d: KD uses the first %d",
                 *(ours, theirs, min(ours, theirs)),
             )
 
@@ -330,7 +328,7 @@ def _fitting_step(
             # The micro-batches before the failure have already added their gradients.
             optimizer.zero_grad()
             micro = (min(micro, len(batch.rows)) + 1) // 2
-            log.warning("out of memory: going on with train.micro_batch_size=%d (the same global batch)", micro)
+            log.warning("out of memory: continuing with train.micro_batch_size=%d (the same global batch)", micro)
 
 
 def _out_of_memory(error: BaseException) -> bool:

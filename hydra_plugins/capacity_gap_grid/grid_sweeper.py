@@ -106,8 +106,8 @@ def check_count(overrides: list[Override]) -> None:
     if prod(counts.values()) > MOST_CELLS:
         largest = max(counts, key=lambda line: counts[line])
         raise ConfigError(
-            f"this grid has more than {MOST_CELLS:,} combinations, which is the most that one grid may have. The axis "
-            f"with most values: {largest}. Split the grid."
+            f"this grid has more than {MOST_CELLS:,} combinations, the maximum for one grid. The axis with most "
+            f"values: {largest}. Split the grid."
         )
 
 

@@ -54,8 +54,8 @@ class RayLauncher(Launcher):
 
         if self.settings.gpus > 1:
             raise ConfigError(
-                f"hydra.launcher.gpus={self.settings.gpus:g}, but under Ray a cell is one process, which uses one "
-                "device. Give at most 1, or use hydra/launcher=slurm for cells on several."
+                f"hydra.launcher.gpus={self.settings.gpus:g}, but under Ray a cell is one process on one device. Set "
+                "at most 1, or use hydra/launcher=slurm for cells on several devices."
             )
         try:
             import ray

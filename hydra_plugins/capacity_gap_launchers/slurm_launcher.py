@@ -154,8 +154,8 @@ class SlurmLauncher(Launcher):
         s = self.settings
         if s.nodes > 1 and not s.gpus:
             raise ConfigError(
-                f"hydra.launcher.nodes={s.nodes} with hydra.launcher.gpus=0: several nodes at one cell share its "
-                "training between their GPUs. Say hydra.launcher.gpus=N, or nodes=1."
+                f"hydra.launcher.nodes={s.nodes} with hydra.launcher.gpus=0: several nodes per cell need GPUs to "
+                "share its training. Set hydra.launcher.gpus=N, or nodes=1."
             )
         _need_slurm()
 
@@ -288,7 +288,7 @@ def _cancel(ids: Sequence[str]) -> None:
         done = _ask(command)
     if done is None or (done.returncode and UNKNOWN not in done.stderr):
         why = f" ({done.stderr.strip()})" if done else f" within {ANSWER_S:.0f} s"
-        print(f"Slurm did not cancel the jobs{why}. They may still run. Type: {shlex.join(command)}", file=sys.stderr)
+        print(f"Slurm did not cancel the jobs{why}. They may still run. Run: {shlex.join(command)}", file=sys.stderr)
 
 
 def _squeue(ids: Sequence[str]) -> set[str] | None:
@@ -313,6 +313,6 @@ def _need_slurm() -> None:
         ) from error
     if not shutil.which("sbatch"):
         raise ConfigError(
-            "hydra/launcher=slurm, but there is no sbatch on this machine. Start the grid on a node from which jobs "
-            "can be submitted, or use hydra/launcher=joblib to run it here."
+            "hydra/launcher=slurm, but there is no sbatch on this machine. Start the grid on a submit node, or use "
+            "hydra/launcher=joblib to run it here."
         )

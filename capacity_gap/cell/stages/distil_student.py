@@ -37,7 +37,7 @@ def branch_stage(
     if (first := leaves(budgets[0], length, batch, c.decay)) <= warm:
         raise ConfigError(
             f"train.trunk=true: the branch of {budgets[0]:,} tokens would leave at step {first}, within the warm-up of "
-            f"{warm}. Give more data, a smaller train.batch_size, train.warmup or train.decay."
+            f"{warm}. Use more data, or a smaller train.batch_size, train.warmup or train.decay."
         )
     parts: list[Stage] = []
 

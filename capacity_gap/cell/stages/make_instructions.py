@@ -53,9 +53,9 @@ def make_instructions(run: StageRun) -> None:
 def _check_counts(given: Mapping[str, Any], tune: list, held_out: list, pairs: list) -> None:
     if not tune or not held_out or len(tune) < given["count"] or len(pairs) < given["pairs"]:
         raise ConfigError(
-            f"found: {len(tune)} conversations to train on, {len(held_out)} held out, {len(pairs)} pairs; asked for: "
-            f"{given['count']}, {given['held_out']}, {given['pairs']}. Ask for fewer (instruct.count, "
-            "instruct.held_out, prefer.count), or give more text."
+            f"found: {len(tune)} conversations to train on, {len(held_out)} held out, {len(pairs)} pairs; requested: "
+            f"{given['count']}, {given['held_out']}, {given['pairs']}. Request fewer (instruct.count, "
+            "instruct.held_out, prefer.count), or provide more text."
         )
 
 

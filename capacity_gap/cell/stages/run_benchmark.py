@@ -15,8 +15,8 @@ def benchmark_stages(cell: ResolvedCell, model: Stage, tokenizer: Stage, corpus:
     tasks = cell.config.evaluate.benchmarks
     if tasks and cell.objective:
         raise ConfigError(
-            f"benchmarks ({', '.join(t.name for t in tasks)}) ask a causal model, and family={cell.family.name} is "
-            "an encoder–decoder. Leave evaluate=perplexity: its held-out losses are what such a grid compares."
+            f"benchmarks ({', '.join(t.name for t in tasks)}) need a causal model, and family={cell.family.name} is "
+            "an encoder–decoder. Keep evaluate=perplexity, which compares held-out losses."
         )
     return [_benchmark_stage(cell, task, model, tokenizer, corpus) for task in tasks]
 

@@ -122,11 +122,13 @@ def _tuning(run: StageRun) -> Any:
 
     if run.runtime.ranks.size > 1:
         raise StageError(
-            f"{run.digest}: instruction tuning runs in one process, and here are {run.runtime.ranks.size} ranks. Start "
-            "the same command without torchrun: the stages before it are in the store."
+            f"{run.digest}: instruction tuning runs in one process, but there are {run.runtime.ranks.size} ranks. Run "
+            "the same command without torchrun: the earlier stages are in the store."
         )
     if run.runtime.sharding != "none":
-        log.warning("train.sharding=%s is for distillation: tuning keeps the model whole", run.runtime.sharding)
+        log.warning(
+            "train.sharding=%s applies to distillation only: tuning does not shard the model", run.runtime.sharding
+        )
     given = run.config
     return Tuning(
         **{name: given[name] for name in TUNED},
