@@ -7,6 +7,7 @@ import pytest
 
 from capacity_gap.report import page as report_page
 from capacity_gap.report.content import gather
+from capacity_gap.store.files import write_text
 from tests.conftest import run_py
 from tests.test_report import HOSTILE, SECTIONS, grid, hostile_grid
 
@@ -200,11 +201,11 @@ def test_a_hostile_name_is_text_on_the_screen_and_under_the_pointer(visit, tiny,
 
 def test_a_watched_page_loads_itself_again_unless_that_is_paused(visit, tmp_path):
     grid(seeds=1).to_csv(tmp_path / "runs.csv")
-    content = gather(str(tmp_path / "runs.csv"))
+    text = report_page.render(gather(str(tmp_path / "runs.csv")), title="Watched")
 
     def write(progress):
         watched = report_page.Watched("2026-11-27 12:00:00", progress, 1)
-        report_page.write_page(content, tmp_path / "r.html", title="Watched", watched=watched)
+        write_text(tmp_path / "r.html", report_page.watched_page(text, watched))
 
     write("1 of 3 cells done.")
     page = visit(tmp_path / "r.html")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from capacity_gap.commands import cli
+from capacity_gap.report import page, watching
 from capacity_gap.report import standing as standing_file
 from capacity_gap.report.standing import KEPT, standing
 from capacity_gap.report.watching import Follower, progress_words
@@ -141,8 +142,7 @@ def follower(mine, tmp_path, steps, **more):
     said, steps = [], iter(steps)
 
     def sleep(_seconds):
-        page = (tmp_path / "r.html").read_text()
-        pages.append(page)
+        pages.append((tmp_path / "r.html").read_text())
         step = next(steps)
         if callable(step):
             step()
@@ -182,7 +182,7 @@ def test_a_watched_report_is_written_when_cells_end_and_ends_with_the_grid(mine,
     assert len(content.done) == 17 and [f for f in tmp_path.iterdir() if f.name.startswith(".")] == []
 
 
-def test_ctrl_c_ends_the_watching_and_leaves_a_page_that_stays(mine, tmp_path):
+def test_ctrl_c_ends_the_watching_and_leaves_a_page_that_stays(mine, tmp_path, monkeypatch):
     pytest.importorskip("plotly")
     mine.end(3)
 
@@ -190,7 +190,10 @@ def test_ctrl_c_ends_the_watching_and_leaves_a_page_that_stays(mine, tmp_path):
         raise KeyboardInterrupt
 
     followed = follower(mine, tmp_path, [press])
+    monkeypatch.setattr(watching, "render", lambda *given, **more: (rendered.append(1), render(*given, **more))[1])
+    rendered, render = [], page.render
     followed.run()
+    assert len(rendered) == 1, "a second Ctrl-C would find it rendering"
     assert followed.lines[-1] == "stopped; the grids go on"
     assert 'id="pause"' not in (tmp_path / "r.html").read_text()
 

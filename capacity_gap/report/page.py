@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -18,7 +18,11 @@ from capacity_gap.settings.errors import UserError
 from capacity_gap.store.files import write_text
 from capacity_gap.wording.fit_words import LAWS
 
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
 TEMPLATE = "page.html.j2"
+SLOT = "<!-- watched -->"  # where a page that is watched says so
 SENTENCES = 12  # curves whose sentences are shown at once; more are unfolded
 HELD_OUT = {
     "student_loss": "held-out loss",
@@ -61,6 +65,7 @@ def write_report(
         UserError: there are no records, or the extra `[report]` is not installed.
     """
     content = gather(source, sweep=sweep, axis=axis, metric=metric, columns=columns or {})
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_page(content, out, title=title_of(content, source, sweep))
     return content
 
@@ -70,57 +75,68 @@ def title_of(content: Content, source: str, sweep: str | None) -> str:
     return f"Capacity gap: {sweep or ', '.join(content.names) or Path(source).name}"
 
 
-def write_page(content: Content, out: Path, *, title: str, watched: Watched | None = None) -> None:
+def write_page(content: Content, out: Path, *, title: str) -> None:
     """Writes the page whole or not at all, so that nobody reads half of it."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, render(content, title=title, watched=watched))
+    write_text(out, render(content, title=title))
 
 
-def render(content: Content, *, title: str, watched: Watched | None = None) -> str:
-    """The page as text; one that is `watched` loads itself again."""
+def watched_page(text: str, watched: Watched) -> str:
+    """A rendered page that says when it was written and loads itself again."""
+    block = _environment().get_template("watched.html.j2").render(watched=watched)
+    return text.replace(SLOT, block, 1)
+
+
+def _environment() -> "Environment":
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+
+
+def render(content: Content, *, title: str) -> str:
+    """The page as text."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise UserError("a report needs plotly: pip install 'capacity_gap[report]'.") from error
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     from capacity_gap.report import charts
     from capacity_gap.report.panels import themes
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
     figures = _figures(content)
-    return environment.get_template(TEMPLATE).render(
-        title=title,
-        version=__version__,
-        content=content,
-        watched=watched,
-        answer=answer_of(content).questions,
-        curves=[(words, panel.optimum.status) for panel, words in sentences(content) if panel.optimum],
-        most_sentences=SENTENCES,
-        status=content.law.status if content.law else "none",
-        badge=LAWS.get(content.law.status, content.law.status) if content.law else "no fit",
-        verdict=content.law.verdict() if content.law else content.problem,
-        alt=_alternatives(content),
-        joint=_joint(content),
-        rounds=_rounds(content),
-        ends={name: end_line(note) for name, note in content.ends.items()},
-        null_p=getattr(content.law, "null_p", None),
-        summary=content.law.summary() if content.law else None,
-        counts=_counts(content),
-        constants=constants(content.frame),
-        best=_best(content),
-        against=("Loss" if content.metric in LOSSES else content.metric_name) + " against teacher",
-        failures=[(str(count), cause, first) for cause, count, first in causes(content.failed)],
-        costs=_costs(content),
-        provenance=_provenance(content.done),
-        cells=_cells(content),
-        has=figures.keys(),
-        heat_maps_left=max(0, len({p.arm for p in content.panels}) - charts.MOST_HEATMAPS),
-        figures=embedded({k: _embedded_figure(f) for k, f in figures.items()}),
-        themes=embedded(themes()),
-        plotly=get_plotlyjs(),
+    return (
+        _environment()
+        .get_template(TEMPLATE)
+        .render(
+            title=title,
+            version=__version__,
+            content=content,
+            answer=answer_of(content).questions,
+            curves=[(words, panel.optimum.status) for panel, words in sentences(content) if panel.optimum],
+            most_sentences=SENTENCES,
+            status=content.law.status if content.law else "none",
+            badge=LAWS.get(content.law.status, content.law.status) if content.law else "no fit",
+            verdict=content.law.verdict() if content.law else content.problem,
+            alt=_alternatives(content),
+            joint=_joint(content),
+            rounds=_rounds(content),
+            ends={name: end_line(note) for name, note in content.ends.items()},
+            null_p=getattr(content.law, "null_p", None),
+            summary=content.law.summary() if content.law else None,
+            counts=_counts(content),
+            constants=constants(content.frame),
+            best=_best(content),
+            against=("Loss" if content.metric in LOSSES else content.metric_name) + " against teacher",
+            failures=[(str(count), cause, first) for cause, count, first in causes(content.failed)],
+            costs=_costs(content),
+            provenance=_provenance(content.done),
+            cells=_cells(content),
+            has=figures.keys(),
+            heat_maps_left=max(0, len({p.arm for p in content.panels}) - charts.MOST_HEATMAPS),
+            figures=embedded({k: _embedded_figure(f) for k, f in figures.items()}),
+            themes=embedded(themes()),
+            plotly=get_plotlyjs(),
+        )
     )
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from capacity_gap.report.content import Content, gather
-from capacity_gap.report.page import Watched, title_of, write_page
+from capacity_gap.report.page import Watched, render, title_of, watched_page
 from capacity_gap.settings.errors import ConfigError, choose
 from capacity_gap.settings.places import user_path
 from capacity_gap.store.contents import end_of, open_store, rounds_of, sweeps
-from capacity_gap.store.files import is_store
+from capacity_gap.store.files import is_store, write_text
 from capacity_gap.store.stage import Store
 
 EVERY_S = 15
@@ -48,6 +48,7 @@ class Follower:
     options: Mapping[str, Any] = field(default_factory=dict)
     sleep: Callable[[float], None] = time.sleep
     say: Callable[[str], None] = print
+    plain: str = ""  # the page as it stays when nobody watches any more
 
     def run(self) -> Content:
         """Follows until every grid has ended, or until Ctrl-C; the last page does not load itself again."""
@@ -55,6 +56,7 @@ class Follower:
         if self.sweep:
             choose("--sweep", self.sweep, sweeps(store))
         content, seen, before = None, None, False
+        self.out.parent.mkdir(parents=True, exist_ok=True)
         try:
             while True:
                 now, took = self._seen(store), 0.0
@@ -71,9 +73,10 @@ class Follower:
                 before = ended
                 self.sleep(max(self.every_s, RESTS * took))
         except KeyboardInterrupt:
+            if content is None:
+                raise
             self.say("stopped; the grids go on")
-        content = content or gather(self.source, sweep=self.sweep, **self.options)
-        write_page(content, self.out, title=title_of(content, self.source, self.sweep))
+        write_text(self.out, self.plain)  # at once: nothing is rendered again after Ctrl-C
         return content
 
     def _seen(self, store: Store) -> tuple[int, ...]:
@@ -84,7 +87,8 @@ class Follower:
         content = gather(self.source, sweep=self.sweep, **self.options)
         said = progress_words(counts)
         watched = Watched(time.strftime("%Y-%m-%d %H:%M:%S"), said, self.every_s)
-        write_page(content, self.out, title=title_of(content, self.source, self.sweep), watched=watched)
+        self.plain = render(content, title=title_of(content, self.source, self.sweep))
+        write_text(self.out, watched_page(self.plain, watched))
         self.say(f"{watched.written} {said}")
         return content
 
