@@ -6,7 +6,7 @@ from typing import Any
 
 def add(commands: Any) -> None:
     """Adds the command to the command line's parser."""
-    told = "Compare cells with published ones: losses side by side, and the teacher that the published cells predict."
+    told = "Compare cells with published ones, and say which teacher those predict."
     parser = commands.add_parser("beside", description=told)
     parser.add_argument("source", help="a store")
     parser.add_argument(
