@@ -167,7 +167,7 @@ def lasting(file: Path) -> dict[str, Any]:
 
 
 def case(whole: Path, file: Path, damage: str, scratch: Path, corpus: list[str]) -> dict[str, Any]:
-    """Damages one file of a copy of the store, and tells what came of it."""
+    """Damages one file of a copy of the store, and reports the outcome."""
     store = scratch / "store"
     shutil.rmtree(store, ignore_errors=True)
     shutil.copytree(whole, store)
@@ -197,7 +197,7 @@ def case(whole: Path, file: Path, damage: str, scratch: Path, corpus: list[str])
 
 
 def holds(row: dict[str, Any]) -> bool:
-    """Whether a case ended as claimed. Nobody can name a note of which nothing is left; it is written again."""
+    """Whether a case ended as claimed. A deleted note cannot be named; it is written again."""
     named = not row["named by"].startswith("nobody") or (row["file"], row["damage"]) == ("(note)", "deleted")
     return named and row["made again"].startswith("the same") and row["sound afterwards"] and not row["traceback"]
 

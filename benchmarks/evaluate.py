@@ -1,4 +1,4 @@
-"""Claim: the harness adds a small part of what it adds when called in the usual way.
+"""Claim: the harness adds a small part of what it adds when called with its defaults.
 
     python -m benchmarks.evaluate [--repeats 5] [--out results/evaluate.csv]      about five minutes
 

@@ -3,9 +3,9 @@
     python -m benchmarks.fit_coverage [--grids 2000] [--out results/fit_coverage.csv]     about half an hour on one core
 
 Designs are fixed here, before any result. Every grid: students a rung apart on one ladder of teachers, each under the
-rungs from 1× to 8× its size; loss 3 + f(log N_T/N_S) + the teacher's luck (shared by all students) + a run's noise.
+rungs from 1× to 8× its size; loss 3 + f(log N_T/N_S) + teacher-seed noise (shared by students) + a run's noise.
 Coverage is that of intervals given for a claim (an interior optimum, a law). `width` is the median width of the
-interval of log r over that of an oracle which knows the form, the noise and its structure (Fisher information at the
+interval of log r over that of an oracle that is given the form, the noise and its structure (Fisher information at the
 truth). `lower` is the 95 % Monte-Carlo lower bound (Clopper and Pearson) of a coverage, `upper` that of a claim's rate.
 """
 
@@ -54,7 +54,7 @@ class Design:
     teachers: int = 7
     seeds: int = 3
     noise: float = 0.004
-    luck: float = 0.0
+    luck: float = 0.0  # standard deviation of teacher-seed noise; names of designs seed their draws
     best: float = R  # true ratio; the null designs have none
     students: int = 4
     identifiable: bool = True
@@ -109,7 +109,7 @@ class Design:
         flat, Z = J.reshape(-1, J.shape[-1]), same.reshape(-1, same.shape[-1])
         covariance = self.luck**2 * Z @ Z.T + self.noise**2 / self.seeds * np.eye(len(Z))
         information = flat.T @ np.linalg.solve(covariance, flat)
-        if np.linalg.cond(information) > 1e12:  # a null design: there is no optimum to know
+        if np.linalg.cond(information) > 1e12:  # a null design: there is no optimum
             return float("nan")
         return 2 * 1.96 * math.sqrt(np.linalg.inv(information)[0, 0])
 

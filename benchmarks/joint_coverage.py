@@ -12,8 +12,8 @@ teacher with a student 6, a teacher at a budget 7, a run 10. Curvature is study 
 claim. `claims` are grids whose status is `law` or `provisional`; for break-even designs `break_even_claims` are those
 where it is established. `width` is the median width in log units over that of an oracle's sets of the same grids; sets
 that are open count as infinite, `open` and `oracle_open` are their shares, and `width_bounded` is the median ratio of
-the grids where neither is. The oracle knows the noise and how the optimum goes with student and budget, and estimates
-each curve's level and one slope, curvature and cubic term. Bounds are Clopper and Pearson's, 95 %.
+the grids where neither is. The oracle is given the noise and how the optimum depends on student and budget, and
+estimates each curve's level and one slope, curvature and cubic term. Bounds are Clopper and Pearson's, 95 %.
 """
 
 import argparse
@@ -176,7 +176,7 @@ NULLS = (
 
 
 def one(design: Design, seed: int) -> dict[str, Any]:
-    """What the model says of one grid."""
+    """The model's results on one grid."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cells = cells_of(design.table(np.random.default_rng([seed, sum(map(ord, design.name))])))

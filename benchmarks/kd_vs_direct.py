@@ -79,7 +79,7 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def figure(frame: pd.DataFrame, rows: pd.DataFrame) -> Figure:
-    """Left: held-out loss along the way, range over seeds. Right: what distilling gains against teacher entropy."""
+    """Left: held-out loss along the way, range over seeds. Right: gain of distillation against teacher entropy."""
     drawn = Figure(figsize=(9.5, 3.8), layout="constrained")
     left, right = drawn.subplots(1, 2)
     usual = frame[(frame["temperature"] == 1) & (frame["teacher_data"] == "400k")]

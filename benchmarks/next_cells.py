@@ -19,8 +19,8 @@ times as wide as the full grid's by two fits in a row: one fit of few cells may 
 There are two measures:
 
 - `set`: Fieller's set for the best teacher. An open one is infinitely wide; studies whose full grid leaves it open are
-  left out, and counted. Its width hangs on the estimated curvature, and so on luck: any policy that looks often stops
-  early at times.
+  left out, and counted. Its width depends on the estimated curvature, and so on chance: any policy that looks often
+  stops early at times.
 - `slope`: the interval of the curve's slope at the true optimum. That is the contrast that the set is made from, and
   what a design can narrow. All studies have it.
 
@@ -62,7 +62,7 @@ MODES = ("paid", "there")
 
 
 class Answer(NamedTuple):
-    """What a fit says of a goal by one measure."""
+    """A fit's interval for a goal by one measure."""
 
     width: float
     off: float  # how far the true value lies from the estimate, in half widths on that side: covered up to one

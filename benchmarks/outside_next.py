@@ -1,11 +1,11 @@
-"""Claim: runs that `next_runs` chooses predict the dearest public runs better than as many FLOPs in random order.
+"""Claim: runs that `next_runs` chooses predict the costliest public runs better than as many FLOPs in random order.
 
     python -m benchmarks.outside_next FOLDER --out results/outside_next.csv             minutes; chooses the policy
     python -m benchmarks.outside_next FOLDER --out results/outside_next.csv --seven     once, after the choice
 
 FOLDER holds `farseer_scaling_law-{train,test}.parquet` (arXiv 2604.22753, CC BY 4.0), of which no copy is kept here. A
 run costs 6·N·D; a budget is a share of the cost of all runs of the pool. First the pool is the 364 cheaper of 404 runs
-and the target the dearest tenth; then all 404 and the seven that others held out. Policies know where the targets lie,
+and the target the costliest tenth; then all 404 and the seven that others held out. Policies know the targets' inputs,
 not their losses. The form is `supervised`, which `select_surface` chose (results/outside_surfaces.csv).
 
 A replay starts from `FIRST` runs drawn from the cheapest quarter, the same for every policy; under `OWN` from one, and
@@ -31,7 +31,7 @@ COLUMNS = {"N": "student_params", "D": "data_tokens"}
 FORM = "supervised"
 SHARES = (0.02, 0.05, 0.1, 0.2)
 SEVEN_SHARES = (0.05, 0.1)
-# On the dearest tenth, at a tenth of the budget, the medians of R² under exponents 0, 0.2 and 0.4 are alike (0.985 to
+# On the costliest tenth, at a tenth of the budget, the medians of R² under exponents 0, 0.2 and 0.4 are alike (0.985 to
 # 0.986); of these 0.4 has the best lower quartile and the best worst start, there and at a twentieth.
 CHOSEN = "with misfit, exponent 0.4"
 STARTS = 20
@@ -95,7 +95,7 @@ SEVEN = [CHOSEN, "random order"]
 
 
 def replay(pool: pd.DataFrame, target: pd.DataFrame, policy: str, share: float, start: int) -> dict[str, float]:
-    """One policy from one start to one budget: what it took and how it foretold the targets."""
+    """One policy from one start to one budget: the runs it chose and how well they predict the targets."""
     draw = np.random.default_rng(start)
     quarter = pool.nsmallest(len(pool) // 4, "cost")
     rows = list(quarter["row"].iloc[draw.choice(len(quarter), 1 if policy == OWN else FIRST, replace=False)])
@@ -172,7 +172,9 @@ def main(words: Sequence[str] | None = None) -> int:
             told = pd.concat([before[before["target"] != HELD], told])
     else:
         pool, target = runs[:-TENTH], runs[-TENTH:]
-        told = judged(pool, target, list(POLICIES), SHARES, given.work / "tenth.csv", f"dearest {TENTH} of {len(runs)}")
+        told = judged(
+            pool, target, list(POLICIES), SHARES, given.work / "tenth.csv", f"costliest {TENTH} of {len(runs)}"
+        )
     print(told.to_string(index=False))
     if given.out:
         told.to_csv(given.out, index=False, float_format="%.4g")

@@ -1,10 +1,10 @@
-"""Claim: the form that foretells the dearest tenth of public runs from the others foretells still dearer ones.
+"""Claim: the form that best predicts the costliest tenth of public runs from the others also predicts costlier ones.
 
     python -m benchmarks.outside_surfaces FOLDER --out results/outside_surfaces.csv [--open]     a minute
 
 FOLDER holds `farseer_scaling_law-train.parquet` and `-test.parquet`: the Farseer grid as packed by ScaleBench
 (Li et al. 2026, arXiv 2604.22753), CC BY 4.0, of which no copy is kept here. The 404 runs choose a form
-(`select_surface`); its seven dearer runs, and a nine-parameter law's R² of 0.91 on them, were published by others.
+(`select_surface`); its seven costlier runs, and a nine-parameter law's R² of 0.91 on them, were published by others.
 `--open` reads the seven. They were read once, after the choice was committed.
 """
 
@@ -22,11 +22,11 @@ COLUMNS = {"N": "student_params", "D": "data_tokens"}
 
 
 def rows_of(folder: Path, *, opened: bool) -> list[dict[str, object]]:
-    """Of each form how it foretold the dearest tenth; with `opened` also the seven."""
+    """How well each form predicted the costliest tenth; with `opened` also the seven."""
     runs = pd.read_parquet(folder / f"{NAME}-train.parquet").rename(columns=COLUMNS)
     found = select_surface(runs, bootstraps=0)
     rows = [
-        {"runs": f"dearest {found.foretold} of {len(runs)}", "form": t.form, "chosen": t.form == found.surface.form}
+        {"runs": f"costliest {found.foretold} of {len(runs)}", "form": t.form, "chosen": t.form == found.surface.form}
         | {"mean_error": t.error, "largest_error": t.largest, "r2": t.r2}
         for t in found.trials
     ]

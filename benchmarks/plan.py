@@ -1,8 +1,8 @@
-"""Claim: after one calibration cell, `plan` foretells what a grid takes to ±30 %.
+"""Claim: after one calibration cell, `plan` predicts what a grid takes to ±30 %.
 
     python -m benchmarks.plan [--sweep quick] [--out results/plan.csv]      about six minutes on two cores
 
-One cell of the sweep is computed, the rest is planned, then run; foretold and actual seconds, of all workers together
+One cell of the sweep is computed, the rest is planned, then run; predicted and actual seconds, of all workers together
 and on the clock.
 """
 

@@ -60,7 +60,7 @@ class Launcher:
 
     @property
     def jobs(self) -> list[str]:
-        """What the cluster still knows."""
+        """The jobs that the cluster still lists."""
         return self.cluster.run("squeue", "-h", "-o", "%i").split() if self.cluster else []
 
 

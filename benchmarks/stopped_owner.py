@@ -143,7 +143,7 @@ def compare(race: Race) -> None:
 
 
 def fate(store: Store) -> str:
-    """What the log says of the owner that was stopped."""
+    """The log line on the owner that was stopped."""
     told = "".join(f.read_text() for f in store.root.glob("logs/*.log"))
     return "gave up" if "another process took over" in told else "finished, and one result stayed"
 

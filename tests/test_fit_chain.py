@@ -94,7 +94,7 @@ def test_variance_components_are_recovered():
         g = Grid.of(drawn)
         d = Design.of(g, g.count, (0.0,))
         noise = components(d, 0, drawn)
-        found.append((noise.luck, noise.own.mean(), noise.df))
+        found.append((noise.shared, noise.own.mean(), noise.df))
     luck, own, df = np.mean(found, axis=0)
     assert luck**0.5 == pytest.approx(0.01, rel=0.2)
     assert luck + own == pytest.approx(0.01**2 + 0.006**2 / 3, rel=0.25)

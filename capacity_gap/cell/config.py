@@ -1,7 +1,7 @@
 """Every setting of a cell in one tree, which Hydra types and which is validated when it is made, before any compute.
 
-Each section's settings are declared beside what they decide, in a `*_config.py` of its room; nothing below the commands
-sees OmegaConf. A config is never changed afterwards.
+Each section's settings are declared beside what they decide, in a `*_config.py` of its package; nothing below the
+commands sees OmegaConf. A config is never changed afterwards.
 """
 
 import functools
@@ -290,7 +290,7 @@ def _section(name: str, values: str) -> Any:
 
 
 def unknown_key(key: str) -> str:
-    """What to say of a key that is no setting: which there are where it stands."""
+    """The error for a key that is not a setting, with the settings of its section."""
     if key == "sweeps":
         return (
             f"sweeps is not a setting: a named grid is `{' '.join(RUN_WORDS)} -m +sweeps=NAME`, with the +, and its "

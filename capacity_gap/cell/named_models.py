@@ -137,12 +137,12 @@ def student_size(config: RunConfig, ladder: Family, shape: Mapping[str, Any] | N
 
 
 def called(config: RunConfig, start: Checkpoint | None) -> str:
-    """What people call a student that is a checkpoint; nothing where it is a scale."""
+    """The display name of a student that is a checkpoint; empty where it is a scale."""
     return start.name if start is not None and is_checkpoint(config.student) else ""
 
 
 def unsaid_student(config: RunConfig, ladder: Family, why: ConfigError) -> ConfigError:
-    """The error of a student that cannot be, which says if nobody asked for it."""
+    """The error for an impossible student, with a hint if `student` was left at its default."""
     if config.student != RunConfig.student or not ladder.published:
         return why
     return ConfigError(f"{why} Set student=: {config.student} is only the default.")

@@ -1,4 +1,4 @@
-"""What a record says of the settings behind it: columns where they have some, else one text of non-default settings.
+"""How a record holds its settings: in columns where they have one, else in one text of non-default settings.
 
 Rows of a table are averaged where their settings agree (`fit/frame.py`), so whatever may differ must be recorded: a
 setting that decides the result and declares no column is in the text, unless its declaration says why it need not be.
@@ -23,7 +23,7 @@ from capacity_gap.settings.scales import format_scale
 
 
 def setting_columns(config: RunConfig) -> dict[str, Any]:
-    """The columns that tell a setting's own value; those that are computed are `ResolvedCell.description`'s."""
+    """The columns that hold a setting's own value; computed ones come from `ResolvedCell.description`."""
     found = _columns(config) | _columns(config.train) | _columns(config.distill)
     pruned = _columns(config.prune)
     if not config.prune.cuts:
@@ -56,7 +56,7 @@ def settings_text(
 
     Args:
         config: of the cell.
-        usual: what settings are that nobody gave, where that is not their default.
+        usual: values of settings that were not given, where that is not their default.
         pretrained: its teacher is trained here, and not a published one.
         architecture: what identifies its axis table, where that is the user's.
         offset: tokens that its budget begins behind.
@@ -129,7 +129,7 @@ def _sections(config: RunConfig) -> Iterator[str]:
 def _nondefault(path: str, config: Any, usual: Mapping[str, Any], *, told: bool = True) -> Iterator[tuple[str, Any]]:
     """The settings of a section, and of those inside it, that are not the default.
 
-    `told`: those with a column are left out, because the column tells them.
+    `told`: leave out those with a column.
     """
     known = {f.name: (f, setting) for f, setting in declared(config)}
     for name, value in identity_fields(config).items():

@@ -73,7 +73,7 @@ class Made:
 
     @cached_property
     def reason(self) -> str | None:
-        """Why its numbers, or those that it was made from, are wrong; None if nothing is known against them."""
+        """Why its numbers, or those of its inputs, are wrong; None if no error is known."""
         mine = (check(self) for check in CHECKS.get(self.name, ()))
         return next((why for why in (*(made.reason for made in self.inputs.values()), *mine) if why), None)
 
@@ -101,7 +101,7 @@ class Makings:
 def outdated(store: Store, records: Iterable[str]) -> dict[str, str]:
     """Record key → why its numbers are wrong, for those of `records` (keys) that are.
 
-    What is damaged or gone is passed over: this says only what is known to be wrong. Finished stages do not change, so
+    Damaged or missing stages are skipped: only known errors are reported. Finished stages do not change, so
     the store keeps a list of the records that were found right.
     """
     made, found, right = Makings(store.root), {}, _found_right(store.root)
@@ -245,7 +245,7 @@ def without_outdated(frame: "pd.DataFrame", source: str | Path) -> "tuple[pd.Dat
 
 
 def said(found: Mapping[str, str]) -> list[str]:
-    """Lines for people: how many cells are wrong in each way, and what to do."""
+    """Lines to print: how many cells are wrong in each way, and what to do."""
     if not found:
         return []
     ways: dict[str, list[str]] = {}

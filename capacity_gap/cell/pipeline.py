@@ -32,7 +32,7 @@ from capacity_gap.store.stage import Stage
 
 
 class Budget(NamedTuple):
-    """What is wanted of a training text: its stage, tokens, passes, the setting that says so, tokens passed over."""
+    """A requirement on a training text: its stage, tokens, epochs, the setting behind it, tokens to skip."""
 
     text: Stage
     tokens: int
@@ -188,7 +188,7 @@ class Cell(ResolvedCell):
 
     @property
     def budgets(self) -> list[Budget]:
-        """What this cell wants of training texts."""
+        """What this cell requires of training texts."""
         c, text = self.config, self.tokens
         found = [
             Budget(text, self.data_tokens, c.epochs, "data", self.data_offset),
@@ -204,8 +204,9 @@ class Cell(ResolvedCell):
     def waves(self) -> list[list[Stage]]:
         """Stages that other cells may need too, by wave; after the last come the cells.
 
-        The order is for speed alone: a job computes what it lacks, and waits where another is at it. Each stage must be
-        one of the record's chain. Cells of one grid may have different numbers of waves.
+        The order is for speed alone: a job computes what it lacks, and waits where another process is
+        computing it. Each stage must be one of the record's chain. Cells of one grid may differ in their number of
+        waves.
         """
         start = [self.scored(self.student, self.student_shape)]
         scored = [self.scored(self.teacher, self.teacher_shape), *self.benchmarks(self.teacher)]

@@ -1,4 +1,4 @@
-"""Where teachers lie: on one device, spread over the devices of a process, or sharded over ranks. Imports no torch."""
+"""Placement of teachers: on one device, spread over the devices of a process, or sharded over ranks. No torch."""
 
 from capacity_gap.cell.config import RunConfig
 from capacity_gap.pruning.methods import LAYER_SCORES, SCORES

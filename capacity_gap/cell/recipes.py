@@ -1,4 +1,4 @@
-"""How students of a size are trained unless said: batch, length, warm-up, precision, widths. Imports no torch.
+"""Default training of students by size: batch, length, warm-up, precision, widths. Imports no torch.
 
 From random weights the peak learning rate is 0.4 / width: GPT-3's rates times its widths are 0.31 to 0.46 from 125M to
 2.7B parameters (Brown et al. 2020, table 2.1). From 10M parameters on, students that begin cut or trained have half of
@@ -30,7 +30,7 @@ EMBEDDED_FOR = 50e6  # parameters: at most
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is not said of a student's training."""
+    """Settings of a student's training that were left open."""
 
     name: str
     below: float  # parameters
@@ -99,7 +99,7 @@ def with_recipe(
 
 
 def usual(config: RunConfig, params: int, *, family: str, shapes: tuple[Mapping[str, Any], ...]) -> dict[str, Any]:
-    """What settings without a column are that nobody gave; the arguments are those of `with_recipe`."""
+    """Values of settings without a column that were not given; the arguments are those of `with_recipe`."""
     recipe = recipe_of(config, params)
     limits = [longest for shape in shapes if (longest := dims(shape).longest)]
     return {
@@ -127,13 +127,13 @@ def multiples(config: RunConfig, params: int, usual: int) -> list[int]:
 
 
 def check_corpus(config: RunConfig, params: int) -> None:
-    """Raises if no corpus was named for a student that the embedded prose is no text for."""
+    """Raises if no corpus was named for a student too large for the embedded prose."""
     if said := no_corpus(config, params):
         raise ConfigError(f"{said} Nothing was started.")
 
 
 def no_corpus(config: RunConfig, params: int) -> str:
-    """What is said of a student that is to learn from the embedded prose, and is too large for it; else nothing."""
+    """The error for a student that is too large for the embedded prose; else empty."""
     if config.corpus.name != ANY_CORPUS or params <= EMBEDDED_FOR or config.adapt.parts:
         return ""
     return (
@@ -157,7 +157,7 @@ def _micro_batch(recipe: Recipe, length: int) -> int | None:
 
 
 def recipe_line(config: RunConfig, params: int, multiple: int | None) -> str:
-    """What a plan says of the recipe: its name, why, and what it comes to.
+    """A plan's line on the recipe: its name, why it applies, and its values.
 
     `multiple`: what widths are multiples of, where some are chosen.
     """

@@ -104,7 +104,7 @@ class ResolvedCell:
 
     @property
     def placement(self) -> str:
-        """Where teachers lie: one, devices or ranks."""
+        """Placement of teachers: one, devices or ranks."""
         return placement_of(self.config)
 
     @property
@@ -197,7 +197,7 @@ class ResolvedCell:
 
     @property
     def tokenizer_folder(self) -> Path | None:
-        """Where the tokenizer of the ladder lies; None where it is not a ladder of the user's own checkpoints."""
+        """Where the tokenizer of the ladder is; None where it is not a ladder of the user's own checkpoints."""
         own = self.family.checkpoints
         return next(iter(own.values())).folder if own else None
 
@@ -219,12 +219,12 @@ class ResolvedCell:
 
     @property
     def name(self) -> str:
-        """What people call the cell."""
+        """The display name of the cell."""
         return f"{self.student_name} from {self.rung}, {format_scale(self.data_tokens)} tokens, seed {self.config.seed}"
 
     @property
     def student_name(self) -> str:
-        """What people call the student: the checkpoint that it is, or its scale."""
+        """The display name of the student: its checkpoint, or its scale."""
         return called(self.config, self.start) or format_scale(self.student_scale)
 
     @property

@@ -52,7 +52,7 @@ DEEP = "loss_increase"  # how layers are chosen where some go, unless said
 
 
 def usual_layer_score(config: RunConfig, ladder: Family, origin: str, shape: Shape) -> str | None:
-    """How layers of a student of this shape go unless said: by a score (docs/real.md).
+    """The default way to remove layers for a student of this shape: by a score (docs/real.md).
 
     None where under no teacher of the ladder any go, so that a curve has one answer; and of encoder–decoders, whose
     layers go from both ends.
@@ -65,6 +65,6 @@ def usual_layer_score(config: RunConfig, ladder: Family, origin: str, shape: Sha
 
 
 def layers_told(config: RunConfig, ladder: Family, origin: str, shape: Shape) -> dict[str, str]:
-    """What a record tells of how layers go where nobody said and some do under some teacher."""
+    """What a record holds on layer removal if it was left at its default and some teacher of the ladder needs it."""
     usual = None if config.prune.layers else usual_layer_score(config, ladder, origin, shape)
     return {"prune_layers": usual} if usual else {}

@@ -1,4 +1,4 @@
-"""One paragraph instead of a traceback for everything that a user can mend."""
+"""One paragraph instead of a traceback for everything that a user can correct."""
 
 import contextlib
 import errno
@@ -65,12 +65,12 @@ def explained(main: Callable[[], object]) -> int:
 
 
 def leave_output() -> None:
-    """What to do when whoever read our output has had enough: `python run.py --help | head`."""
+    """Handles a closed output pipe: `python run.py --help | head`."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def paragraph(error: BaseException) -> str | None:
-    """What a user did wrong, in one paragraph; None for an error of ours, whose traceback is wanted."""
+    """What a user did wrong, in one paragraph; None for an internal error, whose traceback is needed."""
     if isinstance(error, UserError):
         # A name that was given may hold what a terminal would act on.
         return "".join(sign if sign.isprintable() or sign == "\n" else ascii(sign)[1:-1] for sign in str(error))

@@ -29,7 +29,7 @@ def _add_check(commands: Any) -> None:
 
 
 def run_check(given: argparse.Namespace) -> int:
-    """Says what of a model can be cut; exit status 1 if something that should hold does not."""
+    """Prints along which axes a model can be pruned; exit status 1 if a check fails."""
     from capacity_gap.models.axes import architecture, count_params, dims
     from capacity_gap.pruning.proof import prove
 

@@ -1,4 +1,4 @@
-"""Types of command-line options: what cannot be is refused before a command computes anything."""
+"""Types of command-line options: impossible values are rejected before a command computes anything."""
 
 import argparse
 import math

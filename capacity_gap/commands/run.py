@@ -102,6 +102,6 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _help(arguments: Sequence[str]) -> None:
-    """What every setting is for; entries of modules that are named with it too."""
+    """The help on all settings, with the entries of modules named on the command line."""
     extension.load_named_on(arguments)
     print(settings_help(" ".join(RUN_WORDS)))

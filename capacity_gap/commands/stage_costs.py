@@ -19,7 +19,7 @@ LEAST = 1.0  # FLOPs: a cell whose stages are all there still is one
 
 
 def shared_overrides(source: str, frame: "pd.DataFrame", family: str) -> tuple[list[str], bool]:
-    """The settings that the cells of a store were run with, but for what tells them apart, and the store itself.
+    """The settings that the cells of a store were run with, except those in which they differ, and the store itself.
 
     Returns:
         Overrides, and whether they are known: those of a cell that was run alone are not noted.

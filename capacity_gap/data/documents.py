@@ -108,7 +108,7 @@ def _unpacked_size(file: Path) -> float:
 
 
 def _text_share(file: Path) -> float:
-    """How much of the first lines of a .jsonl file is text; 1 where they cannot be read, which packing will tell."""
+    """How much of the first lines of a .jsonl file is text; 1 where they cannot be read, which packing will report."""
     opener = gzip.open if file.suffix == ".gz" else open
     with contextlib.suppress(OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, RecursionError):
         with opener(file, "rb") as lines:

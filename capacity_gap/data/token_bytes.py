@@ -1,4 +1,4 @@
-"""UTF-8 bytes that each token id stands for, from the structure of a tokenizer.json alone; bits per byte rests on it.
+"""UTF-8 bytes that each token id stands for, from the structure of a tokenizer.json alone; bits per byte depends on it.
 
 The sum over a text's ids is the text's own number of bytes, or `None` where that cannot be promised. What is decided:
 

@@ -1,4 +1,4 @@
-"""A loss is checked before it teaches: what is wrong in a gradient shows in no number of a record."""
+"""Registered losses are checked before use, because a wrong gradient shows in no column of a record."""
 
 import torch
 from torch import Tensor

@@ -57,7 +57,7 @@ def distill_loss(
         labels: token ids [B, T]; −100 masks CE and KD alike.
         teacher_hidden: [B, T, E], with `teacher_weight` [V, E]; not needed if `kd_weight` is 0.
         teacher_weight: the teacher's output matrix. Published vocabularies are padded to different heights: KD then
-            compares the rows that both have (whoever calls has made sure that the rest is padding).
+            compares the rows that both have (the caller ensures that the rest is padding).
         signal: instead of both, cached targets of all tokens [B·T], made at the same temperature.
         loss: a name of `LOSSES`.
         kd_weight: w; 0 is direct training.

@@ -1,6 +1,6 @@
-"""How a teacher's outputs come to the student: a model that runs beside it, or a cache of a few values a token.
+"""How a student gets teacher outputs: from an online teacher, or from cached logits, a few values per token.
 
-A cached kind says what is kept of a token, and how a student is compared with that. Shape suffixes: n tokens of one
+A cached kind defines what is kept per token, and the loss of a student against it. Shape suffixes: n tokens of one
 chunk, k values of a token, V vocabulary. Importing this file imports no torch.
 """
 

@@ -130,13 +130,13 @@ class _State:
             trial = np.clip(self.theta + self._step(gradient, hessian), p.lower, p.upper)
             f, residual, slopes = p.value(trial, self.weights, self.columns)
             step = trial - self.theta
-            foretold = -np.einsum("bp,bp->b", gradient, step) - 0.5 * np.einsum("bp,bpq,bq->b", step, hessian, step)
+            predicted = -np.einsum("bp,bp->b", gradient, step) - 0.5 * np.einsum("bp,bpq,bq->b", step, hessian, step)
             fall = self.f - f
             good = np.isfinite(f) & (fall > 0)
-            trust = np.where(good, fall / np.maximum(foretold, 1e-300), 0.0)
+            trust = np.where(good, fall / np.maximum(predicted, 1e-300), 0.0)
         small = tolerance * np.maximum(self.f, 1.0)
         # Done: a step with little damping gained nothing, the predicted fall is negligible, or damping is at its limit.
-        nothing = ~good & (np.abs(foretold) <= small)
+        nothing = ~good & (np.abs(predicted) <= small)
         done = (good & (fall <= small) & (self.mu <= 10)) | nothing | (self.mu >= DAMPING[1])
         self.theta = np.where(good[:, None], trial, self.theta)
         self.f = np.where(good, f, self.f)

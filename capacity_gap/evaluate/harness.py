@@ -2,7 +2,7 @@
 
 Scores equal those of its own command line on the same checkpoint (`tests/test_harness.py`). What differs is what is
 done around them: only the folders that define the tasks are indexed, where the harness parses fourteen thousand files;
-and `evaluate` is called, not `simple_evaluate`, which also collects the environment for reports that nobody reads here.
+and `evaluate` is called, not `simple_evaluate`, which also collects environment information that is not used here.
 """
 
 import contextlib
@@ -153,7 +153,7 @@ def _named(manager: Any, name: str) -> list[str]:
 
 
 def _forbid_code(task: Task, part: Mapping[str, Any], *, allowed: bool) -> None:
-    """The harness's own mark decides at last: names that `tasks.RUNS_CODE` does not know are stopped here."""
+    """The final check, by the harness's own flag: stops tasks that `tasks.RUNS_CODE` does not list."""
     unsafe = [name for name, one in part["tasks"].items() if getattr(one, "UNSAFE_CODE", False)]
     if unsafe and not allowed:
         raise StageError(
@@ -163,7 +163,7 @@ def _forbid_code(task: Task, part: Mapping[str, Any], *, allowed: bool) -> None:
 
 
 def forbid_foreign_metrics(folder: Path) -> None:
-    """A metric that the harness does not know is looked for in other libraries, on the hub and in files: as code.
+    """The harness looks for unknown metrics in other libraries, on the hub and in files, and runs them as code.
 
     Raises:
         StageError: a task file of `folder` names one.
@@ -191,7 +191,7 @@ def _set_shots(task: Any, shots: int | None) -> None:
 
 @contextlib.contextmanager
 def _loading(task: Task) -> Iterator[None]:
-    """Whatever goes wrong while task files and data are read is one paragraph that names the task."""
+    """Turns any error while task files and data are read into one paragraph that names the task."""
     try:
         yield
     except Exception as error:  # the harness and `datasets` raise anything from KeyError to their own connection errors

@@ -61,7 +61,7 @@ def _check_names(model: str, tokenizer: str | None) -> None:
 
 
 def _spent(model: Any, tokens: str | None, params: int) -> float | None:
-    """The FLOPs of the model's own training by our convention (6·N·D); None if nobody said on how many tokens."""
+    """The FLOPs of the model's own training by our convention (6·N·D); None if the number of tokens was not given."""
     from capacity_gap.models.accounting import train_flops
     from capacity_gap.settings.scales import parse_tokens
 

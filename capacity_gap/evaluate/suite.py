@@ -1,4 +1,4 @@
-"""A small suite for models that no public benchmark can tell apart: two tasks made from held-out text.
+"""A small suite for models too small for public benchmarks: two tasks made from held-out text.
 
 * `pico_cloze`: which of four words of about the same frequency stands in the gap? A choice is the word and the rest of
   its sentence, so what comes after the gap counts too.

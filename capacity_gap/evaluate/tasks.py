@@ -1,4 +1,4 @@
-"""Which benchmarks: names, shots, and where their task files lie. Imports neither torch nor the harness.
+"""Which benchmarks: names, shots, and where their task files are. Imports neither torch nor the harness.
 
 A task is written `name` or `name:shots`, such as `mmlu:5`. Its name is one of the lm-evaluation-harness, one of a
 folder of task files, or one of `GENERATED`, which are made from the corpus.
@@ -80,7 +80,7 @@ def paper_tasks(*, allow_code: bool) -> list[Task]:
 
 
 def forbid_code(tasks: Iterable[Task], *, allowed: bool, flag: str, folder: Path | None = None) -> None:
-    """Raises if a task, of the harness or of a folder, would execute code of others and nobody allowed it."""
+    """Raises if a task, of the harness or of a folder, would execute third-party code without permission."""
     own = unsafe_names(folder) if folder and not allowed else set()
     for task in tasks:
         if (task.runs_code or task.name in own) and not allowed:
@@ -297,7 +297,7 @@ def places_of_members(folder: Path) -> list[Path]:
 
 
 def check_tasks(tasks: Iterable[Task], folder: Path | None) -> None:
-    """Raises, before anything is computed, if the harness is missing or nobody defines a task."""
+    """Raises, before anything is computed, if the harness is missing or a task is undefined."""
     tasks = list(tasks)
     if tasks:
         harness_folder()

@@ -179,7 +179,7 @@ class Lineage:
 
 
 def public(name: str, of_folder: str = "") -> str:
-    """A name on the hub as it is; of a path its last part alone: where it lies is its owner's affair."""
+    """A name on the hub as it is; only the last part of a local path, to keep the rest private."""
     return name if ON_HUB.fullmatch(name) else of_folder + re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
@@ -274,7 +274,7 @@ def _write(lineage: Lineage, out: Path, shard: str) -> None:
 
 
 def law_summary(store: Store) -> str:
-    """What the cells of the store say of the law: a fit, or why there is none."""
+    """The law fitted to the cells of the store, or why there is none."""
     from capacity_gap import records
     from capacity_gap.cell.outdated import without_outdated
     from capacity_gap.fit.frame import curves

@@ -1,4 +1,4 @@
-"""Where each student's best teacher lies, the law that joins them, and surfaces of the loss. Never torch, never W&B."""
+"""Each student's best teacher, the law across students, and loss surfaces. Never torch, never W&B."""
 
 from capacity_gap.fit.curse import Curse, Growth, student_growth
 from capacity_gap.fit.joint_fit import Best, BreakEven, JointFit, fit_joint

@@ -41,7 +41,7 @@ class Curse:
 
 
 def curses(located: Located, *, seed: int = 0) -> tuple[Curse, ...]:
-    """One test a curve with at least two teachers; none where neither seeds nor a fit tell how large the noise is."""
+    """One test a curve with at least two teachers; none where neither seeds nor a fit identify the noise."""
     rng = np.random.default_rng(seed)
     if not located.noise.known:
         return ()
@@ -54,11 +54,11 @@ def _curse(located: Located, i: int, rng: np.random.Generator) -> Curse:
     variance = noise.variance[i, :K]
     gap = curve.loss[-1] - curve.loss[:-1]
     error = np.sqrt(variance[-1] + variance[:-1] + _size_variance(curve))
-    luck = rng.standard_normal((DRAWS, K)) * np.sqrt(variance)
+    errors = rng.standard_normal((DRAWS, K)) * np.sqrt(variance)
     # One factor a draw: all teachers share the same estimate of the variance.
     scale = np.sqrt(noise.df / rng.chisquare(noise.df, DRAWS))[:, None]
-    luck += size_draws([curve], (DRAWS, 1, K), rng)[:, 0]
-    null = ((luck[:, -1:] - luck[:, :-1]) / error * scale).max(1)
+    errors += size_draws([curve], (DRAWS, 1, K), rng)[:, 0]
+    null = ((errors[:, -1:] - errors[:, :-1]) / error * scale).max(1)
     critical = float(np.quantile(null, 0.975))
     low, high = float((gap - critical * error).max()), float((gap + critical * error).max())
     p = float((1 + (null >= (gap / error).max()).sum()) / (1 + DRAWS))

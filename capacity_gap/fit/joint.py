@@ -272,7 +272,7 @@ def _alike(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def _typical_curvature(y: np.ndarray, X: np.ndarray, before: Joint | None) -> float:
-    """|κ|, or twice its error if that is more: without any the prior would say that there is no asymmetry either."""
+    """|κ|, or twice its error if that is more: at zero curvature the prior would force zero asymmetry."""
     if before is not None:
         found = before.curvature
         return max(abs(found.value), 2 * found.error)
@@ -283,7 +283,7 @@ def _typical_curvature(y: np.ndarray, X: np.ndarray, before: Joint | None) -> fl
 
 
 def _moved(joint: Joint, n: np.ndarray, d: np.ndarray) -> Centre | None:
-    """Where the optimum is by these coefficients; None where there is none inside the grid."""
+    """Where the optimum is by these coefficients; None if it is not inside the grid."""
     curve, c = joint.curve, joint.centre
     grid = np.linspace(*curve.z_span, GRID)
     at = root(grid, curve.slope(grid))

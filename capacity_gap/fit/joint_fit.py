@@ -1,4 +1,4 @@
-"""`fit_joint`: what the model of all cells says of optima, break-even budgets and laws, and what it cannot say."""
+"""`fit_joint`: optima, break-even budgets and laws from the joint model, and what the data do not identify."""
 
 import json
 import math
@@ -65,7 +65,7 @@ class Best(NamedTuple):
 
 @dataclass(frozen=True)
 class Answers:
-    """What the curve of a fitted model says of any student and budget; also of one that was read from a file."""
+    """Predictions of a fitted model for any student and budget; also of a model read from a file."""
 
     curve: JointCurve
 
@@ -162,7 +162,7 @@ class JointFit(Answers):
 
     `status`: `law`, an optimum inside the grid that every rung left out leaves standing; `provisional`, one that falls
     with some rung (`rests_on`); `break_even`, no optimum, but a budget above which the larger of the ladder's ends
-    wins; `no_optimum`, none of these: `missing` says what would be needed.
+    wins; `no_optimum`, none of these: `missing` names the cells needed.
     """
 
     status: str
@@ -253,8 +253,8 @@ def fit_joint(
     Args:
         frame: tidy, one row a run: `student_params, teacher_params, loss`; may have `data_tokens`, `seed`,
             `teacher_seed`, and the names `student` and `teacher`. Rows alike but for these.
-        axis: count `total` parameters or `non_embedding` ones; or `teacher_loss`, which takes a teacher for as large as
-            its loss (column `teacher_loss`) says that it is. Answers are sizes all the same.
+        axis: count `total` parameters or `non_embedding` ones; or `teacher_loss`, which replaces a teacher's size by
+            the size that its loss (column `teacher_loss`) implies. Answers are sizes all the same.
         metric: the column to minimise, by default `loss`, or `student_loss` of our records.
         unpruned: whether students as large as their teacher are fitted too: these were not pruned.
 
@@ -303,7 +303,7 @@ def check_alike(frame: pd.DataFrame) -> None:
 
 @threadpool_limits.wrap(limits=1)
 def _check_sizes(cells: Cells) -> None:
-    """Raises where students of one curve are not of one size: what size does would be taken for the teacher's doing."""
+    """Raises where students of one curve differ in size: its effect would be confounded with the teacher's."""
     spread = max(float(np.ptp(cells.student[cells.curve == c])) for c in np.unique(cells.curve))
     if spread > TIGHT:
         raise ValueError(
@@ -356,7 +356,7 @@ def _status(fit: JointFit) -> tuple[str, str, tuple[str, ...]]:
 
 
 def _missing(pair: Sequence[Contrast]) -> str:
-    """What would decide whether there is an optimum."""
+    """Which additional cells would decide whether there is an optimum."""
     low, high = pair
     if 1 - low.p_above() >= ALPHA and high.p_above() >= ALPHA:
         return "Neither end of the ladder is shown to be worse: add rungs; more seeds of these would change little."

@@ -1,7 +1,7 @@
-"""Which of two teachers will be better at a budget that was not run: odds by the model of all cells.
+"""Forecast of which of two teachers is better at a budget that was not run, from the joint model.
 
-The model's own odds are too sure beyond its budgets: there its slope is a straight line in log D by assumption. So the
-last budget that was run is foretold from those before it, and the odds are flattened until they fit what came there.
+The model's own odds are overconfident beyond its budgets, where its slope is assumed linear in log D. So the
+last budget is predicted from the earlier ones, and the odds are flattened until they are calibrated on it.
 """
 
 import math
@@ -74,7 +74,7 @@ def forecast(fit: JointFit) -> Forecast:
 
 
 def coded_anew(cells: Cells, keep: np.ndarray) -> Cells:
-    """Some of the cells, with codes from zero on."""
+    """A subset of the cells, with codes renumbered from zero."""
     part = cells.part(keep)
     groups = {name: np.unique(codes, return_inverse=True)[1] for name, codes in part.groups.items()}
     rungs = dict(enumerate(cells.rungs[code] for code in np.unique(part.groups["rung"])))

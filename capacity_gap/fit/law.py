@@ -47,7 +47,7 @@ def fit_law(
     bootstraps: int = BOOTSTRAPS,
     seed: int = 0,
 ) -> LawFit:
-    """Fits the ratio law to a table of runs; what is doubtful becomes a status, only what is impossible raises.
+    """Fits the ratio law to a table of runs; doubtful results get a status, and only impossible input raises.
 
     Args:
         frame: tidy table, one row a run; needs `student_params, teacher_params` and `loss` (or `student_loss`).
@@ -99,7 +99,7 @@ def law_from(located: Located, *, axis: str, notes: Sequence[str] = (), seed: in
 
 
 def _estimated(located: Located, notes: Sequence[str], seed: int) -> dict[str, Any]:
-    """Everything that is claimed once a law is."""
+    """The estimates of a fit whose status is `law`."""
     responses = Responses.of(located, [i for i, o in enumerate(located.optima) if o.status in NAMED])
     responses, said = without_bounds_alone(responses)
     # Covariates leave at least as many optima to the ratio as a law needs students.
@@ -145,7 +145,7 @@ def _status(located: Located, p: float | None, doubtful: bool) -> str:
 
 
 def _blamed(located: Located) -> tuple[float, ...]:
-    """Teachers that a claim would rest on; none where nothing could be claimed anyway."""
+    """Teachers without which no law could be claimed; empty where none could be claimed anyway."""
     interior = [c for c, o in zip(located.found, located.optima, strict=True) if o.status == "interior"]
     if len({c.key["student"] for c in interior}) < LEAST_STUDENTS:
         return ()
@@ -153,7 +153,7 @@ def _blamed(located: Located) -> tuple[float, ...]:
 
 
 def _rests_on_outer(located: Located) -> bool:
-    """Whether a claim falls with every curve's first and last teacher, where six or more leave enough to tell."""
+    """Whether a law is lost without each curve's first and last teacher, where six or more teachers allow the test."""
     interior = [c for c, o in zip(located.found, located.optima, strict=True) if o.status == "interior"]
     inner = without_outer(interior)
     students = {c.key["student"] for c in inner}

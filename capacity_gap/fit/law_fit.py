@@ -1,4 +1,4 @@
-"""The fitted law as a frozen result, and what it says in words and columns."""
+"""The fitted law as a frozen result, with its text and table output."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -60,7 +60,7 @@ class LawFit:
         return self.ratio * student_params
 
     def verdict(self) -> str:
-        """What was found, in a sentence or two of plain English."""
+        """The result in one or two sentences."""
         return law_words(self, students=LEAST_STUDENTS, teachers=LEAST_TEACHERS, doubts=_doubts(self))
 
     def sentences(self, *, measure: str = "loss") -> list[str]:

@@ -1,8 +1,7 @@
 """`next_cells`: which cells of a pool to run next, by how much of a goal's variance they remove per FLOP.
 
-The joint model (`next_model.py`) says what each cell would tell; costs count what cells share once
-(`records/bills.py`); `next_search.py` weighs the two. A law takes three students under four teachers before anything
-else.
+The joint model (`next_model.py`) gives each cell's information; costs count shared stages once
+(`records/bills.py`); `next_search.py` combines the two. A law first needs three students under four teachers.
 """
 
 import math
@@ -27,7 +26,7 @@ SIZES = ("student_params", "teacher_params")
 
 
 class BudgetTooSmall(ValueError):
-    """A budget does not hold what a goal takes. `needed`: what does, in the unit of the budget."""
+    """A budget is too small for a goal. `needed`: the smallest sufficient budget, in its unit."""
 
     def __init__(self, said: str, needed: float) -> None:
         super().__init__(said)
@@ -209,7 +208,7 @@ def _larger(table: pd.DataFrame) -> pd.Series:
 
 
 def _places(table: pd.DataFrame, kept: Sequence[str]) -> pd.Series:
-    """What tells a cell from others, as text."""
+    """The identity of a cell, as text."""
     by = [c for c in PLACE if c in kept]
     by += [f"{of}_params" for of in ("student", "teacher") if of not in kept]
     rows = zip(*(table[c].tolist() for c in by), strict=True)

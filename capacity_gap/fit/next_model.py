@@ -1,4 +1,4 @@
-"""What cells that were not run would tell: the joint model as one Gaussian over cells and a goal.
+"""The information in cells that were not run: the joint model as one Gaussian over cells and a goal.
 
     y_i = x_i'β + Σ_k u_k(i) + e_i,   β ~ N(m, V),   u_k ~ N(0, σ_k²),   e ~ N(0, σ²)
 
@@ -43,7 +43,7 @@ STEADY = 30.0  # cells that the prior standard deviations count for
 
 @dataclass(frozen=True)
 class Goal:
-    """What is to be known better: the law's ratio, the best teacher at a `target`, or a `break_even` budget.
+    """The quantity to estimate: the law's ratio, the best teacher at a `target`, or a `break_even` budget.
 
     `law` is the optimum at the mean (log) student and budget of all cells, those of the pool included.
     """
@@ -95,7 +95,7 @@ def believe(frame: pd.DataFrame, pool: pd.DataFrame, goal: Goal) -> Belief:
     Args:
         frame: tidy cells with a loss; may be empty.
         pool: tidy cells without one, each with a teacher larger than its student.
-        goal: what is to be known better.
+        goal: the quantity to estimate.
     """
     cells = cells_of(pd.concat([frame, pool.assign(loss=0.0)], ignore_index=True))
     known = len(cells.y) - len(pool)
@@ -252,7 +252,7 @@ def _fitted(cells: Cells, known: int) -> Joint | None:
 def _sds(joint: Joint) -> dict[str, float]:
     """Standard deviations by REML, drawn towards study one's while cells are few.
 
-    A component that these cells cannot tell from another one has a part of that one's variance, as in study one.
+    A component that is confounded with another gets a share of that one's variance, as in study one.
     """
     found = {name: sd**2 for name, sd in joint.mixed.sds.items()}
     for name in [name for name in joint.cells.groups if name not in found]:

@@ -56,7 +56,7 @@ def _name(table: pd.DataFrame, at: int) -> str:
 
 
 def _place(belief: Belief, i: int, before: Sequence[int]) -> str:
-    """Where the teacher stands among those of its curve, and beside what seems to be the best one."""
+    """The teacher's position among those of its curve, and relative to the estimated best one."""
     cells, at = belief.cells, belief.known + i
     off = float(cells.teacher[at] - belief.optimum[i])
     mine = [j for j in before if cells.curve[j] == cells.curve[at]]

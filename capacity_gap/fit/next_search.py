@@ -1,8 +1,8 @@
 """Which cells narrow a goal most per FLOP: bundles of cells, of which the best is taken, and again.
 
-One cell alone may tell nothing: a new curve has a level of its own, and a new teacher pays only with the several cells
-that it makes possible. So a bundle is grown from the best cell of each curve and each teacher, by always adding the
-cell that makes its gain per cost largest; of all bundles and their beginnings the best is taken.
+One cell alone may carry no information: a new curve has its own level, and a new teacher is worth its cost only with
+several cells that it makes possible. So a bundle is grown from the best cell of each curve and each teacher, by always
+adding the cell that maximises its gain per cost; of all bundles and their beginnings the best is taken.
 """
 
 import itertools

@@ -1,8 +1,8 @@
 """Where the scatter of the curves comes from, and bootstrap draws that have the same.
 
-    mean loss of curve c under teacher k = f_c(x_k) + luck_k + misfit_ck + seeds_ck
+    mean loss of curve c under teacher k = f_c(x_k) + t_k + misfit_ck + seeds_ck
 
-`luck_k` is one trained teacher's error, shared by every curve it appears in; its variance τ² is the teacher-seed
+`t_k` is the error of one trained teacher, shared by every curve it appears in; its variance τ² is the teacher-seed
 variance. `misfit_ck` (γ²) belongs to one curve and teacher, and includes what the form cannot fit. `seeds_ck` (σ²/n) is
 the error of n replicates. σ² is known from replicates, τ² and γ² from the residuals by the method of moments: their sum
 of squares, and that of their sums over each teacher. Without replicates, σ² and γ² are one. Intervals that ignore τ²
@@ -25,7 +25,7 @@ NOISE_FLOOR = 1e-6  # nats: what rounding leaves on a noise-free curve
 class Noise:
     """Variance components in squared nats, and the degrees of freedom of their sum."""
 
-    luck: float
+    shared: float  # of a trained teacher
     own: np.ndarray  # [C, K] misfit and seeds of each mean
     run: float  # standard deviation of one run's loss, all causes together
     df: float
@@ -34,13 +34,13 @@ class Noise:
     @property
     def variance(self) -> np.ndarray:
         """Of each mean [C, K]."""
-        return self.luck + self.own
+        return self.shared + self.own
 
     def draws(self, design: Design, count: int, generator: np.random.Generator) -> np.ndarray:
         """Errors [B, C, K] as the means have them; each draw with a variance that the degrees of freedom allow."""
         cluster = design.grid.cluster
         own = generator.standard_normal((count, *cluster.shape)) * np.sqrt(self.own)
-        shared = generator.standard_normal((count, int(cluster.max()) + 1))[:, cluster] * np.sqrt(self.luck)
+        shared = generator.standard_normal((count, int(cluster.max()) + 1))[:, cluster] * np.sqrt(self.shared)
         scale = np.sqrt(self.df / generator.chisquare(self.df, count))
         return (own + shared) * scale[:, None, None]
 
@@ -58,10 +58,10 @@ def components(design: Design, shape: int, found: Sequence[Curve]) -> Noise:
     Z = np.equal.outer(design.grid.cluster.ravel()[used], design.grid.cluster.ravel()[used]).astype(float)
     e = R @ design.grid.loss.ravel()[used]
     D = np.diag(sigma2 * inverse.ravel()[used])
-    luck, misfit = _moments(R, Z, e, D)
-    df = _freedom(R, luck * Z + misfit * np.eye(len(e)) + D, seeds_df, extra=luck + misfit > 0)
+    shared, misfit = _moments(R, Z, e, D)
+    df = _freedom(R, shared * Z + misfit * np.eye(len(e)) + D, seeds_df, extra=shared + misfit > 0)
     own = np.maximum(misfit + sigma2 * inverse, NOISE_FLOOR**2)
-    return Noise(luck, own, float(np.sqrt(luck + misfit + sigma2)), df)
+    return Noise(shared, own, float(np.sqrt(shared + misfit + sigma2)), df)
 
 
 def _stacked(blocks: np.ndarray) -> np.ndarray:

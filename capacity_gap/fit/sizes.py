@@ -1,4 +1,4 @@
-"""Students of one curve that differ in size: what their size does to their loss is taken out, with its error.
+"""Adjusts losses for differences in student size within a curve, and propagates the error of the adjustment.
 
 Within 1 % the slope of loss against log size is taken as known. Beyond, it is estimated in each setting, between
 students under the same teacher, and every bootstrap draw of the chain draws it anew. A curve whose setting does
@@ -50,7 +50,7 @@ def adjust_for_size(
 
     Returns:
         The table, and notes. Where sizes within a curve differ by more than `TIGHT`, columns `_slope` and
-        `SIZE_TERMS` hold what the error acts on; curves for which nothing tells γ are left out.
+        `SIZE_TERMS` hold what the error acts on; curves that do not identify γ are left out.
     """
     logs = frame[student].astype(float).map(math.log)
     groups = [frame[k] for k in keys]

@@ -91,7 +91,7 @@ def answer_ids(tokenizer: Any, turns: list[dict[str, str]]) -> tuple[list[int], 
 class Encoded:
     """Conversations as a trainer takes them, none longer than asked for."""
 
-    rows: list[dict[str, list[int]]]  # input_ids, and labels: the id where the assistant speaks, elsewhere `IGNORED`
+    rows: list[dict[str, list[int]]]  # input_ids, and labels: the id in the assistant's turns, elsewhere `IGNORED`
     shortened: int  # conversations that end earlier, with the last answer that fits whole
     dropped: int  # conversations of which no answer fits
 

@@ -188,7 +188,7 @@ def _run(trainer: Any, runtime: Runtime) -> tuple[Any, list[dict]]:
 
 @contextlib.contextmanager
 def _trl() -> Iterator[Any]:
-    """TRL, which may tell nobody that it was used, and whose progress bars stay out of our log."""
+    """Imports TRL with telemetry and progress bars off."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         import datasets

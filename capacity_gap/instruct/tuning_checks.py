@@ -64,15 +64,15 @@ def check_rows(
     """
     from capacity_gap.instruct.chat import chat_tokenizer, encoded, longest_prompt, pairs_that_fit
 
-    speaks, most = chat_tokenizer(tokenizer), instruct.max_length
+    chat, most = chat_tokenizer(tokenizer), instruct.max_length
     talks = [row["messages"] for row in read_rows(instructions / TRAIN, "instruct.path", TALK)]
-    check_lengths(encoded(speaks, talks, most).dropped, len(talks), "instruct", most)
+    check_lengths(encoded(chat, talks, most).dropped, len(talks), "instruct", most)
     if prefer.wanted:
         pairs = read_rows(instructions / PAIRS, "prefer.path", PAIR)
-        kept = pairs_that_fit(speaks, pairs, prefer.max_length)
+        kept = pairs_that_fit(chat, pairs, prefer.max_length)
         check_lengths(len(pairs) - len(kept), len(pairs), "prefer", prefer.max_length)
     asked = [row["messages"] for row in read_rows(instructions / TEST, "instruct.path", TALK)]
-    needed = longest_prompt(speaks, asked) + instruct.answer_tokens
+    needed = longest_prompt(chat, asked) + instruct.answer_tokens
     if limit and needed > limit:
         raise ConfigError(
             f"the longest held-out question needs {needed} tokens with instruct.answer_tokens="

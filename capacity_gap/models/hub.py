@@ -15,7 +15,7 @@ PLANNED_WITH = ("config.json", "tokenizer.json", "tokenizer_config.json", "speci
 
 
 class NotHad(ConfigError):
-    """A repository of the hub cannot be had now: perhaps it can later, or on another machine."""
+    """A repository of the hub is not available now; it may be later, or on another machine."""
 
 
 @lru_cache(maxsize=256)

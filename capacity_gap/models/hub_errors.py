@@ -1,4 +1,4 @@
-"""Why a repository of the Hugging Face hub cannot be had, and what to do. Imports no torch.
+"""Causes and remedies when a repository of the Hugging Face hub is unavailable. Imports no torch.
 
 transformers wraps the errors of the hub's client in messages of its own; the client's exception classes, found behind
 them, tell the causes apart.

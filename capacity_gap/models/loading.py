@@ -82,7 +82,7 @@ def load_model(folder: Path, *, device: str = "cpu", device_map: str | None = No
 
 
 def with_generation_config_that_saves(model: Any) -> None:
-    """Mends a generation_config.json that transformers loads but would not save: the model is copied later.
+    """Repairs a generation_config.json that transformers loads but would not save: the model is copied later.
 
     Older folders give sampling values without `do_sample`: then sampling is meant. What cannot be saved even so is left
     out, but for the special tokens.

@@ -150,7 +150,7 @@ def shapes(config: Config) -> dict[str, Shape]:
 
 
 def _fewer_heads(sizes: Dims, square: bool) -> tuple[int, int]:
-    """Key-value heads and query heads of a student with fewer of them; fused maps may want a multiple of four."""
+    """Key-value heads and query heads of a student with fewer of them; fused maps may need a multiple of four."""
     if sizes.kv_heads == 1:
         return 1, sizes.heads // 3 * 2
     fewer = (k for k in range(sizes.kv_heads // 3 * 2, 0, -1) if square or sizes.hidden % (k * sizes.group) == 0)
@@ -256,7 +256,7 @@ def _partner(student: Any, name: str, table: Architecture, kept: Kept) -> nn.Mod
 
 
 def _norm_of_kept(module: nn.Module, partner: nn.Module | None) -> None:
-    """The same of one norm; the student's tells how wide a norm is, none that its layer goes."""
+    """The same for one norm; the student's norm gives its width, none means that its layer is removed."""
     whole, narrow = module.forward, copy.deepcopy(partner)
 
     def forward(x: Tensor, *others: Any, **named: Any) -> Tensor:

@@ -248,7 +248,7 @@ def _candidates(table: Architecture, full: Dims, target: int, layers: int, multi
 
 
 def _head_counts(table: Architecture, hidden: int, full: Dims) -> list[tuple[int, int]]:
-    """Legal numbers of key-value heads, each with its query heads: transformers wants the heads to divide hidden sizes.
+    """Legal numbers of key-value heads, each with its query heads: the heads must divide hidden sizes.
 
     Where hidden = heads × head_dim, only that number will do; with one key-value head for all it is that of queries.
     """

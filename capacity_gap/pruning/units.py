@@ -92,7 +92,7 @@ def by_unit(block: Block, line: Tensor, units: int, width: int) -> Tensor:
 
 
 def zeros(table: Architecture, sizes: Dims) -> list[Tensor]:
-    """Room for the scores of heads, neurons, hidden, query heads, experts."""
+    """Zero arrays for the scores of heads, neurons, hidden, query heads, experts."""
     rows = {axis: table.rows(axis, sizes) for axis in ("heads", "neurons")}
     heads, queries = (torch.zeros(rows["heads"], n) for n in (sizes.kv_heads, sizes.heads))
     neurons, experts = torch.zeros(rows["neurons"], sizes.neurons), torch.zeros(sizes.layers, sizes.experts)

@@ -44,10 +44,10 @@ def _once(frame: pd.DataFrame, names: Sequence[str]) -> None:
 
 
 def renamed(frame: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
-    """A table from elsewhere with the columns that fits read: `names` maps each to what the table calls it.
+    """An external table with the columns that fits read: `names` maps each to its name in the table.
 
     Raises:
-        ConfigError: the table lacks a column, or has another one under the name that is wanted, or text for a number.
+        ConfigError: the table lacks a column, or has another one under the target name, or text for a number.
     """
     held = list(map(str, frame.columns))
     if len(set(names.values())) < len(names):

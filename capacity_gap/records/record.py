@@ -1,6 +1,6 @@
-"""One row per cell: its columns. Records are the truth; W&B is a mirror of them.
+"""One row per cell: its columns. Records are authoritative; W&B is a mirror of them.
 
-Columns that tell a setting's own value are declared with the setting; all others are the fields of `Record`.
+Columns that hold a setting's own value are declared with the setting; all others are the fields of `Record`.
 """
 
 import dataclasses
@@ -178,7 +178,7 @@ class Column:
 
 @functools.cache
 def setting_columns() -> dict[str, Column]:
-    """The columns that tell a setting's own value, as settings declare them."""
+    """The columns that hold a setting's own value, as settings declare them."""
     found = {}
     for known in walk(RunConfig):
         s = known.setting
@@ -207,7 +207,7 @@ def columns() -> dict[str, Column]:
 
 
 def parting_columns() -> tuple[str, ...]:
-    """The columns that part curves: cells that differ in one of them answer different questions."""
+    """The columns that part curves: cells that differ in one of them are not comparable within a curve."""
     return _in_order({c.name: c.parts for c in columns().values()})
 
 

@@ -1,4 +1,4 @@
-"""Tables as people have them, from spreadsheets too: CSV and parquet, with an error for each cell that cannot be read.
+"""User tables, also from spreadsheets: CSV and parquet, with an error for each cell that cannot be read.
 
 Nothing is guessed: text in a column of numbers, or a word where true or false belongs, is named with column and row.
 """

@@ -76,7 +76,7 @@ class Rounds:
     planned_speed: Speed  # before anything was run
 
     def check(self) -> None:
-        """Raises `ConfigError` where the question cannot be asked of these cells: they differ in more than it knows."""
+        """Raises `ConfigError` where the goal cannot be estimated because cells differ in other settings."""
         import pandas as pd
 
         from capacity_gap.fit.joint_fit import check_alike
@@ -126,7 +126,7 @@ class Rounds:
         return speed(self.store, self.worker, throughput=self.config.throughput, collective=shared)[0]
 
     def _noted(self, found: Round) -> dict[str, dict[str, Any]]:
-        """What the store is told of a round's cells: also why each was chosen, and which stages it makes."""
+        """What the store keeps on a round's cells: also why each was chosen, and which stages it makes."""
         notes = {}
         for digest, (cell, overrides) in found.cells.items():
             made = [key for key, stage in closure(cell.record).items() if not self.store.has(stage)]
@@ -141,7 +141,7 @@ class Rounds:
 
     @property
     def goal(self) -> "Goal":
-        """What is to be known better."""
+        """The quantity to estimate."""
         from capacity_gap.fit import Goal
 
         asked = self.config.next
@@ -334,7 +334,7 @@ class StopRounds(Exception):
 
 
 def answer(frame: "pd.DataFrame", goal: "Goal") -> "Estimate | None":
-    """What the joint model of some cells says of a goal: a ratio, parameters or tokens; None where it says nothing."""
+    """The joint model's estimate of a goal: a ratio, parameters or tokens; None where it is not identified."""
     from capacity_gap.fit import fit_joint
     from capacity_gap.fit.regression import Estimate
 

@@ -1,4 +1,4 @@
-"""A budget that cuts: of a grid that costs too much, the part that says most for the hours there are. No torch."""
+"""Fits a grid that is too expensive to a budget: its most informative part for the given hours. No torch."""
 
 import sys
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ def check_affordable(rounds: Rounds, hours: float | None, needed: float, said: s
     """Raises where a grid needs more device-hours than there are, and says what could be run instead.
 
     Raises:
-        ConfigError: always where `needed` is more than `hours`. `said` tells how that is known.
+        ConfigError: always where `needed` is more than `hours`. `said`: the basis of the estimate.
     """
     if hours is None or needed <= hours:
         return

@@ -45,7 +45,7 @@ class Costs:
 
 
 def costs(cells: Sequence[Cell], left: Mapping[str, Stage], seconds: Seconds) -> Costs:
-    """Adds up the stages that are `left`, each once: what a teacher needs is the teacher's, whoever uses it."""
+    """Adds up the stages that are `left`, each once: stages that a teacher needs count for that teacher."""
     found, open_ = Costs(), dict(left)
     for cell in cells:
         for rung, part, stage in _teachers(cell):

@@ -36,7 +36,7 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What became of each cell: `reused`, `done`, `failed` or `skipped`, with the cause."""
+    """The outcome of each cell: `reused`, `done`, `failed` or `skipped`, with the cause."""
 
     cells: list[tuple[str, str, str]] = field(default_factory=list)
     warnings: dict[str, str] = field(default_factory=dict)  # of a plan, by what they are about
@@ -166,7 +166,7 @@ def _skipped(outcome: Outcome) -> list[str]:
 
 
 def _print_outcome(outcome: Outcome, store: Store) -> None:
-    """The closing table: counts, and the cause of whatever is not there."""
+    """The closing table: counts, and the cause of each missing cell."""
     counts = outcome.counts
     summary = ", ".join(f"{counts[s]} {s}" for s in ("done", "reused", "failed", "skipped") if counts[s])
     print(f"grid: {summary}. Records: {store.root / 'record'}", flush=True)

@@ -52,7 +52,7 @@ class Worker:
     ranks: int  # processes that train one model, each on a device
     share: float  # of its device that a process has
     precision: str
-    assumed: bool = False  # whether nobody said which GPU it is
+    assumed: bool = False  # whether the GPU is a guess
 
     @property
     def devices(self) -> float:

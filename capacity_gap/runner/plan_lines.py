@@ -108,7 +108,7 @@ def _parts(memory: Memory) -> str:
 
 
 def warnings(cells: Sequence[Cell]) -> list[str]:
-    """What a grid cannot find whatever comes out: an optimum takes teachers, a law students."""
+    """What a grid cannot estimate in any case: an optimum needs teachers, a law students."""
     curves: dict[tuple, set[str]] = {}
     for cell in cells:
         curves.setdefault(_curve(cell), set()).add(cell.rung)
@@ -150,7 +150,7 @@ def stages_line(kinds: Sequence[tuple[str, int, int, float, float]]) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Seconds as people say them: `40 s`, `12 min`, `3.4 h`."""
+    """Seconds for display: `40 s`, `12 min`, `3.4 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     hours = seconds / 3600
@@ -158,7 +158,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """Bytes as people say them: `12 MB`, `3.4 GB`."""
+    """Bytes for display: `12 MB`, `3.4 GB`."""
     if count < 1e9:
         return f"{count / 1e3:.3g} kB" if count < 999_500 else f"{count / 1e6:.3g} MB"
     return f"{count / 1e9:.3g} GB" if count < 1e12 else f"{count / 1e9:,.0f} GB"

@@ -45,7 +45,7 @@ def _check_placement(cell: Cell, runtime: Runtime) -> None:
 
 
 def _check_models(cell: Cell) -> None:
-    """Whoever made the teacher, transformers must be able to make it, and the student that is cut from it."""
+    """transformers must be able to build the teacher, and the student that is cut from it."""
     from capacity_gap.models.building import check_builds
 
     for rung in {cell.rung, cell.origin} & set(cell.base.published):
@@ -54,7 +54,7 @@ def _check_models(cell: Cell) -> None:
 
 
 def _check_loss(cell: Cell, store: Store) -> None:
-    """A loss from outside must be one: the package's own are tested."""
+    """Checks a loss of the user's; the package's own are tested."""
     distill = cell.config.distill
     if distill.kd_weight and not LOSSES.entry(distill.loss).is_ours and not store.has(cell.distilled):
         from capacity_gap.distill.check_loss import check_divergence

@@ -24,7 +24,7 @@ STATES = ("done", "running", "waiting", "failed")
 
 @dataclass(frozen=True)
 class Running:
-    """A stage that somebody is at."""
+    """A stage that is being computed."""
 
     key: str
     share: float  # of its steps
@@ -108,7 +108,7 @@ class View:
                 if now - lease.stat().st_mtime > PATIENCE_S:
                     continue  # its owner is dead
             except OSError:
-                continue  # nobody is at it
+                continue  # no process is working on it
             found.append(_progress(key, place / owner / "progress.json", owner))
         return found
 

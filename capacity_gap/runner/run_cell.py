@@ -133,7 +133,7 @@ def _artifact_files(cell: Cell, store: Store) -> list[Path]:
 
 
 def cause_of(error: BaseException) -> str:
-    """An error in words: a user's error says all itself, of another the kind matters too."""
+    """An error as text; internal errors include their type."""
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".removesuffix(": ")
 
 

@@ -25,7 +25,7 @@ Launch = Callable[..., Sequence[Any]]
 
 
 class Asked:
-    """Whether a grid was asked to end, by which signal, and whether its workers are to be told through a file."""
+    """Whether a grid was asked to end, by which signal, and whether its workers are notified through a file."""
 
     def __init__(self, stop_file: Path) -> None:
         self.stop_file = stop_file
@@ -44,7 +44,7 @@ class Asked:
         self.stop_file.touch()
 
     def telling(self, launch: Launch) -> Launch:
-        """A launcher of a pool in this machine: its workers are told, and it is waited for."""
+        """A launcher of a local pool: its workers are notified through a file, and the grid waits for them."""
 
         def launch_all(jobs: Sequence[Any], initial_job_idx: int) -> Sequence[Any]:
             os.environ[STOP_FILE] = str(self.stop_file)  # only workers of a pool may ignore signals
@@ -84,7 +84,7 @@ class Noted:
 
     @property
     def again(self) -> bool:
-        """Whether it was asked more than once: whoever asks again does not want to wait."""
+        """Whether there was more than one request to stop: a second one does not wait."""
         return len(self.numbers) > 1
 
 

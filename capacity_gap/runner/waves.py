@@ -107,8 +107,8 @@ def _run_waves(cells: list[tuple[Cell, list[str]]], store: Store, launch: Launch
 def _launch_wave(wave: Wave, store: Store, launch: Launch, retries: int) -> dict[str, str]:
     """Launches one wave until all of it is there or has failed; returns the causes.
 
-    A user's error is final. Whatever crashed or died is started again `retries` times. A worker that is killed can take
-    a launcher's whole pool with it, and nobody can say which one it was: what had been started by then is suspect, and
+    A user's error is final. Crashed work is retried `retries` times. A worker that is killed can take
+    a launcher's whole pool with it, and it is unknown which one it was: what had been started by then is suspect, and
     is launched again alone, after all others. Other grids' stages are waited for here, where no device idles.
     """
     causes: dict[str, str] = {}

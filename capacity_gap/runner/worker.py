@@ -141,7 +141,7 @@ def run_children(
                 left[slot] = []
                 continue
             if slot in children and children[slot].returncode in STOPPED:
-                left[slot] = []  # whoever asked it to stop wants no more of the jobs either
+                left[slot] = []  # the request to stop holds for all jobs
                 continue
             if slot in children and still:
                 status = children.pop(slot).returncode
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str]) -> int:
         try:
             kind, message = run_job(json.loads((folder / f"{n}.json").read_text()))
         except Interrupted as error:
-            return error.exit_status  # asked to stop: no outcome, whoever asked decides what follows
+            return error.exit_status  # asked to stop: no outcome, the grid decides what follows
         if os.environ.get("RANK", "0") == "0":
             jobs.note(n, kind, message)
     return 0

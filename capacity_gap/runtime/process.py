@@ -1,4 +1,4 @@
-"""How a stage is run here and now: device, threads, progress, interruption. Nothing in this file changes a result."""
+"""How a stage runs on this machine: device, threads, progress, interruption. Nothing in this file changes a result."""
 
 import contextlib
 import datetime
@@ -67,7 +67,7 @@ class Stop:
 
 @dataclass
 class Progress:
-    """A small file that says how far a running stage is, for whoever watches the store."""
+    """A small file with the progress of a running stage, read by `status` and the live table."""
 
     stage: str
     path: Path

@@ -1,6 +1,6 @@
 """Several ranks at one cell, as `torchrun` or Slurm starts them.
 
-Rank 0 leads: it alone holds leases, writes to the store and talks to people. The others follow: they are told which
+Rank 0 leads: it alone holds leases, writes to the store and prints. The others follow: they learn which
 training stage comes next, and take their share of every step. Everything else they sit out, however long it takes.
 """
 
@@ -40,7 +40,7 @@ class Ranks:
 
     @cached_property
     def _group(self) -> Any:
-        """A group for words, whatever device the tensors are on."""
+        """A CPU process group for messages, independent of the device of tensors."""
         import torch.distributed as dist
 
         if not dist.is_initialized():

@@ -80,7 +80,7 @@ def type_name(field: Field) -> str:
 
 @dataclass(frozen=True)
 class Declared:
-    """A setting where it stands among all others."""
+    """A setting with its place among all others."""
 
     key: str  # with dots
     field: Field

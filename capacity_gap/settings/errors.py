@@ -1,4 +1,4 @@
-"""Errors that a user can mend. They say what was given, what is allowed and what to do, in one paragraph."""
+"""Errors that a user can correct. They say what was given, what is allowed and what to do, in one paragraph."""
 
 import difflib
 from collections.abc import Iterable

@@ -1,6 +1,6 @@
-"""Where configs, sweeps and published fits lie, and how the commands are called. Imports no torch.
+"""Where configs, sweeps and published fits are, and how the commands are called. Imports no torch.
 
-In a checkout they lie beside the package. An installed wheel holds copies of them inside it.
+In a checkout they are beside the package. An installed wheel holds copies of them inside it.
 """
 
 import os
@@ -23,7 +23,7 @@ TOOL_WORDS = ("python", "-m", "capacity_gap") if IN_CHECKOUT else ("capacity-gap
 
 
 def user_path(given: str | os.PathLike) -> Path:
-    """A path as a user wrote it, with `~` for a home; that of a user nobody knows stays as it is."""
+    """A path as a user wrote it, with `~` for a home; that of an unknown user stays as it is."""
     return Path(os.path.expanduser(given))
 
 

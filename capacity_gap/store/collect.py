@@ -101,7 +101,7 @@ class Kept:
         }
 
     def _inputs_aside(self, planned: set[str]) -> tuple[list[str], list[Path]]:
-        """What set-aside stages were made from, and those that do not tell it, neither themselves nor by a note."""
+        """The inputs of set-aside stages, and the stages whose inputs are unknown."""
         there = {key.replace("/", "-") for key in self.found}
         inputs: list[str] = []
         unknown = []
@@ -134,7 +134,7 @@ def _inside(folder: Path) -> list[Path]:
 
 
 def _notes_aside(store: Store) -> list[Path]:
-    """The notes that were set aside as damaged and are not there again: nobody knows which cells they name."""
+    """The notes that were set aside as damaged and are not there again: the cells they name are unknown."""
     there = {file.name for file in note_files(store)}
     asides = ((path, NOTE_ASIDE.fullmatch(path.name)) for path in _inside(store.damaged))
     return [path for path, match in asides if match and match["note"] not in there]

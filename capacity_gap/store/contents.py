@@ -59,7 +59,7 @@ def failure_file(store: Store, record_key: str) -> Path:
 
 
 def stage_folders(store: Store) -> list[Path]:
-    """Every folder that holds a stage, or should; what has no digest for its name is somebody else's."""
+    """Every folder that holds a stage, or should; folders without a digest as their name are ignored."""
     kinds = [p for p in sorted(store.root.iterdir()) if p.is_dir() and p.name not in OUTSIDE and p.name[0] != "."]
     return [p for kind in kinds for p in sorted(kind.iterdir()) if p.is_dir() and DIGEST.fullmatch(p.name)]
 
@@ -191,7 +191,7 @@ def read_notes(store: Store, name: str | None = None) -> tuple[list[dict[str, An
 
 
 def check_cells(file: Path, part: dict[str, Any]) -> None:
-    """Raises if a note of a sweep does not tell of each cell what a note tells."""
+    """Raises if a note of a sweep lacks a required entry of a cell."""
     for key, cell in part["cells"].items():
         if wrong := [name for name, kind in OF_A_CELL.items() if not isinstance(cell.get(name), kind)]:
             raise Damaged(file, f"lacks {', '.join(wrong)} of {key}")
@@ -203,7 +203,7 @@ def _sweep_of(file: Path) -> str:
 
 
 def sweep_id(store: Store, name: str) -> str:
-    """What tells this grid from others of its name in other stores; it stays when the grid grows."""
+    """An id that distinguishes this grid from grids of the same name in other stores; it stays when the grid grows."""
     ids = [part["id"] for part in _parts(store, name) if part.get("id")]
     return min(ids, default=fingerprint(name)[:12])
 

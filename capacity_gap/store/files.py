@@ -210,7 +210,7 @@ def name_left_out(root: Path, found: Iterable[Damaged]) -> None:
 
 
 def tell(line: str) -> None:
-    """Writes a line for people, beside the output."""
+    """Writes a line to standard error."""
     print(f"note: {line}", file=sys.stderr, flush=True)
 
 
@@ -309,7 +309,7 @@ def _inside(folder: Path) -> list[Path]:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether every file of a checkpoint is as it was written; those of older versions tell only by their format."""
+    """Whether every file of a checkpoint is as it was written; older ones are checked by their format."""
     files = [f for f in checkpoint.rglob("*") if f.is_file() and not f.name.startswith(".") and f.suffix != CRC]
     states = [f.name for f in files if f.name in STATE]
     return bool(files) and len(states) in (0, len(STATE)) and all(is_whole_file(f) for f in files)
@@ -342,7 +342,7 @@ def _tensors_end(file: Path) -> int:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says that there is no room left, in whichever library's words."""
+    """Whether an error, or one that it came from, says that there is no room left, in the wording of any library."""
     while error is not None:
         if (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or FULL.search(str(error)):
             return True

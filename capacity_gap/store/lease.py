@@ -84,7 +84,7 @@ class Lease:
         return self._lost
 
     def is_taken(self) -> bool:
-        """The same, looked up now: a process that has just gone on may not know yet what the next beat tells it."""
+        """The same, looked up now: a process that was just resumed may not have seen it yet."""
         return self._lost or self._holder() not in (None, self.owner)
 
     def _acquire(self) -> bool:

@@ -1,7 +1,7 @@
 """The content-addressed store: a stage is a function of its settings and of earlier stages that writes one directory.
 
 `<store>/<name>/<digest>/` holds the result of one stage. It is written beside and then renamed, so if it exists it was
-whole; `stage.json` lists its files, and whoever reads the stage compares their sizes. What is damaged moves to
+whole; `stage.json` lists its files, and every reader of the stage compares their sizes. What is damaged moves to
 `<store>/.damaged/` and is made again. The digest is the hash of the stage's name, version, settings and input digests:
 the same stage is never computed twice, whichever process needs it. Work in progress lives in
 `<store>/.work/<name>-<digest>/<owner>/`, where it leaves checkpoints that the next owner takes over. Two processes may

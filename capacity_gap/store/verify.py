@@ -1,7 +1,7 @@
 """Every file of a store against its hash: `python -m capacity_gap store verify [--repair]`.
 
 A stage is compared with the list in its `stage.json`, a note with its own checksum. Stages of versions that kept no
-list are checked as far as their formats tell, and get their list here.
+list are checked as far as their formats allow, and get their list here.
 """
 
 import contextlib

@@ -169,7 +169,7 @@ def _made(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_form(found: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Raises where what was kept is no answer to this question."""
+    """Raises where the cached entry does not match the request."""
     if "error" in found or "uncut" in found:
         return
     if "flags" in asked or "config" in asked:

@@ -9,7 +9,8 @@ and a run with slopes j takes mean_t (J_t S j')² / (v + j S j') off V. Runs are
 cost^exponent, and S follows by a rank-one update: S ← S − S j' j S / (v + j S j').
 
 s is noise. m·d is ours: d is the distance to the nearest target in log scales, m how far a form is off per unit of it.
-With m = 0 the design trusts the form everywhere and buys cheap runs, which teach the law where it is not asked.
+With m = 0 the design assumes that the form holds everywhere and chooses cheap runs, which inform the law away from
+the targets.
 """
 
 import math
@@ -33,7 +34,7 @@ from capacity_gap.surfaces.surface import SurfaceFit, centred
 
 EXPONENT = 0.4  # of the cost (arXiv 2604.22753)
 NOISE = 3e-3  # s before there are residuals: what a seed changes in log loss, and what a form leaves over
-START_EXPONENT = 0.7  # of a start: cheap runs identify a form as well as dear ones
+START_EXPONENT = 0.7  # of an initial design: cheap runs identify a form as well as expensive ones
 MISFIT = 3e-3  # m: a run an e-fold from the targets counts about half (docs/decisions.md, 2026-11-27)
 NOISE_RUNS = 4.0  # how many runs that is worth
 STARTS = 8  # of a refit: on public runs 4, 16 and 48 end at the same minimum
@@ -76,7 +77,7 @@ def next_runs(
         target: where the surface is to be read: rows with the form's inputs, all of the same weight.
         cost: FLOPs of a run's own part and of what it shares; by default 6·N·D, with teachers `Arithmetic`.
         budget: FLOPs that the runs may cost together.
-        exponent: of the cost, 0 to 1: at 1 a gain counts per FLOP, below it dear runs count for more. A start has
+        exponent: of the cost, 0 to 1: at 1 a gain counts per FLOP, below it expensive runs count for more. A start has
             one of its own.
         misfit: m, in log loss per log unit of distance; 0 for plain V-optimal design.
         metric: the loss column of `frame`.

@@ -48,7 +48,7 @@ def fit_surface(
         bootstraps: draws; 0 for none.
         cluster: a column, such as `teacher_params`, whose values are drawn as a whole: runs that share a teacher share
             its error.
-        permutations: of teachers, for the null of surfaces that know a teacher; 0 for none.
+        permutations: of teachers, for the null of surfaces that include a teacher; 0 for none.
         seed: of starts, draws and permutations.
     """
     choose("form", form, FORMS)
@@ -247,7 +247,7 @@ def _null_p(task: _Task, minima: Minima, permutations: int, generator: np.random
 
 
 def _teacher_columns(task: _Task, dealt: Array) -> dict[str, Array]:
-    """The columns that know the teacher, for other teachers (logs of their parameters, or of their losses)."""
+    """The columns that depend on the teacher, for other teachers (logs of their parameters, or of their losses)."""
     if "mu" in task.form.parameters:
         return {"ratio": dealt - task.logs["student_params"] - task.centre["ratio"]}
     return {"teacher_loss": dealt - task.centre["teacher_loss"], "log_teacher_loss": dealt}
@@ -323,7 +323,7 @@ def _intervals(natural: Mapping[str, Array], held: Sequence[str]) -> dict[str, t
 
 
 def _doubts(task: _Task, names: Sequence[str], at_bound: Sequence[str], draws: Minima) -> list[str]:
-    """What a reader of the estimates should know."""
+    """Caveats on the estimates."""
     notes = []
     if len(draws.theta):
         share = _at_bound(task, draws.theta).mean(axis=0)

@@ -1,4 +1,4 @@
-"""Which form of a loss surface to trust beyond the data: the one that foretells the dearest runs from the others."""
+"""Which form of a loss surface to extrapolate with: the one that best predicts the most expensive runs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from capacity_gap.surfaces.forms import FORMS
 from capacity_gap.surfaces.runs import read_runs
 from capacity_gap.surfaces.surface import SurfaceFit
 
-SHARE = 0.1  # of the runs, the dearest, that are foretold
+SHARE = 0.1  # of the runs, the most expensive, that are predicted
 LEAST = 3  # of them
 MOST = 0.5
 OF_TEXT = ("chinchilla", "supervised")  # forms of student and tokens alone
@@ -20,7 +20,7 @@ OF_TEXT = ("chinchilla", "supervised")  # forms of student and tokens alone
 
 @dataclass(frozen=True)
 class Trial:
-    """How a form foretold the dearest runs: mean and largest |L̂/L − 1|, and R² of the loss over those runs."""
+    """How well a form predicted the most expensive runs: mean and largest |L̂/L − 1|, and R² of their loss."""
 
     form: str
     error: float
@@ -30,7 +30,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Selection:
-    """The form that foretold best, fitted to all runs, and how each did. `foretold` runs, dearer than all others."""
+    """The form that predicted best, fitted to all runs, and the scores of all forms.
+
+    `foretold`: the number of held-out runs, the most expensive ones.
+    """
 
     surface: SurfaceFit
     trials: tuple[Trial, ...]
@@ -47,16 +50,16 @@ def select_surface(
     bootstraps: int = 1000,
     seed: int = 0,
 ) -> Selection:
-    """Fits each form to the cheaper runs and asks it for the dearest ones; the one nearest to these is fitted to all.
+    """Fits each form to the cheaper runs and predicts the most expensive ones; the most accurate form is fitted to all.
 
-    A run costs 6·N·D, N its student's parameters. Interpolation says little about forms: all fit it.
+    A run costs 6·N·D, N its student's parameters. Interpolation hardly discriminates between forms.
 
     Args:
         frame: one row a run, as `fit_surface` reads it.
         forms: of one kind of input; by default those of student and tokens alone.
         metric: the loss column, by default `loss`, or `student_loss` of our records.
         axis: count `total` parameters or `non_embedding` ones.
-        share: of the runs, the dearest, to be foretold.
+        share: of the runs, the most expensive, to be predicted.
         bootstraps: of the final fit.
         seed: of starts and draws.
 

@@ -25,7 +25,7 @@ class SurfaceFit:
     `status`: `fitted`; `at_bound` (the parameters named in `at_bound` sit at the edge of what the fit allows, so read
     none of them as an estimate); `not_converged`; `too_few` (fewer runs than parameters, or nothing varies: no
     parameters at all). `held` are parameters that these data do not identify; `null_p` the share of permuted teachers
-    that fit as well (where the surface knows a teacher). `centre`, `theta` and `draws` are internal: logs about the
+    that fit as well (where the surface includes a teacher). `centre`, `theta` and `draws` are internal: logs about the
     data's middle.
     """
 

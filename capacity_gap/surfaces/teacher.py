@@ -196,7 +196,7 @@ def compute_optimal(
         surface: additive or distillation.
         student_params: N_S.
         flops: C = 6·N_S·D_S (`teacher_cost="none"`) + 2·N_T·D_S (`"forward"`) + 6·N_T·D_T (`"training"`).
-        teacher_cost: what of the teacher is paid for.
+        teacher_cost: which of the teacher's costs count.
         teachers: how they are trained. With `"training"` and the distillation law D_T is chosen too, unless
             `teachers.tokens` says it.
         teacher_range: where to search, by default `searched`.

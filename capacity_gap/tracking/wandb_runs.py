@@ -1,7 +1,7 @@
 """Where the numbers of a cell are mirrored while it runs: one small protocol, W&B behind it.
 
 The local JSONL history and the record are always written, by the stages themselves; a tracker only mirrors them, so
-its troubles never stop the work. W&B's key is read by W&B alone, from its own places; nothing here ever holds it.
+its failures never stop the work. W&B's key is read by W&B alone, from its own places; nothing here ever holds it.
 """
 
 import functools
@@ -28,7 +28,7 @@ Point = Mapping[str, Any]
 
 
 class Tracker(Protocol):
-    """What the pipeline says while a cell runs."""
+    """The events of a running cell."""
 
     def log(self, point: Point) -> None:
         """One point of the training history, as it is made."""
@@ -37,7 +37,7 @@ class Tracker(Protocol):
         """The cell is done or has failed: its record, all its points, and what to keep beside them."""
 
     def leave(self) -> None:
-        """The cell is not done, and somebody will go on with it."""
+        """The cell is not done, and another process will continue it."""
 
 
 class NoTracker:
@@ -54,7 +54,7 @@ class NoTracker:
 
 
 def harmless(method: Callable[..., None]) -> Callable[..., None]:
-    """Whatever W&B raises costs the mirror, never the cell."""
+    """An error in W&B ends the mirror, never the cell."""
 
     @functools.wraps(method)
     def guarded(self: "WandbTracker", *given: Any, **named: Any) -> None:
@@ -102,7 +102,7 @@ class WandbTracker:
 
     @harmless
     def leave(self) -> None:
-        """Ends a run that was opened; whoever goes on with the cell takes its place."""
+        """Ends a run that was opened; the process that continues the cell replaces it."""
         if self._run is not None:
             run, self._run = self._run, None
             run.summary.update({"status": "interrupted"})
@@ -245,7 +245,7 @@ def ended(folders: Iterable[Path]) -> list[Path]:
 
 
 def give_way(folder: Path, run_id: str) -> None:
-    """Deletes what an interrupted or earlier run of this id left offline: the new one tells all of it again."""
+    """Deletes what an interrupted or earlier run of this id left offline: the new run contains all of it."""
     for left in run_folders(folder, run_id):
         if left.name.startswith("offline-"):
             shutil.rmtree(left, ignore_errors=True)

@@ -317,7 +317,7 @@ def _fitting_step(
     """One step with as many sequences at once as memory holds: out of memory, the micro-batch halves and the step is
     taken again; the global batch stays. Returns the micro-batch that fitted.
 
-    Ranks cannot tell each other that they ran out, so with several of them the error stands.
+    Ranks cannot signal each other that they ran out, so with several of them the error stands.
     """
     while True:
         try:

@@ -62,7 +62,7 @@ class Composer:
         return found
 
     def _is_plain(self, override: Override) -> bool:
-        """Whether it sets a value, and does not choose a group, add or delete something, or speak to Hydra."""
+        """Whether it sets a value, and does not choose a group, add or delete something, or configure Hydra."""
         key = override.key_or_group
         if key not in self.groups:
             self.groups[key] = bool(self.loader.get_group_options(key)) or key.split(".")[0] == "hydra"

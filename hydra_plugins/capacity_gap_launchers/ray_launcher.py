@@ -99,7 +99,7 @@ def _start(ray: Any, address: str | None) -> None:
 
 
 def _note_outcomes(ray: Any, running: dict[Any, int], jobs: Any, check: Callable[[], None]) -> None:
-    """Writes down what becomes of each task, as it ends."""
+    """Records the outcome of each task as it ends."""
     while running:
         ready, _ = ray.wait(list(running), num_returns=1, timeout=POLL_S)
         check()
@@ -114,7 +114,7 @@ def _note_outcomes(ray: Any, running: dict[Any, int], jobs: Any, check: Callable
 def _end(ray: Any, tasks: Sequence[Any], noted: "Noted") -> None:
     """Interrupts every task, which then leaves a checkpoint, and waits for them as long as any grid does.
 
-    A second signal does not wait. Whatever Ray says meanwhile is not heard: the grid ends by what ended it.
+    A second signal does not wait. Messages of Ray are ignored meanwhile: the grid's exit status is that of the signal.
     """
     from capacity_gap.runner.stopping import GRACE_S
 

@@ -15,7 +15,7 @@ from capacity_gap.store.stage import Stage, StageRun
 
 
 def random_student_stage(cell: ResolvedCell) -> Stage:
-    """Random weights: the start that no teacher decides."""
+    """Random initialisation, which does not depend on a teacher."""
     given = {"shape": cell.student_shape, "seed": cell.config.seed, "init": "random"}
     if ignored := frozen_rows(cell.student_shape):
         given["ignored"] = ignored

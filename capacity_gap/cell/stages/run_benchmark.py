@@ -34,7 +34,7 @@ def _benchmark_stage(cell: ResolvedCell, task: Task, model: Stage, tokenizer: St
 
 
 def build_suite_from_corpus(run: StageRun) -> None:
-    """Two benchmarks made from the test split, for models that no public one can tell apart."""
+    """Two benchmarks made from the test split, for models too small for public ones."""
     from capacity_gap.evaluate.suite import build_suite
 
     with (run.inputs["corpus"] / "test.jsonl").open(encoding="utf-8") as lines:
