@@ -205,6 +205,28 @@ def test_a_compiled_run_agrees_and_leaves_a_plain_student(tmp_path, monkeypatch)
         torch.testing.assert_close(p, weights(plain)[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_worker_compiles_every_model_however_many_came_before(tmp_path, monkeypatch):
+    """Torch keeps eight shapes of a function and runs all further ones uncompiled, with a line in its log."""
+    traced = []
+
+    def backend(graph, inputs):
+        traced.append(graph)
+        return graph.forward
+
+    def with_backend(module):
+        module._compiled_call_impl = torch.compile(module._call_impl, backend=backend)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", with_backend)
+    direct = plan(order=np.arange(8), distill=DistillConfig(kd_weight=0.0), compile=True)
+    per_model = []
+    for i, rung in enumerate(list(RUNGS)[:10]):
+        traced.clear()
+        train(new_model(RUNGS[rung], 0), Text(), direct, runtime=Runtime(), checkpoints=tmp_path / str(i))
+        per_model.append(len(traced))
+    assert per_model == per_model[:1] * 10 and per_model[0] > 0
+
+
 def test_held_out_losses_come_at_their_tokens_and_change_nothing(tmp_path):
     plain, _ = run(tmp_path / "a", plan())
     student, teacher = new_model(RUNGS["55k"], 0), new_model(RUNGS["80k"], 7)

@@ -215,6 +215,8 @@ def train(
     # Nothing may act in training mode only. transformers checkpoints activations in that mode alone, so then, and only
     # then, the student is in it; what else would act was switched off when it was made (`models/quiet.py`).
     student.to(accelerator.device).train(plan.activation_checkpointing)
+    if plan.compile:
+        torch.compiler.reset()  # of a function torch keeps eight shapes in a process, and compiles no further one
     _trade_memory(student, plan, on=True)
     if isinstance(teacher, nn.Module):
         if not hasattr(teacher, "hf_device_map"):  # else its layers were put where they are
