@@ -15,6 +15,7 @@ from capacity_gap.commands import cli
 from capacity_gap.commands.fit_commands import _joint_lines
 from capacity_gap.estimators.mixed import SCALE, SHAPE, _Problem, fit_mixed
 from capacity_gap.fit import fit_joint
+from capacity_gap.fit.frame import curves as curves_of
 from capacity_gap.fit.joint_curve import JointCurve
 from capacity_gap.fit.joint_fit import Answers
 from capacity_gap.fit.size_map import size_map
@@ -338,3 +339,15 @@ def test_the_evidence_is_of_these_designs():
     assert held["coverage"].dropna().min() > 0.92
     nulls = held[~held["optimum"]]
     assert nulls["claims"].max() <= 0.05 and nulls["break_even_claims"].dropna().max() <= 0.05
+
+
+def test_one_cell_of_two_origins_is_two_results_and_the_same_bits_are_one():
+    cells = table(students=4, rungs=8, seeds=1).assign(cell=lambda f: [f"c{i}" for i in f.index])
+    other = cells.assign(origin="them", loss=cells["loss"] + 0.01)
+    both = pd.concat([cells.assign(origin="us"), other], ignore_index=True)
+    assert len(fit_joint(both).joint.cells.y) == 2 * len(fit_joint(cells).joint.cells.y)
+    again = pd.concat([both, other.assign(origin="a copy")], ignore_index=True)
+    assert len(fit_joint(again).joint.cells.y) == len(fit_joint(both).joint.cells.y)
+    curves, notes = curves_of(both.assign(data_tokens=300_000))
+    assert {c.count.max() for c in curves} == {2.0}, "origins part no curves"
+    assert "averaged like seeds" in " ".join(notes)

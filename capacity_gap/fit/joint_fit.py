@@ -275,8 +275,8 @@ def fit_joint(
     if "data_tokens" in frame and (frame["data_tokens"] > 0).any():
         frame = frame[frame["data_tokens"] > 0]  # the others were pruned, and not trained
     check_alike(frame)
-    if "cell" in frame:
-        frame = frame.drop_duplicates("cell")
+    if "cell" in frame:  # one that two origins ran is two results
+        frame = frame.drop_duplicates([c for c in ("cell", "origin") if c in frame])
     same = [c for c in (*sizes, column, "data_tokens", "seed", "teacher_seed", "student", "teacher") if c in frame]
     frame = frame.drop_duplicates(same)  # the same model recorded twice is no more evidence
     cells = cells_of(frame, axis=axis, metric=column, unpruned=unpruned)

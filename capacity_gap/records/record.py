@@ -137,6 +137,11 @@ class Record:
     git_commit: str | None = column(None, "The commit of this project.")
     versions: dict[str, str] = column(dict, "Versions of Python and packages.")
     created: str | None = column(None, "When the record was made, UTC.")
+    origin: str | None = column(
+        None,
+        "Who ran the cell, in records that were imported; null in a store. One cell of two origins is two results, "
+        "averaged like seeds.",
+    )
 
     def __post_init__(self) -> None:
         for name, value in self.to_dict().items():
