@@ -11,7 +11,7 @@ import argparse
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -47,27 +47,40 @@ BEST, D, AT = 1.8, 1.3, 300_000  # the true optimum over the student, its growth
 STUDENTS = {"40k": 40_000, "55k": 55_000, "80k": 80_000, "110k": 110_000}
 
 
-def cells(students: Sequence[str], rungs: Sequence[str], budgets: Sequence[int], seeds: Sequence[int]) -> pd.DataFrame:
-    """The cells of one grid, without losses."""
-    params = family("pico").params
+def cells(
+    students: Sequence[str],
+    rungs: Sequence[str],
+    budgets: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    ladder: str = "pico",
+    sizes: Mapping[str, int] = STUDENTS,
+) -> pd.DataFrame:
+    """The cells of one grid, without losses; `sizes` are the students' parameters."""
+    params = family(ladder).params
     rows = [
-        (s, STUDENTS[s], t, params[t], b, seed, seed)
+        (s, sizes[s], t, params[t], b, seed, seed)
         for s, t, b, seed in itertools.product(students, rungs, budgets, seeds)
-        if params[t] > STUDENTS[s] * 1.02
+        if params[t] > sizes[s] * 1.02
     ]
     names = ["student", "student_params", "teacher", "teacher_params", "data_tokens", "seed", "teacher_seed"]
     return pd.DataFrame(rows, columns=names)
 
 
-def expected(frame: pd.DataFrame, curvature: float, *, d: float = D, bend: bool = True) -> np.ndarray:
-    """The loss without noise. Without `bend` only the slope is left, which moves with tokens as the parabola's."""
+def expected(
+    frame: pd.DataFrame, curvature: float, *, d: float = D, bend: bool = True, at: float = AT, ratio: float = 3.5
+) -> np.ndarray:
+    """The loss without noise. Without `bend` only the slope is left, which moves with tokens as the parabola's.
+
+    `at`: the budget of the optimum `BEST`. `ratio`: the middle of the ladder over the mean student.
+    """
     x, n = np.log(frame["teacher_params"].to_numpy(float)), np.log(frame["student_params"].to_numpy(float))
-    budget = np.log(frame["data_tokens"].to_numpy(float) / AT)
+    budget = np.log(frame["data_tokens"].to_numpy(float) / at)
     z = x - n - math.log(BEST) - d * budget
     level = 4 - 0.3 * (n - n.mean()) - 0.1 * budget
-    middle = math.log(3.5)  # the middle of the ladder, over the mean student
+    middle = math.log(ratio)
     return level + (
-        curvature * z**2 if bend else 2 * curvature * (math.log(3.5 / BEST) - d * budget) * (x - n - middle)
+        curvature * z**2 if bend else 2 * curvature * (math.log(ratio / BEST) - d * budget) * (x - n - middle)
     )
 
 

@@ -53,7 +53,7 @@ class Outcome:
 
 def check_grid(jobs: Sequence[Job]) -> Store:
     """Reads every cell without running any; returns the store. Raises as `run_grid` does."""
-    cells = _resolve(jobs, Outcome())
+    cells = resolved(jobs, Outcome())
     store = Store(next(iter(cells.values()))[0].config.store_path)
     store.create()
     return store
@@ -82,7 +82,7 @@ def run_grid(
         ConfigError: a setting is wrong, no cell is possible, or all cost too much (raised before anything is run).
     """
     outcome = Outcome()
-    cells = _resolve(jobs, outcome)
+    cells = resolved(jobs, outcome)
     first = next(iter(cells.values()))[0].config
     store = Store(first.store_path)
     store.check_schema()
@@ -122,7 +122,7 @@ def run_grid(
     return not outcome.counts["failed"]
 
 
-def _resolve(jobs: Sequence[Job], outcome: Outcome) -> dict[str, tuple[Cell, list[str]]]:
+def resolved(jobs: Sequence[Job], outcome: Outcome) -> dict[str, tuple[Cell, list[str]]]:
     """Cells with their overrides, by digest; the impossible ones are noted."""
     cells: dict[str, tuple[Cell, list[str]]] = {}
     for job in jobs:

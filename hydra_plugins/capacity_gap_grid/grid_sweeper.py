@@ -6,13 +6,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import OmegaConf
+
+if TYPE_CHECKING:
+    from capacity_gap.runner.grid import Job
 
 MOST_CELLS = 100_000  # in one grid
 MOST_WORKERS = 4096  # on one machine
@@ -177,25 +180,31 @@ class GridSweeper(BasicSweeper):
             launcher.n_jobs = gpus() or _cores()
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
+    def jobs(self, arguments: list[str]) -> "list[Job]":
+        """Every combination of the sweep's axes and these overrides, each with its composed settings."""
+        from capacity_gap.runner.grid import Job
+
+        assert self.config is not None and self.hydra_context is not None
+        loader = self.hydra_context.config_loader
+        parsed = OverridesParser.create(config_loader=loader).parse_overrides([*self._parse_config(), *arguments])
+        check_count(parsed)
+        cells = [list(overrides) for batch in self.split_arguments(parsed, None) for overrides in batch]
+        self.validate_batch_is_legal(cells[:1])
+        compose = Composer(self.config, loader)
+        composed = [compose(overrides) for overrides in cells]
+        ladder = own_ladder(composed)
+        return [Job(*_in_ladder(overrides, one, ladder)) for overrides, one in zip(cells, composed, strict=True)]
+
     def sweep(self, arguments: list[str]) -> None:
         """Runs the grid; the exit status is 1 if a cell failed."""
-        from capacity_gap.runner.grid import Job, check_grid, run_grid
+        from capacity_gap.runner.grid import check_grid, run_grid
         from capacity_gap.runner.machines import Machines
         from capacity_gap.settings.places import run_command
 
         assert self.config is not None and self.launcher is not None and self.hydra_context is not None
-        parsed = OverridesParser.create(config_loader=self.hydra_context.config_loader).parse_overrides(
-            [*self._parse_config(), *arguments]
-        )
-        check_count(parsed)
-        cells = [list(overrides) for batch in self.split_arguments(parsed, None) for overrides in batch]
-        self.validate_batch_is_legal(cells[:1])
-        compose = Composer(self.config, self.hydra_context.config_loader)
-        composed = [compose(overrides) for overrides in cells]
-        ladder = own_ladder(composed)
-        jobs = [Job(*_in_ladder(overrides, one, ladder)) for overrides, one in zip(cells, composed, strict=True)]
+        jobs = self.jobs(arguments)
         launcher = self.config.hydra.launcher
-        if getattr(self.launcher, "detach", False) and not any(one.get("plan") for one in composed):
+        if getattr(self.launcher, "detach", False) and not any(job.composed.get("plan") for job in jobs):
             self.launcher.submit_grid([*run_command(), *sys.argv[1:]], check_grid(jobs).root)
             return
         batch, pool = self.max_batch_size, _is_joblib(launcher)
