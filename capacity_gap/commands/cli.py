@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from capacity_gap import __version__
-from capacity_gap.commands import fit_commands, model_commands, report_commands, run_commands, store_commands
+from capacity_gap.commands import (
+    exchange_commands,
+    fit_commands,
+    model_commands,
+    report_commands,
+    run_commands,
+    store_commands,
+)
 from capacity_gap.commands.options import Parser
 from capacity_gap.settings import extension
 
@@ -16,6 +23,7 @@ GROUPS = {
     "look": report_commands,
     "models": model_commands,
     "store and upload": store_commands,
+    "send and receive": exchange_commands,
 }
 HYDRAS = ("run", "plan")  # every word after these is for Hydra, options too
 QUESTION = "Find the best teacher size for distilling a student of N parameters."
