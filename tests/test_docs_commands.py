@@ -101,7 +101,7 @@ def test_there_are_commands_to_check():
 
 
 # Whose plans take long: grids of hundreds of cells, rounds of them, and commands in processes of their own.
-LARGE = {"study.md", "next.md", "howto_extend.md", "architecture.md"}
+LARGE = {"study.md", "replicate.md", "next.md", "howto_extend.md", "architecture.md"}
 
 
 @pytest.mark.parametrize(
