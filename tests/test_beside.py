@@ -62,12 +62,21 @@ def test_the_prediction_is_that_of_the_joint_model(mine, published):
     assert whole[0].startswith(f"{len(mine)} cells beside {len(kept)} alike of {len(published)} published ones")
 
 
+def test_far_beyond_the_published_cells_nothing_is_predicted(mine, published):
+    kept, _ = alike(mine, published)
+    fit = fit_joint(kept, metric="student_loss")
+    lines = answers(fit, mine.assign(data_tokens=4000))
+    assert lines[0] == "a 40k student at 4k tokens: 37 times beyond the published cells, so nothing is predicted"
+
+
 def test_what_to_type_next_can_be_typed(mine, capsys):
     lines = next_commands(mine, ("python", "-m", "capacity_gap"), ("python", "run.py"), "store", "quick")
     assert lines[0] == "python run.py -m +sweeps=quick seed=1,2"
     assert callable(cli.parser().parse_args(lines[1].split()[3:]).run)
     two = next_commands(mine.assign(seed=range(len(mine))), ("t",), ("r",), "store", "quick")
     assert len(two) == 1
+    single = next_commands(mine, ("t",), ("r",), "store", "single")
+    assert len(single) == 1, "there is no such sweep to run again"
 
 
 def test_a_sweep_without_trained_cells_is_an_error(tiny_cell, capsys):

@@ -204,3 +204,28 @@ def test_a_pool_without_names_is_refused(tmp_path, capsys):
     table.to_csv(runs := tmp_path / "runs.csv", index=False)
     assert cli.main(["next", str(runs), "--goal", "law", "--pool", str(file)]) == 2
     assert "lacks student, teacher in some rows" in capsys.readouterr().err
+
+
+def test_published_teachers_cost_no_training_and_rungs_go_by_their_names(tmp_path, capsys):
+    words = ["next", str(tmp_path / "none"), "--goal", "break_even", "--student", "1b", "--small", "3b"]
+    words += ["--large", "8b", "--family", "llama3", "--teachers", "3b,8b", "--budgets", "50m,100m"]
+    assert cli.main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {cell["cell"]["teacher"] for cell in told["cells"]} == {"3b", "8b"}
+    assert sum(cell["cost_flops"] for cell in told["cells"]) < 1e19  # 8b alone on 20 tokens a parameter: 7.8e21
+    assert "must be trained" not in str(told) and told["missing"].startswith("Add corpus=")
+
+
+def test_where_keeps_the_rows_of_one_curve(tmp_path, capsys):
+    records = "results/pico/study_law.csv"
+    asked = ["--student", "55k", "--data", "1m", "--k", "2"]
+    assert cli.main(["next", records, *asked]) == 2
+    assert "teacher_data" in capsys.readouterr().err
+    assert cli.main(["next", records, *asked, "--where", "teacher_data=1m", "--where", "data_tokens=300k,600k"]) == 0
+    assert "the next 2 of" in capsys.readouterr().out
+    assert cli.main(["next", records, *asked, "--where", "teacher_data=3m"]) == 2
+    assert "Values in the table: 1m, 2x" in capsys.readouterr().err
+    assert cli.main(["fit", records, "--where", "teacher_dat=1m"]) == 2
+    assert "nearest: teacher_data" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["fit", records, "--where", "teacher_data"])

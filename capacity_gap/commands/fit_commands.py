@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from capacity_gap.commands import beside_command, next_command
-from capacity_gap.commands.options import COLUMNS, columns, out_folder
+from capacity_gap.commands.options import COLUMNS, WHERE, columns, out_folder, where
 from capacity_gap.settings.errors import UserError, shown
 from capacity_gap.wording.intervals import span
 
@@ -28,6 +28,7 @@ def _add_fit(commands: Any) -> None:
     fit.add_argument("--axis", choices=("total", "non_embedding", "teacher_loss"), default="total", help=told)
     fit.add_argument("--metric", help="column to fit (default: student_loss, or loss in foreign tables)")
     fit.add_argument("--columns", type=columns, default={}, metavar="OURS=THEIRS,...", help=COLUMNS)
+    fit.add_argument("--where", type=where, action="append", default=[], metavar="COLUMN=VALUE,...", help=WHERE)
     fit.add_argument("--by", help="columns that part curves, such as family,data_tokens (default: every setting)")
     fit.add_argument(
         "--method",
@@ -70,11 +71,12 @@ def run_fit(given: argparse.Namespace) -> int:
     from capacity_gap.fit.frame import curves
     from capacity_gap.fit.law import law_from
     from capacity_gap.fit.optimum import locate
-    from capacity_gap.records.columns import AXES, BY, renamed
+    from capacity_gap.records.columns import AXES, BY, renamed, rows_where
     from capacity_gap.store.files import write_text
 
     frame = _of_sweep(given.source, given.sweep) if given.sweep else records.load(given.source)
     frame, stale = without_outdated(renamed(frame, given.columns), given.source)
+    frame = rows_where(frame, dict(given.where))
     by = [c for c in given.by.split(",") if c] if given.by is not None else BY
     frame, metric = as_loss(frame, given.metric)
     axis = given.axis if given.axis in AXES else "total"
@@ -217,12 +219,12 @@ def run_recommend(given: argparse.Namespace) -> int:
     from capacity_gap.models.folders import checkpoint_family
     from capacity_gap.models.ladders import FAMILIES, family
     from capacity_gap.report.recommend import read_fit, recommend
-    from capacity_gap.settings.scales import parse_scale, parse_tokens
+    from capacity_gap.settings.scales import parse_tokens
 
     own = [name for name in given.family.split(",") if name]
     mine = bool(own) and given.family not in FAMILIES and (len(own) > 1 or is_checkpoint(given.family))
     ladder = checkpoint_family(own, planning=True) if mine else family(given.family)
-    student = parse_scale(given.student, key="--student")
+    student = ladder.size(given.student, key="--student")
     tokens = parse_tokens(given.data, params=student, key="--data")
     law, surface, joint = read_fit(given.fit)
     try:

@@ -2,13 +2,14 @@
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capacity_gap.cell.strategy_config import GOALS
-from capacity_gap.commands.options import COLUMNS, columns, whole
+from capacity_gap.commands.options import COLUMNS, WHERE, columns, where, whole
 from capacity_gap.settings.errors import ConfigError, UserError
 
 NUMBER = re.compile(r"[-+0-9.e]+")
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from capacity_gap.fit import Candidate, Goal
+    from capacity_gap.models.ladders import Family
     from capacity_gap.records.bills import Cost
 
 
@@ -39,6 +41,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--family", help="the ladder of teachers (default: that of the records, else pico)")
     parser.add_argument("--sweep", metavar="NAME", help="of a store: only the cells of this sweep")
     parser.add_argument("--columns", type=columns, default={}, metavar="OURS=THEIRS,...", help=COLUMNS)
+    parser.add_argument("--where", type=where, action="append", default=[], metavar="COLUMN=VALUE,...", help=WHERE)
     parser.add_argument("--json", action="store_true", help="as JSON, for programs")
     parser.set_defaults(run=run_next)
 
@@ -51,10 +54,11 @@ def run_next(given: argparse.Namespace) -> int:
     from capacity_gap.runner.adaptive import answer, ends_of
 
     frame = _records(given)
-    ladder, goal = family_of(frame, given.family), _goal(given)
+    ladder = family_of(frame, given.family)
+    goal = _goal(given, ladder)
     pool = _pool(given, frame, ladder)
     check_inside(goal, frame, pool, key="--")
-    settings, missing, cost = _settings(given, frame, ladder.name)
+    settings, missing, cost = _settings(given, frame, ladder.name, published=bool(ladder.published))
     try:
         found = next_cells(frame, pool, goal=goal, k=given.k, cost=cost)
     except ValueError as error:
@@ -90,7 +94,7 @@ def _records(given: argparse.Namespace) -> "pd.DataFrame":
     """The cells so far; an empty table for an empty store."""
     from capacity_gap import records
     from capacity_gap.cell.outdated import without_outdated
-    from capacity_gap.records.columns import renamed
+    from capacity_gap.records.columns import renamed, rows_where
     from capacity_gap.records.load import sweep_frame
     from capacity_gap.settings.places import user_path
     from capacity_gap.store.contents import open_store
@@ -99,18 +103,18 @@ def _records(given: argparse.Namespace) -> "pd.DataFrame":
     if not named and not path.is_file() and not (path.is_dir() and any(path.iterdir())):
         return records.to_frame([])  # a store that nothing was run in yet
     frame = sweep_frame(open_store(given.source), given.sweep) if given.sweep else records.load(given.source)
-    frame = without_outdated(renamed(frame, given.columns), given.source)[0]
+    frame = rows_where(without_outdated(renamed(frame, given.columns), given.source)[0], dict(given.where))
     return frame[frame["family"] == given.family] if given.family and "family" in frame else frame
 
 
-def _goal(given: argparse.Namespace) -> "Goal":
+def _goal(given: argparse.Namespace, ladder: "Family") -> "Goal":
     """What was asked for.
 
     Raises:
         ConfigError: an option that the goal needs is missing, or one was given that it does not read.
     """
     from capacity_gap.fit import Goal
-    from capacity_gap.settings.scales import parse_scale, parse_tokens
+    from capacity_gap.settings.scales import parse_tokens
 
     kind = given.goal or ("target" if given.student else "law")
     needs = GOALS[kind]
@@ -121,10 +125,10 @@ def _goal(given: argparse.Namespace) -> "Goal":
             raise ConfigError(f"--goal {kind}: --{name} {what}. It takes {takes}.")
     if kind == "law":
         return Goal()
-    student = parse_scale(given.student, key="--student")
+    student = ladder.size(given.student, key="--student")
     if kind == "target":
         return Goal("target", student, parse_tokens(given.data, params=student, key="--data"))
-    small, large = (parse_scale(getattr(given, name), key=f"--{name}") for name in ("small", "large"))
+    small, large = (ladder.size(getattr(given, name), key=f"--{name}") for name in ("small", "large"))
     return Goal("break_even", student, small=small, large=large)
 
 
@@ -162,20 +166,24 @@ def _pool(given: argparse.Namespace, frame: "pd.DataFrame", ladder: Any) -> "pd.
     )
 
 
+BARE = "Add corpus=, sweep= and train.batch_size= to the command, so that all budgets take steps of one size."
 NOT_NOTED = "How these records were run is not noted: add their other settings to the command."
 
 
-def _settings(given: argparse.Namespace, frame: "pd.DataFrame", family: str) -> tuple[list[str], str, "Cost"]:
+def _settings(
+    given: argparse.Namespace, frame: "pd.DataFrame", family: str, *, published: bool
+) -> tuple[list[str], str, "Cost"]:
     """The overrides that all cells share, what is to be said of those that are not known, and what cells cost.
 
-    Costs are those of the stages that a store lacks; of a table they are arithmetic by sizes.
+    Costs are those of the stages that a store lacks; of a table they are arithmetic by sizes. A published teacher is
+    there already.
     """
     from capacity_gap.records.bills import Arithmetic
     from capacity_gap.settings.places import user_path
     from capacity_gap.store.files import is_store
 
     if not is_store(user_path(given.source)):
-        return *_settings_of_table(frame, family), Arithmetic()
+        return *_settings_of_table(frame, family), Arithmetic(teacher_tokens=None if published else math.nan)
     from capacity_gap.commands.stage_costs import StageCost, shared_overrides
 
     overrides, known = shared_overrides(given.source, frame, family)
@@ -189,7 +197,7 @@ def _settings_of_table(frame: "pd.DataFrame", family: str) -> tuple[list[str], s
 
     named = [f"family={family}"] * (family not in ("pico", ""))
     if frame.empty:
-        return named, ""
+        return named, BARE if named else ""
     told = table_settings(frame)
     pairs = (override.partition("=") for override in told.overrides)
     overrides = [*named, *(f"{key}={value if NUMBER.fullmatch(value) else quoted(value)}" for key, _, value in pairs)]

@@ -98,3 +98,15 @@ def _writable(path: Path, given: str) -> None:
         raise argparse.ArgumentTypeError(f"{shown(given)} is inside {there}, which is not a folder")
     if not os.access(there, os.W_OK):
         raise argparse.ArgumentTypeError(f"{shown(given)} cannot be written: no write permission for {there}")
+
+
+WHERE = "only rows whose column has one of these values, such as teacher_data=1m; may be given several times"
+
+
+def where(given: str) -> tuple[str, list[str]]:
+    """A column and the values that are kept: `COLUMN=VALUE,VALUE`."""
+    column, sign, values = (part.strip() for part in given.partition("="))
+    kept = [value.strip() for value in values.split(",") if value.strip()]
+    if not (column and sign and kept):
+        raise argparse.ArgumentTypeError(f"{shown(given)} cannot be read; write COLUMN=VALUE, such as teacher_data=1m")
+    return column, kept

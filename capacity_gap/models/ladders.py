@@ -60,6 +60,17 @@ class Family:
                 found[self.params[rung]] = rung
         return found
 
+    def size(self, given: str, *, key: str) -> int:
+        """Parameters of the rung that a scale names, else the scale: `1b` of Llama 3 has 1.24 billion.
+
+        Raises:
+            ConfigError: it is no scale.
+        """
+        if given in self.params:
+            return self.params[given]
+        wanted = parse_scale(given, key=key)
+        return self.params[self.scales[wanted]] if wanted in self.scales else wanted
+
     def rung(self, given: str) -> str:
         """The rung that `given` names, in any spelling of its scale; an unknown one raises and lists what there is."""
         by_folder = {path: rung for rung, path in self.published.items()} | {rung: rung for rung in self.rungs}

@@ -9,6 +9,7 @@ from capacity_gap.records import is_number, scores_of
 from capacity_gap.records.record import parting_columns
 from capacity_gap.records.tables import numbers
 from capacity_gap.settings.errors import ConfigError, shown
+from capacity_gap.settings.scales import parse_scale
 
 AXES = {"total": "", "non_embedding": "_non_embedding"}
 BY = parting_columns()  # where a table has them: cells that differ in one of them answer different questions
@@ -66,3 +67,33 @@ def renamed(frame: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
     found = frame.rename(columns={given: wanted for wanted, given in names.items()})
     _once(found, list(names))
     return numbers(found, [name for name in names if is_number(name, found)])
+
+
+def rows_where(frame: pd.DataFrame, wanted: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """The rows whose columns hold one of the values given for each: text as it is, numbers also as scales, `300k`.
+
+    Raises:
+        ConfigError: the table lacks a column, or no row is left; the message lists the values that there are.
+    """
+    for column, values in wanted.items():
+        if column not in frame:
+            near = ", ".join(difflib.get_close_matches(column, map(str, frame.columns), n=3, cutoff=0.5)) or "none"
+            raise ConfigError(f"--where {column}: the table has no column {shown(column)} (nearest: {near}).")
+        held = frame[column]
+        if pd.api.types.is_numeric_dtype(held):
+            numbers_given = [_number(value, column) for value in values]
+            kept = frame[held.isin(numbers_given)]
+        else:
+            kept = frame[held.fillna("none").astype(str).isin(list(values))]
+        if kept.empty:
+            some = ", ".join(sorted(held.fillna("none").astype(str).unique())[:10])
+            raise ConfigError(f"--where {column}={','.join(values)}: no row has it. Values in the table: {some}.")
+        frame = kept
+    return frame
+
+
+def _number(value: str, column: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        return float(parse_scale(value, key=f"--where {column}", allow_zero=True))

@@ -11,9 +11,11 @@ from capacity_gap.fit.joint_fit import Best
 from capacity_gap.records.columns import BY
 from capacity_gap.report.joint_tables import ratio
 from capacity_gap.settings.errors import ConfigError
+from capacity_gap.settings.places import SWEEPS
 from capacity_gap.settings.scales import format_scale, short_scale
 
 CLOSE = math.log(1.5)  # students whose sizes differ by more are no neighbours
+FAR = math.log(10.0)  # beyond the published sizes and budgets: nothing is predicted
 ASIDE = ("data_tokens",)  # a budget is compared cell by cell
 HEADINGS = ("student", "teacher", "tokens", "loss", "published", "for student")
 
@@ -72,6 +74,10 @@ def answers(fit: JointFit, mine: pd.DataFrame) -> list[str]:
     pairs = mine.groupby(["student", "student_params", "data_tokens"]).size().reset_index()
     for row in pairs.sort_values(["student_params", "data_tokens"]).to_dict("records"):
         params, tokens = float(row["student_params"]), float(row["data_tokens"])
+        if (far := _beyond(fit, params, tokens)) > FAR:
+            name = f"a {row['student']} student at {short_scale(tokens)} tokens"
+            lines.append(f"{name}: {math.exp(far):.0f} times beyond the published cells, so nothing is predicted")
+            continue
         able = {str(name): float(size) for name, size in rungs.items() if size > params}
         best = fit.best_teacher(params, tokens, rungs=able)
         likely = max(best.probabilities, key=lambda name: best.probabilities[name])
@@ -80,6 +86,14 @@ def answers(fit: JointFit, mine: pd.DataFrame) -> list[str]:
             f"{likely} is best with probability {best.probabilities[likely]:.0%}"
         )
     return lines
+
+
+def _beyond(fit: JointFit, params: float, tokens: float) -> float:
+    """How far (log) a student or a budget is outside what was fitted."""
+    curve = fit.curve
+    n, d = math.log(params) - curve.means[0], math.log(tokens) - curve.means[1]
+    spans = [(n, curve.n_span), *([(d, curve.d_span)] if "d" in curve.terms else [])]
+    return max(max(low - x, x - high) for x, (low, high) in spans)
 
 
 def _times(best: Best, params: float) -> str:
@@ -116,7 +130,7 @@ def next_commands(mine: pd.DataFrame, tool: Sequence[str], run: Sequence[str], s
     largest = mine.sort_values("student_params")["student"].iloc[-1]
     target = f"--student {largest} --data {format_scale(int(mine['data_tokens'].max()))}"
     lines = [f"{' '.join(tool)} next {store} --sweep {sweep} {target}"]
-    if mine["seed"].nunique() == 1:
+    if mine["seed"].nunique() == 1 and (SWEEPS / f"{sweep}.yaml").exists():
         used = int(mine["seed"].iloc[0])
         lines.insert(0, f"{' '.join(run)} -m +sweeps={sweep} seed={used + 1},{used + 2}")
     return lines

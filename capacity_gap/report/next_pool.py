@@ -81,7 +81,7 @@ def make_pool(
         ConfigError: there is no student, no teacher or no budget, or a name is not known.
     """
     by_student, by_teacher = (_sizes(frame, of) for of in ("student", "teacher"))
-    named: dict[str, float] = {name: by_student.get(name) or parse_scale(name, key="--students") for name in students}
+    named: dict[str, float] = {name: by_student.get(name) or ladder.size(name, key="--students") for name in students}
     chosen = named if "students" in given else {**by_student, **named}
     rungs: dict[str, float] = {name: ladder.params[name] for name in map(ladder.rung, teachers)} if ladder.rungs else {}
     if teachers and not ladder.rungs:
@@ -90,7 +90,8 @@ def make_pool(
     tokens = [*budgets] if "budgets" in given else sorted({*_values(frame, "data_tokens"), *budgets})
     for what, held, such in (("students", chosen, "40k,80k,110k"), ("budgets", tokens, "300k,1.2m")):
         if not held:
-            raise ConfigError(f"the records name no {what}. Give some: --{what} {such}.")
+            family = "" if len(frame) else ", and --family where the ladder is not pico"
+            raise ConfigError(f"the records name no {what}. Give some: --{what} {such}{family}.")
     pairs = _seeds(frame, seeds, trained=not ladder.published)
     rows = [
         (s, n, t, m, d, *pair)

@@ -144,8 +144,12 @@ class Rounds:
         """The quantity to estimate."""
         from capacity_gap.fit import Goal
 
-        asked = self.config.next
-        return Goal(asked.goal, **asked.sizes)
+        asked, sizes = self.config.next, self.config.next.sizes
+        ladder = next(iter(self.cells.values()))[0].family
+        for name in ("small", "large"):
+            if given := getattr(asked, name):
+                sizes[name] = ladder.size(given, key=f"next.{name}")
+        return Goal(asked.goal, **sizes)
 
     @property
     def what(self) -> str:
