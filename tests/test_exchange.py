@@ -4,6 +4,7 @@ import csv
 import functools
 import hashlib
 import re
+import shutil
 
 import pandas as pd
 import pytest
@@ -196,9 +197,9 @@ def test_a_column_is_decided_by_settings_or_measured_and_none_is_both():
 
 
 def test_an_export_of_a_store_is_believed(tiny, tiny_cell, tmp_path, capsys):
-    store, cell = Store(tiny_cell.store_path), pipeline.resolve(tiny_cell)
-    if not (tmp_path / "grid").exists():
-        note_sweep(store, "mine", {cell.record.key: {"name": cell.name, "overrides": [], "stages": {}}})
+    store, cell = Store(tmp_path / "store"), pipeline.resolve(tiny_cell)
+    shutil.copytree(tiny_cell.store_path, store.root)  # other tests read that one
+    note_sweep(store, "mine", {cell.record.key: {"name": cell.name, "overrides": [], "stages": {}}})
     file = tmp_path / "mine.csv"
     assert cli.main(["records", "export", str(store.root), "--sweep", "mine", "--out", str(file)]) == 0
     assert "1 of 1 cells of mine" in capsys.readouterr().out
