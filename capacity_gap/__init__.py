@@ -4,4 +4,4 @@ The chain of one run reads top to bottom in `capacity_gap.cell.pipeline`; the fi
 neither torch nor W&B. Importing this package imports nothing heavy.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
