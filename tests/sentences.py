@@ -1,4 +1,4 @@
-"""Sentences of the README and the docs that are too long to be read once: `python -m tests.sentences [WORDS]`.
+"""Long sentences of the README, the changelog and the docs: `python -m tests.sentences [WORDS]`.
 
 Code, HTML comments and numbers in tables are no prose. A code span, a formula or the text of a link counts as its words
 as they are read: a span of code is one word.
@@ -17,8 +17,8 @@ MARK = re.compile(r"^\s*(?:[-*+]|\d+\.|#+|>)\s+")
 
 
 def pages() -> dict[str, str]:
-    """The README and every page of docs/ by name, logs left out."""
-    files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    """The README, the changelog and every page of docs/ by name, logs left out."""
+    files = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
     return {file.name: file.read_text(encoding="utf-8") for file in files if not file.name.endswith(LOGS)}
 
 
