@@ -33,10 +33,10 @@ from benchmarks.study_tables import (
     direct_table,
     factors_table,
     laws_table,
-    luck_table,
     markdown,
     optima_table,
     ratios_table,
+    seed_variance_table,
     teachers_table,
 )
 from capacity_gap import records
@@ -53,7 +53,7 @@ DROPPED = ("error", "git_commit", "micro_batch", "created", "schema_version", "p
 
 
 def export(store: str, budgets: list[int]) -> None:
-    """One CSV for each sweep of the study, sorted, without what only the machine knows; all budgets, or some."""
+    """One CSV for each sweep of the study, sorted, without machine-specific columns; all budgets, or some."""
     from capacity_gap.store import contents
 
     frame = records.load(store)
@@ -108,13 +108,13 @@ def pages(
         "contrasts": contrasts_table(trained),
         "factors": factors_table(trained),
         "direct": direct_table(frame),
-        "luck": luck_table(frame),
+        "luck": seed_variance_table(frame),
         "verdict": f"> {main.law.verdict()}",
     }
 
 
 def filled(text: str, tables: dict[str, str]) -> str:
-    """A page with each table that it has a place for."""
+    """A page with each of its marked tables filled in."""
     for name, table in tables.items():
         marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text = marked.sub(lambda m, t=table: m[1] + t + "\n" + m[2], text)  # type: ignore[misc]
@@ -122,7 +122,7 @@ def filled(text: str, tables: dict[str, str]) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """Numbers with as many digits as every machine agrees on."""
+    """Numbers rounded to the digits that all machines reproduce."""
     if isinstance(value, dict):
         return {k: _rounded(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -143,7 +143,7 @@ def figures() -> None:
     surface, joint = surface_of(main), joint_of(main)
     tables = pages(frame, arms, surface, joint)
     if missing := [n for n in tables if not any(f"<!-- {n} -->" in page.read_text() for page in PAGES)]:
-        raise SystemExit(f"no page has a place for {', '.join(missing)}: <!-- NAME --> … <!-- /NAME -->")
+        raise SystemExit(f"no page has markers for {', '.join(missing)}: <!-- NAME --> … <!-- /NAME -->")
     for page in PAGES:
         page.write_text(filled(page.read_text(), tables))
     fits = {f"{a.name}, {n}": _brief(json.loads(a.fit(n).to_json())) for a in arms for n in a.budgets}

@@ -72,7 +72,7 @@ class Arm:
 
 
 def arms_of(frame: pd.DataFrame) -> list[Arm]:
-    """The arms with a teacher in them, the main one first; direct training is none, for it has no curve."""
+    """The arms with a teacher in them, the main one first; direct training has no curve and so is not an arm."""
     taught = frame[(frame["kd_weight"] > 0) & (frame["seed"].eq(frame["teacher_seed"]))]
     found = []
     for (_, *key), cells in taught.groupby([taught["data_tokens"] > 0, *MAIN], sort=False):

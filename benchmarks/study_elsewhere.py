@@ -1,4 +1,4 @@
-"""The pico study beyond its main arm: other architectures, shapes and text; and what its unpruned cells weigh."""
+"""The pico study beyond its main arm: other architectures, shapes and text; and the influence of its unpruned cells."""
 
 from collections.abc import Iterator
 
@@ -26,7 +26,7 @@ def elsewhere(arms: list[Arm]) -> list[Arm]:
 
 
 def elsewhere_table(arms: list[Arm]) -> str:
-    """One row a student: the best teacher tried, what the curve says, and the largest teacher less the 180k one, in the
+    """One row a student: the best teacher tried, the fitted ratio, and the largest teacher less the 180k one, in the
     student's loss, before training and by itself.
     """
     main, others = main_of(arms), elsewhere(arms)
@@ -41,7 +41,10 @@ def elsewhere_table(arms: list[Arm]) -> str:
                     place = [arm.name, student, format_scale(tokens), _tried(of)]
                     rows.append([*place, ratio_of(optima[student]), *_compared(of)])
     head = ["arm", "student", "tokens", "best tried", "best teacher over student", "largest teacher"]
-    return markdown([*head, f"student's loss, largest − {FROM}, by seed", "before training", "teachers' own"], rows)
+    less = f"largest − {FROM}"
+    return markdown(
+        [*head, f"student's loss, {less}, by seed", f"initial loss, {less}", f"teacher's loss, {less}"], rows
+    )
 
 
 def _by_student(cells: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -57,7 +60,7 @@ def _tried(cells: pd.DataFrame) -> str:
 
 
 def _compared(cells: pd.DataFrame) -> list[str]:
-    """The largest teacher, what it costs the student for each seed, how its start and it itself compare."""
+    """The largest teacher and its differences in the student's loss by seed, initial loss and own loss."""
     price, start, own = (price_of(cells, loss=of) for of in ("student_loss", "init_loss", "teacher_loss"))
     largest = cells.loc[cells["teacher_params"].idxmax(), "teacher"]
     return [str(largest), ", ".join(f"{v:.3f}" for v in price), f"{start.mean():.2f}", f"{own.mean():.3f}"]
@@ -74,9 +77,9 @@ def price_of(cells: pd.DataFrame, *, over: str = FROM, loss: str = "student_loss
 
 
 def prices_table(arms: list[Arm]) -> str:
-    """What the largest teacher costs students of 80k and more in each architecture, at the budget that all have.
+    """Excess loss of students of 80k and more under the largest teacher, by architecture, at the budget that all have.
 
-    Two seeds say little of their own scatter, so the first differences from the main arm take one variance for all
+    Two seeds identify their variance poorly, so the first differences from the main arm use one variance for all
     architectures; beside them, each with its own (Welch), over another teacher, and for the one student that all have.
     """
     kept = [main_of(arms), *(a for a in elsewhere(arms) if a.differs == {"family"})]
@@ -92,8 +95,15 @@ def prices_table(arms: list[Arm]) -> str:
         said = [", ".join(f"{v:.3f}" for v in price), _plus_minus(price.mean(), _pooled(prices) / np.sqrt(len(price)))]
         less = [_less(prices, i), _welch(price, prices[0]), _less(further, i), _less(one, i)] if i else [""] * 4
         rows.append([arm.name, *said, *less])
-    head = ["architecture", f"900k − {FROM}, by seed", "mean", "less main's", "own variances", f"over {NEXT} instead"]
-    return markdown([*head, f"{EVERYWHERE} student alone"], rows)
+    head = [
+        "architecture",
+        f"900k − {FROM}, by seed",
+        "mean",
+        "difference from main",
+        "separate variances",
+        f"difference over {NEXT}",
+    ]
+    return markdown([*head, f"difference, {EVERYWHERE} student"], rows)
 
 
 def _plus_minus(value: float, half: float) -> str:
@@ -118,7 +128,7 @@ def _welch(one: np.ndarray, other: np.ndarray) -> str:
 
 
 def shapes_table(arms: list[Arm]) -> str:
-    """What a shape of each teacher's own proportions costs over the common one, by student and teacher.
+    """Loss under a shape of each teacher's own proportions less that under the common one, by student and teacher.
 
     The mean over seeds; a dash where it is the same shape, and so the same model.
     """
@@ -152,7 +162,7 @@ def unpruned_table(arm: Arm) -> str:
 
 
 def unpruned_surface(arm: Arm, surface: SurfaceFit) -> str:
-    """What the surface says of the ratio: the arm's own, and one without them."""
+    """The surface's ratio and exponent, with and without unpruned cells."""
     kept = pruned_only(arm)
     rows = []
     for each, found in ((arm, surface), (kept, surface_of(kept))):

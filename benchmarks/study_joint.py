@@ -1,4 +1,4 @@
-"""The study's main arm as one model of all cells (docs/joint.md), beside what its curves said one by one."""
+"""The study's main arm as one model of all cells (docs/joint.md), beside the fits of single curves."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ from capacity_gap.fit.joint_forecast import forecast
 from capacity_gap.report.joint_tables import ratio
 from capacity_gap.settings.scales import format_scale, short_scale
 
-LARGEST = 1_200_000  # tokens of the budget that is foretold
+LARGEST = 1_200_000  # tokens of the budget that is predicted
 PAIR = (120_200, 899_712)  # teachers of the break-even budget: those of the contrasts between arms
 EVEN = 0.5
 
@@ -27,7 +27,7 @@ def _students(arm: Arm) -> list[tuple[float, str]]:
 
 
 def odds_of(arm: Arm) -> list[dict[str, Any]]:
-    """Each student and pair of teachers at the largest budget: foretold odds of the larger one, and what came."""
+    """Each student and pair of teachers at the largest budget: predicted odds of the larger one, and the outcome."""
     past = arm.frame[arm.frame["data_tokens"] < LARGEST]
     last = past["data_tokens"].max()
     told, rows = forecast(fit_joint(past, metric="student_loss")), []
@@ -42,21 +42,21 @@ def odds_of(arm: Arm) -> list[dict[str, Any]]:
 
 
 def odds_table(arm: Arm) -> str:
-    """How right the odds were, and how sure, beside `as at the last budget`."""
+    """Accuracy and confidence of the odds, beside the sign at the last budget."""
     rows = odds_of(arm)
     odds, came, before = (np.array([row[k] for row in rows], float) for k in ("odds", "came", "before"))
     said = np.maximum(odds, 1 - odds)
     right = (odds > EVEN) == came.astype(bool)
     found = [
-        ["as at the last budget", f"{np.mean(before == came):.0%}", "100%", f"{np.mean((before - came) ** 2):.3f}"],
-        ["one model of all cells", f"{right.mean():.0%}", f"{said.mean():.0%}", f"{np.mean((odds - came) ** 2):.3f}"],
+        ["sign at the last budget", f"{np.mean(before == came):.0%}", "100%", f"{np.mean((before - came) ** 2):.3f}"],
+        ["joint model", f"{right.mean():.0%}", f"{said.mean():.0%}", f"{np.mean((odds - came) ** 2):.3f}"],
     ]
     for low, high in ((0.5, 0.7), (0.7, 0.8), (0.8, 1.0)):
         part = (said > low) & (said <= high)
         if part.any():
             name = f"of these, odds of {low:.0%} to {high:.0%} ({part.sum()} pairs)"
             found.append([name, f"{right[part].mean():.0%}", f"{said[part].mean():.0%}", ""])
-    return markdown([f"{len(rows)} pairs", "right", "said", "Brier score"], found)
+    return markdown([f"{len(rows)} pairs", "correct", "stated probability", "Brier score"], found)
 
 
 def free_surface(arm: Arm) -> SurfaceFit:
@@ -67,7 +67,7 @@ def free_surface(arm: Arm) -> SurfaceFit:
 
 
 def standing_table(fit: JointFit, arm: Arm) -> str:
-    """What the curves one by one, or the surface, had said, and what the model of all cells says of it."""
+    """Earlier results, from single curves or the surface, beside those of the joint model."""
     tests, powers = fit.tests(), fit.exponents()
     students = {name: params for params, name in _students(arm)}
     curves = {(str(o.student), o.data_tokens): o for o in arm.law.optima}
@@ -80,7 +80,7 @@ def standing_table(fit: JointFit, arm: Arm) -> str:
             ratio(was.teacher_params, ends, params) if was.teacher_params else was.status
         )
         now = ratio(best.params, best.interval, params)
-        rows.append([said, now, "the interval was too narrow: it took the shape of the curve for known"])
+        rows.append([said, now, "the interval was too narrow: it ignored uncertainty in the curve's shape"])
     between = {name: f"{e.value:.2f} ({e.interval[0]:.2f} to {e.interval[1]:.2f})" for name, e in powers.items()}
     between = {name: text.replace(" to inf", " up") for name, text in between.items()}
     rows.append(
@@ -93,18 +93,18 @@ def standing_table(fit: JointFit, arm: Arm) -> str:
     rows.append(
         [
             "ratio ∝ (tokens a parameter)^ν, ν = 0.81 (0.54 to 1.11)",
-            f"b = {between['b']}, so that the ratio hangs on tokens; b + d = 1 has p {tests['b + d = 1']:.1g}",
-            "falls: ν is an artefact of a form that holds b + d = 1",
+            f"b = {between['b']}, so the ratio depends on tokens; b + d = 1 has p {tests['b + d = 1']:.1g}",
+            "withdrawn: ν is an artefact of a form that fixes b + d = 1",
         ]
     )
     free = free_surface(arm)
     said = ", ".join(f"{n} = {free.parameters[n]:.2f} ({within(free.intervals[n], '.2f')})" for n in ("b", "d"))
-    rows.append(["the same surface with b and d free", said, "agrees with the model of all cells"])
+    rows.append(["the same surface with b and d free", said, "agrees with the joint model"])
     verdict = "stands" if fit.status in ("no_optimum", "break_even") else f"stands as `{fit.status}` only"
-    without = f"without {' or '.join(fit.rests_on)} there is no optimum" if fit.rests_on else "every rung may go"
+    without = f"without {' or '.join(fit.rests_on)} there is no optimum" if fit.rests_on else "no rung is decisive"
     rows.append(["no single ratio is established", f"status `{fit.status}`: {without}", verdict])
     even = [fit.break_even(params, *PAIR) for params in students.values()]
     held = sum(found.established for found in even)
     found = f"120k and 900k break even at {short_scale(even[0].tokens)} (40k) to {short_scale(even[-1].tokens)} (110k)"
     rows.append(["large teachers win at 1.2M, small ones at 300k", f"{found}; established for {held} of 4", "stands"])
-    return markdown(["said before", "one model of all cells", "so"], rows)
+    return markdown(["earlier result", "joint model", "verdict"], rows)

@@ -20,12 +20,12 @@ def surface_table(surface: SurfaceFit) -> str:
     """Its parameters with their intervals, and the null."""
     rows = [[n, f"{v:.3g}", within(surface.intervals.get(n), ".3g")] for n, v in surface.parameters.items()]
     null = "–" if surface.null_p is None else f"{surface.null_p:.3f}"
-    rows.append(["share of dealt teachers that fit as well", null, ""])
+    rows.append(["share of teacher permutations that fit as well", null, ""])
     return markdown(["parameter", "estimate", "95 % interval"], rows)
 
 
 def forecast_table(arm: Arm) -> str:
-    """The surface of all other budgets, asked for the best teacher and the losses at this one, beside what came."""
+    """Best teacher and losses at this budget, predicted by the surface of all others, beside the observed ones."""
     if FORECAST not in arm.budgets or len(arm.budgets) < 3:
         return markdown([], [])
     surface = surface_of(arm, without=FORECAST)
@@ -33,15 +33,24 @@ def forecast_table(arm: Arm) -> str:
     seen = {o.student: o for o in arm.fit(FORECAST).optima}
     rows = []
     for (params, student), cells in there.groupby(["student_params", "student"]):
-        told = best_teacher(surface, student_params=float(params), data_tokens=FORECAST)
+        predicted = best_teacher(surface, student_params=float(params), data_tokens=FORECAST)
         means = cells.groupby("teacher_params")["student_loss"].mean()
         teachers = means.index.to_numpy(float)
         given = {"student_params": np.full(len(teachers), params), "data_tokens": np.full(len(teachers), FORECAST)}
         errors = surface.predict(**given, teacher_params=teachers) - means.to_numpy()
         came = seen[str(student)]
-        places = [v for c in (told, came) for v in (counted(c.teacher_params), within(c.interval, ",.0f"))]
+        places = [v for c in (predicted, came) for v in (counted(c.teacher_params), within(c.interval, ",.0f"))]
         rows.append([str(student), *places, came.status, f"{errors.mean():+.3f}", f"{errors.std():.3f}"])
-    head = ["student", "foretold", "95 %", "found", "95 %", "status", "loss foretold − found", "scatter of that"]
+    head = [
+        "student",
+        "predicted",
+        "95 %",
+        "observed",
+        "95 %",
+        "status",
+        "loss predicted − observed",
+        "standard deviation",
+    ]
     return markdown(head, rows)
 
 

@@ -20,7 +20,7 @@ NOT_YET = "Not run yet."
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table, or what stands in its place while nothing of it has run."""
+    """A table, or a placeholder while none of its cells have run."""
     if not rows:
         return NOT_YET
     return "\n".join(["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)])
@@ -73,7 +73,7 @@ def ratios_table(arm: Arm) -> str:
 
 
 def ratio_of(optimum: Optimum) -> str:
-    """What is known of teacher over student, in a few marks."""
+    """Teacher over student with its interval, a bound, or the status."""
     if optimum.ratio is not None:
         return f"{optimum.ratio:.1f} ({over(optimum.interval, optimum.student_params)})"
     return optimum.status if optimum.interval == (None, None) else over(optimum.interval, optimum.student_params)
@@ -150,7 +150,7 @@ def line(frame: pd.DataFrame) -> pd.Series:
 
 
 def contrasts_table(arms: list[Arm]) -> str:
-    """What a teacher 7.5 times as large costs each student in every arm, beside the main one; then over students."""
+    """Loss under a teacher 7.5 times as large less that under the small one, in every arm beside the main one."""
     main = main_of(arms)
     rows = []
     for arm in arms:
@@ -163,12 +163,12 @@ def contrasts_table(arms: list[Arm]) -> str:
                 ends, through = (p[student] for p in pairs)
                 place = [arm.name, student, format_scale(tokens), str(len(ends))]
                 rows.append([*place, *_contrast(ends), _contrast(through)[-1]])
-    head = ["arm", "student", "tokens", "seeds", "main arm", "this arm", "main − this", "main − this, line through all"]
+    head = ["arm", "student", "tokens", "seeds", "main arm", "this arm", "main − this", "main − this, linear fit"]
     return markdown(head, rows)
 
 
 def factors_table(arms: list[Arm]) -> str:
-    """Start and teacher apart: loss by the rung that the student was cut from and by its teacher, one budget a row.
+    """Effects of start and teacher: loss by the rung that the student was cut from and by its teacher, a budget a row.
 
     Under its own teacher a pruned student is the shared one, so four corners need two shared arms alone.
     """
@@ -187,7 +187,7 @@ def factors_table(arms: list[Arm]) -> str:
             means = [f"{loss[c].mean():.3f}" for c in corners]
             rows.append([str(student), format_scale(int(tokens)), *means, shown(start), shown(taught)])
     starts = [f"cut from {r}, teacher {t}" for r in REFERENCES for t in REFERENCES]
-    return markdown(["student", "tokens", *starts, "worse start", "larger teacher"], rows)
+    return markdown(["student", "tokens", *starts, "effect of start", "effect of teacher"], rows)
 
 
 def _pairs(main: pd.DataFrame, held: pd.DataFrame, tokens: int, of: Callable) -> dict[str, pd.DataFrame]:
@@ -207,7 +207,7 @@ def _contrast(pair: pd.DataFrame) -> list[str]:
 
 
 def budget_table(arm: Arm) -> str:
-    """For students distilled on several budgets: how the best teacher and the price of the largest move with tokens."""
+    """Students distilled on several budgets: how the best teacher and the largest one's excess change with tokens."""
     rows = []
     for (_, student), cells in arm.frame.groupby(["student_params", "student"]):
         budgets = sorted(cells["data_tokens"].unique())
@@ -219,7 +219,7 @@ def budget_table(arm: Arm) -> str:
         moved = _moves(arm, str(student), doublings)
         per = [f"{n / cells['student_params'].iloc[0]:.3g}" for n in budgets]
         rows.append([str(student), ", ".join(per), moved, shown(slopes)])
-    head = ["student", "tokens a parameter", "best teacher × per doubling", "largest − 120k per doubling, nats"]
+    head = ["student", "tokens a parameter", "best teacher, factor per doubling", "largest − 120k per doubling, nats"]
     return markdown(head, rows)
 
 
@@ -250,8 +250,8 @@ def direct_table(frame: pd.DataFrame) -> str:
     return markdown(["student", "tokens", "direct", "best teacher", "distilled", "direct − distilled"], rows)
 
 
-def luck_table(frame: pd.DataFrame) -> str:
-    """Standard deviations of a loss over the teacher's seed and over the student's, where both were crossed."""
+def seed_variance_table(frame: pd.DataFrame) -> str:
+    """Standard deviations of a loss over teacher seeds and over student seeds, where both were crossed."""
     rows = []
     main = frame[(frame["data_tokens"] > 0) & (frame["init"] == "pruned") & (frame["kd_weight"] == 0.5)]
     main = main[(main["family"] == "pico") & (main["teacher_data"] == "1m") & (main["corpus"] == "embedded")]
@@ -261,10 +261,10 @@ def luck_table(frame: pd.DataFrame) -> str:
             spread = [table.mean(axis=1).std(), table.mean(axis=0).std(), remainder(table.to_numpy())]
             place = [str(student), format_scale(int(tokens)), f"{teacher_params:,.0f}"]
             rows.append([*place, *(f"{v:.4f}" for v in spread)])
-    return markdown(["student", "tokens", "teacher", "over teachers", "over students", "rest"], rows)
+    return markdown(["student", "tokens", "teacher", "teacher seed", "student seed", "residual"], rows)
 
 
 def remainder(table: np.ndarray) -> float:
-    """Standard deviation of what neither the row nor the column of a two-way table explains."""
+    """Residual standard deviation of a two-way table without interaction."""
     rest = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
     return float(np.sqrt((rest**2).sum() / (table.shape[0] - 1) / (table.shape[1] - 1)))

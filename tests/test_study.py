@@ -1,4 +1,4 @@
-"""The published study says what its records say."""
+"""The published tables of the study are those of its records."""
 
 import numpy as np
 import pandas as pd
