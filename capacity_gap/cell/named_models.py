@@ -38,7 +38,7 @@ def ladder_of(config: RunConfig) -> Family:
 
 
 def expanded(ladder: Family, config: RunConfig) -> Family:
-    """The ladder with the vocabulary that is asked for, in every shape: the same rungs, each a little larger."""
+    """The ladder with the requested vocabulary in every shape: the same rungs, each slightly larger."""
     wanted = config.expand
     if not wanted.vocab:
         return ladder

@@ -1,6 +1,6 @@
 """Recorded cells whose numbers an earlier version got wrong: a store keeps them, and no new cell reuses them.
 
-Each check compares what a stage says of itself (`stage.json`) with what the same stage would say today. Imports no
+Each check compares a stage's `stage.json` with what the current version would write. Imports no
 torch; nothing is computed again.
 """
 

@@ -62,7 +62,7 @@ class Cell(ResolvedCell):
 
     @cached_property
     def tokenizer(self) -> Stage:
-        """The family's tokenizer, with the tokens of a second script if asked for."""
+        """The family's tokenizer, with the tokens of a second script if configured."""
         if not self.config.expand.vocab:
             return self.base_tokenizer
         return vocabulary_stage(self, self.corpus, self.base_tokenizer)
@@ -177,7 +177,7 @@ class Cell(ResolvedCell):
 
     @property
     def _answers(self) -> dict[str, Stage]:
-        """What a record needs to say how the student answers, before and after tuning, and what else tuning did."""
+        """What a record needs to report the student's answers and losses before and after tuning."""
         if not self.tuned:
             return {}
         found = {"instructions": self.instructions, "answers_base": self.answered(self.distilled, self.tokenizer)}

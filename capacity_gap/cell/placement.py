@@ -6,7 +6,7 @@ from capacity_gap.settings.errors import ConfigError
 
 
 def placement_of(config: RunConfig) -> str:
-    """`one`, `devices` or `ranks`: as asked for, else ranks where the student is sharded and nothing forbids it."""
+    """`one`, `devices` or `ranks`: as configured, else ranks if the student is sharded and nothing excludes it."""
     asked = config.family.placement
     if asked != "auto":
         return asked

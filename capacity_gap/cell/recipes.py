@@ -58,7 +58,7 @@ RECIPES = (
 
 
 def recipe_of(config: RunConfig, params: int) -> Recipe:
-    """The recipe that is asked for by name, or that students of `params` parameters get."""
+    """The recipe of that name, or the default for students of `params` parameters."""
     asked = config.train.recipe
     return next(r for r in RECIPES if (params < r.below if asked == AUTO else r.name == asked))
 
@@ -69,7 +69,7 @@ def with_recipe(
     """The settings with every one that was left open as the recipe has it.
 
     Args:
-        config: as asked for.
+        config: as given.
         params: of the student.
         data: tokens that it learns from.
         family: the name of the ladder.
@@ -114,7 +114,7 @@ def usual(config: RunConfig, params: int, *, family: str, shapes: tuple[Mapping[
 
 
 def multiples(config: RunConfig, params: int, usual: int) -> list[int]:
-    """What widths may be multiples of, best first: what was asked for, else the recipe's and halves of it.
+    """What widths may be multiples of, best first: the given multiple, else the recipe's and halves of it.
 
     Some ladders have no shape in large multiples: under groups of five query heads widths are multiples of five too.
     """

@@ -1,4 +1,4 @@
-"""What one cell is: its settings with every scale read, the shapes they come to, what its record says before it runs.
+"""One resolved cell: its settings with every scale parsed, its shapes, and the part of its record known beforehand.
 
 Nothing here computes anything or imports torch; the stages that make the cell are `pipeline.py`.
 """
@@ -47,7 +47,7 @@ from capacity_gap.settings.scales import format_scale, parse_scale, parse_tokens
 
 @dataclass(frozen=True)
 class ResolvedCell:
-    """What was asked for, read: the part of a cell that its stages and its record are made of."""
+    """The parsed settings: the part of a cell that its stages and its record are made of."""
 
     config: RunConfig
     family: Family  # its shapes with the expanded vocabulary, if there is one
@@ -137,8 +137,8 @@ class ResolvedCell:
     def student_shape(self) -> Mapping[str, Any]:
         """The student's config.json: a function of family, scale and policy (docs/method.md §3).
 
-        Under global priority it is that of the average layer: the parameters are the same. What it says of single
-        layers is right where layers are taken from both ends; where scores choose them, they are known later.
+        Under global priority it is that of the average layer: the parameters are the same. Its per-layer
+        entries are right where layers are removed from both ends; where scores choose them, they are known later.
         """
         if self.start_shape is not None:
             return self.start_shape
@@ -265,7 +265,7 @@ class ResolvedCell:
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """The part of the record that is known before anything has run: what was asked for, and what it comes to."""
+        """The part of the record that is known before anything has run: settings and derived values."""
         return (
             setting_columns(self.config)
             | self._asked

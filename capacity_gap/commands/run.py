@@ -87,7 +87,7 @@ def check_words(arguments: Sequence[str]) -> None:
 
 
 def check_is_no_grid() -> None:
-    """Raises `ConfigError` if one cell was asked for with a sweep file that stands for several."""
+    """Raises `ConfigError` if a sweep file of several cells is given without -m."""
     from hydra.core.hydra_config import HydraConfig
 
     params = HydraConfig.get().sweeper.get("params")

@@ -50,7 +50,7 @@ def _add_status(commands: Any) -> None:
 
 
 def run_init(given: argparse.Namespace) -> int:
-    """Writes the two files and says what to do next."""
+    """Writes the two files and prints the next steps."""
     from capacity_gap.commands.starter import write_starter
 
     sweep, readme = write_starter(given.folder, given.name)
@@ -74,7 +74,7 @@ def run_settings(given: argparse.Namespace) -> int:
 
 
 def run_plan(given: argparse.Namespace) -> int:
-    """Composes the grid and says what it would take."""
+    """Composes the grid and prints its plan."""
     from capacity_gap.commands.run import main
 
     return main(["-m", *given.overrides, "plan=true"])

@@ -1,4 +1,4 @@
-"""Settings of the distillation objective, and of how the teacher's outputs come to the student."""
+"""Settings of the distillation objective, and of how teacher outputs are obtained."""
 
 from dataclasses import dataclass
 

@@ -41,7 +41,7 @@ def score_tasks(
         tasks: what to run, in the order of the scores that come back.
         folder: task files of one's own, in it or below it; relative data files in them lie beside each.
         batch_size: sequences at once.
-        limit: only so many questions of each task.
+        limit: at most this many questions per task.
         allow_code: let tasks execute what the model writes.
         on_forward: called before each forward pass; what it raises ends the evaluation.
 
@@ -90,7 +90,7 @@ def score_tasks(
 def load_tasks(tasks: Sequence[Task], folder: Path | None) -> list[dict[str, Any]]:
     """The harness's task objects, with the shots and the seed that its command line would give them.
 
-    They stay apart by the task that was asked for: a group and one of its members may be asked with different shots.
+    They are kept separately per requested task: a group and one of its members may have different shots.
     """
     own = _own_manager(folder.absolute()) if folder else None
     loaded = []
@@ -180,7 +180,7 @@ def forbid_foreign_metrics(folder: Path) -> None:
 
 
 def _set_shots(task: Any, shots: int | None) -> None:
-    """As the command line does: a task file that says 0 means it; one that says nothing means 0 unless asked."""
+    """As on the command line: an explicit 0 in a task file is kept; a missing number is 0 unless requested."""
     default = task.get_config("num_fewshot")
     if shots is not None and default != 0:
         task.set_config(key="num_fewshot", value=shots)

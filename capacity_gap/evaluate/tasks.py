@@ -41,7 +41,7 @@ _TAGS = re.compile(r"^(?:tag):[ \t]*([^\s#]+)?((?:\n[ \t]*-[ \t]+\S+)*)", re.MUL
 
 @dataclass(frozen=True)
 class Task:
-    """One benchmark; `shots` None means what its task file says."""
+    """One benchmark; `shots` None means the number in its task file."""
 
     name: str
     shots: int | None = None
@@ -91,7 +91,7 @@ def forbid_code(tasks: Iterable[Task], *, allowed: bool, flag: str, folder: Path
 
 
 def folder_digest(folder: Path) -> str:
-    """What a folder of task files comes to: the names and contents of all files in it."""
+    """The identity of a folder of task files: the names and contents of all files in it."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
     return files_digest(files) + "".join(f"|{p.relative_to(folder)}" for p in files)
 

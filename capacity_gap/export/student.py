@@ -73,7 +73,7 @@ class Lineage:
         return read_json(self.folder / RECORD)
 
     def stage(self, folder: Path) -> dict[str, Any]:
-        """What a stage's folder says of it."""
+        """The metadata of a stage's folder."""
         return read_json(folder / META, ["inputs", "config"])
 
     def inputs(self, folder: Path) -> dict[str, Path]:
@@ -368,7 +368,7 @@ def _lineage(lineage: Lineage) -> Iterator[str]:
 
 
 def _plain(value: Any) -> Any:
-    """A number as people write it; stages keep floats as their exact hexadecimal form."""
+    """A number for display; stages keep floats as their exact hexadecimal form."""
     return f"{float.fromhex(value['float']):g}" if isinstance(value, dict) else value
 
 

@@ -158,7 +158,7 @@ def _told_apart(
 
 
 def _recorded_again(frame: pd.DataFrame, teacher: str, column: str) -> pd.Series:
-    """Rows of one trained student under one teacher whose settings are only said otherwise: the fuller one stays."""
+    """Rows of one student under one teacher that differ only in how settings are recorded: the fuller one stays."""
     if "trained" not in frame or "settings" not in frame:
         return pd.Series(False, index=frame.index)
     fullest = frame.sort_values("settings", key=lambda s: s.eq(USUAL), kind="stable")

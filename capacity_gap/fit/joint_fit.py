@@ -40,8 +40,10 @@ CELLS_ASIDE = ("data_tokens", "epochs")  # what parts curves, and may differ her
 
 @dataclass(frozen=True)
 class BreakEven:
-    """Tokens above which the larger of two teachers wins, with their set; `established` if a test says so at both ends
-    of the budgets that were tried. Unpacks to tokens and interval."""
+    """Tokens above which the larger of two teachers wins, with their set. Unpacks to tokens and interval.
+
+    `established` if tests are significant at both ends of the budgets that were tried.
+    """
 
     tokens: float
     interval: tuple[float, float]
@@ -130,7 +132,7 @@ class Answers:
         return {name: Estimate(s.value, (float(s.low), float(s.high))) for name, s in found.items()}
 
     def tests(self) -> dict[str, float]:
-        """p of what the published law says of `log N_T* = a + b·log N_S + d·log D`: b = 1, d = 0, b + d = 1."""
+        """p-values of hypotheses on `log N_T* = a + b·log N_S + d·log D`: b = 1, d = 0, b + d = 1."""
         c = self.curve
         found: dict[str, np.ndarray] = {}
         bend = c.unit("κ")

@@ -78,7 +78,7 @@ def _positive(value: float | None) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Belief:
-    """What is known of M cells of a pool, and of the contrast that stands for the goal, given the cells so far."""
+    """The posterior of M cells of a pool, and of the contrast that stands for the goal, given the cells so far."""
 
     cells: Cells  # those so far, then those of the pool
     known: int
@@ -90,7 +90,7 @@ class Belief:
 
 
 def believe(frame: pd.DataFrame, pool: pd.DataFrame, goal: Goal) -> Belief:
-    """What is known of a pool.
+    """The posterior over a pool.
 
     Args:
         frame: tidy cells with a loss; may be empty.

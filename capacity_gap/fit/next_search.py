@@ -22,7 +22,7 @@ CLOSE = 1e-12
 
 @dataclass(eq=False)
 class Search:
-    """What is known of the cells and the goal, given those chosen so far; it changes as cells are added.
+    """The posterior of the cells and the goal, given those chosen so far; it changes as cells are added.
 
     The covariances are those of `Belief`. `gains` are shares of the goal's first variance, each given those before it.
     """

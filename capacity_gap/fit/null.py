@@ -12,7 +12,7 @@ PERMUTATIONS = 999
 
 
 def null_p_value(found: Sequence[Curve], *, seed: int = 0, permutations: int = PERMUTATIONS) -> float | None:
-    """How often teachers dealt at random to the same losses give as much convexity as was seen.
+    """How often permuted teachers give as much convexity as observed.
 
     The statistic is the sum over curves of `max(0, c)²/Var(c)`, c the quadratic coefficient. One random ranking of all
     teachers reorders every curve at once, so that one teacher's error, shared by all students, is part of the null.
@@ -81,7 +81,7 @@ def rests_on(found: Sequence[Curve], least: int) -> tuple[float, ...]:
 
 
 def has_inner_minimum(found: Sequence[Curve]) -> list[bool]:
-    """Whether each curve's least lies inside its grid, by a parabola; of three teachers, whether the middle is best."""
+    """Whether each curve's minimum is inside its grid, by a parabola; of three teachers, whether the middle is best."""
     verdicts = [bool(c.loss[1:-1].min() < min(c.loss[0], c.loss[-1])) for c in found]
     wide = [i for i, c in enumerate(found) if len(c.x) >= LEAST_TEACHERS]
     if wide:

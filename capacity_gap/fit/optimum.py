@@ -100,7 +100,7 @@ class Located:
         return tuple(replace(_optimum(self, i), curve=name) for i, name in enumerate(names))
 
     def residuals(self) -> pd.DataFrame:
-        """One row a mean: what was measured, what the form says, and the standard error."""
+        """One row a mean: the measured value, the fitted value, and the standard error."""
         fitted, error = self.design.fitted(self.beta, self.shape), np.sqrt(self.noise.variance)
         rows = []
         for i, curve in enumerate(self.found):

@@ -89,7 +89,7 @@ def answer_ids(tokenizer: Any, turns: list[dict[str, str]]) -> tuple[list[int], 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Conversations as a trainer takes them, none longer than asked for."""
+    """Conversations as a trainer takes them, none longer than the limit."""
 
     rows: list[dict[str, list[int]]]  # input_ids, and labels: the id in the assistant's turns, elsewhere `IGNORED`
     shortened: int  # conversations that end earlier, with the last answer that fits whole
@@ -100,7 +100,7 @@ def encoded(tokenizer: Any, conversations: Sequence[list[dict[str, str]]], most:
     """Conversations as ids and labels, at most `most` of them each; answers are whole, with their end, or left out.
 
     Labels come from where answers begin and end, not from character offsets: some tokenizers leave out of those the
-    space before an answer, and then the template's mask of what the assistant says is empty.
+    space before an answer, and then the template's mask of the assistant's turns is empty.
     """
     rows, shortened = [], 0
     for turns in conversations:

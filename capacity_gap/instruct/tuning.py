@@ -166,7 +166,7 @@ def _run(trainer: Any, runtime: Runtime) -> tuple[Any, list[dict]]:
     from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
     class Watching(TrainerCallback):
-        """Says how far the trainer is, and stops it when the process is asked to end."""
+        """Reports the trainer's progress, and stops it when the process is asked to end."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
             runtime.report(state.global_step, state.max_steps, "steps")

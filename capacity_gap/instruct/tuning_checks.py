@@ -81,7 +81,7 @@ def check_rows(
 
 
 def check_lengths(dropped: int, rows: int, section: str, most: int) -> None:
-    """Says how many rows are too long to learn from, and raises `ConfigError` if these are too many."""
+    """Reports how many rows are too long for training, and raises `ConfigError` if these are too many."""
     if dropped == 0:
         return
     said = f"{dropped:,} of {rows:,} rows have no answer that fits into {section}.max_length={most} tokens"

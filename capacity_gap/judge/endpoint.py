@@ -17,7 +17,7 @@ SHOWN = 300  # characters of what an endpoint says when it refuses
 
 @dataclass(frozen=True)
 class Reply:
-    """What a judge said; `whole`: it said something, and ended by itself."""
+    """A judge's reply; `whole`: it is not empty and not cut off."""
 
     text: str
     tokens_in: int
@@ -29,7 +29,7 @@ Ask = Callable[[list[dict[str, str]]], Reply]  # of chat messages
 
 
 def endpoint(url: str, model: str, key_env: str, *, max_tokens: int = MAX_TOKENS) -> Ask:
-    """A function that asks the judge; greedy where the endpoint allows it, so that it says the same again.
+    """A function that calls the judge; greedy where the endpoint allows it, so that replies repeat.
 
     Raises:
         UserError: the client is not installed, or the URL is none.

@@ -1,7 +1,7 @@
 """Answers of instructed models, graded by another model behind any OpenAI-compatible endpoint.
 
 Single answers get 1 to 10; pairs are shown twice, each answer first once, and won only if both showings agree (Zheng et
-al. 2023, arXiv 2306.05685, who found judges to favour a position). What it would cost is said before anything is asked.
+al. 2023, arXiv 2306.05685, who found judges to favour a position). The cost is shown before any request is sent.
 Every whole judgement is appended to a file under a hash of what was asked, so a judge that was interrupted goes on and
 no judgement is paid for twice; a reply that is empty or was cut off is none, and is asked again.
 """
@@ -49,7 +49,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Cost:
-    """What is still to be asked, and what it comes to."""
+    """The requests that remain, and their cost."""
 
     asked: int
     cached: int
@@ -115,7 +115,7 @@ def cost(
     *,
     max_tokens: int = MAX_TOKENS,
 ) -> Cost:
-    """What the requests that are not in the cache come to; `price` is per million tokens, in and out."""
+    """The cost of the requests that are not in the cache; `price` is per million tokens, in and out."""
     left = [r for r in asked if r.key(judge, max_tokens) not in cache.found]
     tokens_in = sum(math.ceil(len(m["content"]) / CHARACTERS_PER_TOKEN) for r in left for m in r.messages)
     tokens_out = max_tokens * len(left)

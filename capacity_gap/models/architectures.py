@@ -1,4 +1,4 @@
-"""The axis tables: one function an architecture (`axes.py` says what the axes are). Imports no torch."""
+"""The axis tables: one function an architecture (`axes.py` defines the axes). Imports no torch."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -72,7 +72,7 @@ def _gated(*, qkv_bias: bool = False, output_bias: bool = False, mlp_bias: bool 
 
 @ARCHITECTURES.register("mistral")
 def _mistral(config: Config) -> Architecture:
-    """Llama without any bias, whatever its config says of biases."""
+    """Llama without any bias, regardless of its config."""
     del config
     return _gated()
 
@@ -226,7 +226,7 @@ T5_KEYS = {
 def _t5(config: Config) -> Architecture:
     """Encoder and decoder on one embedding, so on one hidden axis; a head's relative bias belongs to all layers.
 
-    Each stack's biases lie in its first layer and serve every layer, so the heads that stay are the same in all of
+    Each stack's biases are in its first layer and apply to every layer, so the heads that stay are the same in all of
     them; the decoder's heads on the encoder have no bias and are free.
     """
     _check_t5(config)

@@ -48,7 +48,7 @@ class Checkpoint:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What a stage that reads its weights hashes: content, wherever it lies, or a commit of the hub."""
+        """What a stage that reads its weights hashes: content, independent of its path, or a commit of the hub."""
         if self.revision:
             return {"repository": self.source, "revision": self.revision}
         if self.folder == NOT_HERE:
@@ -94,6 +94,6 @@ def _described(file: Path, size: int, changed: int) -> Path:
 
 
 def content_digest(path: Path) -> str:
-    """SHA-256 over a model folder's config, tokenizer and weights: its identity, wherever it lies."""
+    """SHA-256 over a model folder's config, tokenizer and weights: its identity, independent of its path."""
     described_by = [path / name for name in DESCRIBES if (path / name).is_file()]
     return files_digest([*described_by, *sorted(p for p in path.glob("*.safetensors") if p.is_file())])

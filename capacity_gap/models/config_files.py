@@ -77,7 +77,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_kind(file: Path, config: Mapping[str, Any]) -> None:
-    """Says what is meant by models that have no table: those with code of their own, those that see."""
+    """Raises for models without a table: those with custom code, and multimodal ones."""
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise ConfigError(f"{file}: model_type is {shown(repr(kind))}; it should be a name such as 'llama'. {AGAIN}")

@@ -19,7 +19,7 @@ from capacity_gap.store.files import tell
 def checkpoint_family(given: Sequence[str], *, planning: bool = False) -> Family:
     """A family whose rungs are checkpoints that a user names, by their own names, smallest first.
 
-    A folder or file that cannot be used is left out with a note, and its name says why it was when it is asked for.
+    A folder or file that cannot be used is left out with a note, and requesting it raises with the reason.
 
     Args:
         given: folders, repositories of the hub, GGUF files.

@@ -303,7 +303,7 @@ def _reload(student: Any, tokens: Tensor) -> str:
 
 
 def _generation(student: Any, tokens: Tensor) -> str:
-    """Whether greedy generation gives the same tokens with a cache and without, and as many as asked for."""
+    """Whether greedy generation gives the same tokens with a cache and without, and as many as requested."""
     ends = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4, "pad_token_id": 1, "eos_token_id": None}
     fast, slow = (student.generate(tokens[:, :5], use_cache=cached, **ends) for cached in (True, False))
     return (

@@ -144,7 +144,7 @@ class PruneConfig:
 
     @property
     def by_layer_score(self) -> bool:
-        """Whether a score of layers is asked for."""
+        """Whether layers are removed by a score."""
         return self.layers not in (None, SYMMETRIC)
 
     @property

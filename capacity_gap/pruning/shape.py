@@ -117,7 +117,7 @@ def with_experts(sizes: Dims, experts: int | None) -> Dims:
 
 
 def check_room(table: Architecture, sizes: Dims, target: int, experts: int | None) -> None:
-    """Raises `ConfigError` where so few experts were asked for that a model with them is smaller than the student."""
+    """Raises `ConfigError` where a model with so few experts is smaller than the student."""
     if experts and (most := count(table, sizes)) < target * (1 - TOLERANCE):
         raise ConfigError(
             f"prune.experts={experts} leaves at most {most:,} parameters, but the student needs "

@@ -170,7 +170,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Column:
-    """What is known of a column."""
+    """The declaration of a column."""
 
     name: str
     kind: str  # its type, as declared

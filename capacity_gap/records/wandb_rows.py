@@ -62,8 +62,8 @@ def _some(names: list[str], most: int = 5) -> str:
 
 
 def _row(run: Any) -> dict[str, Any] | str | None:
-    """The record in one run's summary; None while its cell is neither done nor failed; what is wrong with it, if
-    somebody else made the run.
+    """The record in one run's summary; None while its cell is neither done nor failed; an error text, if the
+    run is not one of ours.
     """
     found = dict(run.summary)
     if found.get("status") not in ("done", "failed"):

@@ -55,7 +55,7 @@ def _split(override: str) -> tuple[str, str]:
 
 
 def check_affordable(rounds: Rounds, hours: float | None, needed: float, said: str) -> None:
-    """Raises where a grid needs more device-hours than there are, and says what could be run instead.
+    """Raises where a grid needs more device-hours than there are, and lists what could be run instead.
 
     Raises:
         ConfigError: always where `needed` is more than `hours`. `said`: the basis of the estimate.

@@ -1,4 +1,4 @@
-"""Who a grid's time is spent on: each teacher, each curve, held-out evaluation; and when the last job ends.
+"""The breakdown of a grid's time: each teacher, each curve, held-out evaluation; and when the last job ends.
 
 A curve is a student at a budget, under all its teachers. Imports no torch.
 """
@@ -29,7 +29,7 @@ class Curve:
 
 @dataclass
 class Costs:
-    """Seconds of what is still to run, by whom they are for."""
+    """Seconds of what is still to run, by teacher and curve."""
 
     teachers: dict[str, dict[str, float]] = field(default_factory=dict)  # by rung: training, scoring, signal
     curves: dict[tuple[int, int], Curve] = field(default_factory=dict)  # by student and budget

@@ -29,7 +29,7 @@ class Machines:
 
     @classmethod
     def of(cls, launcher: Mapping[str, Any]) -> "Machines":
-        """What the settings of a Hydra launcher come to."""
+        """The machines that the settings of a Hydra launcher give."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if "max_jobs" in launcher:  # slurm
             side, devices = launcher["cells_at_once"], launcher["gpus"] * launcher["nodes"]

@@ -1,6 +1,6 @@
-"""What a grid would take, before it is paid for: time, devices, memory, disk, and what sharing saves. No torch.
+"""The cost of a grid before it runs: time, devices, memory, disk, and what sharing saves. No torch.
 
-`speed.py` says how fast a worker is, `cost.py` whom the time is spent on, `plan_memory.py` what fits a device, and
+`speed.py` estimates a worker's speed, `cost.py` breaks down the time, `plan_memory.py` checks what fits a device, and
 `plan_texts.py` whether the texts are long enough.
 """
 

@@ -48,7 +48,7 @@ class Training:
 
     @property
     def peak(self) -> float:
-        """Bytes of one device at the worst moment: before it is sharded, the model lies whole on each."""
+        """Bytes of one device at the worst moment: before it is sharded, the whole model is on each."""
         return max(self.memory.total, stored_bytes(self.shape) + self.teacher)
 
     def smaller(self) -> Iterator["Training"]:

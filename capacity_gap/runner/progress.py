@@ -122,7 +122,7 @@ def _progress(key: str, file: Path, owner: str) -> Running:
 
 
 def _file_clock(folder: Path) -> float:
-    """What the file system takes for now: it may lie on another machine, whose clock is not ours."""
+    """The file system's current time: it may be on another machine, with another clock."""
     probe = folder / f".clock-{threading.get_native_id()}"
     try:
         probe.touch()

@@ -1,4 +1,4 @@
-"""One cell at a terminal: how far it is, then what came out. A grid has its own table (`grid.py`)."""
+"""One cell at a terminal: its progress, then its result. A grid has its own table (`grid.py`)."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ def run_alone(config: RunConfig, overrides: Sequence[str]) -> str:
 
     Args:
         config: its settings.
-        overrides: as they were given, for `status --failed` to say how to run it again.
+        overrides: as they were given, for the rerun line of `status --failed`.
     """
     if config.strategy == ADAPTIVE:
         raise ConfigError(f"strategy={ADAPTIVE} is for grids: add -m, and values such as teacher=120k,180k,270k,400k.")

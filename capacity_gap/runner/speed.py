@@ -73,7 +73,7 @@ def speed(
 
 
 def _is_like(meta: Mapping[str, Any], worker: Worker) -> bool:
-    """Whether a finished stage says how fast the worker is: CPU timings do not apply to a GPU, nor fp32 to bf16."""
+    """Whether a finished stage is informative about the worker: CPU timings do not apply to a GPU, nor fp32 to bf16."""
     if not worker.gpu:
         return True
     device, config = meta["device"], meta.get("config")

@@ -61,7 +61,7 @@ class Stop:
         self.number = number
 
     def is_set(self) -> bool:
-        """Whether somebody did."""
+        """Whether there was a request."""
         return self.number > 0
 
 
@@ -185,7 +185,7 @@ class Runtime:
             raise Interrupted(self.stop.number)
 
     def report(self, done: float, total: float, unit: str = "tokens", **extra: Any) -> None:
-        """Says how far the running stage is."""
+        """Reports the progress of the running stage."""
         if self.progress:
             self.progress.update(done, total, unit, **extra)
         if unit != STEPS:
@@ -249,7 +249,7 @@ def resolve_device(device: str) -> str:
 
 
 def check_threads(threads: int) -> None:
-    """Raises `ConfigError` if this machine has fewer cores than threads are asked for."""
+    """Raises `ConfigError` if this machine has fewer cores than the requested threads."""
     if threads > (cores := os.cpu_count() or threads):
         raise ConfigError(
             f"train.threads={threads}, but this machine has {cores} cores: more threads than cores only slow each "

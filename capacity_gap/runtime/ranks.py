@@ -110,9 +110,9 @@ class Ranks:
         raise StageError(f"rank {self.rank} of {self.size} cannot go on: {said}") from failed
 
     def desert(self) -> None:
-        """Says that this rank alone has failed: the others are in the midst of a step, where no word reaches them.
+        """Marks that this rank alone has failed: the others are inside a step and cannot be reached.
 
-        From here on nothing is said or waited for. This process ends, and then `torchrun` ends the others.
+        From here on no message is sent or waited for. This process ends, and then `torchrun` ends the others.
         """
         self.deserted = self.size > 1
 

@@ -1,4 +1,4 @@
-"""The declaration of a setting: one field, beside its owner, says everything that is known of it.
+"""The declaration of a setting: one field, beside its owner, with all its metadata.
 
     kd_weight: float = setting(0.5, "Weight w of distillation.", least=0, most=1, column="kd_weight", parts=11)
 
@@ -23,7 +23,7 @@ NOTHING = object()
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is known of a setting beside its name, type and default."""
+    """The metadata of a setting beside its name, type and default."""
 
     meaning: str  # one sentence
     allowed: Iterable[str] | Callable[[], Iterable[str]] | None = None  # names, a registry, or what gives them

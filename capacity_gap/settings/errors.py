@@ -11,7 +11,7 @@ SHOWN = 120  # characters of what was given that an error repeats
 
 
 class UserError(Exception):
-    """Something the user asked for cannot be done; the message is all that is shown, without a traceback."""
+    """A user's request cannot be carried out; only the message is shown, without a traceback."""
 
 
 class ConfigError(UserError, ValueError):
@@ -48,7 +48,7 @@ def shown(given: Any, most: int = SHOWN) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says first, or what kind it is if it says nothing."""
+    """The first line of a library's error, or its type if it has no message."""
     return shown((str(error) or type(error).__name__).splitlines()[0])
 
 

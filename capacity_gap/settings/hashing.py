@@ -71,9 +71,9 @@ def fingerprint(value: Any) -> str:
 
 
 def files_digest(files: Iterable[Path]) -> str:
-    """SHA-256 over the content of files, in order: the identity of data, wherever it lies.
+    """SHA-256 over the content of files, in order: the identity of data, independent of its path.
 
-    A grid asks for each of its cells, so a file is read again only if its size or time has changed.
+    A grid calls it for each of its cells, so a file is read again only if its size or time has changed.
     """
     return _files_digest(tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
 

@@ -89,8 +89,8 @@ class Registry(Mapping[str, T]):
     def __init__(
         self, kind: str, *, setting: str, traits: Mapping[str, Any] | None = None, reserved: Sequence[str] = ()
     ) -> None:
-        """`kind` is what an entry is called, `setting` the key that chooses one, `traits` what may be said of each,
-        with the default of each, `reserved` names of choices that are no entries.
+        """`kind` is what an entry is called, `setting` the key that chooses one, `traits` the properties of
+        entries with their defaults, `reserved` names of choices that are no entries.
         """
         self.kind, self.setting, self.traits, self.reserved = kind, setting, dict(traits or {}), tuple(reserved)
         self._entries: dict[str, Entry[T]] = {}

@@ -1,4 +1,4 @@
-"""Scales as people write them: `0.5b`, `350m`, `40k`, 60000; and token budgets, which may also be `20x` parameters."""
+"""Scales in short form: `0.5b`, `350m`, `40k`, 60000; and token budgets, which may also be `20x` parameters."""
 
 import math
 import re

@@ -1,7 +1,7 @@
-"""What can go from a store, and its deletion: `python -m capacity_gap store gc`.
+"""Deletion of unused parts of a store: `python -m capacity_gap store gc`.
 
-A list of waste is old as soon as it is made: a grid may start beside it. So each item is asked for again, with its
-lease in hand, just before it is renamed away.
+A list of waste is outdated as soon as it is made: a grid may start meanwhile. So each item is checked again, with its
+lease held, just before it is renamed away.
 """
 
 import contextlib
@@ -92,7 +92,7 @@ class Kept:
         self._kept = self._wanted | needed([*planned, *inputs, *records], self.found)
 
     def _lost(self, keys: Iterable[str]) -> set[str]:
-        """The stages that were set aside, or lie there damaged: a recorded cell makes them again."""
+        """The stages that were set aside or are damaged in place: a recorded cell recomputes them."""
         aside = {match["name"] for path in _inside(self.store.damaged) if (match := ASIDE.fullmatch(path.name))}
         return {
             key
@@ -172,7 +172,7 @@ def _stage(kept: Kept, entry: Entry, reason: str, holds: Callable[[str], bool]) 
 
 
 def _unless(kept: Kept, holds: Callable[[Any], bool], what: Any) -> Callable[[], bool]:
-    """The question that is asked again before something is deleted."""
+    """The check that is repeated before something is deleted."""
 
     def is_waste() -> bool:
         kept.look()

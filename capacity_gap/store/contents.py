@@ -209,7 +209,7 @@ def sweep_id(store: Store, name: str) -> str:
 
 
 def sweeps(store: Store) -> dict[str, dict[str, Any]]:
-    """The grids that were started in this store: name → record key → what is known of the cell."""
+    """The grids that were started in this store: name → record key → the note on the cell."""
     found: dict[str, dict[str, Any]] = {}
     for part in _parts(store):
         found.setdefault(part["name"], {}).update(part["cells"])

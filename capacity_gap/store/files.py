@@ -331,7 +331,7 @@ def is_whole_file(file: Path) -> bool:
 
 
 def _tensors_end(file: Path) -> int:
-    """The size that a safetensors file says of itself."""
+    """The size of a safetensors file by its own header."""
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         header = json.loads(stream.read(min(length, file.stat().st_size)))
@@ -342,7 +342,7 @@ def _tensors_end(file: Path) -> int:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says that there is no room left, in the wording of any library."""
+    """Whether an error, or one of its causes, means that the disk is full, in the wording of any library."""
     while error is not None:
         if (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or FULL.search(str(error)):
             return True

@@ -163,7 +163,7 @@ class Lease:
 
 
 class Pulse:
-    """Somebody else's lease, watched by this process's own clock."""
+    """Another process's lease, watched by this process's own clock."""
 
     def __init__(self, place: Path) -> None:
         self.file = place / LEASE

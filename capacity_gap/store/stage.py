@@ -70,8 +70,8 @@ class StageRun:
 class Stage:
     """One node of the chain. Equal digests mean equal results.
 
-    `options` say how it is made (paths, batch on one device); `cost` (FLOPs) and `passes` (tokens × forward passes
-    over them, a backward pass counting as two) say how long it takes; `collective` whether several ranks work on it
+    `options`: how it is made (paths, batch on one device); `cost` (FLOPs) and `passes` (tokens × forward passes
+    over them, a backward pass counting as two) estimate how long it takes; `collective`: several ranks work on it
     together. None of these is hashed.
     """
 
@@ -140,7 +140,7 @@ class Store:
             )
 
     def _schema(self) -> int | None:
-        """What the marker says; None where there is none yet."""
+        """The content of the marker; None where there is none yet."""
         if not self.marker.exists():
             return None
         schema = read_json(self.marker, ["schema"])["schema"]
@@ -187,7 +187,7 @@ class Store:
         return self.root / stage.name / stage.digest
 
     def place(self, key: str) -> Path:
-        """Where the work on a stage lies until it is finished."""
+        """Where the work on a stage is kept until it is finished."""
         return self.work / key.replace("/", "-")
 
     def has(self, stage: Stage) -> bool:
@@ -203,7 +203,7 @@ class Store:
         return True
 
     def set_aside(self, path: Path, why: Damaged) -> Path:
-        """Moves what is damaged to `.damaged/`, says so, and returns where it is now."""
+        """Moves what is damaged to `.damaged/`, prints a line, and returns its new place."""
         self.damaged.mkdir(exist_ok=True)
         name = path.relative_to(self.root).as_posix().replace("/", "-")
         aside = self.damaged / f"{name}.{uuid.uuid4().hex[:6]}"

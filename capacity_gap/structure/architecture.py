@@ -61,7 +61,7 @@ class Dims:
         group: int | None = None,
         experts: int | None = None,
     ) -> "Dims":
-        """The same model with other numbers of units; as many experts unless told."""
+        """The same model with other numbers of units; the same number of experts by default."""
         return replace(
             self,
             hidden=hidden,

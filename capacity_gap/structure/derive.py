@@ -1,7 +1,7 @@
 """The axis table of a decoder, read off transformers' own class. Needs torch; nothing is downloaded.
 
 The model is built on the meta device with sizes that are all different, so that the shape of a parameter says which
-axes it has. What it does with them is seen in `probing.py`, and what neither shows is said in `type_facts.py`. A
+axes it has. What it does with them is seen in `probing.py`, and what neither shows is listed in `type_facts.py`. A
 derived table is a claim: `pruning/proof.py` proves it.
 """
 
@@ -95,7 +95,7 @@ def as_it_is(config: Mapping[str, Any], why: str) -> Architecture:
 
 
 def class_defaults(model_type: str) -> dict[str, Any]:
-    """What a config of this type says where its config.json says nothing."""
+    """The defaults of this type for keys that its config.json omits."""
     from transformers import AutoConfig
 
     made = AutoConfig.for_model(model_type)

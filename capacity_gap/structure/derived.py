@@ -154,7 +154,7 @@ def _as_it_is(kind: str, config: str, why: str) -> dict[str, Any]:
 
 
 def _made(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What `answer` says, from the cache if it was asked before."""
+    """The result of `answer`, from the cache if possible."""
     name = fingerprint({**asked, "transformers": version("transformers"), "by": _sources()})
     file = cache_folder() / f"{name}.json"
     try:

@@ -233,7 +233,7 @@ def covariance(law: Law, known: Mapping[str, Array], error: Array) -> Array:
 
 
 def _box(form: Form, least: float) -> tuple[Array, Array]:
-    """The box of starts: middle and half width, each [p]. E lies below the least loss, mu within one log unit."""
+    """The box of starts: middle and half width, each [p]. E is below the least loss, mu within one log unit."""
     low, high = np.array(form.low), np.array(form.high)
     for i, name in enumerate(form.parameters):
         if math.isnan(high[i]):

@@ -226,31 +226,31 @@ def _best_of(tries: Sequence[Minima]) -> Minima:
 
 
 def _null_p(task: _Task, minima: Minima, permutations: int, generator: np.random.Generator) -> float | None:
-    """How often teachers dealt at random to the same losses are fitted as well as the real ones.
+    """How often permuted teachers are fitted as well as the real ones.
 
     One random ranking of all teachers reorders every student's curve at once, so that the error of one teacher, shared
-    by all its students, is part of the null (docs/decisions.md, statuses before estimates). Real and dealt teachers are
-    fitted from the same starts.
+    by all its students, is part of the null (docs/decisions.md, statuses before estimates). All
+    teachers are fitted from the same starts.
     """
     if not permutations:
         return None
     names = ("teacher_params", "teacher_loss")
     third = next(task.logs[n] for n in names if n in task.logs)
-    dealt = np.concatenate([third[None], _dealt(task.logs, third, permutations, generator)])
-    problem = replace(task.problem, columns={**task.problem.columns, **_teacher_columns(task, dealt)})
+    permuted = np.concatenate([third[None], _permuted(task.logs, third, permutations, generator)])
+    problem = replace(task.problem, columns={**task.problem.columns, **_teacher_columns(task, permuted)})
     weights = np.ones(len(third))
     starts = _gap_starts(task, minima.theta[0]) if "mu" in task.form.parameters else list(minima.theta[:3])
-    tries = [minimise(problem, np.tile(s, (len(dealt), 1)), weights, tolerance=ROUGHLY) for s in starts]
+    tries = [minimise(problem, np.tile(s, (len(permuted), 1)), weights, tolerance=ROUGHLY) for s in starts]
     value = _best_of(tries).value
     # The slack counts ties, such as the identity permutation, against the claim.
     return float((1 + (value[1:] <= value[0] * (1 + 1e-9)).sum()) / (1 + permutations))
 
 
-def _teacher_columns(task: _Task, dealt: Array) -> dict[str, Array]:
+def _teacher_columns(task: _Task, permuted: Array) -> dict[str, Array]:
     """The columns that depend on the teacher, for other teachers (logs of their parameters, or of their losses)."""
     if "mu" in task.form.parameters:
-        return {"ratio": dealt - task.logs["student_params"] - task.centre["ratio"]}
-    return {"teacher_loss": dealt - task.centre["teacher_loss"], "log_teacher_loss": dealt}
+        return {"ratio": permuted - task.logs["student_params"] - task.centre["ratio"]}
+    return {"teacher_loss": permuted - task.centre["teacher_loss"], "log_teacher_loss": permuted}
 
 
 def _gap_starts(task: _Task, theta: Array) -> list[Array]:
@@ -265,8 +265,8 @@ def _gap_starts(task: _Task, theta: Array) -> list[Array]:
     return starts
 
 
-def _dealt(logs: Mapping[str, Array], teacher: Array, permutations: int, generator: np.random.Generator) -> Array:
-    """The teacher of every run [permutations, n] after teachers were dealt anew within each student's curve."""
+def _permuted(logs: Mapping[str, Array], teacher: Array, permutations: int, generator: np.random.Generator) -> Array:
+    """The teacher of every run [permutations, n] after teachers were permuted within each student's curve."""
     levels, level = np.unique(teacher, return_inverse=True)
     rank = np.argsort(generator.random((permutations, len(levels))), axis=1)
     out = np.tile(teacher, (permutations, 1))

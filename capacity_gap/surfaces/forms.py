@@ -1,7 +1,7 @@
 """The functional forms of loss surfaces: losses with their gradients in closed form, bounds, and where to start.
 
 All columns are natural logarithms about their means, `n = log N_S − log N₀` and so on, so that amplitudes are losses at
-the middle of the data and hardly correlate with exponents. `natural` undoes it: the parameters that people report.
+the middle of the data and hardly correlate with exponents. `natural` undoes it: the parameters as usually reported.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -86,7 +86,7 @@ class SurfaceFit:
         return loss.reshape(len(theta), *next(iter(arrays.values())).shape)
 
     def outside(self, **inputs: float) -> tuple[str, ...]:
-        """Which inputs (or ratios of them) lie outside the runs that the surface was fitted to."""
+        """Which inputs (or ratios of them) are outside the runs that the surface was fitted to."""
         arrays = {k: np.atleast_1d(np.asarray(v, float)) for k, v in inputs.items()}
         given = {k: float(np.exp(v)[0]) for k, v in log_columns(arrays).items()}
         return tuple(k for k, v in given.items() if k in self.span and not _within(v, self.span[k]))

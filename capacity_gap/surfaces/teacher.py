@@ -27,8 +27,8 @@ Interval = tuple[float | None, float | None]
 class Teachers:
     """How teachers come to be: trained on `tokens` tokens each, or on `tokens_per_param` for each parameter.
 
-    `law` is the surface L_T(N_T, D_T) of models trained on text; the distillation law needs it, since there a teacher
-    counts by its loss alone.
+    `law` is the surface L_T(N_T, D_T) of models trained on text; the distillation law needs it, since it
+    describes a teacher by its loss alone.
     """
 
     law: SurfaceFit | None = None
@@ -57,7 +57,7 @@ class Teachers:
 class TeacherChoice:
     """The best teacher of one student at one data scale. Statuses and open intervals as in `Optimum`.
 
-    `loss` is that of the best teacher in the range searched; `extrapolated` names what lies outside the fitted runs.
+    `loss` is that of the best teacher in the range searched; `extrapolated` names what is outside the fitted runs.
     """
 
     student_params: float
@@ -95,8 +95,8 @@ def best_teacher(
 ) -> TeacherChoice:
     """The teacher under which a surface predicts the least loss, with its interval from the bootstraps.
 
-    `interior` needs an optimum whose 95 % interval lies inside the range searched, on a surface whose teachers beat
-    teachers dealt at random; else the status is an edge, or `flat`.
+    `interior` needs an optimum whose 95 % interval is inside the range searched, on a surface whose teachers beat
+    permuted teachers; else the status is an edge, or `flat`.
 
     Args:
         surface: additive or distillation.
@@ -237,7 +237,7 @@ def _logs(ends: tuple[float, float]) -> tuple[float, float]:
 
 
 def _edge(x: float, low: float, high: float) -> str:
-    """Whether a point lies within 1 % of an end of a range."""
+    """Whether a point is within 1 % of an end of a range."""
     close = 0.01 * (high - low)
     return "left_edge" if x < low + close else "right_edge" if x > high - close else "interior"
 

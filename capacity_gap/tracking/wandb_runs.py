@@ -158,7 +158,7 @@ def open_run(tracking: TrackingConfig, folder: Path, *, sweeps: Sequence[str] = 
 
     Args:
         tracking: mode, project, entity.
-        folder: where offline runs lie, in a folder `wandb`.
+        folder: where offline runs are, in a folder `wandb`.
         sweeps: the first becomes the group, all become tags.
         about: what `wandb.init` takes: id, name, config, job_type.
     """

@@ -12,7 +12,7 @@ GROUP = SWEEPS.name
 
 class SweepsSource(file_config_source.FileConfigSource):
     """A folder of which only the group `sweeps` is seen: it is a project's root, where virtual environments, stores and
-    figures lie too, and Hydra's help walks through every group that there is.
+    figures are too, and Hydra's help walks through every group that there is.
     """
 
     @staticmethod

@@ -112,7 +112,7 @@ class Detached:
 
 
 class SlurmLauncher(Launcher):
-    """Submits, then watches the outcomes and `squeue`: success is what the store says, not what Slurm says."""
+    """Submits, then watches the outcomes and `squeue`: success is judged by the store, not by Slurm."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = SlurmConf(**settings)
@@ -247,7 +247,7 @@ class SlurmLauncher(Launcher):
             time.sleep(self.settings.poll_s)
 
     def submit_grid(self, command: Sequence[str], store: Path) -> None:
-        """Submits the whole command of the grid as a small CPU job, and says how to follow it."""
+        """Submits the whole command of the grid as a small CPU job, and prints how to follow it."""
         self._check()
         s = self.settings
         folder = store / "jobs" / f"detached-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"

@@ -1,4 +1,4 @@
-"""The stage `answers`: how a model answers the held-out instructions, and what a record says of it."""
+"""The stage `answers`: a model's answers to the held-out instructions, and their scores in a record."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,7 +55,7 @@ def _with_answer(row: Mapping[str, Any], answer: str) -> list[dict[str, str]]:
 
 
 def answer_scores(inputs: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    """What a record's `metrics` say of the answers of each model of a cell (`inputs`: those of its record)."""
+    """The entries of a record's `metrics` on the answers of each model of a cell (`inputs`: those of its record)."""
     found: dict[str, dict[str, Any]] = {}
     models = {"constant": "instructions"} | {m: f"answers_{m}" for m in ("base", "instruct", "prefer")}
     for model, name in models.items():

@@ -52,7 +52,7 @@ def training_stage(
 
 
 def optimizer_identity(optim: OptimConfig, hidden: int) -> dict[str, Any]:
-    """An optimiser's identity: the ways to say its learning rate are hashed as the number that they come to."""
+    """An optimiser's identity: its learning rate is hashed as a number, however it was set."""
     names = [f for f in OptimConfig.__dataclass_fields__ if not f.startswith("learning_rate")]
     return {"optim": {name: getattr(optim, name) for name in names}, "learning_rate": optim.peak(hidden)}
 
