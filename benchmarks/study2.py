@@ -34,6 +34,7 @@ from benchmarks.study2_answers import (
     starts,
     taught_less_direct,
 )
+from benchmarks.study2_corrected import by_student, excess, hedged_brier, seen_by_curve
 from benchmarks.study_arms import arms_of, main_of
 from benchmarks.study_tables import markdown
 from capacity_gap import records
@@ -45,8 +46,21 @@ RECORDS = ROOT / "results" / "pico2"
 FORECAST = RECORDS / "forecast.csv"
 DROPPED = ("error", "micro_batch", "created", "schema_version", "peak_memory_bytes", "ranks")
 PAGE = ROOT / "docs" / "study2.md"
-SWEEPS = {"optimum": 228, "rates": 40, "starts": 244, "forecast": 78, "recipe": 324}  # cells of each part
-TABLES = ("cells", "optimum", "one_loss", "rates", "starts", "controls", "seen", "forecast", "odds", "recipe")
+SWEEPS = {"optimum": 228, "rates": 40, "starts": 240, "forecast": 78, "recipe": 324}  # cells of each part
+TABLES = (
+    "cells",
+    "optimum",
+    "one_loss",
+    "rates",
+    "starts",
+    "by_student",
+    "controls",
+    "seen",
+    "forecast",
+    "odds",
+    "hedged",
+    "recipe",
+)
 
 
 def load(sweep: str) -> pd.DataFrame:
@@ -75,12 +89,19 @@ def export(stores: Sequence[str]) -> None:
             print(f"{name}: {len(found)} cells")
 
 
+def whole(sweep: str) -> bool:
+    """Whether all registered cells of a part are there: an answer is given then, and not before."""
+    return len(load(sweep)) == SWEEPS[sweep]
+
+
 def tell_forecast() -> None:
     """Writes question 3's odds, once: they are fixed before its cells run."""
     if FORECAST.exists():
         raise SystemExit(f"{FORECAST.relative_to(ROOT)} is there. A forecast is made once, before its cells.")
     if len(load("forecast")):
         raise SystemExit("cells of question 3 have run: a forecast can no longer be made.")
+    if not whole("optimum"):
+        raise SystemExit("question 1 is not complete: the forecast is made from all of its cells, once.")
     told = foretold(plain(main_of(arms_of(study_one())).frame), plain(load("optimum")))
     told.to_csv(FORECAST, index=False, float_format="%.6g")
     print(f"{len(told)} pairs in {FORECAST.relative_to(ROOT)}")
@@ -88,25 +109,28 @@ def tell_forecast() -> None:
 
 def answers() -> dict[str, str]:
     """A table for each question whose cells are there; those of the others say that they are not."""
-    found = dict.fromkeys(TABLES, "*(not run yet)*")
+    found = dict.fromkeys(TABLES, "*(not all cells have run: no answer yet)*")
     found["cells"] = rows_table(counts())
-    main, behind, pairs, grid = (load(name) for name in ("optimum", "starts", "forecast", "recipe"))
+    parts = ("optimum", "starts", "forecast", "recipe")
+    main, behind, pairs, grid = (load(name) if whole(name) else pd.DataFrame() for name in parts)
     if len(main):
         main = plain(main)
         row = optimum_row(optimum(main))
         found["optimum"] = markdown(list(row), [[str(v) for v in row.values()]])
         found["one_loss"] = loss_table(main)
-    if len(tuning := load("rates")):
-        found["rates"] = rows_table(rates(tuning))
+    if whole("rates"):
+        found["rates"] = rows_table(rates(load("rates")))
     if len(behind):
         behind = plain(behind)
         found["starts"] = slopes_table(starts(behind))
+        found["by_student"] = slopes_table(by_student(behind))
         found["controls"] = rows_table(taught_less_direct(behind))
         if len(main):
-            found["seen"] = slopes_table(seen(behind, main))
+            found["seen"] = slopes_table(seen(behind, main) | seen_by_curve(behind, main))
     if len(pairs) and FORECAST.exists():
         before = pd.concat([plain(main_of(arms_of(study_one())).frame), main], ignore_index=True)
         found["forecast"] = rows_table(judged(pd.read_csv(FORECAST), plain(pairs), before))
+        found["hedged"] = rows_table(hedged_brier(pd.read_csv(FORECAST), plain(pairs), before))
         found["odds"] = odds_table(pd.read_csv(FORECAST), plain(pairs), before)
     if len(grid):
         grid = plain(grid)
@@ -131,8 +155,8 @@ def counts() -> pd.DataFrame:
 def figures() -> None:
     """Writes the tables of the page, and the figures of question 1."""
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), answers()), encoding="utf-8")
-    if len(main := load("optimum")):
-        save_figure(plot_joint(optimum(plain(main))), ROOT / "docs" / "study2_joint", dpi=110)
+    if whole("optimum"):
+        save_figure(plot_joint(optimum(plain(load("optimum")))), ROOT / "docs" / "study2_joint", dpi=110)
         (ROOT / "docs" / "study2_joint.svg").unlink()
 
 
@@ -218,13 +242,17 @@ def loss_table(frame: pd.DataFrame) -> str:
     for task in ("pico_cloze", "pico_next"):
         if f"metrics/{task}" in frame:
             measures[task] = (f"metrics/{task}", 1)
-    rows = []
+    frame, rows = frame[frame["teacher_params"] > 1.02 * frame["student_params"]], []
     for name, (column, better) in measures.items():
         found = one_loss(frame, column, better=better)
         rows.append([name, *(f"{found[k]:.4f}" for k in ("discordant", "across", "own", "excess"))])
         rows[-1] += [f"{found['excess_low']:.4f} to {found['excess_high']:.4f}"]
+        mended = excess(frame, column, better=better)
+        rows[-1] += [f"{mended['excess']:.4f} ({mended['excess_low']:.4f} to {mended['excess_high']:.4f})"]
         rows[-1] += [f"{found['regret']:.4f} of {found['range']:.4f}"]
-    return markdown(["measure", "discordant", "across", "own", "excess", "95 %", "regret of range"], rows)
+    return markdown(
+        ["measure", "discordant", "across", "own", "excess", "95 %", "excess, corrected", "regret of range"], rows
+    )
 
 
 def main() -> None:

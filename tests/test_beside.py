@@ -45,6 +45,10 @@ def test_settings_that_no_published_cell_has_are_named(mine, published):
     kept, notes = alike(mine.assign(teacher_data="600k", signal="online"), published)
     assert notes == ["teacher_data: 600k here, 1m there", "signal: online here, sampled-64 there"]
     assert len(kept) > 200
+    assert alike(mine.assign(settings="data_offset=1m"), published)[1] == ["settings: data_offset=1m here, none there"]
+    arms = mine.assign(init=["random", *["pruned"] * (len(mine) - 1)])
+    with pytest.raises(ConfigError, match="differ in init"):
+        beside(arms, published, source="the study")
     with pytest.raises(ConfigError, match="no published cells"):
         alike(mine, published.iloc[:0])
 

@@ -36,6 +36,15 @@ def test_an_added_rung_teaches_the_common_students_and_changes_none():
             assert under == common
 
 
+def test_an_added_rung_is_not_what_a_students_scale_means():
+    ladder = FAMILIES["pico"]
+    assert ladder.student_params(330_000) == 330_000 and ladder.size("330k", key="teacher") == 330_120
+    assert ladder.student_params(55_000) == ladder.params["55k"] == 55_032
+    expanded = ["student=330k", "teacher=900k", "expand.vocab=2048", "corpus=cantonese"]
+    cell = pipeline.resolve(compose(expanded))
+    assert cell.description["student_params"] == pytest.approx(330_000, rel=0.005)
+
+
 def test_a_ladder_with_added_rungs_grows_along_every_axis():
     sizes = [dims(rung) for rung in FAMILIES["pico"].rungs.values()]
     for smaller, larger in itertools.pairwise(sizes):

@@ -133,7 +133,7 @@ def student_size(config: RunConfig, ladder: Family, shape: Mapping[str, Any] | N
     if shape is not None and is_checkpoint(config.student):
         return count_params(shape), count_params(shape)
     student = parse_scale(config.student, key="student")
-    return student, ladder.params[ladder.scales[student]] if student in ladder.scales else student
+    return student, ladder.student_params(student)
 
 
 def called(config: RunConfig, start: Checkpoint | None) -> str:

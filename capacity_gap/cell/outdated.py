@@ -228,7 +228,7 @@ def _other_student(record: Made) -> str | None:
 def _common(family: str, scale: int) -> tuple[int, tuple[int, bool]]:
     """What a family means by a student's scale, and the rows and the tie of its common student."""
     ladder = FAMILIES[family]
-    target = ladder.params[ladder.scales[scale]] if scale in ladder.scales else scale
+    target = ladder.student_params(scale)
     return target, common_rows(ladder.common_rungs, target)
 
 

@@ -219,12 +219,12 @@ def run_recommend(given: argparse.Namespace) -> int:
     from capacity_gap.models.folders import checkpoint_family
     from capacity_gap.models.ladders import FAMILIES, family
     from capacity_gap.report.recommend import read_fit, recommend
-    from capacity_gap.settings.scales import parse_tokens
+    from capacity_gap.settings.scales import parse_scale, parse_tokens
 
     own = [name for name in given.family.split(",") if name]
     mine = bool(own) and given.family not in FAMILIES and (len(own) > 1 or is_checkpoint(given.family))
     ladder = checkpoint_family(own, planning=True) if mine else family(given.family)
-    student = ladder.size(given.student, key="--student")
+    student = ladder.student_params(parse_scale(given.student, key="--student"))
     tokens = parse_tokens(given.data, params=student, key="--data")
     law, surface, joint = read_fit(given.fit)
     try:

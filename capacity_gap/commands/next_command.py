@@ -114,7 +114,7 @@ def _goal(given: argparse.Namespace, ladder: "Family") -> "Goal":
         ConfigError: an option that the goal needs is missing, or one was given that it does not read.
     """
     from capacity_gap.fit import Goal
-    from capacity_gap.settings.scales import parse_tokens
+    from capacity_gap.settings.scales import parse_scale, parse_tokens
 
     kind = given.goal or ("target" if given.student else "law")
     needs = GOALS[kind]
@@ -125,7 +125,7 @@ def _goal(given: argparse.Namespace, ladder: "Family") -> "Goal":
             raise ConfigError(f"--goal {kind}: --{name} {what}. It takes {takes}.")
     if kind == "law":
         return Goal()
-    student = ladder.size(given.student, key="--student")
+    student = ladder.student_params(parse_scale(given.student, key="--student"))
     if kind == "target":
         return Goal("target", student, parse_tokens(given.data, params=student, key="--data"))
     small, large = (ladder.size(getattr(given, name), key=f"--{name}") for name in ("small", "large"))

@@ -60,8 +60,13 @@ class Family:
                 found[self.params[rung]] = rung
         return found
 
+    def student_params(self, scale: int) -> int:
+        """Parameters that a student's scale means: exactly those of the rung that it names, unless that was added."""
+        rung = self.scales.get(scale)
+        return scale if rung is None or rung in self.added else self.params[rung]
+
     def size(self, given: str, *, key: str) -> int:
-        """Parameters of the rung that a scale names, else the scale: `1b` of Llama 3 has 1.24 billion.
+        """Parameters of the teacher that a scale names, else the scale: `1b` of Llama 3 has 1.24 billion.
 
         Raises:
             ConfigError: it is no scale.

@@ -16,6 +16,7 @@ from capacity_gap.settings.scales import format_scale, short_scale
 
 CLOSE = math.log(1.5)  # students whose sizes differ by more are no neighbours
 FAR = math.log(10.0)  # beyond the published sizes and budgets: nothing is predicted
+PRUNED = 1.02  # a teacher is larger than its student by more
 ASIDE = ("data_tokens",)  # a budget is compared cell by cell
 HEADINGS = ("student", "teacher", "tokens", "loss", "published", "for student")
 
@@ -29,8 +30,9 @@ def alike(mine: pd.DataFrame, published: pd.DataFrame) -> tuple[pd.DataFrame, li
     found, notes = published[(published["status"] == "done") & (published["data_tokens"] > 0)], []
     if found.empty:
         raise ConfigError("there are no published cells to compare with: give --records another folder or table.")
-    for column in (c for c in BY if c not in ASIDE and c in mine and c in published):
-        values = found[column].astype(object).where(found[column].notna(), None)
+    for column in (c for c in BY if c not in ASIDE and c in mine):
+        held = found[column] if column in published else pd.Series(None, found.index, dtype=object)
+        values = held.astype(object).where(held.notna(), None)  # a column left out is one that is empty in all rows
         own = mine[column].astype(object).where(mine[column].notna(), None).unique()
         same = values.isin(list(own))
         if not same.any():
@@ -61,10 +63,14 @@ def loss_rows(mine: pd.DataFrame, published: pd.DataFrame) -> list[list[str]]:
         near = str(far.idxmin())
         key = (near, row["teacher"], row["data_tokens"])
         known = there.get(key) if far.min() <= CLOSE else None
-        said = "–" if known is None else f"{known.mean():.3f} ± {known.std():.3f} ({len(known)} runs)"
+        said = "–" if known is None else f"{known.mean():.3f}{_spread(known)}"
         first = [row["student"], row["teacher"], short_scale(row["data_tokens"]), f"{row['student_loss']:.3f}"]
         rows.append([*first, said, "" if known is None else near])
     return rows
+
+
+def _spread(losses: pd.Series) -> str:
+    return f" ± {losses.std():.3f} ({len(losses)} runs)" if len(losses) > 1 else " (1 run)"
 
 
 def answers(fit: JointFit, mine: pd.DataFrame) -> list[str]:
@@ -78,7 +84,9 @@ def answers(fit: JointFit, mine: pd.DataFrame) -> list[str]:
             name = f"a {row['student']} student at {short_scale(tokens)} tokens"
             lines.append(f"{name}: {math.exp(far):.0f} times beyond the published cells, so nothing is predicted")
             continue
-        able = {str(name): float(size) for name, size in rungs.items() if size > params}
+        able = {str(name): float(size) for name, size in rungs.items() if size > params * PRUNED}
+        if not able:
+            continue
         best = fit.best_teacher(params, tokens, rungs=able)
         likely = max(best.probabilities, key=lambda name: best.probabilities[name])
         lines.append(
@@ -111,6 +119,11 @@ def beside(mine: pd.DataFrame, published: pd.DataFrame, *, source: str) -> list[
         published: records of others.
         source: what to call those.
     """
+    if arms := [c for c in BY if c not in ASIDE and c in mine and mine[c].nunique(dropna=False) > 1]:
+        raise ConfigError(
+            f"these cells differ in {', '.join(arms)}, and a comparison takes cells alike but for student, teacher, "
+            "budget and seed. Give another --sweep."
+        )
     kept, notes = alike(mine, published)
     lines = [f"{len(mine)} cells beside {len(kept)} alike of {len(published)} published ones ({source})"]
     lines += _table([list(HEADINGS), *loss_rows(mine, kept)])

@@ -81,7 +81,9 @@ def make_pool(
         ConfigError: there is no student, no teacher or no budget, or a name is not known.
     """
     by_student, by_teacher = (_sizes(frame, of) for of in ("student", "teacher"))
-    named: dict[str, float] = {name: by_student.get(name) or ladder.size(name, key="--students") for name in students}
+    named: dict[str, float] = {
+        name: by_student.get(name) or ladder.student_params(parse_scale(name, key="--students")) for name in students
+    }
     chosen = named if "students" in given else {**by_student, **named}
     rungs: dict[str, float] = {name: ladder.params[name] for name in map(ladder.rung, teachers)} if ladder.rungs else {}
     if teachers and not ladder.rungs:
