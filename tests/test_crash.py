@@ -101,7 +101,7 @@ def test_a_grid_in_chaos_ends_with_the_same_bits(tmp_path):
     """A short, seeded run of benchmarks/chaos.py; the long one is results/chaos.csv."""
     arguments = [*chaos.tiny_corpus(tmp_path), "student=40k", "teacher=55k,80k"]
     assert chaos.start(tmp_path / "calm", arguments, 2, tmp_path / "calm.log").wait() == 0
-    told = chaos.run_in_chaos(tmp_path / "chaos", arguments, kills=2, seed=1, every_s=4.0, workers=2)
+    told = chaos.run_in_chaos(tmp_path / "chaos", arguments, kills=2, seed=1, every_s=1.5, workers=2)
     row = chaos.compare(tmp_path / "calm", tmp_path / "chaos", told)
     assert row["kills inside a stage"] == 2
     assert row["cells"] == 2
