@@ -518,7 +518,7 @@ def test_export_writes_a_model_that_plain_transformers_loads(chat_cell, tmp_path
         assert json.loads((out / file).read_text()).get("use_cache") is not False, "generation would be slow"
     assert "[|Assistant|]" in use_as_the_card_says(out)
     assert cli.main(["export", "0" * 12, str(tmp_path / "other"), "--store", str(store)]) == 2
-    assert "names 0 recorded cells" in capsys.readouterr().err
+    assert "matches 0 recorded cells" in capsys.readouterr().err
     assert cli.main(["export", chat_cell.record.digest, str(out), "--store", str(store)]) == 2
     assert "is not empty" in capsys.readouterr().err
 
