@@ -24,7 +24,7 @@ from benchmarks.study_elsewhere import (
     unpruned_surface,
     unpruned_table,
 )
-from benchmarks.study_joint import PAIR, joint_of, odds_table, standing_table
+from benchmarks.study_joint import PAIR, joint_of, odds_table, standing_table, weights_table
 from benchmarks.study_surface import contour_table, forecast_table, surface_of, surface_table
 from benchmarks.study_tables import (
     argmin_table,
@@ -96,6 +96,7 @@ def pages(
         "joint": markdown(*best_table(joint)),
         "even": markdown(*even_table(joint, PAIR)),
         "odds": odds_table(main),
+        "weights": weights_table(arms),
         "standing": standing_table(joint, main),
         "argmin": argmin_table(main),
         "unpruned": unpruned_table(main),

@@ -4,6 +4,8 @@ import math
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from scipy import stats
 
 from benchmarks.study_arms import Arm
 from benchmarks.study_tables import markdown, within
@@ -15,6 +17,7 @@ from capacity_gap.settings.scales import format_scale, short_scale
 LARGEST = 1_200_000  # tokens of the budget that is predicted
 PAIR = (120_200, 899_712)  # teachers of the break-even budget: those of the contrasts between arms
 EVEN = 0.5
+LARGEST_WEIGHED = 650_000  # parameters: other KD weights than 0.5 were run with teachers to 600k
 
 
 def joint_of(arm: Arm) -> JointFit:
@@ -64,6 +67,35 @@ def free_surface(arm: Arm) -> SurfaceFit:
     pruned = arm.frame[arm.frame["teacher_params"] > arm.frame["student_params"] * 1.02]
     named = {"cluster": "teacher_params", "metric": "student_loss", "permutations": 0, "bootstraps": 300}
     return fit_surface(pruned, "additive_free", **named)  # type: ignore[arg-type]
+
+
+def weights_table(arms: list[Arm]) -> str:
+    """Each KD weight of one budget as one model of its cells: best ratios, and how much worse 600k is than 120k."""
+    budget = 300_000
+    named = {0.25: "KD weight 0.25", 0.5: "main", 1.0: "KD weight 1.0"}
+    held = [a for a in arms if a.name in named.values()]
+    cells = pd.concat([a.frame[a.frame["data_tokens"] == budget] for a in held])
+    run = [set(cells.loc[cells["kd_weight"] == weight, "student"]) for weight in named]
+    cells = cells[cells["student"].isin(set.intersection(*run)) & (cells["teacher_params"] <= LARGEST_WEIGHED)]
+    rows, losses = (
+        [],
+        cells.pivot_table(index=["kd_weight", "student", "seed"], columns="teacher", values="student_loss"),
+    )
+    apart = (losses["600k"] - losses["120k"]).groupby(["kd_weight", "seed"]).mean().unstack("kd_weight")
+    rows = []
+    for weight in named:
+        fit = fit_joint(cells[cells["kd_weight"] == weight], metric="student_loss")
+        best = {name: fit.best_teacher(params, budget) for name, params in fit.students.items()}
+        ratios = [ratio(best[name].params, best[name].interval, params) for name, params in fit.students.items()]
+        rows.append([f"{weight:g}", *ratios, _mean(apart[weight])])
+    rows.append(["1.0 less 0.25", *[""] * len(fit.students), _mean(apart[1.0] - apart[0.25])])
+    return markdown(["KD weight", *fit.students, "600k less 120k, nats"], rows)
+
+
+def _mean(values: pd.Series) -> str:
+    """Mean over seeds with a t-interval."""
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std() / math.sqrt(len(values))
+    return f"{values.mean():+.3f} ± {half:.3f}".replace("-", "−")
 
 
 def standing_table(fit: JointFit, arm: Arm) -> str:

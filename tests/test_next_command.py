@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -15,6 +16,7 @@ from capacity_gap.store.contents import note_sweep
 from capacity_gap.store.files import write_checked
 from capacity_gap.store.stage import Store
 from tests.conftest import compose
+from tests.small_models import small_model
 from tests.test_next import cells, place, run
 
 
@@ -161,7 +163,7 @@ def test_a_fit_without_a_law_names_cells_that_would_decide(tmp_path, capsys):
     assert not run_already & {*named}
     assert cli.main(["fit", str(file)]) == 0
     text = capsys.readouterr().out
-    assert f"Cells that would say most for their cost: {'; '.join(named)}." in text
+    assert f"Of all curves, the cells that would say most for their cost: {'; '.join(named)}." in text
     assert all(
         " for 40k at " in said or " for 80" in said for said in deciding(table.drop(columns=["teacher", "student"]))
     )
@@ -229,3 +231,22 @@ def test_where_keeps_the_rows_of_one_curve(tmp_path, capsys):
     assert "nearest: teacher_data" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["fit", records, "--where", "teacher_data"])
+
+
+def test_models_of_the_users_form_a_ladder_that_the_printed_commands_name(tmp_path, capsys):
+    from capacity_gap.cell.pipeline import resolve
+
+    for name, hidden in (("the small", 32), ("mid", 48), ("large", 96)):
+        shape = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "vocab_size": 500}
+        small_model("llama", **shape).config.save_pretrained(tmp_path / name)
+    ladder = ",".join(str(tmp_path / name) for name in ("the small", "mid", "large"))
+    ranges = ["--students", "20k,30k,35k", "--budgets", "10k,40k", "--seeds", "0", "--k", "6"]
+    Store(tmp_path / "store").create()
+    for at in ("nothing yet", "store"):
+        assert cli.main(["next", str(tmp_path / at), "--family", ladder, *ranges, "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        made = [compose([*overrides, "corpus=embedded", "plan=true"]) for overrides in grids(told["commands"])]
+        assert {config.teacher for config in made} == {cell["cell"]["teacher"] for cell in told["cells"]}
+        assert {"the small"} <= {config.teacher for config in made}
+        assert {*made[0].family.folders} == {str(tmp_path / name) for name in ("the small", "mid", "large")}
+        assert all(Path(resolve(c).teacher.options["repository"]).name == c.teacher for c in made)

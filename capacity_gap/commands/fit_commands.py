@@ -137,7 +137,8 @@ def _print_deciding(frame, source: str) -> None:  # type: ignore[no-untyped-def]
     from capacity_gap.settings.places import TOOL_WORDS
 
     if cells := deciding(frame):
-        print(f"  Cells that would say most for their cost: {'; '.join(cells)}.")
+        print(f"  Of all curves, the cells that would say most for their cost: {'; '.join(cells)}.")
+        print("  Prefer these: the sentence of a curve says what that curve alone lacks.")
         print(f"  `{' '.join(TOOL_WORDS)} next {source} --goal law` tells why, and the command.")
 
 
@@ -215,15 +216,11 @@ def _write_fit(law, sentences, located, joint, out: Path, metric: str | None) ->
 
 def run_recommend(given: argparse.Namespace) -> int:
     """Prints the ladder with what the fit says of each rung."""
-    from capacity_gap.models.checkpoints import is_checkpoint
-    from capacity_gap.models.folders import checkpoint_family
-    from capacity_gap.models.ladders import FAMILIES, family
+    from capacity_gap.models.folders import named_family
     from capacity_gap.report.recommend import read_fit, recommend
     from capacity_gap.settings.scales import parse_scale, parse_tokens
 
-    own = [name for name in given.family.split(",") if name]
-    mine = bool(own) and given.family not in FAMILIES and (len(own) > 1 or is_checkpoint(given.family))
-    ladder = checkpoint_family(own, planning=True) if mine else family(given.family)
+    ladder = named_family(given.family)
     student = ladder.student_params(parse_scale(given.student, key="--student"))
     tokens = parse_tokens(given.data, params=student, key="--data")
     law, surface, joint = read_fit(given.fit)

@@ -12,6 +12,7 @@ from capacity_gap.cell.strategy_config import GOALS
 from capacity_gap.commands.options import COLUMNS, WHERE, columns, where, whole
 from capacity_gap.settings.errors import ConfigError, UserError
 
+FAMILY = "the ladder of teachers, or models: FOLDER,ORG/NAME,... (default: that of the records, else pico)"
 NUMBER = re.compile(r"[-+0-9.e]+")
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--teachers", help="rungs of the pool (default: all of the family)")
     parser.add_argument("--budgets", help="tokens of the pool (default: those of the records)")
     parser.add_argument("--seeds", help="of the pool, such as 0,1,2 (default: those of the records and one more)")
-    parser.add_argument("--family", help="the ladder of teachers (default: that of the records, else pico)")
+    parser.add_argument("--family", help=FAMILY)
     parser.add_argument("--sweep", metavar="NAME", help="of a store: only the cells of this sweep")
     parser.add_argument("--columns", type=columns, default={}, metavar="OURS=THEIRS,...", help=COLUMNS)
     parser.add_argument("--where", type=where, action="append", default=[], metavar="COLUMN=VALUE,...", help=WHERE)
@@ -55,10 +56,11 @@ def run_next(given: argparse.Namespace) -> int:
 
     frame = _records(given)
     ladder = family_of(frame, given.family)
+    frame = frame[frame["family"] == ladder.name] if given.family and "family" in frame else frame
     goal = _goal(given, ladder)
     pool = _pool(given, frame, ladder)
     check_inside(goal, frame, pool, key="--")
-    settings, missing, cost = _settings(given, frame, ladder.name, published=bool(ladder.published))
+    settings, missing, cost = _settings(given, frame, ladder)
     try:
         found = next_cells(frame, pool, goal=goal, k=given.k, cost=cost)
     except ValueError as error:
@@ -103,8 +105,7 @@ def _records(given: argparse.Namespace) -> "pd.DataFrame":
     if not named and not path.is_file() and not (path.is_dir() and any(path.iterdir())):
         return records.to_frame([])  # a store that nothing was run in yet
     frame = sweep_frame(open_store(given.source), given.sweep) if given.sweep else records.load(given.source)
-    frame = rows_where(without_outdated(renamed(frame, given.columns), given.source)[0], dict(given.where))
-    return frame[frame["family"] == given.family] if given.family and "family" in frame else frame
+    return rows_where(without_outdated(renamed(frame, given.columns), given.source)[0], dict(given.where))
 
 
 def _goal(given: argparse.Namespace, ladder: "Family") -> "Goal":
@@ -170,9 +171,10 @@ BARE = "Add corpus=, sweep= and train.batch_size= to the command, so that all bu
 NOT_NOTED = "How these records were run is not noted: add their other settings to the command."
 
 
-def _settings(
-    given: argparse.Namespace, frame: "pd.DataFrame", family: str, *, published: bool
-) -> tuple[list[str], str, "Cost"]:
+UNNAMED = "The teachers are models of your own: name all of them with --family FOLDER,ORG/NAME,... for such a command."
+
+
+def _settings(given: argparse.Namespace, frame: "pd.DataFrame", ladder: "Family") -> tuple[list[str], str, "Cost"]:
     """The overrides that all cells share, what is to be said of those that are not known, and what cells cost.
 
     Costs are those of the stages that a store lacks; of a table they are arithmetic by sizes. A published teacher is
@@ -182,20 +184,31 @@ def _settings(
     from capacity_gap.settings.places import user_path
     from capacity_gap.store.files import is_store
 
+    named = _family_words(ladder)
     if not is_store(user_path(given.source)):
-        return *_settings_of_table(frame, family), Arithmetic(teacher_tokens=None if published else math.nan)
+        return *_settings_of_table(frame, named), Arithmetic(teacher_tokens=None if ladder.published else math.nan)
     from capacity_gap.commands.stage_costs import StageCost, shared_overrides
 
-    overrides, known = shared_overrides(given.source, frame, family)
-    return overrides, "" if known else NOT_NOTED, StageCost.of(overrides)
+    overrides, known = shared_overrides(given.source, frame, named, replaces=bool(ladder.checkpoints))
+    unnamed = not ladder.name and not any("family" in o.partition("=")[0] for o in overrides)
+    return overrides, UNNAMED if unnamed else "" if known else NOT_NOTED, StageCost.of(overrides)
 
 
-def _settings_of_table(frame: "pd.DataFrame", family: str) -> tuple[list[str], str]:
+def _family_words(ladder: "Family") -> list[str]:
+    """The overrides that name a ladder."""
+    from capacity_gap.models.ladders import FOLDERS
+    from capacity_gap.runner.rerun import quoted
+
+    if ladder.checkpoints:
+        return [f"family={FOLDERS}", f"family.folders=[{','.join(map(quoted, ladder.published.values()))}]"]
+    return [f"family={ladder.name}"] * (ladder.name not in ("pico", ""))
+
+
+def _settings_of_table(frame: "pd.DataFrame", named: list[str]) -> tuple[list[str], str]:
     """What the columns of a table say of its settings, and what they do not."""
     from capacity_gap.cell.table_settings import table_settings
     from capacity_gap.runner.rerun import quoted
 
-    named = [f"family={family}"] * (family not in ("pico", ""))
     if frame.empty:
         return named, BARE if named else ""
     told = table_settings(frame)

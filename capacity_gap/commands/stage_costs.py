@@ -18,8 +18,16 @@ OWN = ("student", "distil", "instruct", "prefer", "evaluate", "record")  # stage
 LEAST = 1.0  # FLOPs: a cell whose stages are all there still is one
 
 
-def shared_overrides(source: str, frame: "pd.DataFrame", family: str) -> tuple[list[str], bool]:
+def shared_overrides(
+    source: str, frame: "pd.DataFrame", named: Sequence[str], *, replaces: bool
+) -> tuple[list[str], bool]:
     """The settings that the cells of a store were run with, except those in which they differ, and the store itself.
+
+    Args:
+        source: the store.
+        frame: its records.
+        named: overrides that name the ladder, for cells whose settings are not noted.
+        replaces: they stand for the noted ladder too.
 
     Returns:
         Overrides, and whether they are known: those of a cell that was run alone are not noted.
@@ -30,10 +38,11 @@ def shared_overrides(source: str, frame: "pd.DataFrame", family: str) -> tuple[l
     store = open_store(source)
     mine = set("record/" + frame["cell"].astype(str)) if "cell" in frame else set()
     noted = [cell for cells in sweeps(store).values() for key, cell in cells.items() if key in mine]
-    kept = [f"family={family}"] if not noted and family != "pico" else []
+    kept = [*named] if replaces or not noted else []
+    dropped = (*DROPPED, "family=", "family.folders=") if replaces else DROPPED
     for override in noted[-1]["overrides"] if noted else ():
         name = override.lstrip("+").partition("=")[0]
-        if not override.startswith(DROPPED) and name not in OF_A_CELL:
+        if not override.startswith(dropped) and name not in OF_A_CELL:
             kept.append(override)
     return [*kept, f"store={quoted(str(store.root))}"], bool(noted) or not mine
 
@@ -57,7 +66,7 @@ class StageCost:
 
         config.register()
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            base = config.from_hydra(compose("config", overrides=[*overrides]))
+            base = config.from_hydra(compose("config", overrides=[*overrides, "plan=true"]))
         return cls(base, Store(base.store_path))
 
     def __call__(self, cell: Mapping[str, Any]) -> tuple[float, Mapping[Hashable, float]]:

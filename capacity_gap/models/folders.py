@@ -6,14 +6,26 @@ from pathlib import Path
 from typing import Any
 
 from capacity_gap.models.axes import architecture, count_params, dims
-from capacity_gap.models.checkpoints import Checkpoint, checkpoint
+from capacity_gap.models.checkpoints import Checkpoint, checkpoint, is_checkpoint
 from capacity_gap.models.config_files import AGAIN, MOST_UNITS, read_config, read_object
 from capacity_gap.models.hub import NotHad
-from capacity_gap.models.ladders import CHECKPOINTS, FOLDERS, Family
+from capacity_gap.models.ladders import CHECKPOINTS, FAMILIES, FOLDERS, Family, family
 from capacity_gap.models.weights import check_weights
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.settings.places import user_path
 from capacity_gap.store.files import tell
+
+
+def named_family(given: str) -> Family:
+    """The ladder that `--family` names: a registered one, or models of the user's, `FOLDER,ORG/NAME,FILE.gguf`.
+
+    Raises:
+        ConfigError: it is neither, or no model of it can be used.
+    """
+    own = [name for name in given.split(",") if name]
+    if own and given not in FAMILIES and (len(own) > 1 or is_checkpoint(given)):
+        return checkpoint_family(own, planning=True)
+    return family(given)
 
 
 def checkpoint_family(given: Sequence[str], *, planning: bool = False) -> Family:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from capacity_gap.models.folders import named_family
 from capacity_gap.models.ladders import FAMILIES, Family, family
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.settings.scales import format_scale, parse_scale, short_scale
@@ -24,7 +25,7 @@ def family_of(frame: pd.DataFrame, named: str | None) -> Family:
     """
     held = sorted(frame["family"].dropna().astype(str).unique()) if "family" in frame else []
     if named:
-        return family(named)
+        return named_family(named)
     if len(held) > 1:
         raise ConfigError(f"the records are of several families: {', '.join(held)}. Name one: --family {held[0]}.")
     if held and held[0] in FAMILIES:
