@@ -77,10 +77,7 @@ def weights_table(arms: list[Arm]) -> str:
     cells = pd.concat([a.frame[a.frame["data_tokens"] == budget] for a in held])
     run = [set(cells.loc[cells["kd_weight"] == weight, "student"]) for weight in named]
     cells = cells[cells["student"].isin(set.intersection(*run)) & (cells["teacher_params"] <= LARGEST_WEIGHED)]
-    rows, losses = (
-        [],
-        cells.pivot_table(index=["kd_weight", "student", "seed"], columns="teacher", values="student_loss"),
-    )
+    losses = cells.pivot_table(index=["kd_weight", "student", "seed"], columns="teacher", values="student_loss")
     apart = (losses["600k"] - losses["120k"]).groupby(["kd_weight", "seed"]).mean().unstack("kd_weight")
     rows = []
     for weight in named:
