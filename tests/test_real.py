@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from benchmarks import real, real_chain
+from benchmarks import real, real_chain, real_gemma
 
 
 def _row(student, **more):
@@ -29,3 +29,10 @@ def test_the_chain_refuses_an_export_that_is_another_model():
     assert list(found["step"]) == [1, 2, 2] and list(found["loss before"]) == [4.0, 3.2, 3.2]
     with pytest.raises(ValueError, match=r"another loss than the trained one, by 0\.1 nats"):
         real_chain.table(_row("110m"), [*second[:1], _row("110m", init_loss=3.3)])
+
+
+def test_the_table_of_gemma_has_its_teacher_twice_and_each_student_once():
+    without = _row("110m", settings="corpus.bos=False", teacher_loss=4.17)
+    found = real_gemma.table([without, _row("110m"), _row("80m")]).set_index("model")
+    assert list(found.index) == ["teacher", "cut to 110m", "cut to 80m", "teacher, sequences without <bos>"]
+    assert list(found["loss"]) == [3.16, 3.2, 3.2, 4.17]
