@@ -34,12 +34,14 @@ from benchmarks.study2_answers import (
     starts,
     taught_less_direct,
 )
-from benchmarks.study2_corrected import by_student, excess, hedged_brier, seen_by_curve
+from benchmarks.study2_corrected import both_studies, by_student, excess, hedged_brier, picks, seen_by_curve, set_held
 from benchmarks.study_arms import arms_of, main_of
+from benchmarks.study_joint import PAIR
 from benchmarks.study_tables import markdown
 from capacity_gap import records
-from capacity_gap.report.joint_tables import plot_joint
+from capacity_gap.report.joint_tables import best_table, even_table, plot_joint
 from capacity_gap.report.plots import save_figure
+from capacity_gap.wording.intervals import marks
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "results" / "pico2"
@@ -50,6 +52,9 @@ SWEEPS = {"optimum": 228, "rates": 40, "starts": 240, "forecast": 78, "recipe": 
 TABLES = (
     "cells",
     "optimum",
+    "best",
+    "even",
+    "both_studies",
     "one_loss",
     "rates",
     "starts",
@@ -59,7 +64,9 @@ TABLES = (
     "forecast",
     "odds",
     "hedged",
+    "held",
     "recipe",
+    "picks",
 )
 
 
@@ -112,11 +119,13 @@ def answers() -> dict[str, str]:
     found = dict.fromkeys(TABLES, "*(not all cells have run: no answer yet)*")
     found["cells"] = rows_table(counts())
     parts = ("optimum", "starts", "forecast", "recipe")
+    one = plain(main_of(arms_of(study_one())).frame)
     main, behind, pairs, grid = (load(name) if whole(name) else pd.DataFrame() for name in parts)
     if len(main):
         main = plain(main)
-        row = optimum_row(optimum(main))
-        found["optimum"] = markdown(list(row), [[str(v) for v in row.values()]])
+        fit, both = optimum(main), both_studies(one, main)
+        found["optimum"], found["both_studies"] = row_table(optimum_row(fit)), row_table(optimum_row(both))
+        found["best"], found["even"] = markdown(*best_table(fit)), markdown(*even_table(fit, PAIR))
         found["one_loss"] = loss_table(main)
     if whole("rates"):
         found["rates"] = rows_table(rates(load("rates")))
@@ -128,17 +137,31 @@ def answers() -> dict[str, str]:
         if len(main):
             found["seen"] = slopes_table(seen(behind, main) | seen_by_curve(behind, main))
     if len(pairs) and FORECAST.exists():
-        before = pd.concat([plain(main_of(arms_of(study_one())).frame), main], ignore_index=True)
+        before = pd.concat([one, main], ignore_index=True)
         found["forecast"] = rows_table(judged(pd.read_csv(FORECAST), plain(pairs), before))
         found["hedged"] = rows_table(hedged_brier(pd.read_csv(FORECAST), plain(pairs), before))
+        found["held"] = rows_table(set_held(pd.read_csv(FORECAST), plain(pairs)))
         found["odds"] = odds_table(pd.read_csv(FORECAST), plain(pairs), before)
     if len(grid):
         grid = plain(grid)
         usual = grid[(grid["kd_weight"] == 0.5) & (grid["learning_rate"].eq(usual_rate(grid)))]
-        contrasts = recipe(grid, usual, plain(main_of(arms_of(study_one())).frame))
+        contrasts = recipe(grid, usual, one)
+        found["picks"] = rows_table(picks(grid))
         rows = [[name, str(value)] for name, value in contrasts.items()]
         found["recipe"] = markdown(["900k less 120k", "nats"], [*rows, ["the break-even", stands(contrasts)]])
     return found
+
+
+def row_table(row: dict[str, object]) -> str:
+    """One answer, a row a quantity."""
+    return markdown(["quantity", "found"], [[name, said(value)] for name, value in row.items()])
+
+
+def said(value: object) -> str:
+    """A value, a size or an interval in a few digits."""
+    if isinstance(value, tuple):
+        return marks(value, "{:.2f}".format)
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def rows_table(rows: pd.DataFrame) -> str:

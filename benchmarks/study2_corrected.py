@@ -1,4 +1,4 @@
-"""Corrections to the registered analysis of study two, made before any of its cells was read (docs/study2.md).
+"""Corrections and additions to the registered analysis of study two, made before any cell was read (docs/study2.md).
 
 The registered numbers stay in `study2_answers.py` and are printed too. Where a verdict differs the question is open.
 """
@@ -8,7 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from benchmarks.study2_answers import LEVEL, PAIRS, Slope, differences, growth, slope_of
+from benchmarks.study2_answers import FITTED, LEVEL, PAIRS, Slope, differences, growth, slope_of, tuned
+from capacity_gap.fit import JointFit, fit_joint
+from capacity_gap.settings.scales import short_scale
+from capacity_gap.wording.intervals import marks
 
 Tables = tuple[pd.DataFrame, pd.DataFrame]  # of one curve: losses and the other measure, a row a rung, a column a seed
 
@@ -43,6 +46,42 @@ def _excess(curves: Sequence[Tables], rungs: np.ndarray) -> float:
         across += float((loss[:, 0] * other[:, 1] + loss[:, 1] * other[:, 0]).sum()) / 2
     pairs = sum(len(t[0]) * (len(t[0]) - 1) / 2 for t in curves)
     return float((np.sqrt(max(own_loss, 0.0) * max(own_other, 0.0)) - across) / 2 / pairs)
+
+
+def both_studies(one: pd.DataFrame, two: pd.DataFrame) -> JointFit:
+    """Question 1's secondary model: study one's main arm and question 1's cells as one."""
+    return fit_joint(pd.concat([frame[list(FITTED)] for frame in (one, two)], ignore_index=True), metric="loss")
+
+
+def set_held(told: pd.DataFrame, came: pd.DataFrame) -> pd.DataFrame:
+    """Question 3: whether the 95 % set of the forecast holds the rung of the least mean loss, a row a curve."""
+    rows = []
+    for (student, tokens), odds in told.groupby(["student", "data_tokens"]):
+        mine = came[(came["student"] == student) & (came["data_tokens"] == tokens)]
+        if mine.empty:
+            continue
+        means = mine.groupby(["teacher", "teacher_params"])["loss"].mean()
+        best, params = means.idxmin()
+        low, high = float(odds["best_low"].fillna(0).iloc[0]), float(odds["best_high"].fillna(np.inf).iloc[0])
+        row = {"student": student, "tokens": short_scale(tokens), "95 % set of the best teacher": marks((low, high))}
+        rows.append(row | {"best rung": best, "in the set": "yes" if low <= params <= high else "no"})
+    return pd.DataFrame(rows)
+
+
+def picks(grid: pd.DataFrame) -> pd.DataFrame:
+    """Question 5: how many of the chosen settings are the lowest, middle and highest that were tried."""
+    chosen = tuned(grid)
+    rates = grid.groupby("student")["learning_rate"].agg(lambda r: tuple(sorted(r.unique())))
+    places = [rates[s].index(rate) for s, rate in zip(chosen["student"], chosen["learning_rate"], strict=True)]
+    weights = sorted(grid["kd_weight"].unique())
+    chosen = chosen.assign(rate=places, weight=chosen["kd_weight"].map(weights.index))
+    rows = []
+    for (tokens, teacher), mine in chosen.groupby(["data_tokens", "teacher_params"]):
+        row = {"tokens": short_scale(tokens), "teacher": short_scale(teacher)}
+        for name, of in (("rate", rates.iloc[0]), ("weight", weights)):
+            row[f"{name}: lowest, middle, highest"] = ", ".join(str((mine[name] == k).sum()) for k in range(len(of)))
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def by_student(frame: pd.DataFrame) -> dict[str, Slope]:

@@ -23,7 +23,7 @@ from benchmarks.study2_answers import (
     stands,
     tuned,
 )
-from benchmarks.study2_corrected import excess, hedged_brier
+from benchmarks.study2_corrected import both_studies, excess, hedged_brier, picks, set_held
 from benchmarks.study2_power import ALL, EIGHT, cells, expected, of_recipe, scatter
 from capacity_gap.cell import pipeline
 from tests.conftest import ROOT
@@ -212,3 +212,36 @@ def test_reruns_gave_the_published_losses():
     if file.exists():
         again = pd.read_csv(file)
         assert (again["difference"].abs() <= 1e-5).all() and set(again["part"]) <= set(study2.SWEEPS)
+
+
+def test_picks_count_where_in_the_grid_the_chosen_settings_lie():
+    frame = cells(("55k", "110k"), ("120k", "900k"), (300_000,), (10, 11, 12))
+    grid = pd.concat(
+        [
+            frame.assign(learning_rate=rate * frame["student_params"], kd_weight=weight, loss=4.0)
+            for rate in (1, 2, 4)
+            for weight in (0.25, 0.5, 1.0)
+        ]
+    )
+    highest = (grid["learning_rate"] == 4 * grid["student_params"]) & (grid["kd_weight"] == 0.25)
+    found = picks(grid.assign(student_loss_validation=np.where(highest, 3.0, 4.0)))
+    assert found["teacher"].to_list() == ["120k", "900k"]
+    assert set(found["rate: lowest, middle, highest"]) == {"0, 0, 6"}
+    assert set(found["weight: lowest, middle, highest"]) == {"6, 0, 0"}
+
+
+def test_a_set_holds_the_best_rung_or_not():
+    student, _, tokens = PAIRS[0]
+    came = cells(("55k",), ("120k", "900k"), (tokens,), (10, 11)).assign(student=student)
+    came["loss"] = np.where(came["teacher"] == "900k", 3.0, 4.0)
+    told = pd.DataFrame({"student": [student], "data_tokens": [tokens], "best_low": [100e3], "best_high": [300e3]})
+    assert set_held(told, came)["in the set"].to_list() == ["no"]
+    assert set_held(told.assign(best_high=None), came)["in the set"].to_list() == ["yes"]
+
+
+def test_both_studies_are_one_model():
+    frame = cells(("40k", "55k", "80k", "110k"), ALL, (300_000, 600_000), (10, 11))
+    frame["loss"] = expected(frame, 0.0225) + 0.1 * scatter(frame, np.random.default_rng(2))
+    again = cells(("40k", "55k", "80k", "110k"), EIGHT, (300_000, 600_000), (0, 1))
+    again["loss"] = expected(again, 0.0225) + 0.1 * scatter(again, np.random.default_rng(3))
+    assert len(both_studies(again, frame).joint.cells.y) == len(optimum(frame).joint.cells.y) + len(again)
