@@ -328,6 +328,10 @@ class _Problem:
         bend[np.diag_indices(len(sds) - 1)] += sds[:-1] / SCALE
         return slope, (bend + bend.T) / 2
 
+    def _of_data(self, slope: np.ndarray, phi: np.ndarray) -> np.ndarray:
+        """The gradient without the prior's part."""
+        return slope - np.append(np.exp(phi[:-1]) / SCALE - (SHAPE - 1), 0.0)
+
     def solved(self, phi: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The best log standard deviations, and their covariance."""
         state, damp = self.at(phi), 1e-3
@@ -337,16 +341,19 @@ class _Problem:
             if np.abs(slope[free]).max(initial=0.0) < CLOSE:
                 break
             step = np.zeros(len(phi))
-            scaled = bend + damp * np.diag(np.maximum(np.diag(bend), 0.05))
+            # In log standard deviations curvature is 4θ²·L'' + 4θ·L', and average information has only the first.
+            steep = bend + np.diag(2 * np.maximum(self._of_data(slope, phi), 0))
+            scaled = steep + damp * np.diag(np.maximum(np.diag(steep), 0.05))
             step[free] = np.linalg.solve(scaled[np.ix_(free, free)], -slope[free])
             new = np.clip(phi + np.clip(step, -1.5, 1.5), LOW, HIGH)
             tried = self.at(new)
-            if tried.value > state.value + 1e-9:
+            same = 1e-7 + 1e-9 * abs(state.value)  # differences of rounding
+            if tried.value > state.value + same:
                 damp = max(damp, 1e-3) * 10
                 if damp > 1e6:
                     break
                 continue
-            done = state.value - tried.value < 1e-7
+            done = state.value - tried.value < same
             phi, damp, state = new, damp / 5, tried
             slope, bend = self.curved(state)
             if done:
