@@ -3,6 +3,7 @@
 import os
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from capacity_gap.pruning.methods import LAYER_SCORES, SCORES
 from capacity_gap.settings import extension
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.settings.registry import Entry, Registry, source_digest
-from tests.conftest import ROOT, compose, run_py
+from tests.conftest import ROOT, compose, run_here, run_py
 from tests.small_models import EVERY, small_model
 
 TOKENS = [torch.arange(24).reshape(2, 12) % 40]
@@ -238,7 +239,14 @@ BAD_LOSSES = {
     "a gradient of one column": ("return (student.probs**2).sum(-1), student.probs[:, :1]", "gradient has shape"),
     "another gradient": ("return (student.probs**2).sum(-1), student.probs", "not the derivative of its value"),
     "in place": ("return student.probs.sub_(teacher.probs).sum(-1), student.probs", "modifies its arguments"),
-    "one result": ("return (student.probs**2).sum(-1)", "Error"),
+    "one result": (
+        "return (student.probs**2).sum(-1)",
+        r"it returned one tensor of shape \(3,\) instead of two tensors",
+    ),
+    "nothing": ("pass", "it returned None instead of two tensors"),
+    "a number": ("return 0.5, student.probs", "its value is a float instead of a tensor"),
+    "not a number": ("return student.probs.sum(-1) * float('nan'), student.probs", "is not finite"),
+    "an error": ("raise KeyError('beta')", "it raised KeyError: 'beta'"),
 }
 
 
@@ -252,6 +260,48 @@ def test_a_wrong_loss_is_found_before_it_teaches(body):
             check_divergence("wrong")
     finally:
         del LOSSES._entries["wrong"]
+
+
+@pytest.fixture
+def wrong():
+    """A registered loss that fails when it is called."""
+
+    @LOSSES.register("wrong")
+    def wrong(student, teacher, skew):
+        """Divides by zero."""
+        return 1 / 0
+
+    yield "wrong"
+    del LOSSES._entries["wrong"]
+
+
+def test_an_error_of_a_loss_is_told_with_its_line(wrong):
+    with pytest.raises(ConfigError, match=r"raised ZeroDivisionError in line \d+ of test_registries.py: division"):
+        check_divergence(wrong)
+
+
+def test_a_loss_without_a_gradient_is_told_as_such(wrong):
+    LOSSES._entries["wrong"] = replace(
+        LOSSES.entry("wrong"), value=by_autograd(lambda q, p, skew: (q.detach() - p).sum(-1))
+    )
+    with pytest.raises(ConfigError, match="does not depend on the student through operations of torch"):
+        check_divergence(wrong)
+
+
+@pytest.mark.parametrize("grid", [True, False])
+@pytest.mark.parametrize("plan", ["true", "false"])
+def test_a_loss_is_called_before_anything_is_planned_or_run(wrong, grid, plan, tmp_path):
+    """Else a grid trains its teachers first: they are shared with cells of other losses."""
+    words = ["-m", "distill.loss=forward_kl,wrong"] if grid else ["distill.loss=wrong"]
+    found = run_here(*words, "student=40k", "teacher=55k", f"plan={plan}", f"store={tmp_path / 'st'}", cwd=tmp_path)
+    assert found.returncode == 2 and "plan:" not in found.stdout
+    assert "distill.loss=wrong (tests.test_registries) cannot be used" in found.stderr, found.stderr
+    assert not (tmp_path / "st").exists(), "nothing is written"
+
+
+def test_a_loss_that_takes_no_part_is_not_called(wrong, tmp_path):
+    words = ("distill.loss=wrong", "distill.kd_weight=0", "student=40k", "teacher=55k", "plan=true")
+    assert run_here(*words, f"store={tmp_path / 'st'}", cwd=tmp_path).returncode == 0
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -18,6 +18,7 @@ from capacity_gap.runner.adaptive import Rounds
 from capacity_gap.runner.budget import check_affordable
 from capacity_gap.runner.machines import Machines
 from capacity_gap.runner.plan import make_plan, noted_cell
+from capacity_gap.runner.preflight import check_losses
 from capacity_gap.runner.waves import Crew, Launch
 from capacity_gap.runtime.process import check_threads
 from capacity_gap.settings.errors import ConfigError, ImpossibleCell
@@ -55,6 +56,7 @@ def check_grid(jobs: Sequence[Job]) -> Store:
     """Reads every cell without running any; returns the store. Raises as `run_grid` does."""
     cells = resolved(jobs, Outcome())
     store = Store(next(iter(cells.values()))[0].config.store_path)
+    check_losses((c for c, _ in cells.values()), store)
     store.create()
     return store
 
@@ -86,6 +88,7 @@ def run_grid(
     first = next(iter(cells.values()))[0].config
     store = Store(first.store_path)
     store.check_schema()
+    check_losses((c for c, _ in cells.values()), store)
     plan = make_plan([c for c, _ in cells.values()], store, machines=machines)
     if first.plan:
         print("\n".join([*plan.lines, *outcome.warnings.values(), *_skipped(outcome)]))

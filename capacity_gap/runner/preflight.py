@@ -1,5 +1,7 @@
 """What is checked before any model is trained: text for every budget, tasks, vocabularies, rows to tune on."""
 
+from collections.abc import Iterable, Iterator
+
 from capacity_gap.cell.pipeline import Cell
 from capacity_gap.distill.divergences import LOSSES
 from capacity_gap.evaluate.tasks import check_tasks
@@ -22,7 +24,7 @@ def check_budgets(cell: Cell, store: Store, runtime: Runtime) -> None:
         subset(packed, want.tokens, epochs=want.epochs, key=want.setting, skip=want.skip)
     _check_vocabularies(cell, store, len(Packed(store.path(cell.tokens) / "train", 1).bytes_per_id))
     _check_tuning(cell, store, runtime)
-    _check_loss(cell, store)
+    check_losses([cell], store)
 
 
 def _check_benchmarks(cell: Cell) -> None:
@@ -53,13 +55,24 @@ def _check_models(cell: Cell) -> None:
     check_builds(cell.start.source if cell.start else f"the student of {cell.config.student}", cell.student_shape)
 
 
-def _check_loss(cell: Cell, store: Store) -> None:
-    """Checks a loss of the user's; the package's own are tested."""
-    distill = cell.config.distill
-    if distill.kd_weight and not LOSSES.entry(distill.loss).is_ours and not store.has(cell.distilled):
+def check_losses(cells: Iterable[Cell], store: Store) -> None:
+    """Calls each loss of the user's once, on a few random numbers, before anything is planned or run.
+
+    The package's own losses are tested; torch is loaded only where a cell that is not recorded uses another.
+
+    Raises:
+        ConfigError: a loss fails, or returns something else than its values and their gradient.
+    """
+    for name in dict.fromkeys(name for cell in cells for name in _losses_to_check(cell, store)):
         from capacity_gap.distill.check_loss import check_divergence
 
-        check_divergence(distill.loss)
+        check_divergence(name)
+
+
+def _losses_to_check(cell: Cell, store: Store) -> Iterator[str]:
+    distill = cell.config.distill
+    if distill.kd_weight and not LOSSES.entry(distill.loss).is_ours and not store.has(cell.distilled):
+        yield distill.loss
 
 
 def _check_vocabularies(cell: Cell, store: Store, tokens: int) -> None:

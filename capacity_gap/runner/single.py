@@ -11,6 +11,7 @@ from capacity_gap.cell.strategy_config import ADAPTIVE
 from capacity_gap.records import RECORD
 from capacity_gap.runner import run_cell
 from capacity_gap.runner.plan import check_budget, make_plan, noted_cell
+from capacity_gap.runner.preflight import check_losses
 from capacity_gap.runner.progress import View, Watch
 from capacity_gap.runtime.process import check_threads, resolve_device
 from capacity_gap.runtime.ranks import Ranks
@@ -34,6 +35,7 @@ def run_alone(config: RunConfig, overrides: Sequence[str]) -> str:
     cell = resolve(config)
     store = Store(config.store_path)
     store.check_schema()
+    check_losses([cell], store)
     plan = make_plan([cell], store)
     if config.plan:
         said = no_corpus(config, cell.student_target)
