@@ -347,7 +347,8 @@ def test_a_single_run_says_what_came_out(tiny, tmp_path, capsys):
     *_, result, where = run_py(*given).stdout.splitlines()
     (row,) = records.read(tmp_path)
     loss = f"held-out loss {row['student_loss']:.4f} ± {row['student_loss_stderr']:.4f} nats per token"
-    assert result.startswith(f"done: 40k from 55k, 6k tokens, seed 0: {loss}")
+    assert result.startswith("done: 40k from 55k, 6k tokens, seed 0, ") and f": {loss}" in result
+    assert ", family.teacher_data=8k, " in result and "distill." not in result, "settings that are not the default"
     assert where == f"record: {tmp_path / 'record' / row['cell'] / 'record.json'}"
     assert run_here(*given, cwd=tmp_path).stdout.splitlines() == [result.replace("done", "reused"), where]
     assert cli.main(["status", str(tmp_path)]) == 0

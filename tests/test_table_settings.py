@@ -1,12 +1,17 @@
 """The settings behind a table of records, read back from its columns."""
 
+import json
+import shutil
+
 import pandas as pd
 import pytest
 
 from capacity_gap.cell import pipeline
-from capacity_gap.cell.table_settings import TableSettings, table_settings
+from capacity_gap.cell.table_settings import TableSettings, record_settings, table_settings
 from capacity_gap.commands import cli
 from capacity_gap.runner.rerun import quoted
+from capacity_gap.store.files import write_checked, write_json
+from capacity_gap.store.stage import Store
 from tests.conftest import ROOT, compose
 from tests.test_next import cells, run
 
@@ -45,6 +50,47 @@ def test_settings_read_from_a_table_make_the_same_cells(words, tmp_path):
     again = recorded(*told.overrides)[1]
     assert [c.record.digest for c in again] == [c.record.digest for c in made]
     assert len(told.overrides) <= len(words), "what is the default is not printed"
+
+
+@pytest.mark.parametrize("words", SETTINGS.values(), ids=SETTINGS)
+def test_a_record_tells_the_settings_that_its_table_tells(words):
+    frame, made = recorded(*words)
+    told = record_settings([c.description for c in made])
+    assert told[0] == told[1] == dict(o.split("=", 1) for o in table_settings(frame).overrides)
+
+
+def test_a_record_tells_what_a_table_leaves_to_the_command():
+    """A loss of a module that is not loaded here, the ladder, and the teacher's seed."""
+    ours = recorded("family=pico_gpt2", "teacher_seed=2")[1][0].description | {"loss": "square"}
+    wanted = {"family": "pico_gpt2", "distill.loss": "square", "teacher_seed": "2"}
+    assert record_settings([ours]) == [wanted]
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Records of two losses, without training."""
+    made = Store(tmp_path / "store")
+    made.create()
+    for loss, words in (("forward_kl", ["seed=0"]), ("square", ["seed=1"])):
+        cell = recorded(*words)[1][0]
+        folder = made.path(cell.record)
+        folder.mkdir(parents=True)
+        row = {"status": "done", "cell": cell.record.digest, "student_loss": 4.0} | cell.description | {"loss": loss}
+        write_checked(folder / "record.json", row)
+        write_json(folder / "stage.json", {"name": "record"})
+    return made
+
+
+def test_recorded_cells_are_listed_with_their_loss(store, capsys):
+    """Also where all of them have the same one: it is not the default."""
+    assert cli.main(["store", "ls", str(store.root), "--cells"]) == 0
+    first, second, _ = capsys.readouterr().out.splitlines()
+    assert {line.partition("seed ")[2] for line in (first, second)} == {"0, loss=forward_kl", "1, loss=square"}
+    for file in store.root.glob("record/*/record.json"):
+        if json.loads(file.read_text())["loss"] == "forward_kl":
+            shutil.rmtree(file.parent)
+    assert cli.main(["store", "ls", str(store.root), "--cells"]) == 0
+    assert "seed 1, distill.loss=square\n" in capsys.readouterr().out
 
 
 def test_what_columns_cannot_give_back_is_named():

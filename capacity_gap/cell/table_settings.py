@@ -4,8 +4,9 @@ The way back from `nondefault.py`. What a column cannot give back, such as the f
 torch.
 """
 
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from capacity_gap.cell.config import TUNING, RunConfig
 from capacity_gap.cell.recipes import EMBEDDED, RECIPES, Recipe
 from capacity_gap.data.corpora import CORPORA
 from capacity_gap.distill.distill_config import SIGNAL_SIZE
+from capacity_gap.models.ladders import FAMILIES
 from capacity_gap.settings.declare import NOTHING, Declared, walk
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ UNTOLD = {
     "prefer_rows": "prefer",
     "start": "prune.start",
 }
+# Columns that are computed from settings, and the size that the usual recipe follows from.
+COMPUTED = ("family", "teacher_data", "corpus", "shape", "start_tokens", "signal", "settings", "student_params")
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,50 @@ def table_settings(frame: "pd.DataFrame") -> TableSettings:
     rows = frame[frame["status"] == "done"] if "status" in frame else frame
     if "data_tokens" in rows and (rows["data_tokens"] > 0).any():
         rows = rows[rows["data_tokens"] > 0]  # pruning alone has no objective
+    plain = [d for d in _plain() if d.key not in OF_A_CELL and _is_ours(d, rows)]
+    return _told(rows, plain)
+
+
+def record_settings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Of each of our records, its settings that are not the default, but for its seed: value by name.
+
+    Entries of modules that are not loaded here, such as a loss of the user's, are told too.
+    """
+    import pandas as pd
+
+    plain = [d for d in _plain() if d.key != "seed"]
+    columns = list(dict.fromkeys([*(str(d.setting.column) for d in plain), *COMPUTED]))
+    known: dict[tuple[str, ...], dict[str, str]] = {}
+    found = []
+    for row in rows:
+        same = tuple(str(row.get(c)) for c in columns)
+        if same not in known:
+            frame = pd.DataFrame([{c: row.get(c) for c in columns}])
+            known[same] = dict(o.split("=", 1) for o in (*_family(row), *_told(frame, plain).overrides))
+        found.append(known[same])
+    return found
+
+
+@functools.cache
+def column_of(key: str) -> str:
+    """The column that tells a setting, or its own name where it has none."""
+    return next((d.setting.column for d in walk(RunConfig) if d.key == key and d.setting.column), key)
+
+
+def _family(row: Mapping[str, Any]) -> list[str]:
+    """The ladder, where it is one of a name that is not the default; checkpoints name themselves."""
+    name = row.get("family")
+    return [f"family={name}"] if name in FAMILIES and name != RunConfig().family.name else []
+
+
+def _plain() -> list[Declared]:
+    """Settings whose own value is in a column."""
     told = [d for d in walk(RunConfig) if d.setting.column and not d.section and d.key.partition(".")[0] not in TUNING]
-    plain = [d for d in told if not d.setting.computed and d.key not in OF_A_CELL and _is_ours(d, rows)]
+    return [d for d in told if not d.setting.computed]
+
+
+def _told(rows: "pd.DataFrame", plain: Sequence[Declared]) -> TableSettings:
+    """What the columns of these settings say, and those that are computed."""
     found: dict[str, str] = {}
     for d in plain:
         value = _only(rows, str(d.setting.column))

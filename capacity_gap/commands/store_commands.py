@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from capacity_gap.commands.options import amount
@@ -76,22 +76,32 @@ def _ls(store: "Store", given: argparse.Namespace) -> int:
 
 
 def _ls_cells(store: "Store") -> int:
+    from capacity_gap.cell.table_settings import record_settings
     from capacity_gap.records.load import read
     from capacity_gap.records.record import parting_columns
     from capacity_gap.settings.scales import format_scale
 
     rows = [row for row in read(store.root) if row["status"] == "done"]
     shown = ("student", "teacher", "data_tokens", "seed", "start")
-    parting = (c for c in dict.fromkeys((*parting_columns(), "settings", "teacher_seed")) if c not in shown)
+    parting = (c for c in dict.fromkeys(("loss", *parting_columns(), "settings", "teacher_seed")) if c not in shown)
     told = [c for c in parting if len({str(row.get(c)) for row in rows}) > 1]
-    for row in sorted(rows, key=lambda row: (row["student_params"] or 0, row["student_loss"] or 0.0, row["cell"])):
+    rows.sort(key=lambda row: (row["student_params"] or 0, row["student_loss"] or 0.0, row["cell"]))
+    for row, settings in zip(rows, record_settings(rows), strict=True):
         loss = "" if row["student_loss"] is None else f"{row['student_loss']:.4f}"
         made = f"{row.get('start') or row['student']} from {row['teacher']}"
         said = f"{made}, {format_scale(row['data_tokens'])} tokens, seed {row['seed']}"
         differs = [f"{c}={row[c]}" if c != "settings" else row[c] for c in told if row.get(c) is not None]
-        print(f"{row['cell'][:8]}  {loss:>8}  {', '.join([said, *differs])}")
+        print(f"{row['cell'][:8]}  {loss:>8}  {', '.join([said, *differs, *_not_said(row, settings, told)])}")
     print(f"{len(rows)} cells. `export DIGEST OUT --store {store.root}` writes one of these students to a folder.")
     return 0
+
+
+def _not_said(row: Mapping[str, Any], settings: Mapping[str, str], told: Sequence[str]) -> list[str]:
+    """The settings of a record that are not the default, but for those whose column is printed for every cell."""
+    from capacity_gap.cell.table_settings import column_of
+
+    text = f" {row.get('settings') or ''}" if "settings" in told else ""
+    return [f"{key}={v}" for key, v in settings.items() if column_of(key) not in told and f" {key}=" not in text]
 
 
 def _du(store: "Store", given: argparse.Namespace) -> int:

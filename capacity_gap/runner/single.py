@@ -72,8 +72,12 @@ def run_alone(config: RunConfig, overrides: Sequence[str]) -> str:
 
 
 def result_line(name: str, row: Mapping[str, Any]) -> str:
-    """A record in a sentence."""
+    """A record in a sentence, with its settings that are not the default."""
+    from capacity_gap.cell.table_settings import record_settings
+
+    (settings,) = record_settings([row])
+    named = ", ".join([name, *(f"{key}={value}" for key, value in settings.items())])
     error = row["student_loss_stderr"]
     loss = f"held-out loss {row['student_loss']:.4f}{'' if error is None else f' ± {error:.4f}'} nats per token"
     before = f"{row['init_loss']:.4f} before training, " if row["data_tokens"] else ""
-    return f"{name}: {loss} ({before}teacher {row['teacher_loss']:.4f})"
+    return f"{named}: {loss} ({before}teacher {row['teacher_loss']:.4f})"
