@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -195,6 +196,30 @@ def test_the_store_is_told_why_it_ended_and_that_it_goes_on(rounds, monkeypatch)
     end = end_of(mine.store, "grid")
     assert (end["ended"], end["what"], end["rounds"]) == ("nothing left would help", mine.what, 1)
     assert mine.noted()[0]["round"] == 1, "the note of its end is no round"
+
+
+def test_fail_fast_ends_the_rounds(rounds, monkeypatch):
+    mine = rounds("next.k=3", "fail_fast=true")
+    first = next(iter(mine))
+
+    class Crew:
+        """Fails every cell."""
+
+        causes: ClassVar[dict[str, str]] = {}
+
+        def note(self, noted, about):
+            note_sweep(mine.store, "grid", noted, about=about)
+
+        def run(self, cells, noted):
+            ran.append(cells)
+            self.causes.update(dict.fromkeys(noted, "boom"))
+
+    ran = []
+    monkeypatch.setattr(Rounds, "__iter__", lambda self: iter([first, first]))
+    mine.store.create()
+    mine.run(Crew())
+    assert len(ran) == 1, "no further round"
+    assert end_of(mine.store, "grid")["ended"] == "fail_fast=true, and a cell failed"
 
 
 @pytest.mark.parametrize("more", [["distill.kd_weight=0.5,1"], ["epochs=1,2"], ["prune.method=expressive,random"]])

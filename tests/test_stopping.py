@@ -16,6 +16,8 @@ from capacity_gap.runner import stopping
 from capacity_gap.runner.stopping import Asked, UntilAsked, ending_workers, noting_signals
 from capacity_gap.runner.worker import Jobs, run_children
 from capacity_gap.runtime.process import PARENT, STOP_FILE, Interrupted, Runtime
+from capacity_gap.store.contents import stopped_cells, sweeps
+from capacity_gap.store.stage import Store
 from hydra_plugins.capacity_gap_launchers import slurm_launcher
 from hydra_plugins.capacity_gap_launchers.ray_launcher import NICENESS, _end, _start
 from hydra_plugins.capacity_gap_launchers.slurm_launcher import SlurmLauncher
@@ -69,6 +71,8 @@ def test_a_run_in_one_process_that_is_asked_to_end(tiny, tmp_path, number, kind)
     wait_for_training(tmp_path, run, students=1)
     assert stop(tmp_path, run, number, group=False) == STATUS[number]
     assert len(list(tmp_path.glob(".work/distil-*/*/checkpoint/step-*"))) == 1
+    (left,) = (stopped_cells(Store(tmp_path), name) for name in sweeps(Store(tmp_path)))
+    assert list(left.values()) == [f"it was interrupted ({signal.Signals(number).name})"] * (2 if kind else 1)
 
 
 def test_a_grid_outside_a_pool_is_interrupted_where_it_waits():

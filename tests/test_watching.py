@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,20 @@ from capacity_gap.report import standing as standing_file
 from capacity_gap.report.standing import KEPT, standing
 from capacity_gap.report.watching import Follower, progress_words
 from capacity_gap.runner.progress import View
+from capacity_gap.runner.waves import noting_stop
+from capacity_gap.runtime.process import Interrupted
 from capacity_gap.settings.errors import ConfigError
-from capacity_gap.store.contents import end_of, failure_file, forget_end, note_end, note_sweep, rounds_of, sweeps
+from capacity_gap.store.contents import (
+    NOT_STARTED,
+    end_of,
+    failure_file,
+    forget_end,
+    note_end,
+    note_sweep,
+    rounds_of,
+    stopped_cells,
+    sweeps,
+)
 from capacity_gap.store.files import write_checked, write_json
 from capacity_gap.store.stage import Store
 from tests.conftest import ROOT
@@ -51,11 +64,11 @@ class Grid:
                 write_checked(folder / "record.json", {**row, **OURS, "cell": key[-20:], "status": "done"})
                 write_json(folder / "stage.json", {"name": "record"})
 
-    def fail(self, number):
+    def fail(self, number, error="boom"):
         file = failure_file(self.store, self.keys[number])
         file.parent.mkdir(exist_ok=True)
         write_checked(
-            file, {**self.rows[number], **OURS, "cell": self.keys[number][-20:], "status": "failed", "error": "boom"}
+            file, {**self.rows[number], **OURS, "cell": self.keys[number][-20:], "status": "failed", "error": error}
         )
 
     def status(self, capsys, *words):
@@ -152,7 +165,7 @@ def follower(mine, tmp_path, steps, **more):
         str(mine.store.root),
         tmp_path / "r.html",
         more.pop("sweep", None),
-        lambda store, cells: View(store, cells).snapshot().counts,
+        lambda store, cells: View(store, cells).snapshot().cells,
         sleep=sleep,
         say=said.append,
         **more,
@@ -175,11 +188,113 @@ def test_a_watched_report_is_written_when_cells_end_and_ends_with_the_grid(mine,
     assert [line.partition(" ")[2].partition(" ")[2] for line in followed.lines[:-1]] == [
         *("3 of 18 cells done, 15 waiting.", "9 of 18 cells done, 9 waiting.", "17 of 18 cells done, 1 failed.")
     ]
-    assert followed.lines[-1] == "every grid has ended"
+    assert followed.lines[-1] == (
+        "every grid has ended: 1 cell failed. "
+        f"`python -m capacity_gap status {mine.store.root} --failed` says why cells failed and how to run them again."
+    )
+    assert followed.missing == 1
     watched, last = followed.pages[-1], (tmp_path / "r.html").read_text()
     assert 'data-every="7"' in watched and "17 of 18 cells done, 1 failed." in watched and 'id="pause"' in watched
     assert 'id="pause"' not in last and "the best teacher has" in last and "boom" in last
     assert len(content.done) == 17 and [f for f in tmp_path.iterdir() if f.name.startswith(".")] == []
+
+
+def test_a_watched_grid_that_fail_fast_ended_says_so(mine, tmp_path):
+    pytest.importorskip("plotly")
+    mine.end(15)
+    mine.fail(15)
+    for number in (16, 17):
+        mine.fail(number, NOT_STARTED)
+    followed = follower(mine, tmp_path, [None])
+    followed.run()
+    assert "3 cells failed, 2 of them not started because of fail_fast." in followed.lines[-1]
+    assert followed.missing == 3
+
+
+def test_a_watched_grid_that_was_interrupted_is_not_waited_for(mine, tmp_path, capsys):
+    """It left cells that wait: nobody comes to them until the command is typed again."""
+    pytest.importorskip("plotly")
+    mine.end(12)
+
+    def interrupt():
+        with pytest.raises(Interrupted), noting_stop(mine.store, "mine", mine.keys):
+            raise Interrupted(signal.SIGTERM)
+
+    followed = follower(mine, tmp_path, [None, interrupt, None])
+    followed.run()
+    said = "mine was stopped: it was interrupted (SIGTERM); 6 cells left; the same command goes on with them"
+    assert followed.lines[-1] == f"every grid has ended: {said}." and followed.missing == 6
+    assert said in mine.status(capsys)[1]
+    assert cli.main(["store", "verify", str(mine.store.root)]) in (0, 1)
+    assert "sweeps/" not in capsys.readouterr().out, "the note is as sound as others"
+    assert sweeps(mine.store).keys() == {"mine"} and len(sweeps(mine.store)["mine"]) == 18
+
+    def again():
+        with noting_stop(mine.store, "mine", mine.keys):
+            assert stopped_cells(mine.store, "mine") == {}
+            mine.end(18)
+
+    followed = follower(mine, tmp_path, [again, None])
+    assert len(followed.run().done) == 18 and followed.missing == 0
+    assert followed.lines[-1] == "every grid has ended" and "was stopped" not in mine.status(capsys)[1]
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (KeyboardInterrupt(), "it was interrupted (SIGINT)"),
+        (ConfigError("no such partition"), "it ended with an error (no such partition)"),
+        (RuntimeError("boom"), "it ended with an error (RuntimeError: boom)"),
+    ],
+)
+def test_what_stopped_a_grid_is_noted(mine, error, why):
+    with pytest.raises(type(error)), noting_stop(mine.store, "mine", mine.keys[:2]):
+        raise error
+    assert stopped_cells(mine.store, "mine") == dict.fromkeys(mine.keys[:2], why)
+    with pytest.raises(KeyboardInterrupt), noting_stop(mine.store, "never noted", mine.keys):
+        raise KeyboardInterrupt
+    assert sweeps(mine.store).keys() == {"mine"}, "a grid that noted no cell is none"
+
+
+def test_a_cell_of_a_dead_process_is_looked_at_again(mine, tmp_path):
+    """Its lease looks alive for a while, and its end changes no folder that is watched."""
+    pytest.importorskip("plotly")
+    mine.end(17)
+    lease = mine.store.work / mine.keys[17].replace("/", "-") / "lease.json"
+    lease.parent.mkdir(parents=True)
+    write_json(lease, {"owner": "me"})
+
+    def fail_beside():
+        mine.fail(17)
+
+    followed = follower(mine, tmp_path, [fail_beside, None, lease.unlink, None])
+    followed.run()
+    assert followed.missing == 1
+
+
+def test_a_grid_that_was_killed_is_told_after_a_while(mine, tmp_path):
+    pytest.importorskip("plotly")
+    mine.end(12)
+
+    def press():
+        raise KeyboardInterrupt
+
+    followed = follower(mine, tmp_path, [None, None, None, press], every_s=200)
+    followed.run()
+    (idle,) = (line for line in followed.lines if line.startswith("nothing runs"))
+    assert idle.startswith("nothing runs, and 6 of the cells wait: their jobs are queued, or the grid was killed.")
+
+
+def test_watching_ends_with_1_if_cells_are_missing(mine, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("plotly")
+    mine.end(17)
+    mine.fail(17)
+    command = ["report", str(mine.store.root), "--watch", "1", "--out", str(tmp_path / "r.html")]
+    monkeypatch.setattr(watching, "RESTS", 0)
+    assert cli.main(command) == 1
+    (failure_file(mine.store, mine.keys[17])).unlink()
+    mine.end(18)
+    assert cli.main(command) == 0
 
 
 def test_ctrl_c_ends_the_watching_and_leaves_a_page_that_stays(mine, tmp_path, monkeypatch):

@@ -27,7 +27,10 @@ def _add_report(commands: Any) -> None:
     report.add_argument("--axis", choices=("total", "non_embedding"), default="total", help="which parameters count")
     report.add_argument("--metric", help="column to minimise (default: student_loss, or loss in foreign tables)")
     report.add_argument("--columns", type=columns, default={}, metavar="OURS=THEIRS,...", help=COLUMNS)
-    told = "write it again whenever a cell of the store ends, until its grids have ended or Ctrl-C; looks every SECONDS"
+    told = (
+        "write it again whenever a cell of the store ends, until its grids have ended or were stopped, or Ctrl-C; "
+        "looks every SECONDS; exit status 1 if cells failed or were left"
+    )
     report.add_argument("--watch", nargs="?", const=15, type=whole(1, 3600), metavar="SECONDS", help=told)
     report.set_defaults(run=run_report)
 
@@ -51,36 +54,38 @@ def _add_dashboard(commands: Any) -> None:
 
 
 def run_report(given: argparse.Namespace) -> int:
-    """Writes the report and says what it says."""
+    """Writes the report and says what it says; 1 if cells of a watched grid are missing at its end."""
     from capacity_gap.report.answer import answer_of
     from capacity_gap.report.page import write_report
 
     named = {"axis": given.axis, "metric": given.metric, "columns": given.columns}
+    missing = 0
     if given.watch:
-        content = _follow(given, named)
+        content, missing = _follow(given, named)
     else:
         content = write_report(given.source, given.out, sweep=given.sweep, **named)
     print("\n".join(answer_of(content).lines()))
     print(f"\nwritten: {given.out} ({given.out.stat().st_size / 1e6:.1f} MB)")
-    return 0
+    return 1 if missing else 0
 
 
-def _follow(given: argparse.Namespace, options: Mapping[str, Any]) -> "Content":
-    """Writes the report again and again; returns what the last one was made from."""
+def _follow(given: argparse.Namespace, options: Mapping[str, Any]) -> "tuple[Content, int]":
+    """Writes the report again and again; returns what the last one was made from, and how many cells are missing."""
     from capacity_gap.report.watching import Follower, check_watched
     from capacity_gap.runner.progress import View
 
     check_watched(given.source)
     print(f"{given.out} is written again whenever a cell ends; Ctrl-C ends this and not the grid", flush=True)
-    return Follower(
+    follower = Follower(
         given.source,
         given.out,
         given.sweep,
-        lambda store, cells: View(store, cells).snapshot().counts,
+        lambda store, cells: View(store, cells).snapshot().cells,
         every_s=given.watch,
         options=options,
         say=lambda line: print(line, flush=True),
-    ).run()
+    )
+    return follower.run(), follower.missing
 
 
 def run_frontier(given: argparse.Namespace) -> int:

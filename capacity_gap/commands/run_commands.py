@@ -113,9 +113,9 @@ def _show(store: "Store", name: str, cells: Mapping[str, Any], *, failures: bool
     """Prints one grid and, if asked, why its cells failed; returns how far it is."""
     from rich.console import Console
 
-    from capacity_gap.report.rounds import end_line, reasons, round_line
+    from capacity_gap.report.rounds import end_line, reasons, round_line, stop_words
     from capacity_gap.runner.progress import View, table
-    from capacity_gap.store.contents import end_of, rounds_of
+    from capacity_gap.store.contents import end_of, rounds_of, stopped_cells
 
     now = View(store, cells).snapshot()
     title = f"{name}: {now.share:.0%} of {len(cells)} cells"
@@ -126,6 +126,8 @@ def _show(store: "Store", name: str, cells: Mapping[str, Any], *, failures: bool
             print(f"    {reason}")
     if notes and (end := end_of(store, name)):
         print(f"  {end_line(end)}")
+    for line in stop_words(name, stopped_cells(store, name), now.cells):
+        print(f"  {line}")
     failed = [key for key, state in now.cells.items() if state == "failed"]
     for key in failed if failures else ():
         print(_autopsy(store, key, cells[key]))

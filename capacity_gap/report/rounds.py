@@ -1,6 +1,7 @@
 """The rounds of an adaptive grid in words: the answer before each, what was run and why."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,6 +47,26 @@ def end_line(note: Mapping[str, Any]) -> str:
     """Why a grid in rounds ended, and the answer then."""
     many = "1 round" if note["rounds"] == 1 else f"{note['rounds']} rounds"
     return f"ended after {many}: {note['ended']}; {answer_text(note.get('answer'), note.get('what', 'answer'))}"
+
+
+def cells_of(count: int) -> str:
+    """`1 cell`, `2 cells`."""
+    return f"{count} cell{'' if count == 1 else 's'}"
+
+
+def stop_words(name: str, stopped: Mapping[str, str], states: Mapping[str, str]) -> list[str]:
+    """Why the cells of a sweep that wait were left, each reason once.
+
+    Args:
+        name: of the sweep.
+        stopped: cells that a process left, with why.
+        states: the state of each cell.
+    """
+    reasons = Counter(why for key, why in stopped.items() if states.get(key) == "waiting")
+    return [
+        f"{name} was stopped: {why}; {cells_of(count)} left; the same command goes on with them"
+        for why, count in reasons.items()
+    ]
 
 
 def reasons(note: Mapping[str, Any]) -> list[str]:

@@ -105,6 +105,8 @@ class Rounds:
                     crew.note(noted, found.note(self.what))
                 print("\n".join(found.lines(self.what)), flush=True)
                 crew.run(found.cells, noted)
+                if self.config.fail_fast and crew.causes:
+                    raise StopRounds("fail_fast=true, and a cell failed")
         except StopRounds as end:
             answer = ends_of(self.answer())
             print(f"ended: {end}\n{answer_text(answer, self.what)}", flush=True)

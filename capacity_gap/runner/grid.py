@@ -19,7 +19,7 @@ from capacity_gap.runner.budget import check_affordable
 from capacity_gap.runner.machines import Machines
 from capacity_gap.runner.plan import make_plan, noted_cell
 from capacity_gap.runner.preflight import check_losses
-from capacity_gap.runner.waves import Crew, Launch
+from capacity_gap.runner.waves import Crew, Launch, noting_stop
 from capacity_gap.runtime.process import check_threads
 from capacity_gap.settings.errors import ConfigError, ImpossibleCell
 from capacity_gap.settings.hashing import fingerprint
@@ -110,12 +110,13 @@ def run_grid(
             check_threads(threads)
     settled(first.tracking)  # says once, for all workers, if W&B cannot be had
     crew = Crew(store, name, launch, max_batch_size, pool)
-    if adaptive:
-        cells = rounds.run(crew)
-    else:
-        noted = {c.record.key: noted_cell(c, overrides, plan.speed) for c, overrides in cells.values()}
-        crew.note(noted)
-        crew.run(cells, noted)
+    with noting_stop(store, name, [c.record.key for c, _ in cells.values()]):
+        if adaptive:
+            cells = rounds.run(crew)
+        else:
+            noted = {c.record.key: noted_cell(c, overrides, plan.speed) for c, overrides in cells.values()}
+            crew.note(noted)
+            crew.run(cells, noted)
     for digest, (cell, _) in cells.items():
         done = store.finished(cell.record)
         status = ("done" if digest in crew.started else "reused") if done else "failed"

@@ -13,6 +13,7 @@ from capacity_gap.runner import run_cell
 from capacity_gap.runner.plan import check_budget, make_plan, noted_cell
 from capacity_gap.runner.preflight import check_losses
 from capacity_gap.runner.progress import View, Watch
+from capacity_gap.runner.waves import noting_stop
 from capacity_gap.runtime.process import check_threads, resolve_device
 from capacity_gap.runtime.ranks import Ranks
 from capacity_gap.settings.errors import ConfigError, UserError, choose
@@ -57,7 +58,7 @@ def run_alone(config: RunConfig, overrides: Sequence[str]) -> str:
         noted = {cell.record.key: noted_cell(cell, overrides, plan.speed)}
         note_sweep(store, config.sweep or SINGLE, noted)
     reused = store.is_sound(cell.record)
-    with Watch(View(store, noted), label=cell.name):
+    with noting_stop(store, config.sweep or SINGLE, noted), Watch(View(store, noted), label=cell.name):
         try:
             run_cell.run(cell)
         except UserError as error:  # before its work began too: `status` then says that it failed

@@ -4,18 +4,21 @@ Hydra launchers run a list of jobs and know nothing of stages. So each wave is o
 overrides plus `only=<stage>`, or, in the last wave, the cell itself. Imports no torch.
 """
 
+import contextlib
+import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from capacity_gap.cell.pipeline import Cell, in_waves
 from capacity_gap.runner.progress import View, Watch
-from capacity_gap.runner.run_cell import fail
+from capacity_gap.runner.run_cell import cause_of, fail
 from capacity_gap.runner.stopping import ending_workers
+from capacity_gap.runtime.process import Interrupted
 from capacity_gap.settings.errors import Busy, UserError
-from capacity_gap.store.contents import failure_file, note_sweep
+from capacity_gap.store.contents import NOT_STARTED, failure_file, forget_stop, note_stop, note_sweep
 from capacity_gap.store.files import explaining_full_disk
 from capacity_gap.store.lease import POLL_S, Pulse
 from capacity_gap.store.stage import Stage, Store, closure
@@ -74,6 +77,28 @@ class Crew:
         return self.causes.get(cell.record.key, DIED)
 
 
+@contextlib.contextmanager
+def noting_stop(store: Store, name: str, cells: Iterable[str]) -> Iterator[None]:
+    """Around the work on cells of a sweep: an end before theirs is noted, so that nobody waits for them."""
+    keys = list(cells)
+    forget_stop(store, name, keys)
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # on a full disk the error itself matters more
+            note_stop(store, name, keys, _why_stopped(error))
+        raise
+
+
+def _why_stopped(error: BaseException) -> str:
+    """What ended a process, in words."""
+    if isinstance(error, KeyboardInterrupt):
+        return "it was interrupted (SIGINT)"
+    if isinstance(error, Interrupted):
+        return f"it was interrupted ({signal.Signals(error.number).name})"
+    return f"it ended with an error ({cause_of(error)})"
+
+
 def _in_batches(launch: Launch, size: int | None) -> Launch:
     """A launcher that is given at most `size` jobs at once."""
     if size is None:
@@ -96,7 +121,7 @@ def _run_waves(cells: list[tuple[Cell, list[str]]], store: Store, launch: Launch
         wave = _wave(cells, stages, store, causes)
         if causes and settings.fail_fast:
             for cell, _ in cells:
-                causes.setdefault(cell.record.key, "not started: fail_fast, and another cell failed")
+                causes.setdefault(cell.record.key, NOT_STARTED)
             break
         if wave:
             watch.wave(next(iter(wave.values()))[0].name, len(wave))

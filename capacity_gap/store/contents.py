@@ -12,6 +12,7 @@ from capacity_gap.settings.errors import Damaged, StoreError, choose
 from capacity_gap.settings.hashing import fingerprint
 from capacity_gap.store.files import (
     DIGEST,
+    META,
     RECORD,
     is_store,
     name_left_out,
@@ -26,6 +27,7 @@ from capacity_gap.store.stage import Store
 OUTSIDE = (".work", ".damaged", "sweeps", "failed", "jobs", "logs", "wandb")  # folders of a store that hold no stages
 NOTED = re.compile(r"\.[0-9a-f]{20}$")  # the end of a note's name
 OF_A_CELL = {"name": str, "overrides": list, "stages": dict}  # what a note says of each of its cells
+NOT_STARTED = "not started: fail_fast, and another cell failed"  # the cause of such a cell
 SIGNAL = "signal"  # cached teacher outputs: large, and made again from the teacher when needed
 
 
@@ -150,6 +152,32 @@ def end_of(store: Store, name: str) -> dict[str, Any] | None:
     last = max((part["round"] for part in rounds_of(store, name)), default=0)
     ends = [part for part in _parts(store, name) if part.get("ended") and part.get("rounds", 0) >= last]
     return ends[-1] if ends else None
+
+
+def note_stop(store: Store, name: str, cells: Iterable[str], why: str) -> None:
+    """Writes down why the process that ran these cells ended before them; what is left waits for another start."""
+    left = [key for key in sorted(cells) if not _has_ended(store, key)]
+    if left and any(part["cells"] for part in _parts(store, name)):
+        note = {"name": name, "id": sweep_id(store, name), "stopped": why, "left": left, "cells": {}}
+        write_checked(_note_file(store, name, ["stopped", *left]), note)
+
+
+def forget_stop(store: Store, name: str, cells: Iterable[str]) -> None:
+    """These cells are started again."""
+    mine = set(cells)
+    for part in _parts(store, name):
+        if part.get("stopped") and mine & set(part.get("left", ())):
+            part["file"].unlink(missing_ok=True)
+
+
+def stopped_cells(store: Store, name: str) -> dict[str, str]:
+    """The cells of a sweep whose process ended before them, each with why."""
+    parts = [part for part in _parts(store, name) if part.get("stopped")]
+    return {key: str(part["stopped"]) for part in parts for key in part.get("left", ())}
+
+
+def _has_ended(store: Store, record_key: str) -> bool:
+    return (store.root / record_key / META).exists() or failure_file(store, record_key).exists()
 
 
 def _end_file(store: Store, name: str, what: str) -> Path:
