@@ -212,7 +212,14 @@ def test_forgetting_takes_what_failed_and_nothing_else(store, capsys):
     assert cli.main(["store", "forget", str(store.root), "--failed", "nope"]) == 2
     assert "'nope' is not known. Allowed: mine, other" in capsys.readouterr().err
     assert cli.main(["store", "forget", str(store.root), "--failed", "mine"]) == 0
-    assert capsys.readouterr().out == "forgotten: record/bad\n1 failed cells forgotten.\n"
+    first, removed, kept = capsys.readouterr().out.splitlines()
+    assert first == "forgotten: record/bad"
+    assert removed == (
+        "Removed: 1 failed cell from mine, and the records of their failures, unless another sweep has the cell."
+    )
+    assert kept.startswith("Kept: everything computed, checkpoints, logs and all other cells. ")
+    assert cli.main(["store", "forget", str(store.root), "--failed", "mine"]) == 0
+    assert capsys.readouterr().out == "No cell of a sweep has failed: nothing to forget.\n"
     assert set(sweeps(store)["mine"]) == {"record/later", f"record/{record.name}"}
     assert failed.exists(), "another sweep wants it"
     assert cli.main(["store", "forget", str(store.root), "--failed"]) == 0

@@ -100,7 +100,8 @@ def run_status(given: argparse.Namespace) -> int:
     if failed and given.failed:
         print(
             "\nWith other settings a rerun is another cell: `sweep=NAME` adds it to a sweep, and "
-            f"`{' '.join(TOOL_WORDS)} store forget {store.root} --failed NAME` forgets those of the sweep that failed."
+            f"`{' '.join(TOOL_WORDS)} store forget {store.root} --failed NAME` takes failed cells out of a sweep "
+            "and keeps all else."
         )
     if aside := contents.not_made_again(store):
         print(f"set aside as damaged and not made again: {', '.join(aside)}")

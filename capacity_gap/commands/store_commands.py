@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from capacity_gap.commands.options import amount
-from capacity_gap.settings.places import default_store
+from capacity_gap.settings.places import TOOL_WORDS, default_store
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,9 +35,18 @@ def _add_store(commands: Any) -> None:
     _action(actions, "gc", _gc, told).add_argument("--yes", action="store_true", help="really delete")
     verify = _action(actions, "verify", _verify, "compare every file with its hash; exit status 1 if damage remains")
     verify.add_argument("--repair", action="store_true", help="move damaged stages to .damaged/, to be recomputed")
-    forget = _action(actions, "forget", _forget, "forget cells that failed and will not be run again")
+    told = (
+        "take failed cells out of their sweeps and delete the records of their failures; everything computed, "
+        "checkpoints, logs and all other cells are kept"
+    )
+    forget = _action(actions, "forget", _forget, told)
     forget.add_argument(
-        "--failed", nargs="?", const="", required=True, metavar="SWEEP", help="those of one sweep, or of all"
+        "--failed",
+        nargs="?",
+        const="",
+        required=True,
+        metavar="SWEEP",
+        help="the failed cells of this sweep alone; without a name, of all sweeps",
     )
 
 
@@ -189,7 +198,15 @@ def _forget(store: "Store", given: argparse.Namespace) -> int:
     names = forget_failed(store, given.failed or None)
     for name in names:
         print(f"forgotten: {name}")
-    print(f"{len(names)} failed cells forgotten.")
+    if not names:
+        print("No cell of a sweep has failed: nothing to forget.")
+        return 0
+    print(
+        f"Removed: {len(names)} failed cell{'' if len(names) == 1 else 's'} from {given.failed or 'all sweeps'}, and "
+        "the records of their failures, unless another sweep has the cell.\n"
+        "Kept: everything computed, checkpoints, logs and all other cells. "
+        f"`{' '.join(TOOL_WORDS)} store gc {store.root}` lists what nothing needs any more."
+    )
     return 0
 
 
