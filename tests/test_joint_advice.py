@@ -45,6 +45,10 @@ def test_an_optimum_gives_each_rung_its_probability_and_says_what_it_rests_on(on
     said = found.summary()
     assert "The model of all cells (provisional) puts the best teacher at 10" in said
     assert "rests on the rung 55k: without it there is no optimum" in said and "EXTRAPOLATES" not in said
+    assert found.advice.startswith(
+        "80k is the best guess so far (provisional: without the rung 55k there is no optimum). It has the least regret"
+    )
+    assert [r.name for r in found.rungs if r.beyond] == ["1m", "1.3m", "2m"], "teachers of 55k to 900k were tried"
     assert recommend(PICO, 55_000, 1_200_000, None, None, one).best == "900k", "the best teacher grows with tokens"
 
 
@@ -56,6 +60,7 @@ def test_a_break_even_budget_alone_decides_by_tokens(two, tokens, best):
     said = found.summary()
     assert "900k is the better teacher, below it 120k" in said
     assert ("neither can be recommended" in said) == (best is None)
+    assert found.advice == (f"Take {best}." if best else "No rung is recommended."), "which is established"
 
 
 def test_what_lies_far_beyond_a_fit_is_called_a_guess_before_its_number(one, two):

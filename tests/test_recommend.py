@@ -69,6 +69,30 @@ def test_tokens_per_parameter_outside_the_fit_are_a_warning():
     assert "500 tokens per parameter lie outside" in recommend(PICO, 100_000, 50_000_000, a_law(), None).summary()
 
 
+def test_rungs_beyond_the_teachers_of_a_law_are_marked_and_never_taken_firmly():
+    """Ratios of 1.5 to 4 were tried: 120k is 1.2 times the student, and 600k six times."""
+    optima = [optimum(n) | {"tried": [[1.5 * n, 4.0, 3], [4 * n, 4.0, 3]]} for n in (50e3, 100e3, 200e3)]
+    found = recommend(PICO, 100_000, 1_000_000, a_law(optima=optima), None)
+    assert [r.name for r in found.rungs if r.beyond] == ["120k", "600k", "900k", "1.3m", "2m"]
+    rows = {line.split()[0]: line for line in found.summary().splitlines()[2:10]}
+    assert rows["600k"].endswith("extrapolated: beyond the teachers of the fit")
+    assert "extrapolated" not in rows["400k"] and found.advice == "Take 270k."
+    high = a_law(optima=optima, draws=[[np.log(6.0), 1.0]])
+    assert recommend(PICO, 100_000, 1_000_000, high, None).advice == (
+        "600k is the best guess so far (extrapolated: beyond the teachers of the fit). It has the least regret; its "
+        "P(best) is 100%."
+    )
+
+
+def test_every_column_of_the_table_is_explained_and_empty_ones_are_left_out():
+    law = a_law(status="censored", ratio=None, ratio_interval=None)
+    bounds, firm = (recommend(PICO, 100_000, 1_000_000, fit, None).summary() for fit in (law, a_law()))
+    assert "Allowed: curves of the fit whose bounds do not rule a rung out." in bounds
+    assert "allowed" in bounds.splitlines()[1] and "allowed" not in firm.lower()
+    for said in (bounds, firm):
+        assert "P(best): probability that a rung gives the least loss" in said and "Regret: its expected loss" in said
+
+
 def test_draws_of_the_law_are_used_as_they_are():
     law = a_law(draws=[[np.log(2.5), 1.0]] * 3 + [[np.log(5.5), 1.0]])
     answer = recommend(PICO, 100_000, 1_000_000, law, None)
@@ -151,7 +175,8 @@ def test_command(tmp_path, capsys):
     assert cli.main(command) == 0
     text = capsys.readouterr().out
     assert "Student of 1b parameters, family qwen2_5, 10b tokens (10 per parameter). Basis: law" in text
-    assert "EXTRAPOLATES" in text and text.rstrip().endswith("Take 3b.")
+    last = text.rstrip().splitlines()[-1]
+    assert "EXTRAPOLATES" in text and last.startswith("3b is the best guess so far (see the warnings).")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ import numpy as np
 from capacity_gap.models.ladders import Family
 from capacity_gap.settings.scales import format_scale
 
-ADVICE = {"bounds": "No rung is recommended: nothing was established. Who must choose takes"}
+BOUNDS = "No rung is recommended: nothing was established. Who must choose takes"
+BEYOND = "extrapolated: beyond the teachers of the fit"
+LIKE = 0.1  # log: sizes this close are one
 
 Array = np.ndarray
 
@@ -19,6 +21,7 @@ class Rung:
 
     `probability` that it is the best of the ladder and `regret` (expected loss above the best, nats per token) are None
     where the fit cannot say; `allowed` counts the curves whose bounds do not rule it out, where only those are known.
+    `beyond`: it is smaller or larger than all teachers of the fit.
     """
 
     name: str
@@ -29,11 +32,20 @@ class Rung:
     regret: float | None = None
     allowed: int | None = None
     note: str = ""
+    beyond: bool = False
+
+    @property
+    def remarks(self) -> str:
+        """What is said behind its row."""
+        return "; ".join(filter(None, (self.note, BEYOND if self.beyond else "")))
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What to take, and on what grounds: `basis` is `joint`, `law`, `surface`, `bounds` or `nothing`."""
+    """What to take, and on what grounds: `basis` is `joint`, `law`, `surface`, `bounds` or `nothing`.
+
+    `doubt`: why the fit itself is not firm, such as `provisional: …`; empty where it is.
+    """
 
     student_params: int
     family: str
@@ -44,24 +56,58 @@ class Recommendation:
     rungs: tuple[Rung, ...]
     findings: tuple[str, ...]
     warnings: tuple[str, ...]
+    doubt: str = ""
 
     def summary(self) -> str:
         """The ladder as a table, then what is known and what is not."""
         per = self.data_tokens / self.student_params
+        bounds = any(r.allowed is not None for r in self.rungs)
         lines = [
             f"Student of {format_scale(self.student_params)} parameters, family {self.family}, "
             f"{format_scale(self.data_tokens)} tokens ({per:.3g} per parameter). Basis: {self.basis}",
-            f"{'rung':>8} {'teacher/student':>15} {'P(best)':>8} {'regret, nats':>12} {'allowed':>8} {'FLOPs':>9}",
+            f"{'rung':>8} {'teacher/student':>15} {'P(best)':>8} {'regret, nats':>12} "
+            f"{'allowed ' if bounds else ''}{'FLOPs':>9}",
         ]
         for r in self.rungs:
             chance = "–" if r.probability is None else f"{r.probability:.0%}"
             regret = "–" if r.regret is None else f"{r.regret:.4f}"
-            allowed = "–" if r.allowed is None else str(r.allowed)
-            row = f"{r.name:>8} {r.ratio:>15.2f} {chance:>8} {regret:>12} {allowed:>8} {r.flops:>9.2g}"
-            lines.append(row + (f"  {r.note}" if r.note else ""))
-        lines += [*self.findings, *(f"WARNING: {w}" for w in self.warnings)]
-        last = f"{ADVICE.get(self.basis, 'Take')} {self.best}." if self.best else "No rung is recommended."
-        return "\n".join([*lines, "", last])
+            allowed = f"{'–' if r.allowed is None else r.allowed:>7} " if bounds else ""
+            row = f"{r.name:>8} {r.ratio:>15.2f} {chance:>8} {regret:>12} {allowed}{r.flops:>9.2g}"
+            lines.append(row + (f"  {r.remarks}" if r.remarks else ""))
+        lines += [*_legend(bounds), *self.findings, *(f"WARNING: {w}" for w in self.warnings)]
+        return "\n".join([*lines, "", self.advice])
+
+    @property
+    def advice(self) -> str:
+        """What to take, as firmly as the fit allows."""
+        if self.best is None:
+            return "No rung is recommended."
+        if self.basis == "bounds":
+            return f"{BOUNDS} {self.best}."
+        best = next(r for r in self.rungs if r.name == self.best)
+        doubts = [
+            *([self.doubt] if self.doubt else []),
+            *([BEYOND] if best.beyond else []),
+            *(["see the warnings"] if self.warnings else []),
+        ]
+        if not doubts:
+            return f"Take {self.best}."
+        guess = f"{self.best} is the best guess so far ({'; '.join(doubts)})."
+        if best.probability is None:
+            return guess
+        least = "It has the least regret; its" if best.regret is not None else "Its"
+        return f"{guess} {least} P(best) is {best.probability:.0%}."
+
+
+def _legend(bounds: bool) -> list[str]:
+    """The columns in words."""
+    return [
+        "P(best): probability that a rung gives the least loss of these. Regret: its expected loss above the least. "
+        "–: the fit does not say.",
+        "FLOPs: of the student's training and the teacher's forward passes."
+        + (" Allowed: curves of the fit whose bounds do not rule a rung out." if bounds else ""),
+        "",
+    ]
 
 
 @dataclass(frozen=True)
@@ -102,12 +148,25 @@ def other_family(ask: Ask, families: Sequence[str]) -> list[str]:
     return [f"no run of the fit is of family {ask.family.name} (it saw {', '.join(families)})"]
 
 
+def with_range(ask: Ask, smallest: float, largest: float) -> Ask:
+    """The question with the rungs marked that lie beyond the teachers of a fit, in log sizes."""
+    outside = (ask.x < smallest - LIKE) | (ask.x > largest + LIKE)
+    return replace(ask, rungs=tuple(replace(r, beyond=bool(o)) for r, o in zip(ask.rungs, outside, strict=True)))
+
+
 def answer(
-    ask: Ask, basis: str, best: str | None, rungs: Sequence[Rung], findings: Sequence[str], warnings: Sequence[str]
+    ask: Ask,
+    basis: str,
+    best: str | None,
+    rungs: Sequence[Rung],
+    findings: Sequence[str],
+    warnings: Sequence[str],
+    *,
+    doubt: str = "",
 ) -> Recommendation:
     """The question with what was found."""
     asked = (ask.student, ask.family.name, ask.tokens, ask.axis)
-    return Recommendation(*asked, basis, best, tuple(rungs), tuple(findings), tuple(warnings))
+    return Recommendation(*asked, basis, best, tuple(rungs), tuple(findings), tuple(warnings), doubt)
 
 
 def short(count: float) -> str:

@@ -7,7 +7,16 @@ from typing import Any
 
 from capacity_gap.fit.joint_curve import JointCurve
 from capacity_gap.fit.joint_fit import Answers, BreakEven
-from capacity_gap.report.advice import Ask, Recommendation, Rung, answer, between, other_family, short
+from capacity_gap.report.advice import (
+    Ask,
+    Recommendation,
+    Rung,
+    answer,
+    between,
+    other_family,
+    short,
+    with_range,
+)
 from capacity_gap.wording.intervals import span
 
 NEAR = 0.1  # log: sizes this close are one
@@ -32,6 +41,8 @@ def by_joint(ask: Ask, held: Mapping[str, Any], told: list[str]) -> Recommendati
         told: what is to be said first.
     """
     answers = Answers(JointCurve.from_dict(held["model"]))
+    if held["axis"] != "teacher_loss":  # whose sizes are not those of the ladder
+        ask = with_range(ask, min(answers.curve.rungs.values()), max(answers.curve.rungs.values()))
     away, warnings = _outside(ask, answers.curve, held.get("budget"))
     warnings += other_family(ask, held["families"])
     guess = GUESS if away > FAR else ""
@@ -98,7 +109,16 @@ def _by_optimum(
     known, regret = ({k.removesuffix(" (new)"): v for k, v in x.items()} for x in (best.probabilities, best.regret))
     first = min(regret, key=lambda name: regret[name])
     rungs = [replace(r, probability=known[r.name], regret=regret[r.name]) if r.name in known else r for r in ask.rungs]
-    return answer(ask, "joint", first, rungs, findings, warnings)
+    return answer(ask, "joint", first, rungs, findings, warnings, doubt=_doubt(held))
+
+
+def _doubt(held: Mapping[str, Any]) -> str:
+    """Why an optimum is provisional; empty where it is not."""
+    if held["status"] != "provisional":
+        return ""
+    if held["rests_on"]:
+        return f"provisional: without the rung {' and '.join(held['rests_on'])} there is no optimum"
+    return "provisional: the fit has too few students for a law"
 
 
 def _as_tried(ask: Ask, rung: Rung, tried: Mapping[str, float]) -> bool:

@@ -18,7 +18,17 @@ from capacity_gap.models.axes import config_with, dims
 from capacity_gap.models.ladders import Family, Shape
 from capacity_gap.pruning.common_shape import common_shape
 from capacity_gap.pruning.shape import TOLERANCE, choose_shape, sized, unfit
-from capacity_gap.report.advice import Ask, Recommendation, Rung, answer, between, other_family, scored, short
+from capacity_gap.report.advice import (
+    Ask,
+    Recommendation,
+    Rung,
+    answer,
+    between,
+    other_family,
+    scored,
+    short,
+    with_range,
+)
 from capacity_gap.report.joint_advice import by_joint
 from capacity_gap.settings.errors import ConfigError, UserError
 from capacity_gap.settings.places import RESULTS
@@ -148,7 +158,7 @@ def _student_shape(family: Family, student: int) -> tuple[Shape, Any]:
 
 def _by_law(ask: Ask, law: Mapping[str, Any]) -> Recommendation:
     optima = [o for o in law["optima"] if o["status"] == "interior"]
-    draws = law_draws(law)
+    ask, draws = _marked(ask, law["optima"]), law_draws(law)
     best = draws[:, 0] + draws[:, 1] * np.log(ask.student_count)
     left, right = bends(optima)
     away = ask.x[None, :] - best[:, None]
@@ -248,18 +258,28 @@ def _by_bounds(ask: Ask, optima: Sequence[Mapping[str, Any]], told: list[str]) -
     if not bounding:
         findings = [*told, *([_made_on(optima)] if optima else []), "No curve bounds the best teacher on any side."]
         return answer(ask, "nothing", None, ask.rungs, findings, [])
+    ask = _marked(ask, bounding)
     rungs = [replace(r, allowed=sum(_allows(o, r.ratio) for o in bounding)) for r in ask.rungs]
     most = max(r.allowed or 0 for r in rungs)
     best = next(r for r in rungs if r.allowed == most)
     findings = [
         *told,
-        f"`allowed`: how many of the {len(bounding)} curves that bound their best teacher do not rule a rung's ratio "
-        f"out, supposing that ratios carry over; {len(optima) - len(bounding)} more rule nothing out.",
+        f"`allowed` counts {len(bounding)} curves that bound their best teacher, supposing that ratios of teacher to "
+        f"student carry over; {len(optima) - len(bounding)} more rule nothing out.",
         _made_on(optima),
         f"{best.name} is the smallest rung that the most curves ({most} of {len(bounding)}) allow. That is no law.",
     ]
     name = best.name if most else None
     return answer(ask, "bounds" if most else "nothing", name, rungs, findings, _extrapolation(ask, bounding))
+
+
+def _marked(ask: Ask, optima: Sequence[Mapping[str, Any]]) -> Ask:
+    """The question with the rungs marked whose ratio to the student lies beyond those that were tried."""
+    ratios = [t[0] / o["student_params"] for o in optima for t in o.get("tried") or ()]
+    if not ratios:
+        return ask
+    student = np.log(ask.student_count)
+    return with_range(ask, student + np.log(min(ratios)), student + np.log(max(ratios)))
 
 
 def _allows(optimum: Mapping[str, Any], ratio: float) -> bool:
