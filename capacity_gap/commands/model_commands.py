@@ -39,6 +39,9 @@ def run_check(given: argparse.Namespace) -> int:
     if table.uncut:
         print(f"cannot be cut: {table.uncut.rstrip('.')}. It can teach a student that is a separate model.")
         return 0
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of the small models that are saved and loaded
     checks = prove(config)
     for one in checks:
         print(f"  {one.name:<11}{'holds' if one.held else 'FAILS: ' + one.said}")
