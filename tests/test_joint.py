@@ -13,6 +13,7 @@ from benchmarks import joint_coverage
 from benchmarks.joint_coverage import DESIGNS, NULLS, QUIET, Design, one, summary
 from capacity_gap.commands import cli
 from capacity_gap.commands.fit_commands import _joint_lines
+from capacity_gap.estimators import mixed
 from capacity_gap.estimators.mixed import SCALE, SHAPE, _Problem, fit_mixed
 from capacity_gap.fit import fit_joint
 from capacity_gap.fit.frame import curves as curves_of
@@ -52,10 +53,20 @@ def dense(problem, groups, X, y, known, phi):
     return value / 2 + sum(sds[n] / SCALE - (SHAPE - 1) * math.log(sds[n]) for n in groups)
 
 
-def test_the_restricted_likelihood_is_that_of_dense_matrices_and_so_is_its_gradient():
+@pytest.fixture(params=["dense", "sparse"])
+def products(request, monkeypatch):
+    """How the products with the absorbed component are kept."""
+    if request.param == "sparse":
+        monkeypatch.setattr(mixed, "LARGE", 0)
+        monkeypatch.setattr(mixed, "FILLED", 2)
+    return request.param
+
+
+def test_the_restricted_likelihood_is_that_of_dense_matrices_and_so_is_its_gradient(products):
     y, X, groups, known = crossed(np.random.default_rng(0))
     problem = _Problem.of(groups, known, X, y)
     assert problem.names[-2] == "two", "the component with the most groups is absorbed"
+    assert isinstance(problem._products[2], np.ndarray) is (products == "dense")
     points = [np.log([0.5, 0.4, 0.8, 0.6]), np.log([1.2, 0.1, 0.3, 0.9])]
     ours, theirs = (
         [f(p) for p in points]
@@ -69,6 +80,7 @@ def test_the_restricted_likelihood_is_that_of_dense_matrices_and_so_is_its_gradi
         assert slope[i] == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.usefixtures("products")
 def test_coefficients_and_their_covariance_are_those_of_generalised_least_squares():
     y, X, groups, known = crossed(np.random.default_rng(1))
     found = fit_mixed(y, X, groups, known)

@@ -158,6 +158,7 @@ def fit_mixed(
 LOW, HIGH = np.log(SMALLEST), np.log(10.0)
 STEPS = 60  # of the damped Newton iteration, of which a dozen are usual
 CLOSE = 1e-5  # of the gradient
+LARGE, FILLED = 100_000, 1 / 8  # a matrix of more entries is sparse where it has a smaller share of them
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ class _Problem:
             found.__dict__["_products"] = self._less(~keep)
         return found
 
-    def _less(self, out: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def _less(self, out: np.ndarray) -> tuple[np.ndarray, np.ndarray, Any, np.ndarray]:
         """`_products` without some of the rows, by taking off theirs: levels count in whole numbers, so exactly."""
         own, known, sums, sizes = self._products
         free = self.W[out & self.free]
@@ -228,7 +229,8 @@ class _Problem:
         own, known = own - free.T @ free, known - (fixed / variances[:, None]).T @ fixed
         if self.absorbed is not None:
             Z = self._indicator[out]
-            sums, sizes = sums - Z.T @ self.W[out], sizes - np.asarray(Z.sum(0)).ravel()
+            dense = sums if isinstance(sums, np.ndarray) else sums.toarray()
+            sums, sizes = _thin(dense - Z.T @ self.W[out]), sizes - np.asarray(Z.sum(0)).ravel()
         return own, known, sums, sizes
 
     @property
@@ -257,13 +259,13 @@ class _Problem:
         return sparse.csr_matrix((np.ones(len(rows)), (rows, self.absorbed[rows])), shape=shape)
 
     @cached_property
-    def _products(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def _products(self) -> tuple[np.ndarray, np.ndarray, Any, np.ndarray]:
         """W'W over the rows with errors, W'W over the others by their variances, Z'W, and rows a group."""
         free, W = self.free, self.W
         known = (W[~free] / self.fixed[~free, None]).T @ W[~free]
         if self.absorbed is None:
             return W[free].T @ W[free], known, np.empty((0, W.shape[1])), np.empty(0)
-        return W[free].T @ W[free], known, self._sums(W), self._sums(np.ones(len(W)))
+        return W[free].T @ W[free], known, _thin(self._sums(W)), self._sums(np.ones(len(W)))
 
     def at(self, phi: np.ndarray) -> _State:
         """Solves the equations. The value is that of −log(likelihood · prior)."""
@@ -276,7 +278,7 @@ class _Problem:
         if self.absorbed is not None:
             theta = sds[-2] ** 2
             shrink = theta / (error * (error + sizes * theta))
-            C = C - (sums * shrink[:, None]).T @ sums
+            C = C - _gram(sums, shrink)
             log_D += float(np.log1p(sizes * theta / error).sum())
         log_theta = 0.0
         for s, columns in zip(sds, self.columns, strict=False):
@@ -309,13 +311,12 @@ class _Problem:
         if self.absorbed is not None:
             # D⁻¹Z = Z diag(1/error − shrink·sizes), so Z'D⁻¹W is Z'W times that.
             each = 1 / error - state.shrink * sizes
-            scaled = sums * each[:, None]
-            traces.append(float((sizes * each).sum() - np.einsum("ij,ij->", scaled @ inverse, scaled)))
+            traces.append(float((sizes * each).sum() - np.einsum("ij,ij->", _gram(sums, each**2), inverse)))
             work.append(self._indicator @ self._sums(Py))
         inner, trace = own / error**2, self.free.sum() / error
         if self.absorbed is not None:
             twice = 2 * state.shrink / error - state.shrink**2 * sizes
-            inner = inner - (sums * twice[:, None]).T @ sums
+            inner = inner - _gram(sums, twice)
             trace -= float((state.shrink * sizes).sum())
         traces.append(trace - float(np.einsum("ij,ij->", inner, inverse)))
         work.append(np.where(self.free, Py, 0.0))
@@ -361,6 +362,19 @@ class _Problem:
         values, vectors = np.linalg.eigh(bend)
         # A direction in which nothing is known: as uncertain as a factor of e.
         return phi, (vectors / np.maximum(values, 1.0)) @ vectors.T
+
+
+def _thin(sums: np.ndarray) -> Any:
+    """The same, sparse where it is large and mostly zeros: each curve meets few levels."""
+    large = sums.size > LARGE and np.count_nonzero(sums) < sums.size * FILLED
+    return sparse.csr_matrix(sums) if large else sums
+
+
+def _gram(sums: Any, weights: np.ndarray) -> np.ndarray:
+    """sums' diag(weights) sums."""
+    if isinstance(sums, np.ndarray):
+        return (sums * weights[:, None]).T @ sums
+    return (sums.multiply(weights[:, None]).T @ sums).toarray()
 
 
 def _inverse(L: np.ndarray) -> np.ndarray:
