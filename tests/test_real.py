@@ -23,6 +23,17 @@ def test_the_figure_of_make_real_draws_each_student_from_its_teacher_on():
     assert [text.get_text() for text in axes.texts] == ["4.00", "3.20", "5.30", "3.20"]
 
 
+def test_arms_are_the_cut_training_without_a_teacher_and_distillation():
+    rows = [
+        _row("80m", kd_weight=0.5),
+        _row("80m", kd_weight=0.0, student_loss=3.3),
+        _row("80m", data_tokens=0, kd_weight=0.5),
+    ]
+    found = real.arms(pd.DataFrame(rows))
+    assert list(found["arm"]) == ["right after the cut", "without a teacher", "distilled"]
+    assert list(found["student_loss"]) == [3.2, 3.3, 3.2]
+
+
 def test_the_chain_refuses_an_export_that_is_another_model():
     second = [_row("110m", init_loss=3.2, teacher=name) for name in ("itself", "SmolLM2")]
     found = real_chain.table(_row("110m"), second)
