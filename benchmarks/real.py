@@ -21,7 +21,7 @@ from capacity_gap.report.plots import BUDGETS, LINE, save_figure
 from capacity_gap.settings.scales import short_scale
 from capacity_gap.store.contents import open_store
 
-SWEEP, MORE = "real", "real_more"
+SWEEP, MORE, TOKENS = "real", "real_more", 16_384
 LOSSES = ["teacher_loss", "init_loss", "student_loss", "student_loss_stderr", "teacher_loss_ood", "student_loss_ood"]
 
 
@@ -34,7 +34,7 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
 
 def arms(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a student and arm: right after the cut, trained without a teacher, distilled."""
-    done = frame[frame["status"] == "done"]
+    done = frame[(frame["status"] == "done") & frame["data_tokens"].isin([0, TOKENS])]
     named = {0: "right after the cut"}
     said = [
         named.get(int(tokens), "distilled" if weight else "without a teacher")
