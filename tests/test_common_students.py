@@ -199,3 +199,26 @@ def test_no_stage_trains_on_no_sequence(tmp_path):
     assert len(subset(packed, 0)) == 0
     with pytest.raises(ConfigError, match="instruct.replay=9 in 1 epochs is less than one sequence of 10"):
         subset(packed, 9, key="instruct.replay")
+
+
+def test_a_plan_names_the_teacher_that_a_common_student_does_not_fit_and_the_way_out(tmp_path):
+    """Beside the warnings and with its teacher: at the end, without one, users took it for a detail."""
+    for name, hidden, heads in (("own wide", 96, 6), ("own", 64, 8), ("own large", 80, 10)):
+        shape = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "vocab_size": 500}
+        shape |= {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": hidden // heads}
+        small_model("llama", **shape).config.save_pretrained(tmp_path / name)
+    teachers = "teacher='own wide',own,'own large'"
+    grid = ["student=40k", teachers, "data=6k,10k", "corpus=embedded", "teacher_seed=${seed}", "plan=true"]
+    lines = run_here("-m", *grid, cwd=tmp_path).stdout.splitlines()
+    (skipped,) = [i for i, line in enumerate(lines) if "skipped" in line]
+    assert lines[skipped] == (
+        "warning: skipped 2 cells: the common student of 40,000 parameters does not fit into the teacher own wide: "
+        "head_dim 8 of the student ≠ 16 of the teacher. Add prune.shape=per_teacher (each teacher is then cut to a "
+        "shape of its own), or take teachers of one head size."
+    )
+    assert lines[skipped - 1].startswith("warning: ") and lines[skipped + 1].startswith("stages to run")
+    grid[2] = "data=6k"
+    (one,) = [line for line in run_here("-m", *grid, cwd=tmp_path).stdout.splitlines() if "skipped" in line]
+    assert "teacher_seed=${seed}" in one, "an escape of Hydra's is no part of the cell's name"
+    every = run_here("-m", *grid, "prune.shape=per_teacher", cwd=tmp_path).stdout
+    assert "plan: 3 cells" in every and "skipped" not in every

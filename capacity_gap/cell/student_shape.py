@@ -37,6 +37,7 @@ def shaped(config: RunConfig, ladder: Family, origin: str, target: int) -> tuple
                 depth=config.prune.depth,
                 experts=config.prune.experts,
                 fixed=config.prune.fixed,
+                named=f"the teacher {origin}",
             )
         except ImpossibleCell:  # of this teacher; the shape is the same under all
             raise

@@ -103,11 +103,12 @@ def student_shape(
     depth: int | None = None,
     experts: int | None = None,
     fixed: str | None = None,
+    named: str = "the teacher",
 ) -> Shape:
     """The student's shape under a shape policy: `common`, `per_teacher` (the paper's), or `fixed`.
 
     A student the size of its teacher is its teacher, except with `common` under a teacher that is none of `rungs`:
-    that one has no say in the shape that all others give.
+    that one has no say in the shape that all others give. `named` is what an error calls the teacher.
 
     Raises:
         ImpossibleCell: this teacher cannot hold the shape.
@@ -123,11 +124,12 @@ def student_shape(
         shape = fixed_shape(teacher, fixed or "", target, experts=experts)
     else:
         shape = common_shape(rungs, target, multiple=multiple, depth=depth, experts=experts)
-        _check_kind(rungs, teacher, target)
+        _check_kind(rungs, teacher, target, named)
     if reasons := unfit(shape, dims(teacher)):
         raise ImpossibleCell(
-            f"the {policy} student of {target:,} parameters does not fit into the teacher: {'; '.join(reasons)}. "
-            "Use a larger teacher, or prune.shape=per_teacher."
+            f"the {policy} student of {target:,} parameters does not fit into {named}: {'; '.join(reasons)}. "
+            f"{PER_TEACHER}, or take {_such(shape, teacher)}.",
+            whole=True,
         )
     return shape
 
@@ -138,24 +140,33 @@ def _usual(ladder: str, target: int) -> Config:
     return _alike(json.loads(ladder), target)[0]
 
 
-def _check_kind(rungs: Mapping[str, Config], teacher: Mapping[str, Any], target: int) -> None:
+PER_TEACHER = "Add prune.shape=per_teacher (each teacher is then cut to a shape of its own)"
+
+
+def _such(shape: Shape, teacher: Config) -> str:
+    """Which teachers hold one shape."""
+    return "larger teachers" if shape.head_dim == dims(teacher).head_dim else "teachers of one head size"
+
+
+def _check_kind(rungs: Mapping[str, Config], teacher: Mapping[str, Any], target: int, named: str) -> None:
     """Raises `ImpossibleCell` under a teacher whose parameters are not those of most rungs that hold the student."""
     pair = (teacher, _usual(json.dumps({name: dict(rungs[name]) for name in rungs}), target))
     active = [dims(c).active for c in pair]
     if active[0] != active[1] and all(active):
         raise ImpossibleCell(
-            f"the common student of {target:,} parameters does not fit the teacher: a token is routed to {active[0]} "
-            f"of its experts, but to {active[1]} of the student's. prune.shape=per_teacher gives each teacher a "
-            "student of its own architecture."
+            f"the common student of {target:,} parameters does not fit into {named}: a token is routed to {active[0]} "
+            f"of its experts, but to {active[1]} of the student's. {PER_TEACHER}.",
+            whole=True,
         )
     mine, usual = (dict(_names(c)) for c in pair)
     if differ := sorted(set(mine.items()) ^ set(usual.items())):
         kinds = [str(get(config, "model_type")) for config in pair]
         other = f"it is a {kinds[0]}, the student a {kinds[1]}" if kinds[0] != kinds[1] else "both have one model_type"
         raise ImpossibleCell(
-            f"the common student of {target:,} parameters does not fit the teacher: {other}, and their weights differ "
-            f"in {', '.join(sorted({n for n, _ in differ})[:3])}. A student shared by all teachers needs teachers of "
-            "one architecture; prune.shape=per_teacher gives each teacher a student of its own architecture."
+            f"the common student of {target:,} parameters does not fit into {named}: {other}, and their weights differ "
+            f"in {', '.join(sorted({n for n, _ in differ})[:3])}. {PER_TEACHER}, or take teachers of one "
+            "architecture.",
+            whole=True,
         )
 
 

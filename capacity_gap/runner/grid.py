@@ -3,10 +3,11 @@
 Imports no torch.
 """
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from capacity_gap.cell.config import from_hydra
@@ -25,6 +26,8 @@ from capacity_gap.settings.errors import ConfigError, ImpossibleCell
 from capacity_gap.settings.hashing import fingerprint
 from capacity_gap.store.stage import Store
 from capacity_gap.tracking.wandb_runs import settled
+
+ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")  # as Hydra writes what a value holds of its own signs
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ def run_grid(
     check_losses((c for c, _ in cells.values()), store)
     plan = make_plan([c for c, _ in cells.values()], store, machines=machines)
     if first.plan:
-        print("\n".join([*plan.lines, *outcome.warnings.values(), *_skipped(outcome)]))
+        warned = [*plan.warnings, *outcome.warnings.values(), *_skipped(outcome, "warning: skipped ")]
+        print("\n".join(replace(plan, warnings=warned).lines))
     name = first.sweep or _name(jobs)
     rounds = Rounds(cells, store, name, plan.worker, plan.speed)
     adaptive = first.strategy == ADAPTIVE
@@ -129,12 +133,14 @@ def run_grid(
 def resolved(jobs: Sequence[Job], outcome: Outcome) -> dict[str, tuple[Cell, list[str]]]:
     """Cells with their overrides, by digest; the impossible ones are noted."""
     cells: dict[str, tuple[Cell, list[str]]] = {}
+    impossible: list[ImpossibleCell] = []
     for job in jobs:
         try:
             asked = from_hydra(job.composed)
             cell = resolve(asked)
         except ImpossibleCell as error:
-            outcome.add(_given(job), "skipped", str(error))
+            outcome.add(_given(job), "skipped", error.note)
+            impossible.append(error)
         else:
             if not asked.plan:
                 check_corpus(asked, cell.student_target)
@@ -144,7 +150,7 @@ def resolved(jobs: Sequence[Job], outcome: Outcome) -> dict[str, tuple[Cell, lis
     if not jobs:
         raise ConfigError("this grid has no cell: one of its axes has no value. Write values, such as student=60k,90k.")
     if not cells:
-        raise ConfigError(f"no cell of this grid is possible. The first: {outcome.cells[0][2]}")
+        raise ConfigError(f"no cell of this grid is possible. The first: {impossible[0]}")
     return cells
 
 
@@ -155,18 +161,16 @@ def _name(jobs: Sequence[Job]) -> str:
 
 
 def _given(job: Job) -> str:
-    return " ".join(o for o in job.overrides if not o.startswith("hydra"))
+    return ESCAPED.sub(r"\1", " ".join(o for o in job.overrides if not o.startswith("hydra")))
 
 
-def _skipped(outcome: Outcome) -> list[str]:
+def _skipped(outcome: Outcome, word: str = "  skipped  ") -> list[str]:
     """A line for each cause: the cell, or how many cells have it."""
     names: dict[str, list[str]] = {}
     for name, status, cause in outcome.cells:
         if status == "skipped":
-            names.setdefault(cause.split(". ")[0], []).append(name)
-    return [
-        f"  skipped  {mine[0] if len(mine) == 1 else f'{len(mine)} cells'}: {cause}." for cause, mine in names.items()
-    ]
+            names.setdefault(cause, []).append(name)
+    return [f"{word}{mine[0] if len(mine) == 1 else f'{len(mine)} cells'}: {cause}" for cause, mine in names.items()]
 
 
 def _print_outcome(outcome: Outcome, store: Store) -> None:

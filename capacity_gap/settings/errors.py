@@ -75,7 +75,14 @@ def choose(kind: str, given: str, allowed: Iterable[str]) -> None:
 
 
 class ImpossibleCell(ConfigError):
-    """Student and teacher cannot go together: an error alone, a note in a grid."""
+    """Student and teacher cannot go together: an error alone, a note in a grid.
+
+    `note` is what a grid says of it: the first sentence, or all of it where the rest is a way out for the whole grid.
+    """
+
+    def __init__(self, said: str, *, whole: bool = False) -> None:
+        super().__init__(said)
+        self.note = said if whole else f"{said.split('. ')[0].removesuffix('.')}."
 
 
 class Busy(Exception):
