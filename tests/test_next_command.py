@@ -4,13 +4,18 @@ import json
 import shlex
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from capacity_gap.commands import cli
+from capacity_gap.commands.possible_cells import possible
 from capacity_gap.commands.stage_costs import StageCost
-from capacity_gap.report.next_pool import deciding
+from capacity_gap.models.axes import count_params
+from capacity_gap.models.folders import named_family
+from capacity_gap.records.load import load
+from capacity_gap.report.next_pool import deciding, make_pool
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.store.contents import note_sweep
 from capacity_gap.store.files import write_checked
@@ -250,3 +255,67 @@ def test_models_of_the_users_form_a_ladder_that_the_printed_commands_name(tmp_pa
         assert {"the small"} <= {config.teacher for config in made}
         assert {*made[0].family.folders} == {str(tmp_path / name) for name in ("the small", "mid", "large")}
         assert all(Path(resolve(c).teacher.options["repository"]).name == c.teacher for c in made)
+
+
+def own_models(folder):
+    """Three models of one user; the head size of the largest is not that of the others. Returns `--family`."""
+    for name, hidden, heads in (("mid", 64, 8), ("high", 80, 10), ("wide", 112, 7)):
+        shape = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "vocab_size": 500}
+        shape |= {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": hidden // heads}
+        small_model("llama", **shape).config.save_pretrained(folder / name)
+    return ",".join(str(folder / name) for name in ("mid", "high", "wide"))
+
+
+@pytest.mark.parametrize("at", ["nothing yet", "store"])
+def test_cells_that_the_command_would_skip_are_no_candidates(at, tmp_path, capsys):
+    from capacity_gap.cell.pipeline import resolve
+
+    Store(tmp_path / "store").create()
+    words = ["next", str(tmp_path / at), "--family", own_models(tmp_path), "--budgets", "10k,40k", "--seeds", "0"]
+    question = ["--goal", "break_even", "--student", "40k", "--small", "mid", "--large", "wide"]
+    assert cli.main([*words, *question, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    made = [compose([*overrides, "corpus=embedded", "plan=true"]) for overrides in grids(told["commands"])]
+    assert {c["cell"]["teacher"] for c in told["cells"]} == {config.teacher for config in made} >= {"mid", "wide"}
+    assert {config.prune.shape for config in made} == {"per_teacher"} and all(map(resolve, made))
+    (note,) = told["notes"]
+    assert note.startswith("The command has prune.shape=per_teacher, since the common student of 40,000 parameters")
+    assert "does not fit into the teacher wide: head_dim 8 of the student ≠ 16" in note
+
+
+def test_a_shape_that_records_have_decided_takes_teachers_out_of_the_pool(tmp_path, capsys):
+    """Records with the common shape: the teacher that does not hold it is left out, or the question is refused."""
+    family, sizes = own_models(tmp_path), {}
+    for name in ("mid", "high", "wide"):
+        sizes[name] = count_params(json.loads((tmp_path / name / "config.json").read_text()))
+    rows = [
+        {"student": "40k", "student_params": 40_000, "teacher": teacher, "teacher_params": sizes[teacher]}
+        | {"data_tokens": tokens, "seed": 0, "teacher_seed": 0, "student_loss": 3.0, "loss": "forward_kl"}
+        | {"family": "folders", "status": "done", "shape": "common", "cell": f"{teacher}{tokens}"}
+        for teacher, tokens in (("mid", 10_000), ("high", 10_000), ("mid", 40_000))
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "runs.csv", index=False)
+    frame, ladder = load(tmp_path / "runs.csv"), named_family(family)
+    pool = make_pool(frame, ladder, students=[], teachers=[], budgets=[], seeds=[1], given=frozenset({"seeds"}))
+    settings = ["family=folders", f"family.folders=[{family}]"]
+    found = possible(pool, settings, fresh=False, asked=["wide"], needed=[])
+    assert set(pool["teacher"]) == {"mid", "high", "wide"} and set(found.pool["teacher"]) == {"mid", "high"}
+    assert found.overrides == settings
+    (note,) = found.notes
+    assert note.startswith("2 cells of the pool cannot run and are left out: the common student") and "wide" in note
+    assert note.endswith("Add prune.shape=per_teacher (each teacher is then cut to a shape of its own), or take "
+                         "teachers of one head size.")  # fmt: skip
+    with pytest.raises(ConfigError, match=r"no cell of this pool under the teacher wide can run: .*per_teacher"):
+        possible(pool, settings, fresh=False, asked=["wide"], needed=["wide"])
+
+
+def test_without_a_fit_gains_and_reasons_are_said_to_be_assumed(tmp_path, capsys):
+    said = "no fit yet: gains assume study one's variances and a best teacher of 2.5 times the student"
+    words = ["--students", "40k,60k", "--budgets", "300k", "--teachers", "55k,120k,270k,900k", "--seeds", "0,1,2"]
+    assert cli.main(["next", str(tmp_path / "none"), *words, "--k", "9"]) == 0
+    text = capsys.readouterr().out
+    assert said in text and "above the assumed best teacher" in text and "the estimated best teacher" not in text
+    run(cells(students=["40k", "80k"], seeds=(0,))).assign(family="pico").to_csv(tmp_path / "runs.csv", index=False)
+    assert cli.main(["next", str(tmp_path / "runs.csv"), "--student", "80k", "--data", "1.2m", "--k", "9"]) == 0
+    text = capsys.readouterr().out
+    assert said not in text and "the estimated best teacher" in text and "assumed" not in text

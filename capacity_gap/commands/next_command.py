@@ -58,9 +58,10 @@ def run_next(given: argparse.Namespace) -> int:
     ladder = family_of(frame, given.family)
     frame = frame[frame["family"] == ladder.name] if given.family and "family" in frame else frame
     goal = _goal(given, ladder)
-    pool = _pool(given, frame, ladder)
+    settings, missing = _settings(given, frame, ladder)
+    pool, settings, left_out = _possible(given, frame, _pool(given, frame, ladder), settings, missing, ladder, goal)
     check_inside(goal, frame, pool, key="--")
-    settings, missing, cost = _settings(given, frame, ladder)
+    cost = _cost(given, settings, ladder)
     try:
         found = next_cells(frame, pool, goal=goal, k=given.k, cost=cost)
     except ValueError as error:
@@ -71,14 +72,22 @@ def run_next(given: argparse.Namespace) -> int:
     if given.json:
         rows = [{"cell": c.cell, "gain": c.gain, "cost_flops": c.cost, "reason": c.reason} for c in found]
         told = {"what": what, "answer": so_far, "cells": rows, "commands": lines, "missing": missing}
+        told |= {"assumed": assumed(found), "notes": left_out}
         print(json.dumps(told, indent=1, default=str))
         return 0
     print(f"the answer so far: {answer_text(so_far, what)}. {_standing(frame)}")
-    print("\n".join(_table(found, len(pool))))
+    print("\n".join([*assumed(found), *_table(found, len(pool))]))
     print("\n" + "\n".join(lines))
-    if missing:
-        print(missing)
+    print("\n".join(filter(None, [missing, *left_out])), end="\n" if missing or left_out else "")
     return 0
+
+
+def assumed(found: Sequence["Candidate"]) -> list[str]:
+    """What gains rest on where the records have no fit yet."""
+    from capacity_gap.fit.next_model import RATIO
+
+    said = f"no fit yet: gains assume study one's variances and a best teacher of {RATIO:g} times the student"
+    return [said] * (not all(c.fitted for c in found))
 
 
 def _standing(frame: "pd.DataFrame") -> str:
@@ -174,24 +183,54 @@ NOT_NOTED = "How these records were run is not noted: add their other settings t
 UNNAMED = "The teachers are models of your own: name all of them with --family FOLDER,ORG/NAME,... for such a command."
 
 
-def _settings(given: argparse.Namespace, frame: "pd.DataFrame", ladder: "Family") -> tuple[list[str], str, "Cost"]:
-    """The overrides that all cells share, what is to be said of those that are not known, and what cells cost.
+def _possible(
+    given: argparse.Namespace,
+    frame: "pd.DataFrame",
+    pool: "pd.DataFrame",
+    settings: list[str],
+    missing: str,
+    ladder: "Family",
+    goal: "Goal",
+) -> "tuple[pd.DataFrame, list[str], list[str]]":
+    """The cells that the command could run, its settings, and what is to be said of the others."""
+    from capacity_gap.commands.possible_cells import possible
+    from capacity_gap.report.next_pool import ALIKE
 
-    Costs are those of the stages that a store lacks; of a table they are arithmetic by sizes. A published teacher is
-    there already.
-    """
+    if not ladder.rungs or missing == NOT_NOTED:
+        return pool, settings, []  # the settings that decide it are not known
+    ends = [size for size in (goal.small, goal.large) if size]
+    sizes: dict = pool.groupby("teacher")["teacher_params"].median().to_dict() if "teacher" in pool else {}
+    needed = [str(t) for t, n in sizes.items() if any(1 / ALIKE <= n / size <= ALIKE for size in ends)]
+    asked = [str(t) for t in sizes] if ladder.checkpoints or given.teachers else needed
+    found = possible(pool, settings, fresh=frame.empty, asked=asked, needed=needed)
+    return found.pool, found.overrides, found.notes
+
+
+def _cost(given: argparse.Namespace, settings: Sequence[str], ladder: "Family") -> "Cost":
+    """FLOPs of the stages that a store lacks; of a table arithmetic by sizes. A published teacher is there already."""
+    from capacity_gap.commands.stage_costs import StageCost
     from capacity_gap.records.bills import Arithmetic
+    from capacity_gap.settings.places import user_path
+    from capacity_gap.store.files import is_store
+
+    if is_store(user_path(given.source)):
+        return StageCost.of(settings)
+    return Arithmetic(teacher_tokens=None if ladder.published else math.nan)
+
+
+def _settings(given: argparse.Namespace, frame: "pd.DataFrame", ladder: "Family") -> tuple[list[str], str]:
+    """The overrides that all cells share, and what is to be said of those that are not known."""
+    from capacity_gap.commands.stage_costs import shared_overrides
     from capacity_gap.settings.places import user_path
     from capacity_gap.store.files import is_store
 
     named = _family_words(ladder)
     if not is_store(user_path(given.source)):
-        return *_settings_of_table(frame, named), Arithmetic(teacher_tokens=None if ladder.published else math.nan)
-    from capacity_gap.commands.stage_costs import StageCost, shared_overrides
+        return _settings_of_table(frame, named)
 
     overrides, known = shared_overrides(given.source, frame, named, replaces=bool(ladder.checkpoints))
     unnamed = not ladder.name and not any("family" in o.partition("=")[0] for o in overrides)
-    return overrides, UNNAMED if unnamed else "" if known else NOT_NOTED, StageCost.of(overrides)
+    return overrides, UNNAMED if unnamed else "" if known else NOT_NOTED
 
 
 def _family_words(ladder: "Family") -> list[str]:

@@ -47,6 +47,25 @@ def shared_overrides(
     return [*kept, f"store={quoted(str(store.root))}"], bool(noted) or not mine
 
 
+def base_config(overrides: Sequence[str]) -> "RunConfig":
+    """The settings that overrides make, of a cell that is planned."""
+    from hydra import compose, initialize_config_dir
+
+    from capacity_gap.cell import config
+    from capacity_gap.settings.places import CONF
+
+    config.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return config.from_hydra(compose("config", overrides=[*overrides, "plan=true"]))
+
+
+def cell_settings(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a row of a pool names."""
+    named: dict[str, Any] = {k: str(cell[k]) for k in ("student", "teacher") if k in cell}
+    named |= {"data": str(int(cell["data_tokens"]))} if "data_tokens" in cell else {}
+    return named | {k: int(cell[k]) for k in ("seed", "teacher_seed") if k in cell and str(cell[k]).isdigit()}
+
+
 @dataclass(frozen=True, eq=False)
 class StageCost:
     """FLOPs of cells with the settings `base`, by their stages: those that several cells need are shared."""
@@ -58,15 +77,9 @@ class StageCost:
     @classmethod
     def of(cls, overrides: Sequence[str]) -> "StageCost":
         """Of cells that these overrides make."""
-        from hydra import compose, initialize_config_dir
-
-        from capacity_gap.cell import config
-        from capacity_gap.settings.places import CONF
         from capacity_gap.store.stage import Store
 
-        config.register()
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            base = config.from_hydra(compose("config", overrides=[*overrides, "plan=true"]))
+        base = base_config(overrides)
         return cls(base, Store(base.store_path))
 
     def __call__(self, cell: Mapping[str, Any]) -> tuple[float, Mapping[Hashable, float]]:
@@ -74,9 +87,7 @@ class StageCost:
         from capacity_gap.cell.pipeline import resolve
         from capacity_gap.store.stage import closure
 
-        named: dict[str, Any] = {k: str(cell[k]) for k in ("student", "teacher") if k in cell}
-        named |= {"data": str(int(cell["data_tokens"]))} if "data_tokens" in cell else {}
-        named |= {k: int(cell[k]) for k in ("seed", "teacher_seed") if k in cell and str(cell[k]).isdigit()}
+        named = cell_settings(cell)
         place = tuple(named.items())
         if place not in self.known:
             try:

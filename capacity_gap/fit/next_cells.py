@@ -116,7 +116,7 @@ def _chosen(
     told = reasons(belief, frame, pool, bills, began, chosen)
     cells = pool.to_dict("records")
     return [
-        Candidate({str(key): value for key, value in cells[i].items()}, gain, flops, reason)
+        Candidate({str(key): value for key, value in cells[i].items()}, gain, flops, reason, belief.fitted)
         for i, gain, flops, reason in zip(chosen, search.gains, search.costs, told, strict=False)
     ]
 

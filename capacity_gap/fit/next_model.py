@@ -87,6 +87,7 @@ class Belief:
     variance: float  # of the contrast
     error: float  # variance of a run
     optimum: np.ndarray  # [M] log size of the teacher that seems to be best for each cell's student and budget
+    fitted: bool  # whether variances and optimum are a fit's; else they are assumed
 
 
 def believe(frame: pd.DataFrame, pool: pd.DataFrame, goal: Goal) -> Belief:
@@ -119,6 +120,7 @@ def believe(frame: pd.DataFrame, pool: pd.DataFrame, goal: Goal) -> Belief:
         float(g @ spread @ g),
         model.sds["error"] ** 2,
         model.optima(beta)[rest],
+        model.fitted,
     )
 
 
@@ -133,6 +135,7 @@ class _Model:
     sds: Mapping[str, float]
     curvature: float
     level: float  # of the loss
+    fitted: bool  # or assumed: nothing else is known
 
     @classmethod
     def of(cls, cells: Cells, known: int) -> "_Model":
@@ -140,12 +143,15 @@ class _Model:
         joint = _fitted(cells, known)
         level = float(cells.y[:known].mean()) if known else 0.0
         if joint is None:
-            return cls(cells, known, Centre(means[0] + math.log(RATIO), 1.0, 0.0), means, STUDY, CURVATURE, level)
+            return cls(
+                cells, known, Centre(means[0] + math.log(RATIO), 1.0, 0.0), means, STUDY, CURVATURE, level, False
+            )
         b = joint.centre.b if "n" in joint.terms else 1.0
         d = joint.centre.d if "d" in joint.terms else 0.0
         at = joint.centre.at + b * (means[0] - joint.means[0]) + d * (means[1] - joint.means[1])
         bend = joint.curvature
-        return cls(cells, known, Centre(at, b, d), means, _sds(joint), max(abs(bend.value), 2 * bend.error), level)
+        bent = max(abs(bend.value), 2 * bend.error)
+        return cls(cells, known, Centre(at, b, d), means, _sds(joint), bent, level, True)
 
     @property
     def n(self) -> np.ndarray:

@@ -56,7 +56,8 @@ def _name(table: pd.DataFrame, at: int) -> str:
 
 
 def _place(belief: Belief, i: int, before: Sequence[int]) -> str:
-    """The teacher's position among those of its curve, and relative to the estimated best one."""
+    """The teacher's position among those of its curve, and relative to the estimated or assumed best one."""
+    best = f"{'estimated' if belief.fitted else 'assumed'} best teacher"
     cells, at = belief.cells, belief.known + i
     off = float(cells.teacher[at] - belief.optimum[i])
     mine = [j for j in before if cells.curve[j] == cells.curve[at]]
@@ -64,15 +65,13 @@ def _place(belief: Belief, i: int, before: Sequence[int]) -> str:
         return "first cell of this student and budget, the baseline for its others"
     tried = cells.teacher[mine]
     if abs(off) <= NEAR:
-        return "near the estimated best teacher"
+        return f"near the {best}"
     beyond = bool((tried < cells.teacher[at] - SAME).all() if off > 0 else (tried > cells.teacher[at] + SAME).all())
     side = "above" if off > 0 else "below"
     if beyond:
         end = "largest" if off > 0 else "smallest"
-        return (
-            f"{side} the estimated best teacher, and the {end} of this student and budget so far: slope and curvature"
-        )
-    return f"{side} the estimated best teacher"
+        return f"{side} the {best}, and the {end} of this student and budget so far: slope and curvature"
+    return f"{side} the {best}"
 
 
 def _new(belief: Belief, table: pd.DataFrame, at: int, before: Sequence[int]) -> str:

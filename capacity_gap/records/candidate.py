@@ -15,9 +15,11 @@ class Candidate:
             the next ones are compared with.
         cost: FLOPs of the cell and of what it shares with others and nothing before it has paid for.
         reason: why it was chosen, in a sentence.
+        fitted: whether gains rest on a fit of the cells so far; else on study one's variances and an assumed optimum.
     """
 
     cell: dict[str, Any]
     gain: float
     cost: float
     reason: str
+    fitted: bool = True
