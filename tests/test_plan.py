@@ -18,9 +18,10 @@ from capacity_gap.models.axes import count_params
 from capacity_gap.runner.cost import makespan
 from capacity_gap.runner.machines import Machines, Worker, worker_of
 from capacity_gap.runner.plan import check_budget, make_plan
-from capacity_gap.runner.plan_lines import LEAST_STUDENTS, LEAST_TEACHERS, format_bytes, format_seconds
+from capacity_gap.runner.plan_lines import JOINT_TEACHERS, LEAST_STUDENTS, LEAST_TEACHERS, format_bytes, format_seconds
 from capacity_gap.runner.plan_memory import Need
-from capacity_gap.runner.speed import MFU, speed
+from capacity_gap.runner.speed import MFU, cpu_flops, speed
+from capacity_gap.runtime.process import has_bf16
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.store.files import META
 from capacity_gap.store.stage import Stage, Store
@@ -145,6 +146,80 @@ def test_no_more_workers_than_jobs(tiny, tmp_path):
         "the teacher: scored and evaluated"
     )
     assert "with 2 at once" in "\n".join(many.lines)
+
+
+@pytest.mark.parametrize("visible", ["", "0", "0,1,2,3"])
+def test_workers_of_one_machine_are_not_planned_with_more_gpus_than_it_has(visible, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "2.9.0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    cells = cells_of(*tiny, "device_name=h100", students=["40k", "50k", "55k", "60k"])
+    one, four = (make_plan(cells, Store(tmp_path), machines=Machines(n)) for n in (1, 4))
+    text = {
+        name: next(line for line in plan.lines if line.startswith("to run")) for name, plan in (("1", one), ("4", four))
+    }
+    assert "GPU" not in text["1"] and four.at_once == 4
+    if visible == "0":
+        assert four.wall_s == pytest.approx(one.worker_s) and "with 4 at once, which share 1 GPU; " in text["4"]
+    elif visible:
+        assert four.wall_s < 0.7 * one.wall_s and "GPU" not in text["4"]
+    else:  # of another machine, which may have one
+        assert four.wall_s < 0.7 * four.queued_s == pytest.approx(0.7 * one.worker_s)
+        assert re.search("with 4 at once if each has a GPU of its own; about .* if they share one; ", text["4"])
+
+
+def test_measured_speeds_are_not_divided_among_more_workers_than_gpus(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "2.9.0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    cells = cells_of(*tiny, "device_name=h100", "throughput=1e9", students=["40k", "50k", "55k", "60k"])
+    two, four = (make_plan(cells, Store(tmp_path), machines=Machines(n)) for n in (2, 4))
+    assert (four.at_once, four.wall_s) == (4, two.wall_s)
+
+
+def test_the_assumed_speed_of_a_cpu_grows_with_the_model(tmp_path):
+    """Pico models and a student of 110M were measured; a plan by the pico figure alone took five times too long."""
+    pace, _ = speed(Store(tmp_path), CPU)
+    for params, rate in ((60e3, 1.3e10), (1e6, 1.3e10), (110e6, 8.6e10), (3e9, 8.6e10)):
+        assert cpu_flops(params) == pytest.approx(rate)
+    assert 1.3e10 < cpu_flops(3e6) < cpu_flops(30e6) < 8.6e10
+    small = stage(6 * 60e3 * 1e6 + 2 * 120e3 * 1e6, 4e6)
+    assert pace.seconds(small) == pytest.approx(small.cost / 1.3e10 + small.passes * 2e-5), "as measured at pico scale"
+    real = stage((6 * 110e6 + 2 * 135e6) * 92, 4 * 92)
+    assert pace.seconds(real) == pytest.approx(1.0, rel=0.1), "92 tokens a CPU second (results/real_step.csv)"
+    assert "8.6e+10 from 110m on" in pace.source
+    finished(Store(tmp_path), "distil", flops=1e10, passes=1e4, wall=2.0)
+    measured, _ = speed(Store(tmp_path), CPU)
+    assert measured.seconds(stage(1e10, 1e4)) == pytest.approx(2.0, rel=1e-3), "finished cells calibrate it"
+
+
+@pytest.mark.parametrize(
+    ("units", "overrides", "said"),
+    [
+        (False, ["train.precision=bf16"], "set train.precision=fp32; the times here are those of fp32"),
+        (False, ["train.precision=bf16", "throughput=1e9"], "set train.precision=fp32"),
+        (False, ["train.precision=fp32"], None),
+        (True, ["train.precision=bf16"], None),
+        (None, ["train.precision=bf16"], None),
+        (False, ["train.precision=bf16", "device_name=h100"], None),
+    ],
+)
+def test_a_plan_warns_of_bf16_on_a_cpu_without_its_units(units, overrides, said, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("capacity_gap.runner.plan.has_bf16", lambda: units)
+    warned = [w for w in make_plan(cells_of(*tiny, *overrides), Store(tmp_path)).warnings if "bf16" in w]
+    start = "warning: bf16 on a CPU without bf16 units takes about seven times as long as fp32: "
+    assert warned == ([start + said] if said else [])
+
+
+def test_bf16_units_are_read_from_the_flags_of_the_processor(monkeypatch):
+    from pathlib import Path
+
+    for text, units in (
+        ("flags\t\t: fpu avx2 avx512_bf16 amx_tile", True),
+        ("Features\t: fp asimd bf16 i8mm", True),
+        ("flags\t\t: fpu avx2", False),
+        ("processor\t: 0", None),
+    ):
+        monkeypatch.setattr(Path, "read_text", lambda _, text=text: text)
+        assert has_bf16() is units
 
 
 def test_a_plan_says_whether_the_text_is_long_enough(tiny, tiny_cell):
@@ -287,21 +362,26 @@ def test_a_plan_says_whom_the_time_is_spent_on(tiny, tmp_path):
 
 
 def test_a_plan_warns_of_what_the_grid_cannot_find(tiny, tmp_path):
-    from capacity_gap.fit import law_fit, valley
+    from capacity_gap.fit import joint_fit, law_fit, valley
 
     assert (LEAST_TEACHERS, LEAST_STUDENTS) == (valley.LEAST_TEACHERS, law_fit.LEAST_STUDENTS)
+    assert joint_fit.LEAST_RUNGS == JOINT_TEACHERS
 
     def said(students, teachers):
         return make_plan(cells_of(*tiny, students=students, teachers=teachers), Store(tmp_path)).warnings
 
     assert said(["40k"], ["80k"]) == [], "nobody asks one cell for a law"
+    takes = (
+        "(a curve alone takes 4 teachers, the model of all cells 5; two teachers at two budgets can give a break-even "
+        "budget)"
+    )
     few = "no law can be fitted, which needs 3 (this grid alone)"
     assert said(["40k", "50k"], ["80k"]) == [
-        "warning: one teacher only: no optimum can be located, which needs 4 teachers per curve; 2 students only: "
-        + few
+        f"warning: one teacher only: no optimum can be located {takes}; 2 students only: {few}"
     ]
     assert said(["40k"], ["80k", "120k", "180k"]) == [
-        "warning: 1 of 1 curve has fewer than 4 teachers: no optimum can be located there; 1 student only: " + few
+        "warning: 1 of 1 curve has fewer than 4 teachers: no optimum can be located there "
+        f"{takes}; 1 student only: {few}"
     ]
     assert said(["40k", "50k", "55k"], ["80k", "120k", "180k", "270k"]) == []
 

@@ -42,6 +42,11 @@ class Machines:
         jobs = launcher.get("n_jobs") or 1  # joblib, or one after another
         return cls(cores if jobs < 0 else jobs)
 
+    def cards(self, worker: "Worker") -> int | None:
+        """GPUs that all jobs together have: 0 where it is not known, None where each job has its own or needs none."""
+        here = gpus() if worker.gpu and self.gpus is None else None
+        return None if here is None or here >= self.at_once * worker.ranks else here
+
 
 @dataclass(frozen=True)
 class Worker:

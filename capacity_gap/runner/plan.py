@@ -14,6 +14,7 @@ from capacity_gap.models.accounting import Memory
 from capacity_gap.runner.cost import costs, signals, timetable, written
 from capacity_gap.runner.machines import Machines, Worker, worker_of
 from capacity_gap.runner.plan_lines import (
+    clock_words,
     counted,
     evaluation_line,
     format_bytes,
@@ -25,9 +26,10 @@ from capacity_gap.runner.plan_lines import (
     teacher_lines,
     warnings,
 )
-from capacity_gap.runner.plan_memory import Need, needs
+from capacity_gap.runner.plan_memory import Need, held_in, needs
 from capacity_gap.runner.plan_texts import text_lines
 from capacity_gap.runner.speed import Speed, speed
+from capacity_gap.runtime.process import has_bf16
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.settings.scales import format_scale
 from capacity_gap.store.stage import Stage, Store, closure
@@ -48,6 +50,8 @@ class Plan:
     worker_s: float  # of all workers together
     wall_s: float  # with `at_once` of them
     at_once: int  # the most jobs that run together in any wave
+    cards: int | None  # GPUs of all jobs together where they may share them, 0 if unknown; else None
+    queued_s: float  # as `wall_s`, if all jobs share one GPU
     needs: dict[str, Need]  # memory by kind of stage
     disk_bytes: float  # of what is still to be written
     signals: tuple[str, ...]  # kinds of cached signals, with their bytes a token
@@ -100,8 +104,8 @@ class Plan:
             *self.texts,
             *self.warnings,
             stages_line(self.kinds),
-            f"to run: {self.flops:.3g} FLOPs, {format_seconds(self.worker_s)} of one worker, about "
-            f"{format_seconds(self.wall_s)} with {self.at_once} at once; "
+            f"to run: {self.flops:.3g} FLOPs, {format_seconds(self.worker_s)} of one worker, "
+            f"{clock_words(self.wall_s, self.at_once, self.cards, self.queued_s)}; "
             f"{format_hours(self.device_hours)} device-hours ({each})",
             f"speed {self.speed.source}{hint}",
             *memory_lines(self.needs, self.worker),
@@ -132,6 +136,10 @@ def make_plan(cells: Sequence[Cell], store: Store, *, machines: Machines | None 
         kinds.append((name, total, len(mine), sum(s.cost for s in mine), sum(map(pace.seconds, mine))))
     spent = costs(cells, left, pace.seconds)
     wall_s, at_once = timetable(cells, left, pace.seconds, given.at_once)
+    cards = given.cards(worker) if at_once > 1 else None
+    if cards:  # in turns; an assumed speed is that of a share
+        part = worker.share if pace.assumed else 1.0
+        wall_s, _ = timetable(cells, left, lambda s: part * pace.seconds(s), max(1, cards // worker.ranks))
     return Plan(
         cells=len(cells),
         done=sum(store.has(c.record) for c in cells),
@@ -142,6 +150,8 @@ def make_plan(cells: Sequence[Cell], store: Store, *, machines: Machines | None 
         worker_s=sum(map(pace.seconds, left.values())),
         wall_s=wall_s,
         at_once=at_once,
+        cards=cards,
+        queued_s=timetable(cells, left, pace.seconds, 1)[0],
         needs=needs(cells, devices=worker.ranks),
         disk_bytes=sum(written(cells, left)),
         signals=tuple(sorted({f"{s.config['kind']}-{s.config['size']} {e:g}" for s, e in signals(cells).values()})),
@@ -154,7 +164,7 @@ def make_plan(cells: Sequence[Cell], store: Store, *, machines: Machines | None 
             evaluation_line(cells, spent),
         ],
         texts=text_lines(cells, store),
-        warnings=[*warnings(cells), *recipe_warnings(cells)],
+        warnings=[*warnings(cells), *recipe_warnings(cells), *_slow_bf16(cells, worker, pace)],
     )
 
 
@@ -173,6 +183,21 @@ def _recipe_lines(cells: Sequence[Cell]) -> list[str]:
     if len({tuple(mine) for mine in budgets.values()}) < 2:
         return list(budgets)
     return [f"data={','.join(map(format_scale, mine))}: {line}" for line, mine in budgets.items()]
+
+
+def _slow_bf16(cells: Sequence[Cell], worker: Worker, pace: Speed) -> list[str]:
+    """What runs in bf16 on a CPU that has no units for it."""
+    keys = {
+        "train.precision": any(c.precision == "bf16" and c.data_tokens for c in cells),
+        "family.dtype": any(held_in(c) == "bf16" for c in cells),
+    }
+    if worker.gpu or has_bf16() is not False or not any(keys.values()):
+        return []
+    times = "; the times here are those of fp32" if pace.assumed else ""
+    return [
+        "warning: bf16 on a CPU without bf16 units takes about seven times as long as fp32: set "
+        f"{' '.join(f'{key}=fp32' for key, used in keys.items() if used)}{times}"
+    ]
 
 
 def recipe_warnings(cells: Sequence[Cell]) -> list[str]:

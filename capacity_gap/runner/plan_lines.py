@@ -14,7 +14,12 @@ from capacity_gap.settings.scales import format_scale, short_scale
 
 MOST_ROWS = 8  # teachers, students, or budgets of one student; more are summed up
 LEAST_TEACHERS = 4  # of a curve, for an optimum: as in fit/valley.py, which would load pandas
+JOINT_TEACHERS = 5  # of the model of all cells, for an optimum: as in fit/joint_fit.py
 LEAST_STUDENTS = 3  # for a law: as in fit/law_fit.py
+TAKES = (
+    f"a curve alone takes {LEAST_TEACHERS} teachers, the model of all cells {JOINT_TEACHERS}; two teachers at two "
+    "budgets can give a break-even budget"
+)
 MUCH = 1 / 3  # share of the time from which held-out evaluation is worth a word
 PARTS = {
     "weights": "weights",
@@ -116,11 +121,11 @@ def warnings(cells: Sequence[Cell]) -> list[str]:
         return []
     found, counts = [], [len(rungs) for rungs in curves.values()]
     if max(counts) == 1:
-        found.append(f"one teacher only: no optimum can be located, which needs {LEAST_TEACHERS} teachers per curve")
+        found.append(f"one teacher only: no optimum can be located ({TAKES})")
     elif few := sum(count < LEAST_TEACHERS for count in counts):
         found.append(
             f"{few} of {counted(len(counts), 'curve')} {'has' if few == 1 else 'have'} fewer than {LEAST_TEACHERS} "
-            "teachers: no optimum can be located there"
+            f"teachers: no optimum can be located there ({TAKES})"
         )
     if (students := len({c.student_scale for c in cells})) < LEAST_STUDENTS:
         found.append(f"{counted(students, 'student')} only: no law can be fitted, which needs {LEAST_STUDENTS}")
@@ -136,6 +141,21 @@ def _curve(cell: Cell) -> tuple:
 def counted(count: int, name: str) -> str:
     """A number with its noun."""
     return f"{count:,} {name}{'s' * (count != 1)}"
+
+
+def clock_words(wall_s: float, at_once: int, cards: int | None, queued_s: float) -> str:
+    """The time on the clock, and the GPUs it takes where jobs of one machine may have to share them.
+
+    Args:
+        wall_s: seconds with `at_once` jobs.
+        at_once: jobs at once.
+        cards: GPUs that they share; 0: it is not known; None: each has its own, or needs none.
+        queued_s: seconds if all share one.
+    """
+    said = f"about {format_seconds(wall_s)} with {at_once} at once"
+    if cards == 0:
+        return f"{said} if each has a GPU of its own; about {format_seconds(queued_s)} if they share one"
+    return said if cards is None else f"{said}, which share {counted(cards, 'GPU')}"
 
 
 def stages_line(kinds: Sequence[tuple[str, int, int, float, float]]) -> str:

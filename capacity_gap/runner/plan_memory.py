@@ -121,7 +121,7 @@ def needs(cells: Iterable[Cell], *, devices: int) -> dict[str, Need]:
 
 def _of_cell(cell: Cell, devices: int) -> dict[str, Need]:
     c, teacher, origin = cell.config, cell.teacher_shape, cell.family.rungs[cell.origin]
-    held = {"dtype": _dtype(cell), "quantization": c.family.quantization}
+    held = {"dtype": held_in(cell), "quantization": c.family.quantization}
     share = 1 if cell.placement == "one" else devices  # one layer more, which is whole for a moment, is left out
     weights = stored_bytes(teacher, **held) / share
     beside = weights if "teacher" in cell.distilled.inputs and cell.teacher_flops else 0.0
@@ -130,7 +130,7 @@ def _of_cell(cell: Cell, devices: int) -> dict[str, Need]:
         found["distil"] = _training(cell, cell.student_shape, cell.batch_size, devices, beside)
     if c.prune.cuts:
         tokens, whole = cell.score_batch * cell.sequence_length, stored_bytes(origin, **held) / share
-        kept = activation_bytes(origin, tokens=tokens, precision=_dtype(cell))
+        kept = activation_bytes(origin, tokens=tokens, precision=held_in(cell))
         found["scores"] = Need(Memory(whole, whole, activations=kept), sequences=cell.score_batch)
     if "signal" in cell.distilled.inputs:
         found["signal"] = Need(Memory(weights))
@@ -157,6 +157,6 @@ def _training(cell: Cell, shape: Mapping[str, Any], batch: int, devices: int, te
     return Need(run.memory, run)
 
 
-def _dtype(cell: Cell) -> str:
+def held_in(cell: Cell) -> str:
     """Published checkpoints are held as the family says, what was trained here in fp32."""
     return "fp32" if cell.adapted or cell.teacher_tokens is not None else cell.teacher_dtype

@@ -5,6 +5,7 @@ however small the model. Both are fitted to what finished stages of this store t
 Ranks share the work of a training stage; all others run on the first.
 """
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +13,14 @@ from typing import Any
 
 from capacity_gap.models.accounting import known_device, peak_flops
 from capacity_gap.runner.machines import Worker
+from capacity_gap.settings.scales import short_scale
 from capacity_gap.store.files import NUMBER, read_all, stage_files
 from capacity_gap.store.stage import Stage, Store
 
-CPU_FLOPS = 1.3e10  # of one thread, sustained on fp32 matrices of pico size: measured, two-core AVX2 machine
-CPU_SECONDS_PER_PASS = 2e-5  # measured with CPU_FLOPS
+# FLOP/s of one thread in fp32 by a model's parameters, measured on two-core x86 machines with AVX2: on matrices of pico
+# size, and of the 110M student under SmolLM2-135M (results/real_step.csv: 92 tokens a second of (6·110M + 2·135M)).
+CPU_FLOPS = ((1e6, 1.3e10), (1.1e8, 8.6e10))
+CPU_SECONDS_PER_PASS = 2e-5  # measured on matrices of pico size
 MFU = 0.4  # share of a GPU's peak that is assumed; runs of published size report 0.3 to 0.5
 TIMED = {"name": str, "cost_flops": NUMBER, "wall_s": NUMBER, "created": str, "device": str}  # of a finished stage
 
@@ -30,12 +34,21 @@ class Speed:
     source: str
     fixed: dict[str, float]  # mean seconds of stages without FLOPs (corpus, tokens, …), by name
     ranks: int = 1
+    by_size: bool = False  # whether larger models run at more FLOP/s than `seconds_per_flop` says
+
+    @property
+    def assumed(self) -> bool:
+        """Whether nothing was measured or given."""
+        return self.source.startswith("assumed")
 
     def seconds(self, stage: Stage) -> float:
         """What one worker needs for this stage alone."""
         if not stage.cost:
             return self.fixed.get(stage.name, 0.0)
-        alone = stage.cost * self.seconds_per_flop + stage.passes * self.seconds_per_pass
+        # A pass of a token takes two FLOPs a parameter: the mean size of the models that run in this stage.
+        own = self.by_size and stage.passes > 0
+        each = 1 / cpu_flops(stage.cost / stage.passes / 2) if own else self.seconds_per_flop
+        alone = stage.cost * each + stage.passes * self.seconds_per_pass
         return alone / self.ranks if stage.collective else alone
 
 
@@ -68,8 +81,19 @@ def speed(
         return Speed(a, b, said, fixed, ranks), replace(worker, gpu=device) if worker.gpu else worker
     if worker.gpu:
         return Speed(1 / (worker.peak * MFU * worker.share), 0.0, _assumed(worker), fixed, ranks), worker
-    said = f"assumed: {CPU_FLOPS:.3g} FLOP/s a CPU thread; one finished cell calibrates it"
-    return Speed(1 / CPU_FLOPS, CPU_SECONDS_PER_PASS, said, fixed, ranks), worker
+    (small, slow), (large, fast) = CPU_FLOPS
+    said = (
+        f"assumed: {slow:.3g} FLOP/s a CPU thread for models up to {short_scale(small)} parameters, {fast:.3g} from "
+        f"{short_scale(large)} on; one finished cell calibrates it"
+    )
+    return Speed(1 / slow, CPU_SECONDS_PER_PASS, said, fixed, ranks, by_size=True), worker
+
+
+def cpu_flops(params: float) -> float:
+    """FLOP/s that one thread is assumed to sustain: a power of the size between the two measured ones."""
+    (small, slow), (large, fast) = CPU_FLOPS
+    part = math.log(min(max(params, small), large) / small) / math.log(large / small)
+    return slow * (fast / slow) ** part
 
 
 def _is_like(meta: Mapping[str, Any], worker: Worker) -> bool:

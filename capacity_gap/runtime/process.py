@@ -297,6 +297,14 @@ def gpu_name() -> str | None:
     return None
 
 
+def has_bf16() -> bool | None:
+    """Whether this CPU computes in bf16, as Linux says it; None where it does not."""
+    with contextlib.suppress(OSError):
+        if said := re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(said[1].split())
+    return None
+
+
 @functools.cache
 def _own_gpu(count: int) -> int:
     """One GPU a worker: the first that no other worker of this user holds here, until this process ends."""
