@@ -196,7 +196,10 @@ def test_two_teachers_have_a_break_even_budget_and_no_optimum():
     """What most people have: no curve, but an order that changes with tokens."""
     frame = study_one()
     fit = fit_joint(frame[frame["teacher"].isin(["120k", "900k"])])
-    assert fit.status == "break_even" and "An optimum needs at least 5 teachers; there are 2." in fit.verdict()
+    assert (
+        fit.status == "break_even"
+        and "An optimum of this model needs at least 5 teachers; there are 2." in fit.verdict()
+    )
     tokens, (low, high) = fit.break_even(55e3)
     assert low < 664e3 < high and tokens == pytest.approx(664e3, rel=0.2)
     assert math.isnan(fit.optimum(55e3).value) and fit.exponents() == {} and list(fit.tests()) == ["d = 0"]

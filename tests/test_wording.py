@@ -108,7 +108,7 @@ def test_without_a_bound_no_teacher_is_shown_to_be_best():
     assert "the loss rises from the smallest and falls towards the largest" in said(middle)
     assert said(middle).endswith("next: 180k, three seeds."), "the teacher that looks worst"
     few = said(optimum("too_few", tried=("80k", "270k"), falls=None, rises=None))
-    assert "(two teachers were tried, and a curve takes four)" in few
+    assert "(two teachers were tried, and a curve alone takes four)" in few
     assert few.endswith("next: 180k and 400k, three seeds.") or few.endswith("next: 220k and 330k, three seeds.")
 
 

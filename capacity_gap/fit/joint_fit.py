@@ -341,7 +341,8 @@ def _status(fit: JointFit) -> tuple[str, str, tuple[str, ...]]:
     joint = fit.joint
     pair, rungs = ends(joint), len(fit.curve.rungs)
     enough = rungs >= LEAST_RUNGS
-    missing = _missing(pair) if enough else f"An optimum needs at least {LEAST_RUNGS} teachers; there are {rungs}."
+    few = f"An optimum of this model needs at least {LEAST_RUNGS} teachers; there are {rungs}."
+    missing = _missing(pair) if enough else few
     students = len(np.unique(close_names(joint.cells.student)))
     if enough and _passes(pair, ALPHA):
         codes = {name: code for code, name in joint.cells.rungs.items()}

@@ -215,7 +215,7 @@ def _claim(o: OfCurve, sizes: _Sizes, measure: str) -> tuple[str, str]:
     why = {
         "flat": f"no difference in {measure} between them is beyond noise",
         "not_unimodal": f"the {measure} rises from the smallest and falls towards the largest",
-        "too_few": f"{_counted(len(o.tried), 'teacher')} tried, and a curve takes {NUMBERS[ENOUGH]}",
+        "too_few": f"{_counted(len(o.tried), 'teacher')} tried, and a curve alone takes {NUMBERS[ENOUGH]}",
     }
     return "no teacher is shown to be best", why.get(o.status, "") if o.tried else ""
 
