@@ -4,12 +4,12 @@
 
 RECORDS are stores, folders of CSV files or CSV files, as `records import` writes them. Rows without an origin are told
 apart by where they were read from. The analysis was fixed, and run on simulated cells
-(`benchmarks/replicate_power.py`), before any cell.
+(`benchmarks/replicate_power.py`), before any cell. A cell is of a registered sweep if its digest is.
 """
 
 import argparse
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,23 @@ from capacity_gap.estimators.mixed import Contrast
 from capacity_gap.fit import JointFit, fit_joint
 from capacity_gap.fit.joint_fit import BreakEven
 from capacity_gap.records.columns import BY
+from capacity_gap.runner.claimed_grid import claimed_cells
 from capacity_gap.settings.scales import short_scale
+from capacity_gap.wording.intervals import marks
 
+AXES = ["student", "teacher", "data_tokens"]  # of a grid that is not registered: what a complete seed has
+NAMING = ("family", "corpus")  # what the name of a grid opens with
 LEVEL = 0.05  # two-sided, of the tests of questions 1 and 3
 ALL = "all origins"
 PAIRS = (("10m", "50m"), ("0.6b", "4b"), ("160m", "1.4b"))  # of `small`, Qwen3, Pythia: the teachers of question 1
+EMBEDDED = "corpus=embedded family.teacher_data=4m data=1m,4m train.batch_size=8 family.pretrain.batch_size=8"  # no hub
+REGISTERED = {  # the name of a grid → its family, and the words of its command
+    "replicate_hour": ("small", "+sweeps=replicate_hour"),
+    "replicate_day": ("small", "+sweeps=replicate_day"),
+    "replicate_hour without the hub": ("small", f"+sweeps=replicate_hour {EMBEDDED}"),
+    "replicate_qwen3": ("qwen3", "+sweeps=replicate_qwen3"),
+    "replicate_pythia": ("pythia", "+sweeps=replicate_pythia"),
+}
 OPTIMUM = {"law": "yes", "provisional": "only provisional", "break_even": "only a break-even", "no_optimum": "no"}
 
 
@@ -100,14 +112,13 @@ class Answers:
             row[f"best ratio{at}"] = ranged(best.value, best.interval, "{:.2g}".format)
         row["3 with tokens"] = self.growth
         if (d := fit.exponents().get("d")) is not None:
-            row["d (95 %)"] = ranged(d.value, d.interval, "{:.2g}".format)
+            row["d (95 %)"] = ranged(d.value, d.interval, "{:.2g}".format, least=-math.inf)
         return row
 
 
-def ranged(value: float, interval: tuple[float, float], text: Any) -> str:
-    """A number with its set; an end that is open is left out."""
-    low, high = ("" if not math.isfinite(end) or end == 0 else text(end) for end in interval)
-    return f"{text(value) if math.isfinite(value) else 'none'} ({low} to {high})"
+def ranged(value: float, interval: tuple[float, float], text: Any, *, least: float = 0.0) -> str:
+    """A number with its set: `2.1 (1.8 to 2.5)`, and `2.1 (≥ 1.8)` or `2.1 (≤ 2.5)` where an end is open."""
+    return f"{text(value) if math.isfinite(value) else 'none'} ({marks(interval, text, least=least)})"
 
 
 def answered(cells: pd.DataFrame) -> Answers:
@@ -150,44 +161,94 @@ def pooled(cells: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def whole(cells: pd.DataFrame) -> pd.DataFrame:
-    """The cells of those seeds of each origin that lack none of the grid's students, teachers and budgets."""
-    keys = ["student", "teacher", "data_tokens"]
-    wanted = len(cells[keys].drop_duplicates())
-    counts = cells.drop_duplicates(["origin", "seed", *keys]).groupby(["origin", "seed"]).size()
-    full = set(counts.index[counts == wanted])
-    return cells[[key in full for key in zip(cells["origin"], cells["seed"], strict=True)]]
+def registered(name: str) -> pd.DataFrame:
+    """The cells of a registered sweep, as this checkout composes it: `cell` and `seed`."""
+    claims = claimed_cells(REGISTERED[name][1].split())
+    return pd.DataFrame({"cell": list(claims), "seed": [str(claim.columns["seed"]) for claim in claims.values()]})
 
 
-def grids(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The cells by what parts curves besides the budget: each grid is a question of its own."""
+@dataclass(frozen=True)
+class Grid:
+    """Cells that answer the same questions, and those that must be there.
+
+    `wanted`: how many cells a complete seed has, by seed. `registered`: its name, or None for any other grid.
+    """
+
+    cells: pd.DataFrame
+    wanted: Mapping[str, int]
+    registered: str | None = None
+
+    @property
+    def of_complete_seeds(self) -> pd.DataFrame:
+        """The cells of those seeds of each origin that lack none."""
+        axes = ["cell"] if self.registered else AXES
+        counts = self.cells.drop_duplicates(["origin", "seed", *axes]).groupby(["origin", "seed"]).size()
+        full = {(origin, seed) for (origin, seed), count in counts.items() if count == self.wanted.get(str(seed))}
+        return self.cells[[key in full for key in zip(self.cells["origin"], self.cells["seed"], strict=True)]]
+
+    def counted(self, used: int, origins: int) -> str:
+        """How many of its cells a row rests on."""
+        if not self.registered:
+            return f"{used} cells, no registered grid"
+        asked = f"{sum(self.wanted.values())}"
+        return f"{used} of {f'{origins} × ' if origins > 1 else ''}{asked} registered cells"
+
+
+def grids(frame: pd.DataFrame) -> Iterator[tuple[str, Grid]]:
+    """The registered sweeps by the digests of their cells, then all other cells by what parts curves.
+
+    Budgets do not part a grid: how the best teacher moves with them is one of the questions.
+    """
     keys = [c for c in BY if c in frame and c != "data_tokens" and frame[c].nunique(dropna=False) > 1]
-    parts: Iterator[tuple[Hashable, pd.DataFrame]] = iter(
-        frame.groupby(keys, dropna=False, sort=False) if keys else [("", frame)]
-    )
-    for _, cells in parts:
-        budgets = ", ".join(short_scale(tokens) for tokens in sorted(cells["data_tokens"].unique()))
+    rest = frame.assign(seed=frame["seed"].astype(str))
+    for name, (family, _) in REGISTERED.items():
+        if family not in set(rest["family"]):
+            continue  # composing a sweep takes seconds
+        known = registered(name)
+        here = rest["cell"].isin(known["cell"])
+        if here.any():
+            rest.loc[here, "seed"] = rest.loc[here, "cell"].map(known.set_index("cell")["seed"])
+            wanted = {str(seed): int(count) for seed, count in known.groupby("seed").size().items()}
+            yield f"{name}: {_budgets(rest[here])}", Grid(rest[here], wanted, name)
+        rest = rest[~here]
+    parts = rest.groupby(keys, dropna=False, sort=False) if keys else [((), rest)] if len(rest) else []
+    for values, cells in parts:
         first = cells.iloc[0]
-        yield f"{first['family']} on {first['corpus']}, {budgets} tokens", cells
+        parting = [f"{k}={'none' if pd.isna(v) else v}" for k, v in zip(keys, values, strict=True) if k not in NAMING]
+        said = ", ".join([f"{first['family']} on {first['corpus']}", _budgets(cells), *parting])
+        yield said, Grid(cells, dict.fromkeys(cells["seed"].unique(), len(cells[AXES].drop_duplicates())))
+
+
+def _budgets(cells: pd.DataFrame) -> str:
+    return f"{', '.join(short_scale(tokens) for tokens in sorted(cells['data_tokens'].unique()))} tokens"
 
 
 def answers(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """For each grid a table: a row for each origin, and one of all together if there are several."""
-    found = {}
-    for name, cells in grids(frame):
-        full, rows = whole(cells), []
-        each = {str(origin): full[full["origin"] == origin] for origin in sorted(cells["origin"].unique())}
-        if len(each) > 1:
-            each[ALL] = pooled(full)
-        for origin, mine in each.items():
-            row = {"origin": origin, "cells": str(len(mine))}
-            try:
-                rows.append(row | (answered(mine).row if len(mine) else {"1 break-even": "no seed has all cells"}))
-            except ValueError as error:
-                rows.append(row | {"1 break-even": f"not fitted: {error}"})
-        columns = dict.fromkeys(column for row in sorted(rows, key=len, reverse=True) for column in row)
-        found[name] = pd.DataFrame(rows, columns=list(columns)).fillna("")
+    found: dict[str, pd.DataFrame] = {}
+    for name, grid in grids(frame):
+        alike = sum(known == name or known.startswith(f"{name} (grid ") for known in found)
+        found[f"{name} (grid {alike + 1})" if alike else name] = _table(grid)
     return found
+
+
+def _table(grid: Grid) -> pd.DataFrame:
+    full, origins = grid.of_complete_seeds, sorted(map(str, grid.cells["origin"].unique()))
+    used = {origin: full[full["origin"] == origin] for origin in origins}
+    used |= {ALL: pooled(full)} if len(origins) > 1 else {}
+    rows = []
+    for origin, mine in used.items():
+        several = len(origins) if origin == ALL else 1
+        sent = grid.cells if origin == ALL else grid.cells[grid.cells["origin"] == origin]
+        kept = full if origin == ALL else mine
+        row = {"origin": origin, "cells": grid.counted(len(mine), several)}
+        row["left out with their seeds"] = str(len(sent) - len(kept))
+        try:
+            rows.append(row | (answered(mine).row if len(mine) else {"1 break-even": "no seed has all cells"}))
+        except ValueError as error:
+            rows.append(row | {"1 break-even": f"not fitted: {error}"})
+    columns = dict.fromkeys(column for row in sorted(rows, key=len, reverse=True) for column in row)
+    return pd.DataFrame(rows, columns=list(columns)).fillna("")
 
 
 def main(words: Sequence[str] | None = None) -> None:
