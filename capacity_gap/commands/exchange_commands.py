@@ -58,7 +58,8 @@ def run_export(given: argparse.Namespace) -> int:
 
 def run_import(given: argparse.Namespace) -> int:
     """Adds the rows to the folder, and says which cells of the grid are not there."""
-    from capacity_gap.records.claims import ORIGIN, receive
+    from capacity_gap.records.claims import ORIGIN
+    from capacity_gap.records.receive import receive
     from capacity_gap.runner.claimed_grid import claimed_cells
     from capacity_gap.settings.errors import ConfigError, shown
     from capacity_gap.settings.places import user_path
@@ -77,7 +78,8 @@ def run_import(given: argparse.Namespace) -> int:
     print(f"{found.cells} of {len(claims)} cells of this grid, {found.new} of them new, are in {found.file}.")
     _say_lacking(found.lacking, f"Not there from {given.origin}")
     if found.changed:
-        print(f"note: {found.changed} cells were made with source that no commit names.")
+        cells = "1 cell was" if found.changed == 1 else f"{found.changed} cells were"
+        print(f"note: {cells} made with source that no commit names.")
     return 0
 
 

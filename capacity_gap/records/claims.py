@@ -1,8 +1,8 @@
-"""Records that somebody else made: the file they are sent in, and what is checked before they are believed.
+"""Records that somebody else made: the file they are sent in, and what is checked in each row by itself.
 
 A row is text until it is read here: numbers and words in columns that a record has. Nothing in it is run or unpickled.
 What the settings of a cell decide (`Claim.columns`) is known here too and must agree; what was measured must be
-possible. A file with anything wrong in it is refused whole, with all that is wrong.
+possible. What is checked between rows is in `receive.py`.
 """
 
 import csv
@@ -11,12 +11,12 @@ import math
 import os
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capacity_gap.records.record import NESTED, RESULT_FIELDS, SCHEMA_VERSION, columns
+from capacity_gap.records.record import NESTED, SCHEMA_VERSION, columns
 from capacity_gap.records.tables import as_given, boolean, cells, write_csv
 from capacity_gap.settings.errors import UserError, shown
 
@@ -25,15 +25,13 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-ASIDE = ("error", "origin")  # columns that a sent file need not have
-SENT = tuple(name for name in columns() if name not in (*NESTED, *ASIDE))
-SPREAD = re.compile(r"(?:(?:teacher_)?metrics|version)/[\w.\-]+(?:/[\w.\-]+)*")  # of a record's nested columns
+NOT_EXPORTED = ("error", "origin")
+EXPORTED = tuple(name for name in columns() if name not in (*NESTED, *NOT_EXPORTED))
+NESTED_COLUMN = re.compile(r"(?:(?:teacher_)?metrics|version)/[\w.\-]+(?:/[\w.\-]+)*")
 ORIGIN = re.compile(r"[a-z0-9][a-z0-9_\-]{0,39}")
 COMMIT = re.compile(r"[0-9a-f]{7,64}\+?")
-LONGEST = 2000  # characters of a cell
-SHOWN = 50  # faults that are listed
+MOST_CHARACTERS = 2000  # of a cell
 SAME = 1e-9  # relative: what is computed twice from the same settings
-SAME_TEXT = 1e-6  # relative: bytes a token of the same held-out text
 LOSS = (0.0, 100.0)  # nats: a uniform guess has log V, a damaged start some times that
 COUNT = (1.0, 1e15)
 AMOUNT = (0.0, 1e15)
@@ -48,22 +46,29 @@ MEASURED = {  # what no setting decides → least and largest that it can be
     **dict.fromkeys(("second_bytes_per_token_before", "second_bytes_per_token"), AMOUNT),
     "mfu": (0.0, 1.0),
 }
-NEEDED = ("student_loss", "teacher_loss", "init_loss", "teacher_entropy", "held_out_tokens", "stored_params", "device")
-TOLD = ("device", "git_commit", "created")  # words that no setting decides
-OWN = ("schema_version", "cell", "status", "registration", "trained")  # each checked by itself
+ALWAYS_MEASURED = (
+    *("student_loss", "teacher_loss", "init_loss", "teacher_entropy", "held_out_tokens", "stored_params", "device"),
+)
+PROVENANCE = ("device", "git_commit", "created")  # text that no setting decides
+IDENTITY = ("schema_version", "cell", "status", "registration", "trained")  # compared with the claim one by one
+REQUIRED = (*IDENTITY, *ALWAYS_MEASURED, "created")  # columns; others may be absent where a cell has their default
+SHARE = re.compile(r"acc|exact_match|pass@|mmlu|ceval|humaneval|bbh|gsm8k|pico_(cloze|next)")  # scores from 0 to 1
 
 
 @dataclass(frozen=True)
 class Claim:
     """What a record of one cell must say.
 
-    `columns`: what its settings come to. `trained`: digest of the trained student. `text`: of the packed text.
-    `vocabulary`: rows of the teacher's output matrix. `registration`: hash of the page that was there beforehand.
+    `columns`: what its settings come to. `trained`: digest of the trained student. `held_out`: names the text that
+    losses are measured on, `teacher` the teacher that is measured on it. `stored_params`: None where training decides
+    it. `vocabulary`: rows of the teacher's output matrix. `registration`: hash of the preregistration file.
     """
 
     columns: Mapping[str, Any]
     trained: str
-    text: str
+    held_out: str
+    teacher: str
+    stored_params: int | None
     vocabulary: int
     registration: str | None
     name: str
@@ -75,8 +80,8 @@ class Claim:
 def sent(frame: "pd.DataFrame") -> "pd.DataFrame":
     """The finished cells as they are sent: every column of a record, in order of cells."""
     done = frame[frame["status"] == "done"].sort_values("cell")
-    spread = sorted(c for c in map(str, done) if SPREAD.fullmatch(c) and done[c].notna().any())
-    return done.reindex(columns=[*SENT, *spread])
+    spread = sorted(c for c in map(str, done) if NESTED_COLUMN.fullmatch(c) and done[c].notna().any())
+    return done.reindex(columns=[*EXPORTED, *spread])
 
 
 def write_rows(rows: Iterable[Row], file: Path) -> None:
@@ -99,21 +104,21 @@ def write_rows(rows: Iterable[Row], file: Path) -> None:
 
 
 def read_rows(file: Path) -> tuple[dict[str, Row], list[str]]:
-    """The rows of a sent file by their place, and what is wrong with columns and single values."""
+    """The rows of a sent file by path and line, and what is wrong with columns and single values."""
     try:
         header, lines = cells(file)
     except UserError as error:
         return {}, [str(error)]
-    missing = [name for name in SENT if name not in header]
-    unknown = [name for name in header if name not in (*SENT, *ASIDE) and not SPREAD.fullmatch(name)]
-    wrong = [f"{file.name} lacks the columns {', '.join(missing)}"] if missing else []
-    wrong += [f"{file.name} has unknown columns: {', '.join(map(shown, unknown))}"] if unknown else []
+    missing = [name for name in REQUIRED if name not in header]
+    unknown = [name for name in header if name not in (*EXPORTED, *NOT_EXPORTED) and not NESTED_COLUMN.fullmatch(name)]
+    wrong = [f"{file} lacks the columns {', '.join(missing)}"] if missing else []
+    wrong += [f"{file} has unknown columns: {', '.join(map(shown, unknown))}"] if unknown else []
     found: dict[str, Row] = {}
     for line, texts in lines:
-        place = f"{file.name}, line {line}"
+        place = f"{file}, line {line}"
         found[place], said = _read_row(dict(zip(header, texts, strict=True)))
         wrong += [f"{place}, {what}" for what in said]
-    return found, wrong + ([] if found else [f"{file.name} has no rows"])
+    return found, wrong + ([] if found else [f"{file} has no rows"])
 
 
 def _read_row(texts: Mapping[str, str]) -> tuple[Row, list[str]]:
@@ -136,7 +141,7 @@ def _value(name: str, text: str) -> Any:
     if name.endswith("/higher_is_better"):
         return boolean(text)
     if kind.startswith("str"):
-        if len(text) > LONGEST or not text.isprintable():
+        if len(text) > MOST_CHARACTERS or not text.isprintable():
             raise ValueError(f"{shown(text)!r} is too long or holds signs that cannot be printed")
         return as_given(text)
     try:
@@ -161,26 +166,34 @@ def faults(rows: Mapping[str, Row], claims: Mapping[str, Claim], *, origin: str)
     for place, row in rows.items():
         claim = claims.get(str(row.get("cell")))
         if claim is None:
-            found.append(f"{place}: {shown(row.get('cell'))} is no cell of this grid, so it has other settings")
+            found.append(
+                f"{place}: {shown(row.get('cell'))} is no cell of this grid as this checkout composes it: other "
+                "settings, or another version of the code"
+            )
             continue
-        found += [f"{place}, {what}" for what in (*_unlike(row, claim), *_impossible(row, claim), *_told(row, origin))]
+        said = (*_unlike(row, claim), *_impossible(row, claim), *_impossible_scores(row), *_provenance(row, origin))
+        found += [f"{place}, {what}" for what in said]
     return found
 
 
 def _unlike(row: Row, claim: Claim) -> Iterator[str]:
     """Where a row differs from what its own digest stands for."""
-    aside = {*NESTED, *ASIDE, *MEASURED, *TOLD, *OWN}
+    other = {*NESTED, *NOT_EXPORTED, *MEASURED, *PROVENANCE, *IDENTITY}
     own = {"schema_version": SCHEMA_VERSION, "status": "done", "trained": claim.trained}
-    expected = own | {name: claim.columns.get(name) for name in columns() if name not in aside}
+    expected = own | {name: claim.columns.get(name) for name in columns() if name not in other}
     for name, value in expected.items():
-        if name in row and not _same(row[name], value):
+        if name not in row:  # of a file from before the column was added, which has its default
+            if name not in REQUIRED and value is not None and value != columns()[name].default:
+                yield f"{name}: there is no such column, where {claim.name} has {shown(value)}"
+        elif not same(row[name], value):
             yield f"{name}: {shown(row[name])}, where {claim.name} has {shown(value)}"
     if row.get("registration") != claim.registration:
         said = "none" if row.get("registration") is None else shown(row["registration"], 16)
         yield f"registration: {said}, where the page of this grid has {shown(claim.registration, 16)}"
 
 
-def _same(one: Any, other: Any, within: float = SAME) -> bool:
+def same(one: Any, other: Any, within: float = SAME) -> bool:
+    """Whether two values agree: numbers within a relative difference, all else exactly."""
     numbers = isinstance(one, int | float) and isinstance(other, int | float)
     return math.isclose(one, other, rel_tol=within, abs_tol=0) if numbers else one == other
 
@@ -190,16 +203,38 @@ def _impossible(row: Row, claim: Claim) -> Iterator[str]:
         value = row.get(name)
         if value is not None and not least <= value <= most:
             yield f"{name}: {value} is impossible; it is from {least:g} to {most:g}"
-    for name in NEEDED:
+    for name in ALWAYS_MEASURED:
         if name in row and row[name] in (None, 0):
             yield f"{name}: a finished cell has one"
+    stored, size = row.get("stored_params"), claim.columns["student_params"]
+    if stored and (stored < size if claim.stored_params is None else stored != claim.stored_params):
+        yield f"stored_params: {stored}, where the shape of {claim.name} has {size}"
+    error, loss = row.get("student_loss_stderr"), row.get("student_loss")
+    if error is not None and loss and loss > 0 and not 0 < error < loss:
+        yield f"student_loss_stderr: {error} is impossible; it is above zero and below the loss, {loss}"
     entropy, most = row.get("teacher_entropy"), math.log(claim.vocabulary)
     if entropy is not None and entropy > most * (1 + SAME):
         yield f"teacher_entropy: {entropy} is impossible; {claim.vocabulary:,} tokens have at most {most:.4g} nats"
 
 
-def _told(row: Row, origin: str) -> Iterator[str]:
-    """Where words that no setting decides are not what the program writes."""
+def _impossible_scores(row: Row) -> Iterator[str]:
+    """Benchmark scores out of bounds. What has no upper bound, such as a perplexity, is from 0 or not bounded."""
+    for name, value in row.items():
+        if value is None or not name.startswith(("metrics/", "teacher_metrics/")):
+            continue
+        score, _, last = name.rpartition("/")
+        if last in ("shots", "higher_is_better"):
+            continue
+        score = score if last == "stderr" else name
+        share = SHARE.search(score.rpartition("/")[2]) and row.get(f"{score}/higher_is_better") is not False
+        if share and not 0 <= value <= 1:
+            yield f"{name}: {value} is impossible; it is from 0 to 1"
+        elif last == "stderr" and value < 0:
+            yield f"{name}: {value} is impossible; it is 0 or more"
+
+
+def _provenance(row: Row, origin: str) -> Iterator[str]:
+    """Where text that no setting decides is not what the program writes."""
     if row.get("error"):
         yield "error: a finished cell has none"
     if row.get("origin") not in (None, origin):
@@ -210,109 +245,3 @@ def _told(row: Row, origin: str) -> Iterator[str]:
         datetime.datetime.fromisoformat(row.get("created") or "")
     except ValueError:
         yield f"created: {shown(row.get('created'))} is no date"
-
-
-def once(rows: Mapping[str, Row]) -> tuple[dict[str, Row], list[str]]:
-    """One row for each cell, and the cells that come twice with different results."""
-    first: dict[str, tuple[str, Row]] = {}
-    wrong = []
-    for place, row in rows.items():
-        if (cell := str(row.get("cell"))) not in first:
-            first[cell] = place, row
-        elif differ := _differ(first[cell][1], row):
-            wrong.append(f"{place}: the cell of {first[cell][0]} again, with another {', '.join(differ)}")
-    return {cell: row for cell, (_, row) in first.items()}, wrong
-
-
-def _differ(one: Row, other: Row) -> list[str]:
-    return [name for name in RESULT_FIELDS if name not in NESTED and not _same(one.get(name), other.get(name))]
-
-
-def contradictions(
-    mine: Mapping[str, Row], known: Sequence[Row], claims: Mapping[str, Claim], *, origin: str
-) -> list[str]:
-    """Where rows cannot be true beside those that are there.
-
-    Results of one cell may differ between origins: to see whether they do is what they are collected for. What may not
-    differ is the number of tokens they were measured on, the size of the student, and the held-out text, whose bytes a
-    token are the ratio of two losses.
-    """
-    wrong = []
-    for there in known:
-        who, cell = there.get("origin"), str(there.get("cell"))
-        row = mine.get(cell)
-        if row is None:
-            continue
-        same = _differ(row, there) if who == origin else []
-        same += [n for n in ("held_out_tokens", "stored_params") if not _same(row.get(n), there.get(n)) and not same]
-        if same:
-            wrong.append(f"{claims[cell].name}: {who} has another {', '.join(same)}")
-    return wrong + _other_texts([*mine.values(), *known], claims, origin)
-
-
-def _other_texts(rows: Iterable[Row], claims: Mapping[str, Claim], origin: str) -> list[str]:
-    """Rows whose losses were measured on another text than those of the same grid: each text is said once."""
-    first: dict[str, tuple[float, str]] = {}
-    wrong: dict[str, str] = {}
-    for row in rows:
-        claim, bits, loss = claims.get(str(row.get("cell"))), row.get("student_bits_per_byte"), row.get("student_loss")
-        if claim is None or not bits or not loss:
-            continue
-        size, who = loss / bits / math.log(2), row.get("origin") or origin
-        text = f"{claim.text} {row.get('held_out_tokens')}"
-        before, whose = first.setdefault(text, (size, who))
-        if not _same(size, before, SAME_TEXT):
-            said = f"{claim.name}: its held-out text has {size:.7g} bytes a token, that of {whose} {before:.7g}"
-            wrong.setdefault(f"{text} {who}", f"{said}: not the same text")
-    return list(wrong.values())
-
-
-# Together
-
-
-@dataclass(frozen=True)
-class Received:
-    """What an import left: the file, its cells, how many of them are new, and the grid's cells that it lacks."""
-
-    file: Path
-    cells: int
-    new: int
-    lacking: Sequence[str]
-    changed: int  # rows that were made with a changed tree
-
-
-def receive(files: Sequence[Path], claims: Mapping[str, Claim], folder: Path, *, origin: str) -> Received:
-    """Checks every row of the files, and adds them to the origin's file in a folder.
-
-    Raises:
-        UserError: anything is wrong; all of it is listed, and nothing is written.
-    """
-    rows: dict[str, Row] = {}
-    wrong = []
-    for file in files:
-        found, said = read_rows(file)
-        rows |= found
-        wrong += said
-    mine, twice = once(rows)
-    wrong += [*faults(rows, claims, origin=origin), *twice]
-    known = []
-    for table in sorted(folder.glob("*.csv")):
-        held, said = read_rows(table)
-        wrong += [f"{folder.name}/{what}" for what in said]
-        known += list(held.values())
-    if not wrong:
-        wrong = contradictions(mine, known, claims, origin=origin)
-    if wrong:
-        raise UserError("\n".join([f"nothing was imported, for {len(wrong)} faults:", *_some(wrong)]))
-    before = {str(row["cell"]): row for row in known if row.get("origin") == origin}
-    both = before | {cell: {**row, "origin": origin} for cell, row in mine.items()}
-    file = folder / f"{origin}.csv"
-    write_rows([both[cell] for cell in sorted(both)], file)
-    lacking = [claim.name for cell, claim in claims.items() if cell not in both]
-    changed = sum((row.get("git_commit") or "+").endswith("+") for row in mine.values())
-    return Received(file, len(mine), len(mine.keys() - before.keys()), lacking, changed)
-
-
-def _some(wrong: Sequence[str]) -> list[str]:
-    more = [f"  and {len(wrong) - SHOWN:,} more"] if len(wrong) > SHOWN else []
-    return [*(f"  {what}" for what in wrong[:SHOWN]), *more]

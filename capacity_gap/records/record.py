@@ -179,6 +179,7 @@ class Column:
     parts: int | None = None
     parts_repeats: int | None = None
     source: str = ""  # the setting that it tells
+    default: Any = None  # what it holds where that setting is not given
 
 
 @functools.cache
@@ -193,7 +194,13 @@ def setting_columns() -> dict[str, Column]:
                 kind += " | None"
             meaning = f"{s.meaning} Null at the default." if empty else s.meaning
             found[s.column] = Column(
-                s.column, kind, meaning, parts=s.parts, parts_repeats=s.parts_repeats, source=known.key
+                s.column,
+                kind,
+                meaning,
+                parts=s.parts,
+                parts_repeats=s.parts_repeats,
+                source=known.key,
+                default=None if s.if_set or s.null_at == known.default else known.default,
             )
     return found
 

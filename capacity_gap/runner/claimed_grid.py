@@ -1,7 +1,7 @@
 """The cells of a grid that records claim to be of: composed here from the words of its command, never run.
 
-A cell's digest is a hash of every setting that decides its result, and of what its stages are. So a record whose digest
-is that of a cell of the grid was made with these settings, by this chain. Imports no torch.
+A cell's digest is a hash of every setting that decides its result, and of what its stages are. So it names the settings
+that a record claims. Imports no torch.
 """
 
 from collections.abc import Sequence
@@ -27,6 +27,7 @@ def claimed_cells(words: Sequence[str]) -> dict[str, Claim]:
     from hydra._internal.callbacks import Callbacks
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import HydraContext, RunMode
+    from omegaconf import OmegaConf
 
     from capacity_gap.cell import config
     from capacity_gap.settings.places import CONF
@@ -43,16 +44,21 @@ def claimed_cells(words: Sequence[str]) -> dict[str, Claim]:
         sweeper = GridSweeper(params=composed.hydra.sweeper.get("params"))
         sweeper.config = composed
         sweeper.hydra_context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks())
-        jobs = sweeper.jobs(list(composed.hydra.overrides.task))
+        typed = OmegaConf.to_container(composed.hydra.overrides.task, resolve=False)  # `${seed}` is that of each cell
+        assert isinstance(typed, list)
+        jobs = sweeper.jobs(typed)
     return {digest: _claim(cell) for digest, (cell, _) in resolved(jobs, Outcome()).items()}
 
 
 def _claim(cell: Cell) -> Claim:
-    registered = cell.config.registration
+    registered, columns, stages = cell.config.registration, cell.description, cell.record.inputs
+    measured_on = (cell.tokens.digest, cell.config.evaluate.tokens, cell.sequence_length, columns.get("objective"))
     return Claim(
-        columns=cell.description,
+        columns=columns,
         trained=cell.distilled.digest,
-        text=cell.tokens.digest,
+        held_out=" ".join(map(str, measured_on)),
+        teacher=stages["evaluate_teacher"].digest,
+        stored_params=None if cell.config.prune.priority == "global" else columns["student_params"],
         vocabulary=dims(cell.teacher_shape).vocab,
         registration=file_digest(registered, key="registration") if registered else None,
         name=cell.name,
