@@ -29,6 +29,10 @@ SETTINGS = {
     "the teacher's tokens": ["family.teacher_data=2x"],
     "another corpus": ["corpus=code"],
     "batch and epochs": ["train.batch_size=8", "epochs=2"],
+    "a weight of many digits": ["distill.kd_weight=0.3333333333"],
+    "layers from both ends": ["prune.depth=3", "prune.layers=symmetric"],
+    "layers by the default score": ["prune.depth=3"],
+    "layers by another score": ["prune.depth=3", "prune.layers=block_influence"],
     "settings without columns": ["train.learning_rate=0.01", "train.schedule=wsd", "corpus.sequence_length=64"],
 }
 
@@ -64,6 +68,42 @@ def test_a_record_tells_what_a_table_leaves_to_the_command():
     ours = recorded("family=pico_gpt2", "teacher_seed=2")[1][0].description | {"loss": "square"}
     wanted = {"family": "pico_gpt2", "distill.loss": "square", "teacher_seed": "2"}
     assert record_settings([ours]) == [wanted]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["prune.layers=symmetric"], None),  # no layers go: the default cell
+        (["prune.depth=3", "prune.layers=symmetric"], "symmetric"),
+        (["prune.shape=fixed", "prune.fixed=3x32x4x80", "student=68k", "prune.layers=symmetric"], "symmetric"),
+        (["prune.depth=3"], None),
+        (["prune.layers=loss_increase"], "loss_increase"),  # no layers go, and another digest than the default
+        (["family=pico_t5", "student=50k", "teacher=180k", "prune.depth=1"], None),  # its default is from both ends
+        (["family=pythia", "student=60m", "teacher=410m", "corpus=embedded", "prune.layers=symmetric"], "symmetric"),
+        (["family=pythia", "student=60m", "teacher=410m", "corpus=embedded"], None),
+    ],
+)
+def test_the_way_layers_were_removed_is_told_where_it_is_not_the_default(words, expected):
+    """The column is null both for symmetric removal and where no layers go."""
+    (told,) = record_settings([pipeline.resolve(compose(words)).description])
+    assert told.get("prune.layers") == expected
+
+
+def test_a_table_tells_symmetric_layers_where_only_some_of_its_students_lose_layers():
+    rows = [
+        recorded("prune.layers=symmetric", *words)[0] for words in (["student=60k"], ["student=60k", "prune.depth=3"])
+    ]
+    frame = pd.concat(rows).assign(settings=None)
+    frame["settings"] = [None, None, "prune.depth=3", "prune.depth=3"]
+    assert "prune.layers=symmetric" in table_settings(frame).overrides
+    frame["prune_layers"] = [None, None, None, "loss_increase"]
+    assert not [o for o in table_settings(frame).overrides if "layers" in o], "they differ"
+
+
+def test_numbers_keep_all_their_digits():
+    frame, _ = recorded()
+    told = table_settings(frame.assign(kd_weight=0.1 + 0.2, batch=1048576.0))
+    assert set(told.overrides) == {"distill.kd_weight=0.30000000000000004", "train.batch_size=1048576"}
 
 
 @pytest.fixture

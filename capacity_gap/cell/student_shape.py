@@ -1,15 +1,19 @@
 """The sizes of the student that a cell cuts. Imports no torch."""
 
+from collections.abc import Mapping
 from math import gcd
+from typing import Any
 
 from capacity_gap.cell.config import RunConfig
 from capacity_gap.cell.named_models import unsaid_student
 from capacity_gap.cell.recipes import multiples
 from capacity_gap.models.axes import architecture, dims
-from capacity_gap.models.ladders import Family
+from capacity_gap.models.ladders import FAMILIES, Family
 from capacity_gap.pruning.common_shape import student_shape
+from capacity_gap.pruning.prune_config import SHAPES, PruneConfig
 from capacity_gap.pruning.shape import Shape
-from capacity_gap.settings.errors import ConfigError, ImpossibleCell
+from capacity_gap.settings.errors import ConfigError, ImpossibleCell, UserError
+from capacity_gap.settings.scales import parse_scale
 
 
 def shaped(config: RunConfig, ladder: Family, origin: str, target: int) -> tuple[Shape, int]:
@@ -69,3 +73,25 @@ def layers_told(config: RunConfig, ladder: Family, origin: str, shape: Shape) ->
     """What a record holds on layer removal if it was left at its default and some teacher of the ladder needs it."""
     usual = None if config.prune.layers else usual_layer_score(config, ladder, origin, shape)
     return {"prune_layers": usual} if usual else {}
+
+
+def usual_layer_score_of(row: Mapping[str, Any], settings: Mapping[str, str]) -> str | None:
+    """The default way to remove layers for a record's student: empty where it is none, None where columns do not tell.
+
+    Args:
+        row: its columns.
+        settings: its non-default settings that have no column.
+    """
+    depth, shape = settings.get("prune.depth"), row.get("shape") or "common"
+    fixed = None if shape in SHAPES else shape
+    if row.get("family") not in FAMILIES:  # a ladder of the user's own: its rungs' layers are not known
+        return DEEP if depth or fixed else None
+    ladder = FAMILIES[row["family"]]
+    try:
+        prune = PruneConfig(shape="fixed" if fixed else shape, fixed=fixed, depth=int(depth) if depth else None)
+        config = RunConfig(student=str(row["student"]), prune=prune)
+        origin = ladder.rung(str(row.get("reference") or row["teacher"]))
+        target = ladder.student_params(parse_scale(config.student, key="student"))
+        return usual_layer_score(config, ladder, origin, shaped(config, ladder, origin, target)[0]) or ""
+    except (KeyError, ValueError, UserError):  # a table that lacks columns, or students that this version cannot make
+        return None

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from capacity_gap.cell.config import TUNING, RunConfig
 from capacity_gap.cell.recipes import EMBEDDED, RECIPES, Recipe
+from capacity_gap.cell.student_shape import DEEP, usual_layer_score_of
 from capacity_gap.data.corpora import CORPORA
 from capacity_gap.distill.distill_config import SIGNAL_SIZE
 from capacity_gap.models.ladders import FAMILIES
+from capacity_gap.pruning.methods import SYMMETRIC
 from capacity_gap.settings.declare import NOTHING, Declared, walk
 
 if TYPE_CHECKING:
@@ -32,6 +34,9 @@ UNTOLD = {
 }
 # Columns that are computed from settings, and the size that the usual recipe follows from.
 COMPUTED = ("family", "teacher_data", "corpus", "shape", "start_tokens", "signal", "settings", "student_params")
+# The setting whose column is null for two values, and the columns that say for which: see `_layers`.
+LAYERS = "prune.layers"
+OF_LAYERS = ("prune_layers", "family", "student", "teacher", "reference", "init", "shape", "settings")
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ def record_settings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     import pandas as pd
 
     plain = [d for d in _plain() if d.key != "seed"]
-    columns = list(dict.fromkeys([*(str(d.setting.column) for d in plain), *COMPUTED]))
+    columns = list(dict.fromkeys([*(str(d.setting.column) for d in plain), *COMPUTED, *OF_LAYERS]))
     known: dict[tuple[str, ...], dict[str, str]] = {}
     found = []
     for row in rows:
@@ -94,11 +99,11 @@ def _told(rows: "pd.DataFrame", plain: Sequence[Declared]) -> TableSettings:
     """What the columns of these settings say, and those that are computed."""
     found: dict[str, str] = {}
     for d in plain:
-        value = _only(rows, str(d.setting.column))
+        value = _only(rows, str(d.setting.column)) if d.key != LAYERS else None
         if value is not None and not _usual(d, value, rows):
             found[d.key] = _text(value)
     untold: list[str] = [name for column, name in UNTOLD.items() if _values(rows, column)]
-    for name, value in (*_computed(rows), *_from_text(rows)):
+    for name, value in (*_computed(rows), *_layers(rows), *_from_text(rows)):
         if value is None:
             untold.append(name)
         else:
@@ -140,7 +145,8 @@ def _recipe(params: float) -> Recipe:
 
 
 def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """A value with all its digits: a rounded weight is another cell."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _computed(rows: "pd.DataFrame") -> Iterator[tuple[str, str | None]]:
@@ -163,6 +169,29 @@ def _computed(rows: "pd.DataFrame") -> Iterator[tuple[str, str | None]]:
         yield "distill.signal", signal
         if size and size != str(SIGNAL_SIZE):
             yield "distill.signal_size", size
+
+
+def _layers(rows: "pd.DataFrame") -> Iterator[tuple[str, str]]:
+    """How layers were removed, where that is not the default.
+
+    The column is null for `symmetric`, and also where no rung of the ladder has more layers than the student.
+    """
+    known = rows[[c for c in OF_LAYERS if c in rows]].drop_duplicates()
+    told = {_layers_of({str(k): v for k, v in row.items() if v == v}) for row in known.to_dict("records")}
+    # Where no layers go, symmetric removal is the default cell by another name.
+    named = told - {""} if told <= {"", SYMMETRIC, None} else told
+    yield from ((LAYERS, value) for value in named if value and len(named) == 1)
+
+
+def _layers_of(row: Mapping[str, Any]) -> str | None:
+    """How the layers of one record's student were chosen: None by the default score, empty where none went."""
+    told = str(row.get("prune_layers") or "")
+    if row.get("init") not in ("pruned", "shared"):
+        return ""
+    usual = usual_layer_score_of(row, dict(PAIR.findall(str(row.get("settings") or ""))))
+    if not told:
+        return SYMMETRIC if usual else ""
+    return None if told == (DEEP if usual is None else usual) else told
 
 
 def _from_text(rows: "pd.DataFrame") -> Iterator[tuple[str, str | None]]:
