@@ -160,12 +160,16 @@ def follower(mine, tmp_path, steps, **more):
         if callable(step):
             step()
 
+    def progress(store, cells):
+        now = View(store, cells).snapshot()
+        return now.cells, [stage.key for stage in now.running]
+
     pages = []
     followed = Follower(
         str(mine.store.root),
         tmp_path / "r.html",
         more.pop("sweep", None),
-        lambda store, cells: View(store, cells).snapshot().cells,
+        progress,
         sleep=sleep,
         say=said.append,
         **more,
@@ -283,6 +287,29 @@ def test_a_grid_that_was_killed_is_told_after_a_while(mine, tmp_path):
     followed.run()
     (idle,) = (line for line in followed.lines if line.startswith("nothing runs"))
     assert idle.startswith("nothing runs, and 6 of the cells wait: their jobs are queued, or the grid was killed.")
+
+
+def test_a_teacher_that_several_cells_share_counts_as_running(mine, tmp_path):
+    """It makes no cell run: the page neither says that nothing runs nor ends while it trains."""
+    pytest.importorskip("plotly")
+    mine.end(12)
+    shared = {key: {"name": key[-4:], "overrides": [], "stages": {"teacher/0": 9.0, key: 1.0}} for key in mine.keys}
+    note_sweep(mine.store, "mine", shared)
+    lease = mine.store.work / "teacher-0" / "lease.json"
+    lease.parent.mkdir(parents=True)
+    write_json(lease, {"owner": "me"})
+
+    def press():
+        raise KeyboardInterrupt
+
+    followed = follower(mine, tmp_path, [None, None, None, press], every_s=200)
+    followed.run()
+    assert not [line for line in followed.lines if line.startswith("nothing runs")]
+    with pytest.raises(KeyboardInterrupt), noting_stop(mine.store, "mine", mine.keys):
+        raise KeyboardInterrupt  # another start of the grid: this one still trains the teacher
+    steps = [None, None, lambda: (lease.unlink(), mine.end(18)), None]
+    followed = follower(mine, tmp_path, steps)
+    assert len(followed.run().done) == 18 and followed.missing == 0
 
 
 def test_watching_ends_with_1_if_cells_are_missing(mine, tmp_path, monkeypatch, capsys):

@@ -9,6 +9,7 @@ from capacity_gap.commands.options import COLUMNS, columns, out_file, whole
 
 if TYPE_CHECKING:
     from capacity_gap.report.content import Content
+    from capacity_gap.store.stage import Store
 
 
 def add(commands: Any) -> None:
@@ -74,13 +75,17 @@ def _follow(given: argparse.Namespace, options: Mapping[str, Any]) -> "tuple[Con
     from capacity_gap.report.watching import Follower, check_watched
     from capacity_gap.runner.progress import View
 
+    def progress(store: "Store", cells: Mapping[str, Any]) -> tuple[Mapping[str, str], list[str]]:
+        now = View(store, cells).snapshot()
+        return now.cells, [stage.key for stage in now.running]
+
     check_watched(given.source)
     print(f"{given.out} is written again whenever a cell ends; Ctrl-C ends this and not the grid", flush=True)
     follower = Follower(
         given.source,
         given.out,
         given.sweep,
-        lambda store, cells: View(store, cells).snapshot().cells,
+        progress,
         every_s=given.watch,
         options=options,
         say=lambda line: print(line, flush=True),

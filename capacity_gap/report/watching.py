@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ class Follower:
         source: the store.
         out: the page.
         sweep: only this grid.
-        progress: the state of each cell: done, running, waiting or failed (`runner.progress` gives it).
+        progress: the state of each cell: done, running, waiting or failed, and the stages that are being computed
+            (`runner.progress` gives both).
         every_s: seconds between two looks.
         options: of `gather`.
         sleep: waits so many seconds.
@@ -47,12 +48,13 @@ class Follower:
     source: str
     out: Path
     sweep: str | None
-    progress: Callable[[Store, Mapping[str, Any]], Mapping[str, str]]
+    progress: Callable[[Store, Mapping[str, Any]], tuple[Mapping[str, str], Collection[str]]]
     every_s: int = EVERY_S
     options: Mapping[str, Any] = field(default_factory=dict)
     sleep: Callable[[float], None] = time.sleep
     say: Callable[[str], None] = print
     missing: int = 0
+    stages: Collection[str] = ()  # that were being computed at the last look: several cells may share one
     plain: str = ""  # the page as it stays when nobody watches any more
 
     def run(self) -> Content:
@@ -77,7 +79,7 @@ class Follower:
                     content = self._write(_counts(states))
                     seen, took = now, time.monotonic() - began
                 # Twice, since a cell that failed may be started again by its grid.
-                ended = not waits and _ended(store, states)
+                ended = not waits and self._ended(store, states)
                 if ended and before:
                     self.say(self._end(store, states, content))
                     break
@@ -113,7 +115,7 @@ class Follower:
         every: dict[str, Any] = {}
         for cells in grids.values():
             every |= cells
-        found = self.progress(store, every)
+        found, self.stages = self.progress(store, every)
         return {name: {key: found[key] for key in cells} for name, cells in grids.items()}
 
     def _end(self, store: Store, states: Mapping[str, Mapping[str, str]], content: Content) -> str:
@@ -130,10 +132,16 @@ class Follower:
         hint = f". `{tool}` says why cells failed and how to run them again" if counts["failed"] else ""
         return "every grid has ended" + (f": {'; '.join(parts)}{hint}." if parts else "")
 
+    def _ended(self, store: Store, states: Mapping[str, Mapping[str, str]]) -> bool:
+        """Whether nothing runs, and grids in rounds were stopped or say that they have ended."""
+        if not states or _counts(states)["running"] or self.stages:
+            return False
+        return all(end_of(store, name) or stopped_cells(store, name) or not rounds_of(store, name) for name in states)
+
     def _say_idle(self, store: Store) -> None:
         """Says that nothing runs, where cells wait: a grid that was killed leaves no word."""
         counts = _counts(self._states(store))
-        if counts["waiting"] and not counts["running"]:
+        if counts["waiting"] and not counts["running"] and not self.stages:
             self.say(
                 f"nothing runs, and {counts['waiting']} of the cells wait: their jobs are queued, or the grid was "
                 "killed. If it was, Ctrl-C ends this; the grid's command goes on from what is there."
@@ -146,13 +154,6 @@ def _waits(store: Store, states: Mapping[str, Mapping[str, str]]) -> bool:
         {key for key, state in cells.items() if state == "waiting"} - stopped_cells(store, name).keys()
         for name, cells in states.items()
     )
-
-
-def _ended(store: Store, states: Mapping[str, Mapping[str, str]]) -> bool:
-    """Whether nothing runs, and grids in rounds were stopped or say that they have ended."""
-    if not states or _counts(states)["running"]:
-        return False
-    return all(end_of(store, name) or stopped_cells(store, name) or not rounds_of(store, name) for name in states)
 
 
 def _counts(states: Mapping[str, Mapping[str, str]]) -> Counter:
