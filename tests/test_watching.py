@@ -260,6 +260,16 @@ def test_what_stopped_a_grid_is_noted(mine, error, why):
     assert sweeps(mine.store).keys() == {"mine"}, "a grid that noted no cell is none"
 
 
+def test_a_stop_of_several_cells_is_kept_for_those_that_are_not_started_again(mine):
+    with pytest.raises(KeyboardInterrupt), noting_stop(mine.store, "mine", mine.keys[:4]):
+        raise KeyboardInterrupt
+    with noting_stop(mine.store, "mine", mine.keys[1:2]):
+        left = stopped_cells(mine.store, "mine")
+        assert left.keys() == {mine.keys[0], *mine.keys[2:4]}, "three still wait"
+    with noting_stop(mine.store, "mine", mine.keys):
+        assert stopped_cells(mine.store, "mine") == {}
+
+
 def test_a_cell_of_a_dead_process_is_looked_at_again(mine, tmp_path):
     """Its lease looks alive for a while, and its end changes no folder that is watched."""
     pytest.importorskip("plotly")

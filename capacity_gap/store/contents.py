@@ -3,7 +3,7 @@
 import os
 import re
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,16 +158,23 @@ def note_stop(store: Store, name: str, cells: Iterable[str], why: str) -> None:
     """Writes down why the process that ran these cells ended before them; what is left waits for another start."""
     left = [key for key in sorted(cells) if not _has_ended(store, key)]
     if left and any(part["cells"] for part in _parts(store, name)):
-        note = {"name": name, "id": sweep_id(store, name), "stopped": why, "left": left, "cells": {}}
-        write_checked(_note_file(store, name, ["stopped", *left]), note)
+        _write_stop(store, name, why, left)
 
 
 def forget_stop(store: Store, name: str, cells: Iterable[str]) -> None:
-    """These cells are started again."""
+    """These cells are started again; others that stopped with them still wait."""
     mine = set(cells)
     for part in _parts(store, name):
-        if part.get("stopped") and mine & set(part.get("left", ())):
+        before = part.get("left", ()) if part.get("stopped") else ()
+        if mine & set(before):
+            if left := [key for key in before if key not in mine]:
+                _write_stop(store, name, part["stopped"], left)
             part["file"].unlink(missing_ok=True)
+
+
+def _write_stop(store: Store, name: str, why: str, left: Sequence[str]) -> None:
+    note = {"name": name, "id": sweep_id(store, name), "stopped": why, "left": list(left), "cells": {}}
+    write_checked(_note_file(store, name, ["stopped", *left]), note)
 
 
 def stopped_cells(store: Store, name: str) -> dict[str, str]:
