@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from capacity_gap.commands import cli
 from capacity_gap.commands.possible_cells import possible
@@ -211,6 +212,23 @@ def test_a_pool_without_names_is_refused(tmp_path, capsys):
     table.to_csv(runs := tmp_path / "runs.csv", index=False)
     assert cli.main(["next", str(runs), "--goal", "law", "--pool", str(file)]) == 2
     assert "lacks student, teacher in some rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a,b", "${seed}", "it's", "x=1", "[a]", "null", "two words", "$(touch x)"])
+def test_a_name_from_a_table_stays_one_value_of_the_printed_command(name):
+    """A name is text of a file: it must not become two values, a look-up or another setting."""
+    from capacity_gap.commands.next_command import commands_for
+    from capacity_gap.fit import Candidate
+
+    rows = [{"student": "80k", "teacher": t, "data_tokens": 300_000, "seed": 0} for t in (name, "120k")]
+    found = [Candidate(cell=row, gain=0.1, cost=1.0, reason="") for row in rows]
+    made = []
+    for overrides in grids(commands_for(found, [])):
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        made.append({o.key_or_group: o.value() for o in parsed})
+    assert len(made) == 2 and {row["student"] for row in made} == {"80k"}
+    values = {OmegaConf.create({"teacher": str(row["teacher"]), "seed": 0}).teacher for row in made}
+    assert values == {name, "120k"}
 
 
 def test_published_teachers_cost_no_training_and_rungs_go_by_their_names(tmp_path, capsys):

@@ -14,6 +14,7 @@ from capacity_gap.settings.errors import ConfigError, UserError
 
 FAMILY = "the ladder of teachers, or models: FOLDER,ORG/NAME,... (default: that of the records, else pico)"
 NUMBER = re.compile(r"[-+0-9.e]+")
+SCALE = re.compile(r"[0-9][A-Za-z0-9.]*")  # such as 80k: Hydra reads it as it stands
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -274,6 +275,7 @@ def _table(found: Sequence["Candidate"], tried: int) -> list[str]:
 def commands_for(found: Sequence["Candidate"], settings: Sequence[str]) -> list[str]:
     """The fewest `run.py -m` commands that make these cells and no others."""
     from capacity_gap.report.products import grid_commands
+    from capacity_gap.runner.rerun import quoted
     from capacity_gap.settings.scales import format_scale, short_scale
 
     names = ("student", "teacher", "data", "seed", "teacher_seed")
@@ -287,4 +289,6 @@ def commands_for(found: Sequence["Candidate"], settings: Sequence[str]) -> list[
     tail = ["teacher_seed=${seed}"] if paired else []
     words = [s for s in settings if not s.startswith("store=")]
     stores = [s for s in settings if s.startswith("store=")]
-    return grid_commands(words, keys, [tuple(row[key] for key in keys) for row in rows], [*tail, *stores])
+    # A name comes from a table, so it is spelt for Hydra: `a,b` would be two values, `${x}` a look-up.
+    spelt = [tuple(v if SCALE.fullmatch(v) else quoted(v) for v in (row[key] for key in keys)) for row in rows]
+    return grid_commands(words, keys, spelt, [*tail, *stores])

@@ -31,7 +31,10 @@ def products(keys: Sequence[str], cells: Sequence[Cell]) -> list[Product]:
 
 
 def grid_commands(words: Sequence[str], keys: Sequence[str], cells: Sequence[Cell], tail: Sequence[str]) -> list[str]:
-    """The fewest `run.py -m` commands that make these cells and no others: each `words`, the axes, `tail`."""
+    """The fewest `run.py -m` commands that make these cells and no others: each `words`, the axes, `tail`.
+
+    All of them are quoted here for the shell; the values of cells must be spelt for Hydra already (`rerun.quoted`).
+    """
     return [
         shlex.join([*RUN_WORDS, "-m", *words, *(f"{k}={','.join(v)}" for k, v in zip(keys, part, strict=True)), *tail])
         for part in products(keys, cells)
