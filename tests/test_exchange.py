@@ -3,8 +3,10 @@
 import csv
 import functools
 import hashlib
+import os
 import re
 import shutil
+import sys
 
 import pandas as pd
 import pytest
@@ -16,6 +18,7 @@ from capacity_gap.records.claims import EXPORTED, IDENTITY, MEASURED, NOT_EXPORT
 from capacity_gap.records.record import NESTED, columns
 from capacity_gap.runner import claimed_grid
 from capacity_gap.runner.claimed_grid import claimed_cells
+from capacity_gap.settings.errors import ConfigError
 from capacity_gap.store.contents import note_sweep
 from capacity_gap.store.stage import Store
 from tests.conftest import ROOT, run_here
@@ -302,3 +305,22 @@ def test_a_grid_typed_with_an_interpolation_has_the_cells_that_its_run_has():
 
 def test_the_registration_of_a_claim_is_the_pages_hash(claims):
     assert {claim.registration for claim in claims.values()} == {hashlib.sha256(PAGE.read_bytes()).hexdigest()}
+
+
+def test_a_grid_of_ones_own_loss_names_its_module(tmp_path, monkeypatch, capsys):
+    """The words of --grid are typed on this command line, which may name code; a module that is not there is named."""
+    from capacity_gap.settings import extension
+
+    def composed(words):
+        raise ConfigError(f"reached with {extension.named()}")
+
+    (tmp_path / "my_square.py").write_text("seen = True")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(extension.VARIABLE, "")
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(claimed_grid, "claimed_cells", composed)
+    assert imported(tmp_path / "sent.csv", tmp_path, grid="extend=[absent] data=10m") == 2
+    assert "extend=absent: no such module" in capsys.readouterr().err
+    assert imported(tmp_path / "sent.csv", tmp_path, grid="extend=[my_square] data=10m") == 2
+    assert "reached with ['my_square']" in capsys.readouterr().err and sys.modules["my_square"].seen

@@ -310,6 +310,17 @@ def two_starts(frame):
     return frame.assign(init=np.where(np.arange(len(frame)) % 2, "random", "pruned"))
 
 
+def two_losses(frame):
+    """As records of a loss of the user's beside a usual one are: its source is a setting without a column."""
+    own = np.arange(len(frame)) % 2 == 1
+    losses = frame["loss"].to_numpy()
+    return frame.assign(
+        student_loss=losses,
+        loss=np.where(own, "square", "forward_kl"),
+        settings=np.where(own, "distill.loss.source=0a1b", None),
+    )
+
+
 def of_many_sizes(frame):
     return frame.assign(student="s", student_params=frame["student_params"] * np.linspace(1, 1.1, len(frame)))
 
@@ -317,7 +328,11 @@ def of_many_sizes(frame):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (two_starts, r"these also differ in init \(pruned, random\)"),
+        (two_starts, r"these also differ in init \(pruned, random\)\. .* such as --where init=(pruned|random)\."),
+        (
+            two_losses,
+            r"settings \(default settings, distill.loss.source=0a1b\)\. .* --where loss=(square|forward_kl)\.",
+        ),
         (lambda frame: frame[frame["teacher_params"] < 6e4], "all cells have one teacher"),
         (lambda frame: frame.drop(columns="teacher_params"), "the table lacks"),
         (of_many_sizes, "differ by .* in size"),

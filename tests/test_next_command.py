@@ -108,6 +108,18 @@ def test_command_on_a_store_keeps_the_settings_of_its_cells_and_the_teachers_tha
     assert {str(c.store_path) for c in made} == {str(store.root)}
 
 
+def test_a_store_of_ones_own_loss_names_the_variable_that_loads_it(monkeypatch):
+    """There is no config file to blame, and `next` takes no extend=."""
+    monkeypatch.setenv("CAPACITY_GAP_EXTEND", "other_loss")
+    with pytest.raises(ConfigError) as error:
+        StageCost.of(["extend=[good_loss]", "distill.loss=square"])
+    said = str(error.value)
+    assert said.startswith(
+        "This store has cells of your module good_loss: set CAPACITY_GAP_EXTEND=other_loss,good_loss"
+    )
+    assert "config file" not in said
+
+
 def test_stages_that_a_store_has_cost_nothing(tiny_cell):
     cost = StageCost(tiny_cell, Store(tiny_cell.store_path))
     there = {"student": "40k", "teacher": "55k", "data_tokens": 6000.0, "seed": "0", "teacher_seed": "0"}

@@ -27,9 +27,8 @@ def add(commands: Any) -> None:
     take = actions.add_parser("import", help=told, description=f"{told[0].upper()}{told[1:]}.")
     take.add_argument("files", nargs="+", type=Path, metavar="FILE", help="files of `records export`")
     take.add_argument("--origin", required=True, metavar="WHO", help="who ran them: small letters, digits, - and _")
-    take.add_argument(
-        "--grid", required=True, metavar="WORDS", help="what follows `run.py -m`: '+sweeps=replicate_hour data=10m'"
-    )
+    words = "what follows `run.py -m`: '+sweeps=replicate_hour data=10m'; extend=[MODULE] among them runs MODULE"
+    take.add_argument("--grid", required=True, metavar="WORDS", help=words)
     take.add_argument("--out", type=out_folder, required=True, metavar="FOLDER", help="writes FOLDER/WHO.csv")
     take.set_defaults(run=run_import)
 
@@ -61,6 +60,7 @@ def run_import(given: argparse.Namespace) -> int:
     from capacity_gap.records.claims import ORIGIN
     from capacity_gap.records.receive import receive
     from capacity_gap.runner.claimed_grid import claimed_cells
+    from capacity_gap.settings import extension
     from capacity_gap.settings.errors import ConfigError, shown
     from capacity_gap.settings.places import user_path
 
@@ -72,6 +72,7 @@ def run_import(given: argparse.Namespace) -> int:
         words = shlex.split(given.grid)
     except ValueError as error:
         raise ConfigError(f"--grid {shown(given.grid)} cannot be read: {error}.") from error
+    extension.load_named_on(words)  # typed on this command line, as `run.py extend=[…]` is
     claims = claimed_cells(words)
     files = [user_path(file) for file in given.files]
     found = receive(files, claims, given.out, origin=given.origin)

@@ -48,12 +48,17 @@ def shared_overrides(
 
 
 def base_config(overrides: Sequence[str]) -> "RunConfig":
-    """The settings that overrides make, of a cell that is planned."""
+    """The settings that overrides make, of a cell that is planned.
+
+    Raises:
+        ConfigError: they were made with a module of the user's that this command has not loaded.
+    """
     from hydra import compose, initialize_config_dir
 
     from capacity_gap.cell import config
     from capacity_gap.settings.places import CONF
 
+    _check_modules(overrides)
     config.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return config.from_hydra(compose("config", overrides=[*overrides, "plan=true"]))
@@ -101,3 +106,18 @@ class StageCost:
             }
             self.known[place] = (max(LEAST, own), kept)
         return self.known[place]
+
+
+def _check_modules(overrides: Sequence[str]) -> None:
+    """Raises where cells name a module: a store may come from elsewhere, so it does not decide what code runs here."""
+    from capacity_gap.settings import extension
+    from capacity_gap.settings.errors import shown
+
+    given = [o.partition("=")[2] for o in overrides if o.lstrip("+").startswith("extend=")]
+    names = [name for value in given for name in extension.listed(value)]
+    if lacking := [name for name in names if name not in extension.named()]:
+        every = shown(",".join(dict.fromkeys([*extension.named(), *names])))
+        raise ConfigError(
+            f"This store has cells of your module {shown(lacking[0])}: set {extension.VARIABLE}={every} and run this "
+            "command where Python finds the module. A store runs no code by itself."
+        )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
@@ -295,12 +296,23 @@ def check_alike(frame: pd.DataFrame) -> None:
     """Raises where cells differ in settings that part curves."""
     differ = [c for c in BY if c in frame and c not in CELLS_ASIDE and frame[c].nunique(dropna=False) > 1]
     if differ:
-        some = {c: ", ".join(map(str, frame[c].unique()[:4])) for c in differ}
+        some = {c: ", ".join(_value(c, v) for v in frame[c].unique()[:4]) for c in differ}
         said = "; ".join(f"{c} ({values})" for c, values in some.items())
+        # Cells of two objectives may differ in a digest besides: the objective's name is easier to type.
+        named = [c for c in ("loss",) if c in frame and frame[c].map(lambda v: isinstance(v, str)).all()]
+        column = next(c for c in (*named, *differ) if frame[c].nunique(dropna=False) > 1)
+        value = "none" if pd.isna(last := frame[column].iloc[-1]) else last
         raise ValueError(
             "one joint model needs cells that differ only in student, teacher, budget and seeds; these also differ "
-            f"in {said}."
+            f"in {said}. Keep the cells of one value, such as --where {shlex.quote(f'{column}={value}')}."
         )
+
+
+def _value(column: str, value: Any) -> str:
+    """A value of a column; `none` where it has none, as `--where` calls it."""
+    if not pd.isna(value):
+        return str(value)
+    return "default settings" if column == "settings" else "none"
 
 
 @threadpool_limits.wrap(limits=1)

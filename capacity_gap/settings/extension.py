@@ -79,8 +79,14 @@ def load_named_on(arguments: Sequence[str]) -> None:
         if key == "extend" and not (value.startswith("[") and value.endswith("]") and value.count("[") == 1):
             raise ConfigError(f"extend={shown(value)}: use one list for all cells, such as extend=[my_module].")
         if key == "extend":
-            names += [name.strip(" '\"") for name in value.strip("[] ").split(",")]
-    load(name for name in names if name)
+            names += listed(value)
+    load(names)
+
+
+def listed(value: str) -> list[str]:
+    """The modules of `[first, second]`, as an override spells them."""
+    names = (name.strip(" '\"") for name in value.strip("[] ").split(","))
+    return [name for name in names if name]
 
 
 def check(names: Sequence[str]) -> None:
