@@ -294,6 +294,14 @@ def test_a_student_that_two_cells_recorded_is_drawn_and_paid_for_once(tmp_path):
     assert sum(len(p.rows) for p in found.panels) == len(frame)
 
 
+def test_cells_of_two_origins_cost_twice():
+    """Each ran them, its teachers too."""
+    frame = grid(family="pico", teacher_seed=0, teacher_tokens=1).assign(trained=lambda t: t["cell"])
+    both = pd.concat([frame.assign(origin=who) for who in ("lab-a", "lab-b")], ignore_index=True)
+    one, two = content.costs(frame.assign(origin=None)), content.costs(both)
+    assert (two["students"], two["teachers"]) == (2 * one["students"], 2 * one["teachers"])
+
+
 def test_commands_make_the_grid_again():
     cells = [
         {"overrides": [f"student={s}", f"teacher={t}", "+sweeps=quick", "hydra.x=1", "store=here"]}

@@ -337,10 +337,11 @@ def once(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def costs(done: pd.DataFrame) -> dict[str, float | None]:
-    """What the cells took, each student and each teacher counted once; None for what no cell recorded."""
+    """What the cells took, each student and each teacher counted once per origin; None for what no cell recorded."""
     if "trained" in done:
-        done = done[done["trained"].isna() | ~done.duplicated("trained")]
-    which = [c for c in ("family", "teacher", "teacher_seed", "teacher_tokens") if c in done]
+        again = done.duplicated([c for c in ("trained", "origin") if c in done])
+        done = done[done["trained"].isna() | ~again]
+    which = [c for c in ("family", "teacher", "teacher_seed", "teacher_tokens", "origin") if c in done]
     teachers = done.drop_duplicates(which) if which else done
     return {
         "students": _total(done, "train_flops"),
