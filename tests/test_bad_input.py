@@ -174,6 +174,7 @@ GIVEN = [
     (["-m", "teacher=glob(*)"], "this grid has no cell"),
     (["-m", "student=range(1,10000000000)"], "more than 100,000 combinations"),
     (["-m", "hydra.sweeper.max_batch_size=0"], "hydra.sweeper.max_batch_size=0 is out of range. Allowed: 1 to 100,000"),
+    (["-m", "hydra.launcher.n_jobs=2"], "Add hydra/launcher=joblib (or slurm, ray)."),
     (["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=0"], "hydra.launcher.n_jobs=0 is out of range"),
     (["+sweeps=quick"], "gives student, teacher several values: a grid needs -m"),
     (["student='60k,90k'"], "or a sweep file with them under `hydra.sweeper.params`"),

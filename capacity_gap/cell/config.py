@@ -296,6 +296,11 @@ def unknown_key(key: str) -> str:
             f"sweeps is not a setting: a named grid is `{' '.join(RUN_WORDS)} -m +sweeps=NAME`, with the +, and its "
             "file begins with the line `# @package _global_`."
         )
+    if key.startswith("hydra.launcher."):
+        return (
+            f"{shown(key)} is no setting of this grid's launcher; cells run one after another unless one is named. Add "
+            "hydra/launcher=joblib (or slurm, ray)."
+        )
     keys = [d.key for d in walk(RunConfig)]
     section = key.rpartition(".")[0] if key.rpartition(".")[0] in _sections() else ""
     siblings = [k for k in keys if k.rpartition(".")[0] == section]
