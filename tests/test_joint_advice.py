@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from benchmarks.joint_coverage import QUIET
 from capacity_gap.commands import cli
 from capacity_gap.fit import fit_joint
 from capacity_gap.models.ladders import family
+from capacity_gap.report import page
 from capacity_gap.report.joint_tables import best_table, even_table, plot_joint, ratio
 from capacity_gap.report.recommend import read_fit, recommend
 from tests.small_models import small_model
@@ -63,6 +65,22 @@ def test_a_break_even_budget_alone_decides_by_tokens(two, tokens, best):
     assert found.advice == (f"Take {best}." if best else "No rung is recommended."), "which is established"
 
 
+def test_without_an_optimum_no_command_gives_rungs_a_probability(tmp_path, capsys):
+    """Without its largest teacher study one has a break-even budget and no optimum."""
+    frame = study_one()
+    for teachers, odds in ((frame["teacher"] != "900k", False), (frame["teacher"] != "", True)):
+        frame[teachers].to_csv(tmp_path / "runs.csv", index=False)
+        assert cli.main(["fit", str(tmp_path / "runs.csv"), "--joint"]) == 0
+        said = capsys.readouterr().out
+        assert ("best rung: " in said, "no rung has a probability of being best" in said) == (odds, not odds)
+        assert ("cells: break_even" in said) is not odds
+        fit = fit_joint(frame[teachers])
+        found = recommend(PICO, 55_000, 300_000, None, None, held(fit))
+        assert any(r.probability is not None for r in found.rungs) is odds
+        tables = page._joint(SimpleNamespace(joint=fit))["tables"]
+        assert len(tables) == 1 + odds, "the report has the table of likeliest rungs beside that of break-even budgets"
+
+
 def test_what_lies_far_beyond_a_fit_is_called_a_guess_before_its_number(one, two):
     near = recommend(PICO, 150_000, 1_000_000, None, None, one).summary()
     assert "EXTRAPOLATES: the student lies 1.37 times beyond the 39.9k to 110k parameters" in near
@@ -73,7 +91,9 @@ def test_what_lies_far_beyond_a_fit_is_called_a_guess_before_its_number(one, two
     assert "No rung that can hold the student is near the teachers of the fit" in far
     assert "The fit compared teachers of 120k and 900k parameters; this ladder has no two rungs near these" in other
     for said in (far, other):
-        assert said.endswith("No rung is recommended.") and said.count("EXTRAPOLATES") == 3 and "P(best)" in said
+        assert said.endswith("`fit` then says at how many tokens the larger one begins to win.")
+        assert "\nNo rung is recommended. Two teachers at two budgets near your own scale" in said
+        assert said.count("EXTRAPOLATES") == 3 and "P(best)" in said
     guess = recommend(PICO, 55_000, 30_000_000, None, None, one)
     (line,) = (text for text in guess.findings if "GUESS" in text)
     assert line.startswith("GUESS: ") and guess.best is None

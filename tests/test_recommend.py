@@ -77,10 +77,10 @@ def test_rungs_beyond_the_teachers_of_a_law_are_marked_and_never_taken_firmly():
     rows = {line.split()[0]: line for line in found.summary().splitlines()[2:10]}
     assert rows["600k"].endswith("extrapolated: beyond the teachers of the fit")
     assert "extrapolated" not in rows["400k"] and found.advice == "Take 270k."
+    assert rows["600k"].split()[2:4] == ["–", "–"] and rows["400k"].split()[2].endswith("%")
     high = a_law(optima=optima, draws=[[np.log(6.0), 1.0]])
     assert recommend(PICO, 100_000, 1_000_000, high, None).advice == (
-        "600k is the best guess so far (extrapolated: beyond the teachers of the fit). It has the least regret; its "
-        "P(best) is 100%."
+        "600k is the best guess so far (extrapolated: beyond the teachers of the fit)."
     )
 
 
@@ -134,6 +134,38 @@ def test_where_nothing_is_known_nothing_is_recommended():
     answer = recommend(PICO, 100_000, 1_000_000, law, None)
     assert (answer.basis, answer.best) == ("nothing", None)
     assert "No rung is recommended." in answer.summary()
+
+
+@pytest.mark.parametrize("status", ["flat", "right_edge"])
+def test_far_from_a_fit_without_a_law_the_last_line_says_what_to_run(status):
+    """Whether no curve bounds the best teacher or bounds alone are known."""
+    optima = [optimum(n, status, interval=(4.5, None)) for n in (5e4, 1e5)]
+    law = a_law(status="no_optimum", ratio=None, ratio_interval=None, optima=optima)
+    far = recommend(family("qwen2_5"), 10**9, 20 * 10**9, law, None)
+    assert far.advice.startswith("No rung is recommended")
+    assert far.advice.endswith("`fit` then says at how many tokens the larger one begins to win.")
+    assert "Two teachers at two budgets" not in recommend(PICO, 100_000, 1_000_000, law, None).summary()
+
+
+def test_far_from_a_surface_the_last_line_says_what_to_run():
+    surface = fit_surface(grid(valley, noise=0.002).assign(family="pico"), **QUICK)
+    untested = replace(surface, span={**surface.span, "ratio": (900.0, 1000.0)})
+    far = recommend(PICO, 100_000, 1_000_000, None, untested)
+    assert (far.basis, far.best) == ("nothing", None) and "Two teachers at two budgets near your own" in far.advice
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("joint.json", "fit STORE --joint --out DIR`, then `recommend … --fit DIR/joint.json`"),
+        ("law.json", "fit STORE --surface --out DIR`, then `recommend … --fit DIR/law.json`"),
+        ("other.json", "fit STORE --surface --out DIR`, then `recommend … --fit DIR/law.json`"),
+    ],
+)
+def test_a_missing_fit_names_the_command_that_makes_that_file(tmp_path, name, said):
+    with pytest.raises(UserError) as error:
+        read_fit(tmp_path / name)
+    assert said in str(error.value)
 
 
 def test_a_surface_stands_in_where_there_is_no_law():

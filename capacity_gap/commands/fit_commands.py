@@ -145,17 +145,22 @@ def _print_deciding(frame, source: str) -> None:  # type: ignore[no-untyped-def]
 def _joint_lines(fit: Any) -> Iterator[str]:
     """What the model of all cells says, line by line."""
     from capacity_gap.settings.scales import short_scale
+    from capacity_gap.wording.fit_words import ESTABLISHED
 
     cells = fit.joint.cells
     yield f"one model of all {len(cells.y)} cells: {fit.status}"
     yield f"  {fit.verdict()}"
+    odds = fit.status in ESTABLISHED
+    if fit.curve.powers and not odds:
+        yield "  no rung has a probability of being best, since no optimum is established (docs/joint.md)"
     for student in fit.students.values():
         for tokens in fit.budgets if fit.curve.powers else []:
             best = fit.best_teacher(student, tokens)
-            likely = ", ".join(f"{name} {p:.0%}" for name, p in best.probabilities.items() if p >= SHOWN)
+            likely = [f"{name} {p:.0%}" for name, p in best.probabilities.items() if odds and p >= SHOWN]
+            told = f"; best rung: {', '.join(likely)}" if likely else ""
             at = f" at {short_scale(tokens)} tokens" if tokens is not None else ""
             size = f"{short_scale(best.params)} (95 % {span(best.interval)})" if best.params == best.params else NOWHERE
-            yield f"  student {short_scale(student)}{at}: {size}; best rung: {likely}"
+            yield f"  student {short_scale(student)}{at}: {size}{told}"
         if "d" in fit.curve.terms:
             even = fit.break_even(student)
             if even.tokens != even.tokens:

@@ -10,6 +10,11 @@ from capacity_gap.settings.scales import format_scale
 
 BOUNDS = "No rung is recommended: nothing was established. Who must choose takes"
 BEYOND = "extrapolated: beyond the teachers of the fit"
+EXTRAPOLATES = "this EXTRAPOLATES"  # how a warning begins that the question lies outside the fit
+NEAR_OWN = (
+    "Two teachers at two budgets near your own scale say more: `fit` then says at how many tokens the larger one "
+    "begins to win."
+)
 LIKE = 0.1  # log: sizes this close are one
 
 Array = np.ndarray
@@ -21,7 +26,7 @@ class Rung:
 
     `probability` that it is the best of the ladder and `regret` (expected loss above the best, nats per token) are None
     where the fit cannot say; `allowed` counts the curves whose bounds do not rule it out, where only those are known.
-    `beyond`: it is smaller or larger than all teachers of the fit.
+    `beyond`: it is smaller or larger than all teachers of the fit; its probability and regret are then not printed.
     """
 
     name: str
@@ -69,8 +74,8 @@ class Recommendation:
             f"{'allowed ' if bounds else ''}{'FLOPs':>9}",
         ]
         for r in self.rungs:
-            chance = "–" if r.probability is None else f"{r.probability:.0%}"
-            regret = "–" if r.regret is None else f"{r.regret:.4f}"
+            chance = "–" if r.probability is None or r.beyond else f"{r.probability:.0%}"
+            regret = "–" if r.regret is None or r.beyond else f"{r.regret:.4f}"
             allowed = f"{'–' if r.allowed is None else r.allowed:>7} " if bounds else ""
             row = f"{r.name:>8} {r.ratio:>15.2f} {chance:>8} {regret:>12} {allowed}{r.flops:>9.2g}"
             lines.append(row + (f"  {r.remarks}" if r.remarks else ""))
@@ -79,11 +84,11 @@ class Recommendation:
 
     @property
     def advice(self) -> str:
-        """What to take, as firmly as the fit allows."""
-        if self.best is None:
-            return "No rung is recommended."
-        if self.basis == "bounds":
-            return f"{BOUNDS} {self.best}."
+        """What to take, as firmly as the fit allows; outside the fit, which runs would say more."""
+        outside = any(w.startswith(EXTRAPOLATES) for w in self.warnings)
+        if self.best is None or self.basis == "bounds":
+            said = f"{BOUNDS} {self.best}." if self.best else "No rung is recommended."
+            return f"{said} {NEAR_OWN}" if outside else said
         best = next(r for r in self.rungs if r.name == self.best)
         doubts = [
             *([self.doubt] if self.doubt else []),
@@ -93,7 +98,7 @@ class Recommendation:
         if not doubts:
             return f"Take {self.best}."
         guess = f"{self.best} is the best guess so far ({'; '.join(doubts)})."
-        if best.probability is None:
+        if best.probability is None or best.beyond:
             return guess
         least = "It has the least regret; its" if best.regret is not None else "Its"
         return f"{guess} {least} P(best) is {best.probability:.0%}."
@@ -103,7 +108,7 @@ def _legend(bounds: bool) -> list[str]:
     """The columns in words."""
     return [
         "P(best): probability that a rung gives the least loss of these. Regret: its expected loss above the least. "
-        "–: the fit does not say.",
+        "–: the fit does not say, or the rung lies beyond its teachers.",
         "FLOPs: of the student's training and the teacher's forward passes."
         + (" Allowed: curves of the fit whose bounds do not rule a rung out." if bounds else ""),
         "",

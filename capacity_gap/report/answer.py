@@ -13,11 +13,10 @@ from capacity_gap.report.plots import LOSSES
 from capacity_gap.settings.places import TOOL_WORDS
 from capacity_gap.settings.scales import short_scale
 from capacity_gap.wording.curve_words import CurveWords, curve_words, ladder, listed
-from capacity_gap.wording.fit_words import JOINTS
+from capacity_gap.wording.fit_words import ESTABLISHED, JOINTS
 from capacity_gap.wording.intervals import span
 
 MOST = 4  # students that the first screen names
-ESTABLISHED = ("law", "provisional")  # of the model of all cells: it has an optimum
 LEVEL = 0.05  # p above which permuted data do too well
 
 

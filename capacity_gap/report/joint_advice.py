@@ -8,6 +8,7 @@ from typing import Any
 from capacity_gap.fit.joint_curve import JointCurve
 from capacity_gap.fit.joint_fit import Answers, BreakEven
 from capacity_gap.report.advice import (
+    EXTRAPOLATES,
     Ask,
     Recommendation,
     Rung,
@@ -17,16 +18,14 @@ from capacity_gap.report.advice import (
     short,
     with_range,
 )
+from capacity_gap.wording.fit_words import ESTABLISHED
 from capacity_gap.wording.intervals import span
 
 NEAR = 0.1  # log: sizes this close are one
 LIKE = math.log(1.5)  # rungs this close to two compared teachers stand for them
 FAR = math.log(10.0)  # beyond the sizes and budgets of a fit: what is said there is a guess
 GUESS = "GUESS: "
-NEARER = (
-    "Nothing is recommended so far from the fit. Two teachers at two budgets near your own scale say more: `fit` then "
-    "says at how many tokens the larger one begins to win."
-)
+NEARER = "Nothing is recommended so far from the fit."
 
 
 def by_joint(ask: Ask, held: Mapping[str, Any], told: list[str]) -> Recommendation | None:
@@ -46,7 +45,7 @@ def by_joint(ask: Ask, held: Mapping[str, Any], told: list[str]) -> Recommendati
     away, warnings = _outside(ask, answers.curve, held.get("budget"))
     warnings += other_family(ask, held["families"])
     guess = GUESS if away > FAR else ""
-    if held["status"] in ("law", "provisional"):
+    if held["status"] in ESTABLISHED:
         return _by_optimum(ask, answers, held, told, warnings, guess)
     if held["status"] == "break_even":
         return _by_break_even(ask, answers, told, warnings, guess)
@@ -70,12 +69,12 @@ def _outside(ask: Ask, curve: JointCurve, budget: float | None) -> tuple[float, 
         if far > 0.03:
             span = between(math.exp(low + mean), math.exp(high + mean))
             said.append(
-                f"this EXTRAPOLATES: the {what} lies {short(math.exp(far))} times beyond the {span} {unit} of the fit"
+                f"{EXTRAPOLATES}: the {what} lies {short(math.exp(far))} times beyond the {span} {unit} of the fit"
             )
     if (far := max(tried[0] - float(ask.x[-1]), float(ask.x[0]) - tried[-1])) > NEAR:
         farthest = max(farthest, far)
         span = between(math.exp(tried[0]), math.exp(tried[-1]))
-        said.append(f"this EXTRAPOLATES: no rung is among the teachers of {span} parameters that were tried")
+        said.append(f"{EXTRAPOLATES}: no rung is among the teachers of {span} parameters that were tried")
     return farthest, said
 
 

@@ -16,7 +16,7 @@ from capacity_gap.report.plots import LOSSES
 from capacity_gap.report.rounds import by_what, end_line, rounds_table
 from capacity_gap.settings.errors import UserError
 from capacity_gap.store.files import write_text
-from capacity_gap.wording.fit_words import LAWS
+from capacity_gap.wording.fit_words import ESTABLISHED, LAWS
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -240,7 +240,8 @@ def _joint(content: Content) -> dict[str, Any] | None:
     found = content.joint
     scatter = ", ".join(f"{name} {1e3 * sd:.1f}" for name, sd in found.sds.items())
     tests = ", ".join(f"{name}: p = {p:.2g}" for name, p in found.tests().items())
-    tables = [table for table in (best_table(found), even_table(found)) if table[1]]
+    best = [best_table(found)] if found.status in ESTABLISHED else []
+    tables = [table for table in (*best, even_table(found)) if table[1]]
     return {"status": found.status, "verdict": found.verdict(), "tables": tables, "sds": scatter, "tests": tests}
 
 

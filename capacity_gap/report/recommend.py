@@ -19,6 +19,7 @@ from capacity_gap.models.ladders import Family, Shape
 from capacity_gap.pruning.common_shape import common_shape
 from capacity_gap.pruning.shape import TOLERANCE, choose_shape, sized, unfit
 from capacity_gap.report.advice import (
+    EXTRAPOLATES,
     Ask,
     Recommendation,
     Rung,
@@ -38,8 +39,10 @@ from capacity_gap.surfaces.teacher import FLAT_NATS, best_teacher
 from capacity_gap.wording.intervals import span
 
 PUBLISHED_FIT = RESULTS / "pico" / "law.json"
+MADE_BY = {"joint.json": "--joint", "law.json": "--surface", "surface.json": "--surface"}  # options of `fit`
 DRAWS = 4000  # where a law brings none of its own
 Z = 1.96
+NO_RATIO = f"{EXTRAPOLATES}: no rung has a ratio that was tested"
 
 Array = np.ndarray
 
@@ -56,9 +59,10 @@ def read_fit(file: Path | None) -> tuple[dict[str, Any] | None, SurfaceFit | Non
     if not path.is_file():
         what = f"--fit={path} does not exist"
         what = what if file else f"the published fit, {path.name} of results/pico, is not here"
+        name = path.name if path.name in MADE_BY else "law.json"
         raise UserError(
-            f"{what}. Make one: `python -m capacity_gap fit STORE --surface --out DIR`, then "
-            "`recommend … --fit DIR/law.json`."
+            f"{what}. Make one: `python -m capacity_gap fit STORE {MADE_BY[name]} --out DIR`, then `recommend … --fit "
+            f"DIR/{name}`."
         )
     try:
         given = json.loads(path.read_text())
@@ -215,10 +219,10 @@ def _by_surface(ask: Ask, surface: SurfaceFit, told: list[str]) -> Recommendatio
     choice = best_teacher(surface, student_params=ask.student_count, data_tokens=float(ask.tokens))
     findings = [*told, *_surface_findings(surface, choice.status, choice.ratio, choice.interval)]
     away = surface.outside(student_params=ask.student_count, data_tokens=float(ask.tokens), teacher_params=1.0)
-    warnings = [f"this EXTRAPOLATES in {_known(surface, k)}" for k in away if k not in ("teacher_params", "ratio")]
+    warnings = [f"{EXTRAPOLATES} in {_known(surface, k)}" for k in away if k not in ("teacher_params", "ratio")]
     warnings += other_family(ask, surface.families)
     if not tested:
-        return answer(ask, "nothing", None, untested, findings, [*warnings, "no rung has a ratio that was tested"])
+        return answer(ask, "nothing", None, untested, findings, [*warnings, NO_RATIO])
     if choice.status == "flat":
         return answer(ask, "surface", tested[0].name, (*tested, *untested), findings, warnings)
     teachers = np.array([r.ratio * ask.student_count for r in tested])
@@ -257,7 +261,7 @@ def _by_bounds(ask: Ask, optima: Sequence[Mapping[str, Any]], told: list[str]) -
     bounding = [o for o in optima if o["status"] in ("interior", "left_edge", "right_edge")]
     if not bounding:
         findings = [*told, *([_made_on(optima)] if optima else []), "No curve bounds the best teacher on any side."]
-        return answer(ask, "nothing", None, ask.rungs, findings, [])
+        return answer(ask, "nothing", None, ask.rungs, findings, _extrapolation(ask, optima) if optima else [])
     ask = _marked(ask, bounding)
     rungs = [replace(r, allowed=sum(_allows(o, r.ratio) for o in bounding)) for r in ask.rungs]
     most = max(r.allowed or 0 for r in rungs)
@@ -334,13 +338,13 @@ def _extrapolation(ask: Ask, optima: Sequence[Mapping[str, Any]]) -> list[str]:
     if not low * (1 - TOLERANCE) <= ask.student_count <= high * (1 + TOLERANCE):
         over = ask.student_count > high
         times = f"{short(ask.student_count / high)} times the largest" if over else "below the smallest"
-        found.append(f"this EXTRAPOLATES: the student is {times} in the fit; what is said supposes that it holds there")
+        found.append(f"{EXTRAPOLATES}: the student is {times} in the fit; what is said supposes that it holds there")
     per = [o["data_tokens"] / o["student_params"] for o in optima if o.get("data_tokens")]
     asked = ask.tokens / ask.student_count
     if per and not min(per) * 0.97 <= asked <= max(per) * 1.03:
         found.append(
-            f"{asked:.3g} tokens per parameter lie outside the fit ({min(per):.3g} to {max(per):.3g}); the best "
-            "teacher is known to move with the budget"
+            f"{EXTRAPOLATES}: {asked:.3g} tokens per parameter lie outside the fit ({min(per):.3g} to {max(per):.3g}); "
+            "the best teacher is known to move with the budget"
         )
     return [*found, *other_family(ask, sorted({o["family"] for o in optima if o.get("family")}))]
 

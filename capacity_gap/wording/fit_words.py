@@ -22,6 +22,7 @@ JOINTS = {
     "break_even": "no best teacher, but a break-even budget",
     "no_optimum": "no best teacher and no break-even budget",
 }
+ESTABLISHED = ("law", "provisional")  # of `JOINTS`: there is an optimum, so rungs have a probability of being best
 
 
 class OfLaw(Protocol):
