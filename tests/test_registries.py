@@ -190,7 +190,9 @@ def test_a_module_of_the_users_adds_a_loss_a_score_a_corpus_and_a_family(launche
         *GRID, f"store={tmp_path / 'store'}", *workers, CAPACITY_GAP_EXTEND="my_entries", cwd=tmp_path, check=False
     )
     assert "2 reused" in again.stdout, again.stderr
-    (tmp_path / "my_entries.py").write_text(MINE.replace("one + two", "one + 2 * two"))
+    (tmp_path / "my_entries.py").write_text(
+        MINE.replace("one + two, by_one + by_two", "one + 2 * two, by_one + 2 * by_two")
+    )
     edited = run_py(*GRID, "extend=[my_entries]", "plan=true", f"store={tmp_path / 'store'}", cwd=tmp_path, check=False)
     assert "plan: 2 cells, 0 of them recorded" in edited.stdout, edited.stdout
 

@@ -231,7 +231,7 @@ def run_recommend(given: argparse.Namespace) -> int:
     law, surface, joint = read_fit(given.fit)
     try:
         told = recommend(ladder, student, tokens, law, surface, joint).summary()
-    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         if given.fit is None or isinstance(error, UserError):
             raise
         why = f"{type(error).__name__}: {shown(error)}"
