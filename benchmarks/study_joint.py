@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
+from benchmarks.intervals import interval
 from benchmarks.study_arms import Arm
 from benchmarks.study_tables import markdown, within
 from capacity_gap.fit import JointFit, SurfaceFit, fit_joint, fit_surface
@@ -91,8 +91,8 @@ def weights_table(arms: list[Arm]) -> str:
 
 def _mean(values: pd.Series) -> str:
     """Mean over seeds with a t-interval."""
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std() / math.sqrt(len(values))
-    return f"{values.mean():+.3f} ± {half:.3f}".replace("-", "−")
+    mean, half = interval(values.to_numpy())
+    return f"{mean:+.3f} ± {half:.3f}".replace("-", "−")
 
 
 def standing_table(fit: JointFit, arm: Arm) -> str:

@@ -63,6 +63,7 @@ def run_import(given: argparse.Namespace) -> int:
     from capacity_gap.settings import extension
     from capacity_gap.settings.errors import ConfigError, shown
     from capacity_gap.settings.places import user_path
+    from capacity_gap.settings.scales import counted
 
     if not ORIGIN.fullmatch(given.origin):
         raise ConfigError(
@@ -79,8 +80,8 @@ def run_import(given: argparse.Namespace) -> int:
     print(f"{found.cells} of {len(claims)} cells of this grid, {found.new} of them new, are in {found.file}.")
     _say_lacking(found.lacking, f"Not there from {given.origin}")
     if found.changed:
-        cells = "1 cell was" if found.changed == 1 else f"{found.changed} cells were"
-        print(f"note: {cells} made with source that no commit names.")
+        verb = "was" if found.changed == 1 else "were"
+        print(f"note: {counted(found.changed, 'cell')} {verb} made with source that no commit names.")
     return 0
 
 

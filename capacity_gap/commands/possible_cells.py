@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from capacity_gap.commands.stage_costs import base_config, cell_settings
 from capacity_gap.settings.errors import ConfigError, ImpossibleCell, UserError
+from capacity_gap.settings.scales import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -103,6 +104,6 @@ def _left_out(pool: "pd.DataFrame", causes: Causes) -> list[str]:
         if pair in causes:
             counts[causes[pair]] = counts.get(causes[pair], 0) + 1
     return [
-        f"{n} cell{'s' * (n > 1)} of the pool cannot run and {'are' if n > 1 else 'is'} left out: {cause}"
+        f"{counted(n, 'cell')} of the pool cannot run and {'are' if n > 1 else 'is'} left out: {cause}"
         for cause, n in counts.items()
     ]

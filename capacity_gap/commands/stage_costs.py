@@ -1,5 +1,6 @@
 """What cells of a store cost: FLOPs of the stages that the store lacks, each counted once."""
 
+import functools
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -53,15 +54,20 @@ def base_config(overrides: Sequence[str]) -> "RunConfig":
     Raises:
         ConfigError: they were made with a module of the user's that this command has not loaded.
     """
+    _check_modules(overrides)
+    return _composed((*overrides, "plan=true"))
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...]) -> "RunConfig":
     from hydra import compose, initialize_config_dir
 
     from capacity_gap.cell import config
     from capacity_gap.settings.places import CONF
 
-    _check_modules(overrides)
     config.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return config.from_hydra(compose("config", overrides=[*overrides, "plan=true"]))
+        return config.from_hydra(compose("config", overrides=[*overrides]))
 
 
 def cell_settings(cell: Mapping[str, Any]) -> dict[str, Any]:

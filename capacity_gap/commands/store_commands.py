@@ -193,6 +193,7 @@ def _commands(store: "Store", files: "Sequence[Path]") -> list[str]:
 
 
 def _forget(store: "Store", given: argparse.Namespace) -> int:
+    from capacity_gap.settings.scales import counted
     from capacity_gap.store.contents import forget_failed
 
     names = forget_failed(store, given.failed or None)
@@ -202,7 +203,7 @@ def _forget(store: "Store", given: argparse.Namespace) -> int:
         print("No cell of a sweep has failed: nothing to forget.")
         return 0
     print(
-        f"Removed: {len(names)} failed cell{'' if len(names) == 1 else 's'} from {given.failed or 'all sweeps'}, and "
+        f"Removed: {counted(len(names), 'failed cell')} from {given.failed or 'all sweeps'}, and "
         "the records of their failures, unless another sweep has the cell.\n"
         "Kept: everything computed, checkpoints, logs and all other cells. "
         f"`{' '.join(TOOL_WORDS)} store gc {store.root}` lists what nothing needs any more."

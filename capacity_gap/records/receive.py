@@ -12,6 +12,7 @@ from typing import Any
 from capacity_gap.records.claims import SAME, Claim, Row, faults, read_rows, same, write_rows
 from capacity_gap.records.record import NESTED, RESULT_FIELDS
 from capacity_gap.settings.errors import UserError, shown
+from capacity_gap.settings.scales import counted
 
 MOST_FAULTS = 50  # that are listed
 SAME_TEXT = 1e-6  # relative: bytes a token of the same held-out text
@@ -131,7 +132,7 @@ def receive(files: Sequence[Path], claims: Mapping[str, Claim], folder: Path, *,
     if not wrong:
         wrong = contradictions(mine, known, claims, origin=origin)
     if wrong:
-        raise UserError("\n".join([f"nothing was imported, for {_count(len(wrong), 'fault')}:", *_some(wrong)]))
+        raise UserError("\n".join([f"nothing was imported, for {counted(len(wrong), 'fault')}:", *_some(wrong)]))
     before = {str(row["cell"]): row for row in known if row.get("origin") == origin}
     both = before | {cell: {**row, "origin": origin} for cell, row in mine.items()}
     write_rows([both[cell] for cell in sorted(both)], target)
@@ -145,12 +146,8 @@ def _foreign(table: Path, rows: Mapping[str, Row]) -> list[str]:
     foreign = [row for row in rows.values() if row.get("origin") != table.stem]
     if not foreign:
         return []
-    said = f"{table} has {_count(len(foreign), 'row')} without the origin {shown(table.stem)}"
+    said = f"{table} has {counted(len(foreign), 'row')} without the origin {shown(table.stem)}"
     return [f"{said}, so no import wrote it. Move it out of this folder, then import it from there"]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _some(wrong: Sequence[str]) -> list[str]:

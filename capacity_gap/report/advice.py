@@ -15,7 +15,7 @@ NEAR_OWN = (
     "Two teachers at two budgets near your own scale say more: `fit` then says at how many tokens the larger one "
     "begins to win."
 )
-LIKE = 0.1  # log: sizes this close are one
+NEAR = 0.1  # log: sizes this close are one
 
 Array = np.ndarray
 
@@ -155,7 +155,7 @@ def other_family(ask: Ask, families: Sequence[str]) -> list[str]:
 
 def with_range(ask: Ask, smallest: float, largest: float) -> Ask:
     """The question with the rungs marked that lie beyond the teachers of a fit, in log sizes."""
-    outside = (ask.x < smallest - LIKE) | (ask.x > largest + LIKE)
+    outside = (ask.x < smallest - NEAR) | (ask.x > largest + NEAR)
     return replace(ask, rungs=tuple(replace(r, beyond=bool(o)) for r, o in zip(ask.rungs, outside, strict=True)))
 
 

@@ -9,6 +9,7 @@ from capacity_gap.fit.joint_curve import JointCurve
 from capacity_gap.fit.joint_fit import Answers, BreakEven
 from capacity_gap.report.advice import (
     EXTRAPOLATES,
+    NEAR,
     Ask,
     Recommendation,
     Rung,
@@ -21,7 +22,6 @@ from capacity_gap.report.advice import (
 from capacity_gap.wording.fit_words import ESTABLISHED
 from capacity_gap.wording.intervals import span
 
-NEAR = 0.1  # log: sizes this close are one
 LIKE = math.log(1.5)  # rungs this close to two compared teachers stand for them
 FAR = math.log(10.0)  # beyond the sizes and budgets of a fit: what is said there is a guess
 GUESS = "GUESS: "

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from capacity_gap.settings.scales import short_scale
+from capacity_gap.settings.scales import counted, short_scale
 from capacity_gap.wording.intervals import ends, span
 
 Answer = Sequence[float | None]  # value, lower end, upper end; None where there is no end, or no value
@@ -49,11 +49,6 @@ def end_line(note: Mapping[str, Any]) -> str:
     return f"ended after {many}: {note['ended']}; {answer_text(note.get('answer'), note.get('what', 'answer'))}"
 
 
-def cells_of(count: int) -> str:
-    """`1 cell`, `2 cells`."""
-    return f"{count} cell{'' if count == 1 else 's'}"
-
-
 def stop_words(name: str, stopped: Mapping[str, str], states: Mapping[str, str]) -> list[str]:
     """Why the cells of a sweep that wait were left, each reason once.
 
@@ -64,7 +59,7 @@ def stop_words(name: str, stopped: Mapping[str, str], states: Mapping[str, str])
     """
     reasons = Counter(why for key, why in stopped.items() if states.get(key) == "waiting")
     return [
-        f"{name} was stopped: {why}; {cells_of(count)} left; the same command goes on with them"
+        f"{name} was stopped: {why}; {counted(count, 'cell')} left; the same command goes on with them"
         for why, count in reasons.items()
     ]
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from capacity_gap.report.content import Content, gather
 from capacity_gap.report.page import Watched, render, title_of, watched_page
-from capacity_gap.report.rounds import cells_of, stop_words
+from capacity_gap.report.rounds import stop_words
 from capacity_gap.settings.errors import ConfigError, choose
 from capacity_gap.settings.places import TOOL_WORDS, user_path
+from capacity_gap.settings.scales import counted
 from capacity_gap.store.contents import NOT_STARTED, end_of, open_store, rounds_of, stopped_cells, sweeps
 from capacity_gap.store.files import is_store, write_text
 from capacity_gap.store.stage import Store
@@ -122,7 +123,7 @@ class Follower:
         """Why nothing runs any more, in a sentence, and what to do about cells that are missing."""
         counts = _counts(states)
         self.missing = counts["failed"] + counts["waiting"]
-        parts = [f"{cells_of(counts['failed'])} failed"] if counts["failed"] else []
+        parts = [f"{counted(counts['failed'], 'cell')} failed"] if counts["failed"] else []
         unstarted = int((content.failed["error"] == NOT_STARTED).sum()) if "error" in content.failed else 0
         if parts and unstarted:
             parts[0] += f", {unstarted} of them not started because of fail_fast"

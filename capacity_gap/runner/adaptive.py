@@ -16,10 +16,11 @@ from capacity_gap.report.next_pool import check_inside
 from capacity_gap.report.rounds import answer_text, question_words, reasons, round_line
 from capacity_gap.runner.machines import Worker
 from capacity_gap.runner.plan import noted_cell
-from capacity_gap.runner.plan_lines import counted, format_hours
+from capacity_gap.runner.plan_lines import format_hours
 from capacity_gap.runner.speed import Speed, speed
 from capacity_gap.runner.waves import Crew
 from capacity_gap.settings.errors import ConfigError, Damaged, UserError
+from capacity_gap.settings.scales import counted
 from capacity_gap.store.contents import forget_end, note_end, rounds_of
 from capacity_gap.store.files import META, NUMBER, read_json
 from capacity_gap.store.stage import Stage, Store, closure

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 from capacity_gap.report.products import grid_commands
 from capacity_gap.runner.adaptive import Cells, Rounds
-from capacity_gap.runner.plan_lines import counted, format_hours
+from capacity_gap.runner.plan_lines import format_hours
 from capacity_gap.settings.errors import ConfigError
+from capacity_gap.settings.scales import counted
 
 MOST_CELLS = 1000  # of a grid that a part is chosen from: the search takes the square of their number
 SHOWN = 6  # commands

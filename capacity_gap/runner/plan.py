@@ -15,7 +15,6 @@ from capacity_gap.runner.cost import costs, signals, timetable, written
 from capacity_gap.runner.machines import Machines, Worker, worker_of
 from capacity_gap.runner.plan_lines import (
     clock_words,
-    counted,
     evaluation_line,
     format_bytes,
     format_hours,
@@ -31,7 +30,7 @@ from capacity_gap.runner.plan_texts import text_lines
 from capacity_gap.runner.speed import Speed, speed
 from capacity_gap.runtime.process import has_bf16
 from capacity_gap.settings.errors import ConfigError
-from capacity_gap.settings.scales import format_scale
+from capacity_gap.settings.scales import counted, format_scale
 from capacity_gap.store.stage import Stage, Store, closure
 
 MUCH_FOR_A_CPU = 100  # device-hours from which a plan for a CPU says how to plan for a GPU
@@ -51,7 +50,7 @@ class Plan:
     wall_s: float  # with `at_once` of them
     at_once: int  # the most jobs that run together in any wave
     cards: int | None  # GPUs of all jobs together where they may share them, 0 if unknown; else None
-    queued_s: float  # as `wall_s`, if all jobs share one GPU
+    queued_s: float  # as `wall_s`, if all jobs share one GPU, where that is not known
     needs: dict[str, Need]  # memory by kind of stage
     disk_bytes: float  # of what is still to be written
     signals: tuple[str, ...]  # kinds of cached signals, with their bytes a token
@@ -151,7 +150,7 @@ def make_plan(cells: Sequence[Cell], store: Store, *, machines: Machines | None 
         wall_s=wall_s,
         at_once=at_once,
         cards=cards,
-        queued_s=timetable(cells, left, pace.seconds, 1)[0],
+        queued_s=timetable(cells, left, pace.seconds, 1)[0] if cards == 0 else wall_s,
         needs=needs(cells, devices=worker.ranks),
         disk_bytes=sum(written(cells, left)),
         signals=tuple(sorted({f"{s.config['kind']}-{s.config['size']} {e:g}" for s, e in signals(cells).values()})),

@@ -10,7 +10,7 @@ from capacity_gap.records.record import parting_columns
 from capacity_gap.runner.cost import Costs, Curve
 from capacity_gap.runner.machines import Worker
 from capacity_gap.runner.plan_memory import Need
-from capacity_gap.settings.scales import format_scale, short_scale
+from capacity_gap.settings.scales import counted, format_scale, short_scale
 
 MOST_ROWS = 8  # teachers, students, or budgets of one student; more are summed up
 LEAST_TEACHERS = 4  # of a curve, for an optimum: as in fit/valley.py, which would load pandas
@@ -136,11 +136,6 @@ def _curve(cell: Cell) -> tuple:
     """What cells of one curve have in common, as the fit parts them."""
     said = cell.description
     return (cell.student_scale, cell.data_tokens, *(repr(said.get(c)) for c in parting_columns()))
-
-
-def counted(count: int, name: str) -> str:
-    """A number with its noun."""
-    return f"{count:,} {name}{'s' * (count != 1)}"
 
 
 def clock_words(wall_s: float, at_once: int, cards: int | None, queued_s: float) -> str:

@@ -65,3 +65,8 @@ def parse_tokens(given: str | int, *, params: int, key: str) -> int:
     if match and float(match[1]) > 0:
         return _within(round(float(match[1]) * params), key, given)
     return parse_scale(given, key=key)
+
+
+def counted(count: int, name: str) -> str:
+    """A number with its noun."""
+    return f"{count:,} {name}{'s' * (count != 1)}"
