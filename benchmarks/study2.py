@@ -14,34 +14,32 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from benchmarks.study import filled
 from benchmarks.study import load as study_one
-from benchmarks.study2_answers import (
-    Slope,
-    foretold,
-    judged,
-    one_loss,
-    optimum,
-    optimum_row,
-    plain,
-    rates,
-    recipe,
-    seen,
-    stands,
-    starts,
-    taught_less_direct,
+from benchmarks.study2_answers import foretold, optimum, optimum_row, plain, recipe, seen, starts, taught_less_direct
+from benchmarks.study2_corrected import both_studies, by_student, picks, seen_by_curve
+from benchmarks.study2_plots import plot_forecast, plot_starts
+from benchmarks.study2_tables import (
+    STARTS,
+    forecast_table,
+    loss_table,
+    odds_table,
+    rates_table,
+    recipe_table,
+    row_table,
+    rows_table,
+    slopes_table,
+    starts_table,
 )
-from benchmarks.study2_corrected import both_studies, by_student, excess, hedged_brier, picks, seen_by_curve, set_held
 from benchmarks.study_arms import arms_of, main_of
 from benchmarks.study_joint import PAIR
 from benchmarks.study_tables import markdown
 from capacity_gap import records
 from capacity_gap.report.joint_tables import best_table, even_table, plot_joint
 from capacity_gap.report.plots import save_figure
-from capacity_gap.wording.intervals import marks
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "results" / "pico2"
@@ -58,13 +56,12 @@ TABLES = (
     "one_loss",
     "rates",
     "starts",
+    "paired",
     "by_student",
     "controls",
     "seen",
     "forecast",
     "odds",
-    "hedged",
-    "held",
     "recipe",
     "picks",
 )
@@ -128,45 +125,27 @@ def answers() -> dict[str, str]:
         found["best"], found["even"] = markdown(*best_table(fit)), markdown(*even_table(fit, PAIR))
         found["one_loss"] = loss_table(main)
     if whole("rates"):
-        found["rates"] = rows_table(rates(load("rates")))
+        found["rates"] = rates_table(load("rates"))
     if len(behind):
         behind = plain(behind)
-        found["starts"] = slopes_table(starts(behind))
+        slopes = starts(behind)
+        found["starts"] = starts_table(slopes)
+        found["paired"] = slopes_table({k: v for k, v in slopes.items() if "less" in k})
         found["by_student"] = slopes_table(by_student(behind))
         found["controls"] = rows_table(taught_less_direct(behind))
         if len(main):
             found["seen"] = slopes_table(seen(behind, main) | seen_by_curve(behind, main))
     if len(pairs) and FORECAST.exists():
         before = pd.concat([one, main], ignore_index=True)
-        found["forecast"] = rows_table(judged(pd.read_csv(FORECAST), plain(pairs), before))
-        found["hedged"] = rows_table(hedged_brier(pd.read_csv(FORECAST), plain(pairs), before))
-        found["held"] = rows_table(set_held(pd.read_csv(FORECAST), plain(pairs)))
+        found["forecast"] = forecast_table(pd.read_csv(FORECAST), plain(pairs), before)
         found["odds"] = odds_table(pd.read_csv(FORECAST), plain(pairs), before)
     if len(grid):
         grid = plain(grid)
         usual = grid[(grid["kd_weight"] == 0.5) & (grid["learning_rate"].eq(usual_rate(grid)))]
         contrasts = recipe(grid, usual, one)
         found["picks"] = rows_table(picks(grid))
-        rows = [[name, str(value)] for name, value in contrasts.items()]
-        found["recipe"] = markdown(["900k less 120k", "nats"], [*rows, ["the break-even", stands(contrasts)]])
+        found["recipe"] = recipe_table(contrasts)
     return found
-
-
-def row_table(row: dict[str, object]) -> str:
-    """One answer, a row a quantity."""
-    return markdown(["quantity", "found"], [[name, said(value)] for name, value in row.items()])
-
-
-def said(value: object) -> str:
-    """A value, a size or an interval in a few digits."""
-    if isinstance(value, tuple):
-        return marks(value, "{:.2f}".format)
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def rows_table(rows: pd.DataFrame) -> str:
-    """A table as it is, with four decimals."""
-    return markdown(list(rows), [[str(value) for value in row] for row in rows.round(4).to_numpy()])
 
 
 def counts() -> pd.DataFrame:
@@ -176,11 +155,20 @@ def counts() -> pd.DataFrame:
 
 
 def figures() -> None:
-    """Writes the tables of the page, and the figures of question 1."""
+    """Writes the tables of the page, and a figure for each of questions 1 to 3."""
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), answers()), encoding="utf-8")
     if whole("optimum"):
-        save_figure(plot_joint(optimum(plain(load("optimum")))), ROOT / "docs" / "study2_joint", dpi=110)
-        (ROOT / "docs" / "study2_joint.svg").unlink()
+        drawn(plot_joint(optimum(plain(load("optimum")))), "joint")
+    if whole("starts"):
+        drawn(plot_starts(plain(load("starts")), STARTS), "starts")
+    if whole("forecast"):
+        drawn(plot_forecast(pd.read_csv(FORECAST), plain(load("forecast"))), "forecast")
+
+
+def drawn(figure: Figure, name: str) -> None:
+    """Writes docs/study2_NAME.png alone: drawings of so many points are larger."""
+    for file in save_figure(figure, ROOT / "docs" / f"study2_{name}", dpi=110)[1:]:
+        file.unlink()
 
 
 def rerun(store: str) -> None:
@@ -221,61 +209,9 @@ def times_width(name: str, cell: pd.Series) -> float:
     return round(0.4 * float(cell["learning_rate"] / usual), 3)
 
 
-def odds_table(told: pd.DataFrame, came: pd.DataFrame, before: pd.DataFrame) -> str:
-    """Over the pairs of all curves: Brier scores, and how often the likelier teacher won, by the odds it was given."""
-    curves = judged(told, came, before)
-    rows = [
-        [name, f"{np.average(curves[column], weights=curves['pairs']):.4f}"]
-        for name, column in (
-            ("Brier score of the odds", "brier"),
-            ("of the order in the nearest curve", "brier, nearest budget"),
-            ("of even odds", "brier, even odds"),
-        )
-    ]
-    means = came.groupby(["student", "data_tokens", "teacher"])["loss"].mean()
-    keys = told[["student", "data_tokens"]].apply(tuple, axis=1)
-    won = [
-        means.get((*k, large), np.nan) - means.get((*k, small), np.nan)
-        for k, small, large in zip(keys, told["small"], told["large"], strict=True)
-    ]
-    kept = told.assign(larger=np.array(won) < 0)[~np.isnan(won)]
-    sure = np.maximum(kept["odds"], 1 - kept["odds"])
-    right = (kept["odds"] > 0.5) == kept["larger"]
-    for low, high in ((0.5, 0.7), (0.7, 0.9), (0.9, 1.0)):
-        part = (sure > low) & (sure <= high)
-        said = f"{right[part].mean():.0%} right, {sure[part].mean():.0%} expected" if part.any() else "none"
-        rows.append([f"odds of {low:.0%} to {high:.0%} ({part.sum()} pairs)", said])
-    return markdown(["over all pairs", "found"], rows)
-
-
 def usual_rate(grid: pd.DataFrame) -> pd.Series:
     """The recipe's rate of each student: the middle one of those that were tried."""
     return grid.groupby("student")["learning_rate"].transform(lambda rates: sorted(rates.unique())[1])
-
-
-def slopes_table(slopes: dict[str, Slope]) -> str:
-    """What each slope is, its p against zero, and what is established."""
-    rows = [[name, str(s), f"{s.p:.2g}", s.sign + (", small" if s.small else "")] for name, s in slopes.items()]
-    return markdown(["quantity", "nats per unit of log teacher size", "p", "established"], rows)
-
-
-def loss_table(frame: pd.DataFrame) -> str:
-    """Question 6, a row a measure."""
-    measures = {"student_loss_ood": ("student_loss_ood", -1)}
-    for task in ("pico_cloze", "pico_next"):
-        if f"metrics/{task}" in frame:
-            measures[task] = (f"metrics/{task}", 1)
-    frame, rows = frame[frame["teacher_params"] > 1.02 * frame["student_params"]], []
-    for name, (column, better) in measures.items():
-        found = one_loss(frame, column, better=better)
-        rows.append([name, *(f"{found[k]:.4f}" for k in ("discordant", "across", "own", "excess"))])
-        rows[-1] += [f"{found['excess_low']:.4f} to {found['excess_high']:.4f}"]
-        mended = excess(frame, column, better=better)
-        rows[-1] += [f"{mended['excess']:.4f} ({mended['excess_low']:.4f} to {mended['excess_high']:.4f})"]
-        rows[-1] += [f"{found['regret']:.4f} of {found['range']:.4f}"]
-    return markdown(
-        ["measure", "discordant", "across", "own", "excess", "95 %", "excess, corrected", "regret of range"], rows
-    )
 
 
 def main() -> None:

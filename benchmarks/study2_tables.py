@@ -1,0 +1,161 @@
+"""The tables of docs/study2.md, in markdown, of what `study2_answers` and `study2_corrected` found."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.study2_answers import Estimate, Slope, judged, one_loss, rates, stands
+from benchmarks.study2_corrected import excess, hedged_brier, set_held
+from benchmarks.study_tables import markdown
+from capacity_gap.settings.scales import short_scale
+from capacity_gap.wording.intervals import marks
+
+STARTS = {"pruned": "pruned", "pretrained": "trained", "random": "random"}  # as the page calls them
+WIDTH = 32  # of the 80k student, for which rates were tuned
+
+
+def row_table(row: Mapping[str, object]) -> str:
+    """One answer, a row a quantity."""
+    return markdown(["quantity", "found"], [[name, said(value)] for name, value in row.items()])
+
+
+def said(value: object) -> str:
+    """A value, a size or an interval in a few digits."""
+    if isinstance(value, tuple):
+        return marks(value, "{:.2f}".format)
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def rows_table(rows: pd.DataFrame) -> str:
+    """A table as it is, with four decimals."""
+    return markdown(list(rows), [[str(value) for value in row] for row in rows.round(4).to_numpy()])
+
+
+def rates_table(frame: pd.DataFrame) -> str:
+    """Question 2's rates: mean validation loss, a row a start and budget; bold is that of the rate that was taken."""
+    found = rates(frame)
+    tried = sorted(found["learning_rate"].unique())
+    rows = []
+    for (start, tokens), mine in found.groupby(["init", "data_tokens"]):
+        by = mine.set_index("learning_rate")
+        losses = [f"{by.at[r, 'student_loss_validation']:.3f}" for r in tried]
+        taken = [f"**{loss}**" if by.at[r, "taken"] else loss for r, loss in zip(tried, losses, strict=True)]
+        rows.append([STARTS[str(start)], short_scale(tokens), *taken])
+    return markdown(["start", "tokens", *(f"{rate * WIDTH:.2g} / width" for rate in tried)], rows)
+
+
+def starts_table(slopes: Mapping[str, Slope]) -> str:
+    """Question 2: the slope at each budget and its growth, a row a start."""
+    cells: dict[str, dict[str, Slope]] = {}
+    for name, slope in slopes.items():
+        start, _, what = name.partition(": ")
+        if start in STARTS:
+            cells.setdefault(start, {})[what] = slope
+    columns = sorted({w for row in cells.values() for w in row}, key=lambda w: (w.startswith("growth"), len(w), w))
+    head = [w if w.startswith("growth") else "slope at " + short_scale(_tokens(w)) for w in columns]
+    rows = [
+        [STARTS[start], *(established(cells[start][w]) if w in cells[start] else "–" for w in columns)]
+        for start in STARTS
+        if start in cells
+    ]
+    return markdown(["start", *head], rows)
+
+
+def _tokens(name: str) -> float:
+    return float(name.rsplit(" ", 1)[1].replace(",", ""))
+
+
+def established(slope: Slope) -> str:
+    """A slope and what is established of it."""
+    return f"{slope}: {slope.sign}"
+
+
+def slopes_table(slopes: Mapping[str, Slope]) -> str:
+    """What each slope is, its p against zero, and what is established."""
+    rows = [[name, str(s), f"{s.p:.2g}", s.sign + (", small" if s.small else "")] for name, s in slopes.items()]
+    return markdown(["quantity", "nats per unit of log teacher size", "p", "established"], rows)
+
+
+def forecast_table(told: pd.DataFrame, came: pd.DataFrame, before: pd.DataFrame) -> str:
+    """Question 3, a column a curve: Brier scores beside those of the baselines, the likeliest rung and the best one."""
+    keys = ["student", "data_tokens"]
+    curves = judged(told, came, before).merge(hedged_brier(told, came, before)[[*keys, "hedged"]], on=keys)
+    held = set_held(told, came).set_index("student")
+    names = {
+        "brier": "Brier score of the odds",
+        "brier, nearest budget": "of the order in the nearest curve",
+        "hedged": "of that order, with odds",
+        "right": "likelier teacher was better, of all pairs",
+        "regret": "its loss above the best, nats",
+        "regret of the mean rung": "that of a random rung, nats",
+    }
+    form = {"right": "{:.0%}", "regret": "{:.3f}", "regret of the mean rung": "{:.3f}"}
+    rows: list[list[str]] = [[label] for label in names.values()]
+    likeliest, best, inside = ["likeliest rung"], ["rung that came out best"], ["95 % set of the best teacher"]
+    head = ["quantity"]
+    for _, curve in curves.iterrows():
+        head.append(f"{curve['student']} at {short_scale(curve['data_tokens'])}")
+        for row, name in zip(rows, names, strict=True):
+            row.append(form.get(name, "{:.3f}").format(curve[name]))
+        likeliest.append(curve["taken"])
+        best.append(f"{curve['best']} (given {curve['probability of the best']:.1%})")
+        inside.append(held.at[curve["student"], "95 % set of the best teacher"])
+    return markdown(head, [*rows[:4], likeliest, *rows[4:], best, inside])
+
+
+def odds_table(told: pd.DataFrame, came: pd.DataFrame, before: pd.DataFrame) -> str:
+    """Over the pairs of all curves: Brier scores, and how often the likelier teacher won, by the odds it was given."""
+    curves, hedged = judged(told, came, before), hedged_brier(told, came, before)
+    rows = [
+        [name, f"{np.average(of[column], weights=of['pairs']):.3f}"]
+        for name, of, column in (
+            ("Brier score of the odds", curves, "brier"),
+            ("of the order in the nearest curve (registered)", curves, "brier, nearest budget"),
+            ("of even odds (registered)", curves, "brier, even odds"),
+            (f"of the nearest curve with odds of {hedged['hedge'].iloc[0]:.0%}", hedged, "hedged"),
+        )
+    ]
+    means = came.groupby(["student", "data_tokens", "teacher"])["loss"].mean()
+    keys = told[["student", "data_tokens"]].apply(tuple, axis=1)
+    won = [
+        means.get((*k, large), np.nan) - means.get((*k, small), np.nan)
+        for k, small, large in zip(keys, told["small"], told["large"], strict=True)
+    ]
+    kept = told.assign(larger=np.array(won) < 0)[~np.isnan(won)]
+    sure = np.maximum(kept["odds"], 1 - kept["odds"])
+    right = (kept["odds"] > 0.5) == kept["larger"]
+    for low, high in ((0.5, 0.7), (0.7, 0.9), (0.9, 1.0)):
+        part = (sure > low) & (sure <= high)
+        told_so = f"{right[part].mean():.0%} right, {sure[part].mean():.0%} expected" if part.any() else "none"
+        rows.append([f"odds of {low:.0%} to {high:.0%} ({part.sum()} pairs)", told_so])
+    return markdown(["over all pairs", "found"], rows)
+
+
+def recipe_table(contrasts: Mapping[str, Estimate]) -> str:
+    """Question 5: the contrast of the largest teacher with the smallest, a column a budget."""
+    budgets = list(dict.fromkeys(name.rsplit(", ", 1)[1] for name in contrasts))
+    kinds = list(dict.fromkeys(name.rsplit(", ", 1)[0] for name in contrasts))
+    rows = [[kind, *(str(contrasts[f"{kind}, {budget}"]) for budget in budgets)] for kind in kinds]
+    head = [f"at {short_scale(float(budget.replace(',', '')))}" for budget in budgets]
+    verdict = ["the break-even", stands(dict(contrasts)), *[""] * (len(budgets) - 1)]
+    return markdown(["900k less 120k, nats", *head], [*rows, verdict])
+
+
+def loss_table(frame: pd.DataFrame) -> str:
+    """Question 6, a row a measure."""
+    measures = {"student_loss_ood": ("student_loss_ood", -1)}
+    for task in ("pico_cloze", "pico_next"):
+        if f"metrics/{task}" in frame:
+            measures[task] = (f"metrics/{task}", 1)
+    frame, rows = frame[frame["teacher_params"] > 1.02 * frame["student_params"]], []
+    for name, (column, better) in measures.items():
+        found = one_loss(frame, column, better=better)
+        rows.append([name, *(f"{found[k]:.4f}" for k in ("discordant", "across", "own", "excess"))])
+        rows[-1] += [f"{found['excess_low']:.4f} to {found['excess_high']:.4f}"]
+        mended = excess(frame, column, better=better)
+        rows[-1] += [f"{mended['excess']:.4f} ({mended['excess_low']:.4f} to {mended['excess_high']:.4f})"]
+        rows[-1] += [f"{found['regret']:.4f} of {found['range']:.4f}"]
+    return markdown(
+        ["measure", "discordant", "across", "own", "excess", "95 %", "excess, corrected", "regret of range"], rows
+    )
