@@ -122,12 +122,12 @@ def filled(text: str, tables: dict[str, str]) -> str:
     return text
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Numbers rounded to the digits that all machines reproduce."""
     if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
+        return {k: rounded(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_rounded(v) for v in value]
+        return [rounded(v) for v in value]
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
@@ -151,7 +151,7 @@ def figures() -> None:
     published = {"law": main.law.to_json(), "surface": surface.to_json(), "joint": joint.to_json()}
     for name, found in (published | {"arms": json.dumps(fits)}).items():
         indent = None if name == "surface" else 1  # its draws would take a line a number
-        (RECORDS / f"{name}.json").write_text(json.dumps(_rounded(json.loads(found)), indent=indent) + "\n")
+        (RECORDS / f"{name}.json").write_text(json.dumps(rounded(json.loads(found)), indent=indent) + "\n")
     for arm in arms:
         if arm.budgets != [0] and arm.name in DRAWN:
             _draw(plot_curves(arm.located), f"study_curves{arm.suffix}")

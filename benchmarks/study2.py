@@ -9,6 +9,7 @@ Tables stand in the page between `<!-- NAME -->` and `<!-- /NAME -->`; a test ma
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,10 +18,10 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from benchmarks.study import filled
+from benchmarks.study import filled, rounded
 from benchmarks.study import load as study_one
 from benchmarks.study2_answers import foretold, optimum, optimum_row, plain, recipe, seen, starts, taught_less_direct
-from benchmarks.study2_corrected import both_studies, by_student, picks, seen_by_curve
+from benchmarks.study2_corrected import by_student, picks, pooled, seen_by_curve
 from benchmarks.study2_plots import plot_forecast, plot_starts
 from benchmarks.study2_tables import (
     STARTS,
@@ -28,6 +29,7 @@ from benchmarks.study2_tables import (
     loss_table,
     odds_table,
     rates_table,
+    ratios_table,
     recipe_table,
     row_table,
     rows_table,
@@ -38,6 +40,7 @@ from benchmarks.study_arms import arms_of, main_of
 from benchmarks.study_joint import PAIR
 from benchmarks.study_tables import markdown
 from capacity_gap import records
+from capacity_gap.fit import JointFit
 from capacity_gap.report.joint_tables import best_table, even_table, plot_joint
 from capacity_gap.report.plots import save_figure
 
@@ -62,6 +65,7 @@ TABLES = (
     "seen",
     "forecast",
     "odds",
+    "published",
     "recipe",
     "picks",
 )
@@ -120,8 +124,8 @@ def answers() -> dict[str, str]:
     main, behind, pairs, grid = (load(name) if whole(name) else pd.DataFrame() for name in parts)
     if len(main):
         main = plain(main)
-        fit, both = optimum(main), both_studies(one, main)
-        found["optimum"], found["both_studies"] = row_table(optimum_row(fit)), row_table(optimum_row(both))
+        fit = optimum(main)
+        found["optimum"], found["both_studies"] = row_table(optimum_row(fit)), row_table(optimum_row(pooled(one, main)))
         found["best"], found["even"] = markdown(*best_table(fit)), markdown(*even_table(fit, PAIR))
         found["one_loss"] = loss_table(main)
     if whole("rates"):
@@ -139,6 +143,7 @@ def answers() -> dict[str, str]:
         before = pd.concat([one, main], ignore_index=True)
         found["forecast"] = forecast_table(pd.read_csv(FORECAST), plain(pairs), before)
         found["odds"] = odds_table(pd.read_csv(FORECAST), plain(pairs), before)
+        found["published"] = ratios_table(published())
     if len(grid):
         grid = plain(grid)
         usual = grid[(grid["kd_weight"] == 0.5) & (grid["learning_rate"].eq(usual_rate(grid)))]
@@ -148,6 +153,12 @@ def answers() -> dict[str, str]:
     return found
 
 
+def published() -> JointFit:
+    """What `recommend` reads by default: one model of all cells of both studies that ask the same, pruned starts."""
+    one = plain(main_of(arms_of(study_one())).frame)
+    return pooled(one, *(plain(load(name)) for name in ("optimum", "forecast")))
+
+
 def counts() -> pd.DataFrame:
     """How many cells of each part have been run, of how many that were registered."""
     rows = [{"part": f"study2_{name}", "run": len(load(name)), "registered": of} for name, of in SWEEPS.items()]
@@ -155,13 +166,15 @@ def counts() -> pd.DataFrame:
 
 
 def figures() -> None:
-    """Writes the tables of the page, and a figure for each of questions 1 to 3."""
+    """Writes the tables of the page, a figure for each of questions 1 to 3, and the published fit."""
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), answers()), encoding="utf-8")
     if whole("optimum"):
         drawn(plot_joint(optimum(plain(load("optimum")))), "joint")
     if whole("starts"):
         drawn(plot_starts(plain(load("starts")), STARTS), "starts")
     if whole("forecast"):
+        kept = rounded(json.loads(published().to_json()))
+        (RECORDS / "joint.json").write_text(json.dumps(kept, indent=1) + "\n")
         drawn(plot_forecast(pd.read_csv(FORECAST), plain(load("forecast"))), "forecast")
 
 

@@ -48,9 +48,9 @@ def _excess(curves: Sequence[Tables], rungs: np.ndarray) -> float:
     return float((np.sqrt(max(own_loss, 0.0) * max(own_other, 0.0)) - across) / 2 / pairs)
 
 
-def both_studies(one: pd.DataFrame, two: pd.DataFrame) -> JointFit:
-    """Question 1's secondary model: study one's main arm and question 1's cells as one."""
-    return fit_joint(pd.concat([frame[list(FITTED)] for frame in (one, two)], ignore_index=True), metric="loss")
+def pooled(*parts: pd.DataFrame) -> JointFit:
+    """One model of cells of both studies: of the first two parts it is question 1's secondary model."""
+    return fit_joint(pd.concat([frame[list(FITTED)] for frame in parts], ignore_index=True), metric="loss")
 
 
 def set_held(told: pd.DataFrame, came: pd.DataFrame) -> pd.DataFrame:

@@ -8,6 +8,7 @@ import pandas as pd
 from benchmarks.study2_answers import Estimate, Slope, judged, one_loss, rates, stands
 from benchmarks.study2_corrected import excess, hedged_brier, set_held
 from benchmarks.study_tables import markdown
+from capacity_gap.fit import JointFit
 from capacity_gap.settings.scales import short_scale
 from capacity_gap.wording.intervals import marks
 
@@ -30,6 +31,15 @@ def said(value: object) -> str:
 def rows_table(rows: pd.DataFrame) -> str:
     """A table as it is, with four decimals."""
     return markdown(list(rows), [[str(value) for value in row] for row in rows.round(4).to_numpy()])
+
+
+def ratios_table(fit: JointFit) -> str:
+    """Best teacher over student at each budget, at a student of middle size, with its 95 % set."""
+    rows = []
+    for tokens in fit.budgets:
+        found = fit.ratio_at(tokens)
+        rows.append([short_scale(round(tokens or 0, -3)), f"{found.value:.1f}", marks(found.interval, "{:.1f}".format)])
+    return markdown(["tokens", "best teacher over student", "95 % set"], rows)
 
 
 def rates_table(frame: pd.DataFrame) -> str:

@@ -16,7 +16,7 @@ from capacity_gap.commands import cli
 from capacity_gap.settings import places
 from tests.conftest import ROOT, run_py
 
-BUILT_FROM = ("capacity_gap", "hydra_plugins", "conf", "sweeps", "results/pico")
+BUILT_FROM = ("capacity_gap", "hydra_plugins", "conf", "sweeps", "results/pico2")
 SCRIPT = "bin/capacity-gap"
 HAND_OUT = """
 import os

@@ -1,6 +1,7 @@
 """Study two: its analysis finds what was planted and nothing else, and its records were made after its registration."""
 
 import hashlib
+import json
 import subprocess
 
 import numpy as np
@@ -23,7 +24,7 @@ from benchmarks.study2_answers import (
     stands,
     tuned,
 )
-from benchmarks.study2_corrected import both_studies, excess, hedged_brier, picks, set_held
+from benchmarks.study2_corrected import excess, hedged_brier, picks, pooled, set_held
 from benchmarks.study2_power import ALL, EIGHT, cells, expected, of_recipe, scatter
 from capacity_gap.cell import pipeline
 from tests.conftest import ROOT
@@ -214,6 +215,14 @@ def test_reruns_gave_the_published_losses():
         assert (again["difference"].abs() <= 1e-5).all() and set(again["part"]) <= set(study2.SWEEPS)
 
 
+def test_the_published_fit_is_that_of_the_records():
+    kept = json.loads((study2.RECORDS / "joint.json").read_text(encoding="utf-8"))
+    fit = study2.published()
+    assert (kept["status"], kept["rests_on"]) == (fit.status, list(fit.rests_on))
+    assert kept["ratio"]["value"] == pytest.approx(fit.ratio_at().value, rel=1e-3)
+    assert kept["model"]["beta"] == pytest.approx(json.loads(fit.to_json())["model"]["beta"], rel=1e-2, abs=1e-4)
+
+
 def test_picks_count_where_in_the_grid_the_chosen_settings_lie():
     frame = cells(("55k", "110k"), ("120k", "900k"), (300_000,), (10, 11, 12))
     grid = pd.concat(
@@ -244,4 +253,4 @@ def test_both_studies_are_one_model():
     frame["loss"] = expected(frame, 0.0225) + 0.1 * scatter(frame, np.random.default_rng(2))
     again = cells(("40k", "55k", "80k", "110k"), EIGHT, (300_000, 600_000), (0, 1))
     again["loss"] = expected(again, 0.0225) + 0.1 * scatter(again, np.random.default_rng(3))
-    assert len(both_studies(again, frame).joint.cells.y) == len(optimum(frame).joint.cells.y) + len(again)
+    assert len(pooled(again, frame).joint.cells.y) == len(optimum(frame).joint.cells.y) + len(again)

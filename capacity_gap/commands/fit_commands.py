@@ -58,7 +58,9 @@ def _add_recommend(commands: Any) -> None:
         "--data", default="20x", help="distillation tokens, such as 10b, or 20x parameters (default)"
     )
     recommend.add_argument(
-        "--fit", type=Path, help="a law.json, joint.json or surface.json of `fit` (default: the study's, results/pico)"
+        "--fit",
+        type=Path,
+        help="a law.json, joint.json or surface.json of `fit` (default: that of results/pico2)",
     )
     recommend.set_defaults(run=run_recommend)
 
