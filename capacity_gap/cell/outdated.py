@@ -23,7 +23,7 @@ from capacity_gap.records import RECORD
 from capacity_gap.settings.errors import UserError
 from capacity_gap.settings.hashing import plain
 from capacity_gap.settings.places import user_path
-from capacity_gap.settings.scales import parse_scale
+from capacity_gap.settings.scales import counted, parse_scale
 from capacity_gap.store.files import META, is_store, write_json
 from capacity_gap.store.stage import Store
 
@@ -238,9 +238,7 @@ def without_outdated(frame: "pd.DataFrame", source: str | Path) -> "tuple[pd.Dat
         return frame, []
     keys = "record/" + frame["cell"]
     found = outdated(Store(folder), keys[frame["status"] == "done"])
-    note = (
-        f"{len(found)} stale cell{'s' * (len(found) > 1)} left out: `python -m capacity_gap status` lists the reasons"
-    )
+    note = f"{counted(len(found), 'stale cell')} left out: `python -m capacity_gap status` lists the reasons"
     return frame[~keys.isin(list(found))], [note] if found else []
 
 

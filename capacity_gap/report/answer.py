@@ -11,7 +11,7 @@ from capacity_gap.report.content import Content, Panel, costs
 from capacity_gap.report.next_pool import deciding
 from capacity_gap.report.plots import LOSSES
 from capacity_gap.settings.places import TOOL_WORDS
-from capacity_gap.settings.scales import short_scale
+from capacity_gap.settings.scales import counted, short_scale
 from capacity_gap.wording.curve_words import CurveWords, curve_words, ladder, listed
 from capacity_gap.wording.fit_words import ESTABLISHED, JOINTS
 from capacity_gap.wording.intervals import span
@@ -162,13 +162,13 @@ def _some(students: Sequence[str]) -> str:
 
 def _failed(content: Content) -> list[str]:
     count = len(content.failed)
-    return [f"{count} cell{'s' * (count != 1)} failed: see Failures."] if count else []
+    return [f"{counted(count, 'cell')} failed: see Failures."] if count else []
 
 
 def _cost(content: Content) -> list[str]:
     """Cells, time and FLOPs; what nobody recorded is not 0."""
     taken, done = costs(content.done), len(content.done)
-    said = [f"{done:,} cell{'s' * (done != 1)} done"]
+    said = [f"{counted(done, 'cell')} done"]
     if taken["seconds"] is not None:
         said.append(f"{_hours(taken['seconds'])} of distillation on one worker")
     parts = {"students": "training the students", "forward": "asking teachers", "teachers": "training teachers"}

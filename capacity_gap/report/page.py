@@ -15,6 +15,7 @@ from capacity_gap.report.joint_tables import best_table, even_table
 from capacity_gap.report.plots import LOSSES
 from capacity_gap.report.rounds import by_what, end_line, rounds_table
 from capacity_gap.settings.errors import UserError
+from capacity_gap.settings.scales import counted
 from capacity_gap.store.files import write_text
 from capacity_gap.wording.fit_words import ESTABLISHED, LAWS
 
@@ -161,8 +162,7 @@ def _embedded_figure(figure: Any) -> dict[str, Any]:
 
 def _alternatives(content: Content) -> dict[str, str]:
     """What each chart shows, for those who cannot see it: its numbers are in the sentences and tables of the page."""
-    students = len({p.student for p in content.panels})
-    many = f"{students} student{'s' * (students != 1)}"
+    many = counted(len({p.student for p in content.panels}), "student")
     return {
         "curves": f"Chart: {content.metric_name} against teacher parameters, a panel for each of {many}. The sentences "
         "under Each student say what it shows.",

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
-from capacity_gap.settings.scales import short_scale
+from capacity_gap.settings.scales import counted, short_scale
 from capacity_gap.wording.curve_words import COUNTED, NUMBERS, OfCurve, listed
 from capacity_gap.wording.intervals import End, span
 
@@ -105,14 +105,14 @@ def curves_words(optima: Sequence[OfCurve]) -> str:
     """How many curves there are of each kind: `Of 2 curves: 1 flat within noise, 1 with only a lower bound`."""
     counts = sorted(Counter(o.status for o in optima).items())
     seen = ", ".join(f"{n} {COUNTED.get(status, status)}" for status, n in counts)
-    return f"Of {len(optima)} curve{'s' * (len(optima) != 1)}: {seen}"
+    return f"Of {counted(len(optima), 'curve')}: {seen}"
 
 
 def _extend(optima: Sequence[OfCurve]) -> str:
     """On which side the ladder should grow."""
     counts = Counter(o.status for o in optima)
     sides = [(counts[status], word) for status, word in (("left_edge", "smaller"), ("right_edge", "larger"))]
-    said = [f"{word} teachers for {n} curve{'s' * (n > 1)}" for n, word in sorted(sides, reverse=True) if n]
+    said = [f"{word} teachers for {counted(n, 'curve')}" for n, word in sorted(sides, reverse=True) if n]
     return f"Try {listed(said)}."
 
 
