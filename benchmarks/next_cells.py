@@ -16,13 +16,16 @@ the last two with study one's noise. A policy starts from nothing and reveals ce
 tenth: `greedy` those that `next_cells` names, `random` any, `factorial` a whole factorial for each seed, the smallest
 budget first. The joint model is fitted after each step. A policy stops where the goal's interval is at most `STOPS`
 times as wide as the full grid's by two fits in a row: one fit of few cells may take its variances for far too small.
-There are two measures:
+There are three measures:
 
 - `set`: Fieller's set for the best teacher. An open one is infinitely wide; studies whose full grid leaves it open are
   left out, and counted. Its width depends on the estimated curvature, and so on chance: any policy that looks often
   stops early at times.
 - `slope`: the interval of the curve's slope at the true optimum. That is the contrast that the set is made from, and
   what a design can narrow. All studies have it.
+- `known`: the same slope's standard error with the true variances. It says what the chosen cells are worth, whatever a
+  fit of few cells takes its variances for, so one step suffices. `oracle` chooses as `greedy` does, told the true
+  variances, optimum and curvature: what no data can teach it is left.
 
 `share` is the part of the full grid's FLOPs, each teacher and each cached signal counted once. `paid`: teachers are
 trained for it; `there`: they are there already. `covers`: how often the interval at the stop holds the true value;
@@ -35,23 +38,25 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from benchmarks.next_surfaces import PICO_TEACHERS, SURFACES
+from benchmarks.next_surfaces import PICO_TEACHERS, SURFACES, Surface
 from benchmarks.study import load
 from benchmarks.study_arms import arms_of, main_of
 from capacity_gap.fit.joint import SAME, Cells, Joint, cells_of, fit_cells
 from capacity_gap.fit.joint_curve import Set
 from capacity_gap.fit.joint_forecast import coded_anew
 from capacity_gap.fit.next_cells import next_cells
-from capacity_gap.fit.next_model import Goal
+from capacity_gap.fit.next_model import Goal, Model
 from capacity_gap.records.bills import Arithmetic, Bills, Cost
 
 FIRST_SEED, TUNE_SEED = 20_000, 1_000
@@ -80,11 +85,14 @@ class Study:
     goals: dict[str, Goal]
     true: dict[str, float]
     full: dict[Asked, Answer]
+    surface: Surface | None = None
 
     @classmethod
-    def of(cls, table: pd.DataFrame, goals: dict[str, Goal], true: dict[str, float]) -> "Study":
+    def of(
+        cls, table: pd.DataFrame, goals: dict[str, Goal], true: dict[str, float], surface: Surface | None = None
+    ) -> "Study":
         """Fits the full grid."""
-        bare = cls(table, cells_of(table), goals, true, {})
+        bare = cls(table, cells_of(table), goals, true, {}, surface)
         return replace(bare, full=bare.answers(range(len(table))))
 
     @property
@@ -94,21 +102,33 @@ class Study:
 
     def answers(self, chosen: Sequence[int]) -> dict[Asked, Answer]:
         """Of each goal by some of the cells; nothing where the model cannot be fitted."""
+        found = self._known(chosen)
         keep = np.zeros(len(self.table), bool)
         keep[list(chosen)] = True
         try:
             joint = fit_cells(coded_anew(self.cells, keep))
         except ValueError:
-            return {}
-        found = {}
+            return found
         for name, goal in self.goals.items():
             found |= {(name, measure): got for measure, got in self._answer(joint, goal, self.true.get(name, math.nan))}
         return found
 
-    def _answer(self, joint: Joint, goal: Goal, true: float) -> Iterator[tuple[str, Answer]]:
+    def at(self, goal: Goal) -> tuple[float, float]:
+        """Logs of the student and the tokens that a goal is about."""
         n = math.log(goal.student_params) if goal.student_params else self.means[0]
-        d = math.log(goal.data_tokens) if goal.data_tokens else self.means[1]
-        n, d = n - joint.means[0], d - joint.means[1]
+        return n, math.log(goal.data_tokens) if goal.data_tokens else self.means[1]
+
+    def _known(self, chosen: Sequence[int]) -> dict[Asked, Answer]:
+        if self.surface is None:
+            return {}
+        errors = {
+            name: self.surface.slope_error(self.cells, chosen, (self.true[name], *self.at(goal)))
+            for name, goal in self.goals.items()
+        }
+        return {(name, "known"): Answer(error, math.nan) for name, error in errors.items()}
+
+    def _answer(self, joint: Joint, goal: Goal, true: float) -> Iterator[tuple[str, Answer]]:
+        n, d = (x - mean for x, mean in zip(self.at(goal), joint.means, strict=True))
         if goal.kind != "break_even" and joint.powers:
             yield "set", _of(joint.curve.optimum(n, d), true)
             if math.isfinite(true):
@@ -135,7 +155,10 @@ def _of(found: Set, true: float) -> Answer:
 
 
 def stopped(study: Study, order: Iterator[list[int]], asked: Sequence[Asked]) -> dict[Asked, tuple[list[int], Answer]]:
-    """Where each answer is reached by two fits in a row: the cells by then, and the second answer."""
+    """Where each answer is reached by two fits in a row: the cells by then, and the second answer.
+
+    One step is enough for what no fit says.
+    """
     chosen: list[int] = []
     before: set[Asked] = set()
     found: dict[Asked, tuple[list[int], Answer]] = {}
@@ -143,7 +166,8 @@ def stopped(study: Study, order: Iterator[list[int]], asked: Sequence[Asked]) ->
         chosen = [*chosen, *more]
         answers = study.answers(chosen)
         now = {a for a in asked if study.reached(a, answers)}
-        found |= {a: (chosen, answers[a]) for a in now & before if a not in found}
+        sure = {a for a in now if a in before or a[1] == "known"}
+        found |= {a: (chosen, answers[a]) for a in sure if a not in found}
         before = now
         if len(found) == len(asked):
             break
@@ -175,6 +199,20 @@ def greedy(study: Study, goal: Goal, cost: Cost, start: Sequence[int] = ()) -> I
         yield new
 
 
+@contextmanager
+def told(study: Study) -> Iterator[None]:
+    """`next_cells` is told the true variances, optimum and curvature, instead of what it fits or assumes."""
+    assert study.surface
+    surface, (centre, curvature) = study.surface, study.surface.optimum(*study.means)
+
+    def of(cls: type[Model], cells: Cells, known: int) -> Model:
+        level = float(cells.y[:known].mean()) if known else 0.0
+        return cls(cells, known, centre, study.means, surface.noise, curvature, level, True)
+
+    with patch.object(Model, "of", classmethod(of)):
+        yield
+
+
 def flops(bills: Bills, chosen: Sequence[int]) -> float:
     return bills.total(chosen, np.zeros(len(bills.parts), bool))
 
@@ -193,7 +231,7 @@ def study_of(name: str, seed: int) -> tuple[Study, np.random.Generator]:
         "law": surface.best(*means),
         "target": surface.best(*map(math.log, (target.student_params, target.data_tokens))),
     }
-    return Study.of(table, {"law": Goal(), "target": target}, true), rng
+    return Study.of(table, {"law": Goal(), "target": target}, true, surface), rng
 
 
 def one(name: str, seed: int) -> list[dict[str, Any]]:
@@ -218,6 +256,9 @@ def _rows(study: Study, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
         mine = [a for a in asked if a[0] == goal]
         found = stopped(study, greedy(study, study.goals[goal], COSTS[mode]), mine)
         yield from _stops(study, found, mode, "greedy")
+        with told(study):
+            found = stopped(study, greedy(study, study.goals[goal], COSTS[mode]), [(goal, "known")])
+        yield from _stops(study, found, mode, "oracle")
 
 
 def _stops(

@@ -1,15 +1,15 @@
 """The true surfaces of `benchmarks/next_cells.py`: study one's, the published distillation law, an asymmetric one."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import pandas as pd
 
-from capacity_gap.fit.joint import SAME
-from capacity_gap.fit.joint_curve import JointCurve
+from capacity_gap.fit.joint import SAME, Cells
+from capacity_gap.fit.joint_curve import Centre, JointCurve
 from capacity_gap.fit.next_model import CURVATURE, STUDY, Goal
 from capacity_gap.settings.places import RESULTS
 from capacity_gap.settings.scales import short_scale
@@ -44,6 +44,14 @@ class Surface:
         x = np.linspace(np.log(self.teachers[0]) - 1.4, np.log(self.teachers[-1]) + 1.4, 20_001)
         return float(x[np.argmin(self.loss(x, np.full_like(x, student), np.full_like(x, tokens)))])
 
+    def optimum(self, student: float, tokens: float) -> tuple[Centre, float]:
+        """How the best teacher moves with the logs of student and tokens, and the curvature of the loss there."""
+        best, step = self.best(student, tokens), 0.1
+        by_student = (self.best(student + step, tokens) - best) / step
+        by_tokens = (self.best(student, tokens + step) - best) / step
+        left, middle, right = self.loss(best + np.array([-step, 0, step]), np.full(3, student), np.full(3, tokens))
+        return Centre(best, by_student, by_tokens), float(left - 2 * middle + right) / step**2
+
     def table(self, rng: np.random.Generator) -> pd.DataFrame:
         """The cells of a full grid with their losses, each teacher larger than its student."""
         S, R, B = len(self.students), len(self.teachers), len(BUDGETS)
@@ -68,7 +76,33 @@ class Surface:
         tokens = {"teacher_tokens": self.teacher_tokens[k]}
         return pd.DataFrame({**names, **sizes, **tokens, "seed": s, "teacher_seed": s, "loss": y})
 
+    def slope_error(self, cells: Cells, chosen: Sequence[int], at: tuple[float, float, float]) -> float:
+        """The standard error that generalised least squares gives the slope at a point, with the true variances.
 
+        Args:
+            cells: of a full grid.
+            chosen: those of them that were run.
+            at: logs of teacher, student and tokens.
+
+        Returns:
+            Nats per unit of log teacher size; infinite where the cells do not determine the slope.
+        """
+        index = np.array(sorted(chosen), int)
+        z, n, d = (v[index] - x for v, x in zip((cells.teacher, cells.student, cells.data), at, strict=True))
+        alike = np.equal.outer(cells.curve[index], cells.curve[index])
+        V = self.noise["error"] ** 2 * np.eye(len(index)) + self.noise["slope"] ** 2 * alike * np.outer(z, z)
+        for name, codes in cells.groups.items():
+            V += self.noise[name] ** 2 * np.equal.outer(codes[index], codes[index])
+        levels = np.equal.outer(cells.curve[index], np.unique(cells.curve[index]))
+        X = np.column_stack([z, z * n, z * d, z**2, levels])
+        values, vectors = np.linalg.eigh(X.T @ np.linalg.solve(V, X))
+        kept = values > SMALL * values[-1]
+        if np.abs(vectors[0, ~kept]).max(initial=0.0) > math.sqrt(SMALL):
+            return math.inf
+        return float(np.sqrt((vectors[0, kept] ** 2 / values[kept]).sum()))
+
+
+SMALL = 1e-10  # eigenvalues this far below the largest are none
 PICO_STUDENTS = np.array([39_940.0, 55_032.0, 80_160.0, 109_800.0])
 PICO_TEACHERS = np.array([55_032.0, 80_160.0, 120_200.0, 179_760.0, 269_888.0, 400_080.0, 599_976.0, 899_712.0])
 PICO_BUDGETS = 3e5 * BUDGETS

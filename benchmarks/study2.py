@@ -25,6 +25,7 @@ from benchmarks.study2_corrected import by_student, picks, pooled, seen_by_curve
 from benchmarks.study2_plots import plot_forecast, plot_starts
 from benchmarks.study2_tables import (
     STARTS,
+    controls_table,
     forecast_table,
     loss_table,
     odds_table,
@@ -136,7 +137,7 @@ def answers() -> dict[str, str]:
         found["starts"] = starts_table(slopes)
         found["paired"] = slopes_table({k: v for k, v in slopes.items() if "less" in k})
         found["by_student"] = slopes_table(by_student(behind))
-        found["controls"] = rows_table(taught_less_direct(behind))
+        found["controls"] = controls_table(taught_less_direct(behind))
         if len(main):
             found["seen"] = slopes_table(seen(behind, main) | seen_by_curve(behind, main))
     if len(pairs) and FORECAST.exists():

@@ -83,8 +83,35 @@ def established(slope: Slope) -> str:
 
 def slopes_table(slopes: Mapping[str, Slope]) -> str:
     """What each slope is, its p against zero, and what is established."""
-    rows = [[name, str(s), f"{s.p:.2g}", s.sign + (", small" if s.small else "")] for name, s in slopes.items()]
+    rows = [
+        [_plainly(name), str(s), f"{s.p:.2g}", s.sign + (", small" if s.small else "")] for name, s in slopes.items()
+    ]
     return markdown(["quantity", "nats per unit of log teacher size", "p", "established"], rows)
+
+
+def _plainly(name: str) -> str:
+    """A quantity in the words of the page."""
+    head, at, tokens = f" {name}".rpartition(" at ")
+    said = f"{head} at {short_scale(float(tokens.replace(',', '')))}".strip() if at else name
+    return said.replace("pretrained", "trained")
+
+
+def controls_table(gains: pd.DataFrame) -> str:
+    """Question 2's controls: what a teacher adds to a start, a row a start, student and budget; nats."""
+    rows = [
+        [
+            STARTS[row["start"]],
+            row["student"],
+            short_scale(row["tokens"]),
+            f"{row['direct']:.3f}",
+            f"{row['mean gain']:+.3f}",
+            f"{row['its gain']:+.3f} ({row['best']})",
+        ]
+        for row in gains.to_dict("records")
+    ]
+    return markdown(
+        ["start", "student", "tokens", "loss of direct training", "mean gain", "gain of the best rung"], rows
+    )
 
 
 def forecast_table(told: pd.DataFrame, came: pd.DataFrame, before: pd.DataFrame) -> str:

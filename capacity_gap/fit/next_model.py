@@ -100,7 +100,7 @@ def believe(frame: pd.DataFrame, pool: pd.DataFrame, goal: Goal) -> Belief:
     """
     cells = cells_of(pd.concat([frame, pool.assign(loss=0.0)], ignore_index=True))
     known = len(cells.y) - len(pool)
-    model = _Model.of(cells, known)
+    model = Model.of(cells, known)
     K = model.shared()
     first, rest = slice(None, known), slice(known, None)
     inside = K[first, first] + model.sds["error"] ** 2 * np.eye(known)
@@ -125,7 +125,7 @@ def believe(frame: pd.DataFrame, pool: pd.DataFrame, goal: Goal) -> Belief:
 
 
 @dataclass(frozen=True, eq=False)
-class _Model:
+class Model:
     """The prior of cells and coefficients, in the order 1, n, d, κ, λ, μ."""
 
     cells: Cells
@@ -138,7 +138,8 @@ class _Model:
     fitted: bool  # or assumed: nothing else is known
 
     @classmethod
-    def of(cls, cells: Cells, known: int) -> "_Model":
+    def of(cls, cells: Cells, known: int) -> "Model":
+        """As the first `known` cells fit it; as study one has it where they are too few."""
         means = float(np.mean(cells.student)), float(np.mean(cells.data))
         joint = _fitted(cells, known)
         level = float(cells.y[:known].mean()) if known else 0.0
@@ -155,14 +156,17 @@ class _Model:
 
     @property
     def n(self) -> np.ndarray:
+        """log N_S off its mean [cells]."""
         return self.cells.student - self.means[0]
 
     @property
     def d(self) -> np.ndarray:
+        """log D off its mean [cells]."""
         return self.cells.data - self.means[1]
 
     @property
     def z(self) -> np.ndarray:
+        """log N_T off where the optimum seems to be [cells]."""
         return self.cells.teacher - self.centre(self.n, self.d)
 
     @property
