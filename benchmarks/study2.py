@@ -192,7 +192,9 @@ def rerun(store: str) -> None:
         if not len(frame := load(name)):
             continue
         cell = frame.sort_values("cell").iloc[0]
-        subprocess.run([sys.executable, str(ROOT / "run.py"), *overrides(name, cell), f"store={store}"], check=True)
+        subprocess.run(
+            [sys.executable, str(ROOT / "run.py"), "-m", *overrides(name, cell), f"store={store}"], check=True
+        )
         again = records.load(store).set_index("cell").loc[cell["cell"]]
         row = {"part": name, "cell": cell["cell"], "published": cell["student_loss"], "again": again["student_loss"]}
         rows.append(row | {"difference": again["student_loss"] - cell["student_loss"]})
@@ -206,7 +208,7 @@ def overrides(name: str, cell: pd.Series) -> list[str]:
     words += [f"data={int(cell['data_tokens'])}", "hydra/launcher=basic"]
     if name in ("rates", "starts"):
         words += [f"prune.init={cell['init']}"] + ["prune.init_data=1m"] * (cell["init"] == "pretrained")
-        words += ["distill=direct"] * (cell["kd_weight"] == 0)
+        words += ["distill=direct"] * bool(cell["kd_weight"] == 0)
     if name in ("rates", "starts", "recipe"):
         words.append(f"train.learning_rate_times_width={times_width(name, cell):g}")
     return [*words, f"distill.kd_weight={cell['kd_weight']:g}"] if name == "recipe" else words
