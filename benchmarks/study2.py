@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from benchmarks.study import filled, rounded
 from benchmarks.study import load as study_one
 from benchmarks.study2_answers import foretold, optimum, optimum_row, plain, recipe, seen, starts, taught_less_direct
-from benchmarks.study2_corrected import by_student, picks, pooled, seen_by_curve
+from benchmarks.study2_corrected import apart, by_student, picks, pooled, seen_by_curve, start_differences
 from benchmarks.study2_plots import plot_forecast, plot_starts
 from benchmarks.study2_tables import (
     STARTS,
@@ -61,13 +61,13 @@ TABLES = (
     "rates",
     "starts",
     "paired",
-    "by_student",
     "controls",
     "seen",
     "forecast",
     "odds",
     "published",
     "recipe",
+    "apart",
     "picks",
 )
 
@@ -134,9 +134,8 @@ def answers() -> dict[str, str]:
     if len(behind):
         behind = plain(behind)
         slopes = starts(behind)
-        found["starts"] = starts_table(slopes)
-        found["paired"] = slopes_table({k: v for k, v in slopes.items() if "less" in k})
-        found["by_student"] = slopes_table(by_student(behind))
+        found["starts"] = starts_table(slopes, by_student(behind))
+        found["paired"] = slopes_table({k: v for k, v in slopes.items() if "less" in k} | start_differences(behind))
         found["controls"] = controls_table(taught_less_direct(behind))
         if len(main):
             found["seen"] = slopes_table(seen(behind, main) | seen_by_curve(behind, main))
@@ -151,6 +150,7 @@ def answers() -> dict[str, str]:
         contrasts = recipe(grid, usual, one)
         found["picks"] = rows_table(picks(grid))
         found["recipe"] = recipe_table(contrasts)
+        found["apart"] = recipe_table(apart(grid, usual, one), verdict=False)
     return found
 
 

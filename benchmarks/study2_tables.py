@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.study2_answers import Estimate, Slope, judged, one_loss, rates, stands
-from benchmarks.study2_corrected import excess, hedged_brier, set_held
+from benchmarks.study2_corrected import excess, hedged_brier, own_disagreement, set_held
 from benchmarks.study_tables import markdown
 from capacity_gap.fit import JointFit
 from capacity_gap.settings.scales import short_scale
@@ -55,21 +55,21 @@ def rates_table(frame: pd.DataFrame) -> str:
     return markdown(["start", "tokens", *(f"{rate * WIDTH:.2g} / width" for rate in tried)], rows)
 
 
-def starts_table(slopes: Mapping[str, Slope]) -> str:
-    """Question 2: the slope at each budget and its growth, a row a start."""
-    cells: dict[str, dict[str, Slope]] = {}
-    for name, slope in slopes.items():
-        start, _, what = name.partition(": ")
-        if start in STARTS:
-            cells.setdefault(start, {})[what] = slope
+def starts_table(slopes: Mapping[str, Slope], by_student: Mapping[str, Mapping[str, Slope]]) -> str:
+    """Question 2: the slope at each budget and its growth, a row a start: of both students, then of each."""
+    cells: dict[tuple[str, str], dict[str, Slope]] = {}
+    for student, mine in {"both": slopes, **by_student}.items():
+        for name, slope in mine.items():
+            start, _, what = name.partition(": ")
+            if start in STARTS:
+                cells.setdefault((start, student), {})[what] = slope
     columns = sorted({w for row in cells.values() for w in row}, key=lambda w: (w.startswith("growth"), len(w), w))
     head = [w if w.startswith("growth") else "slope at " + short_scale(_tokens(w)) for w in columns]
     rows = [
-        [STARTS[start], *(established(cells[start][w]) if w in cells[start] else "–" for w in columns)]
-        for start in STARTS
-        if start in cells
+        [STARTS[key[0]], key[1], *(established(cells[key][w]) if w in cells[key] else "–" for w in columns)]
+        for key in sorted(cells, key=lambda key: (list(STARTS).index(key[0]), key[1] != "both", len(key[1]), key[1]))
     ]
-    return markdown(["start", *head], rows)
+    return markdown(["start", "student", *head], rows)
 
 
 def _tokens(name: str) -> float:
@@ -78,22 +78,27 @@ def _tokens(name: str) -> float:
 
 def established(slope: Slope) -> str:
     """A slope and what is established of it."""
-    return f"{slope}: {slope.sign}"
+    return f"{slope}: {SIGNS[slope.sign]}"
+
+
+SIGNS = {"falls": "below zero", "rises": "above zero", "open": "open"}
 
 
 def slopes_table(slopes: Mapping[str, Slope]) -> str:
     """What each slope is, its p against zero, and what is established."""
     rows = [
-        [_plainly(name), str(s), f"{s.p:.2g}", s.sign + (", small" if s.small else "")] for name, s in slopes.items()
+        [_plainly(name), str(s), f"{s.p:.2g}", SIGNS[s.sign] + (", small" if s.small else "")]
+        for name, s in slopes.items()
     ]
     return markdown(["quantity", "nats per unit of log teacher size", "p", "established"], rows)
 
 
 def _plainly(name: str) -> str:
     """A quantity in the words of the page."""
+    name = name.replace("pretrained", "trained")
     head, at, tokens = f" {name}".rpartition(" at ")
     said = f"{head} at {short_scale(float(tokens.replace(',', '')))}".strip() if at else name
-    return said.replace("pretrained", "trained")
+    return said
 
 
 def controls_table(gains: pd.DataFrame) -> str:
@@ -122,7 +127,7 @@ def forecast_table(told: pd.DataFrame, came: pd.DataFrame, before: pd.DataFrame)
     names = {
         "brier": "Brier score of the odds",
         "brier, nearest budget": "of the order in the nearest curve",
-        "hedged": "of that order, with odds",
+        "hedged": "of the nearest curve, given odds",
         "right": "likelier teacher was better, of all pairs",
         "regret": "its loss above the best, nats",
         "regret of the mean rung": "that of a random rung, nats",
@@ -169,14 +174,15 @@ def odds_table(told: pd.DataFrame, came: pd.DataFrame, before: pd.DataFrame) -> 
     return markdown(["over all pairs", "found"], rows)
 
 
-def recipe_table(contrasts: Mapping[str, Estimate]) -> str:
-    """Question 5: the contrast of the largest teacher with the smallest, a column a budget."""
+def recipe_table(contrasts: Mapping[str, Estimate], *, verdict: bool = True) -> str:
+    """Question 5: the contrast of the largest teacher with the smallest, a column a budget, and what it establishes."""
     budgets = list(dict.fromkeys(name.rsplit(", ", 1)[1] for name in contrasts))
     kinds = list(dict.fromkeys(name.rsplit(", ", 1)[0] for name in contrasts))
     rows = [[kind, *(str(contrasts[f"{kind}, {budget}"]) for budget in budgets)] for kind in kinds]
     head = [f"at {short_scale(float(budget.replace(',', '')))}" for budget in budgets]
-    verdict = ["the break-even", stands(dict(contrasts)), *[""] * (len(budgets) - 1)]
-    return markdown(["900k less 120k, nats", *head], [*rows, verdict])
+    if verdict:
+        rows.append(["the break-even", stands(dict(contrasts)), *[""] * (len(budgets) - 1)])
+    return markdown(["900k less 120k, nats", *head], rows)
 
 
 def loss_table(frame: pd.DataFrame) -> str:
@@ -188,11 +194,23 @@ def loss_table(frame: pd.DataFrame) -> str:
     frame, rows = frame[frame["teacher_params"] > 1.02 * frame["student_params"]], []
     for name, (column, better) in measures.items():
         found = one_loss(frame, column, better=better)
-        rows.append([name, *(f"{found[k]:.4f}" for k in ("discordant", "across", "own", "excess"))])
+        own = [f"{own_disagreement(frame, of):.3f}" for of in ("loss", column)]
+        rows.append([name, f"{found['discordant']:.3f}", f"{found['across']:.3f}", *own, f"{found['excess']:.4f}"])
         rows[-1] += [f"{found['excess_low']:.4f} to {found['excess_high']:.4f}"]
         mended = excess(frame, column, better=better)
         rows[-1] += [f"{mended['excess']:.4f} ({mended['excess_low']:.4f} to {mended['excess_high']:.4f})"]
         rows[-1] += [f"{found['regret']:.4f} of {found['range']:.4f}"]
     return markdown(
-        ["measure", "discordant", "across", "own", "excess", "95 %", "excess, corrected", "regret of range"], rows
+        [
+            "measure",
+            "pairs that it orders unlike loss, means over seeds",
+            "the same, across two seeds",
+            "two seeds, by loss",
+            "two seeds, by this measure",
+            "excess",
+            "95 %",
+            "excess, corrected",
+            "cost of choosing by loss, of the range",
+        ],
+        rows,
     )

@@ -24,7 +24,16 @@ from benchmarks.study2_answers import (
     stands,
     tuned,
 )
-from benchmarks.study2_corrected import excess, hedged_brier, picks, pooled, set_held
+from benchmarks.study2_corrected import (
+    by_student,
+    excess,
+    hedged_brier,
+    own_disagreement,
+    picks,
+    pooled,
+    set_held,
+    start_differences,
+)
 from benchmarks.study2_power import ALL, EIGHT, cells, expected, of_recipe, scatter
 from capacity_gap.cell import pipeline
 from tests.conftest import ROOT
@@ -221,6 +230,22 @@ def test_the_published_fit_is_that_of_the_records():
     assert (kept["status"], kept["rests_on"]) == (fit.status, list(fit.rests_on))
     assert kept["ratio"]["value"] == pytest.approx(fit.ratio_at().value, rel=1e-3)
     assert kept["model"]["beta"] == pytest.approx(json.loads(fit.to_json())["model"]["beta"], rel=1e-2, abs=1e-4)
+
+
+def test_starts_less_pruned_ones_have_the_slope_that_was_planted():
+    frame = cells(("55k", "110k"), EIGHT, (300_000, 600_000), (10, 11)).assign(kd_weight=0.5)
+    tilt = 0.03 * np.log(frame["teacher_params"])
+    both = pd.concat([frame.assign(init="pruned", loss=3.0), frame.assign(init="pretrained", loss=3.0 - tilt)])
+    found = start_differences(both)
+    assert [round(s.value, 6) for s in found.values()] == [-0.03, -0.03]
+    assert set(by_student(both)) == {"55k", "110k"}
+
+
+def test_own_disagreement_is_none_for_equal_seeds_and_all_for_opposite_ones():
+    frame = cells(("55k",), EIGHT, (300_000,), (10, 11))
+    order = np.log(frame["teacher_params"])
+    assert own_disagreement(frame.assign(score=order), "score") == 0
+    assert own_disagreement(frame.assign(score=order * np.where(frame["seed"] == 10, 1, -1)), "score") == 1
 
 
 def test_picks_count_where_in_the_grid_the_chosen_settings_lie():
