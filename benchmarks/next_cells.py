@@ -88,11 +88,11 @@ class Study:
     surface: Surface | None = None
 
     @classmethod
-    def of(
-        cls, table: pd.DataFrame, goals: dict[str, Goal], true: dict[str, float], surface: Surface | None = None
-    ) -> "Study":
-        """Fits the full grid."""
-        bare = cls(table, cells_of(table), goals, true, {}, surface)
+    def of(cls, table: pd.DataFrame, goals: dict[str, Goal], surface: Surface | None = None) -> "Study":
+        """Fits the full grid. The true answers are those of a surface."""
+        bare = cls(table, cells_of(table), goals, {}, {}, surface)
+        if surface:
+            bare = replace(bare, true={name: surface.best(*bare.at(goal)) for name, goal in goals.items()})
         return replace(bare, full=bare.answers(range(len(table))))
 
     @property
@@ -224,14 +224,7 @@ def study_of(name: str, seed: int) -> tuple[Study, np.random.Generator]:
     """A simulated study."""
     surface = SURFACES[name]()
     rng = np.random.default_rng([seed, sum(map(ord, name))])
-    table, target = surface.table(rng), surface.target
-    assert target.student_params and target.data_tokens
-    means = (float(np.log(table[c]).mean()) for c in ("student_params", "data_tokens"))
-    true = {
-        "law": surface.best(*means),
-        "target": surface.best(*map(math.log, (target.student_params, target.data_tokens))),
-    }
-    return Study.of(table, {"law": Goal(), "target": target}, true, surface), rng
+    return Study.of(surface.table(rng), {"law": Goal(), "target": surface.target}, surface), rng
 
 
 def one(name: str, seed: int) -> list[dict[str, Any]]:
@@ -300,7 +293,7 @@ def study_one() -> Study:
     table = arm[[*names, "teacher_seed"]].assign(loss=arm["student_loss"]).reset_index(drop=True)
     middle = float(np.exp(np.log(table["student_params"]).mean()))
     even = Goal("break_even", middle, small=PICO_TEACHERS[2], large=PICO_TEACHERS[-1])
-    return Study.of(table, {"law": Goal(), "break_even": even}, {})
+    return Study.of(table, {"law": Goal(), "break_even": even})
 
 
 def summary(found: pd.DataFrame, factors: dict[tuple[str, str], float]) -> pd.DataFrame:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from benchmarks.study_arms import Arm, arms_of, main_of
 from benchmarks.study_elsewhere import (
@@ -122,12 +123,17 @@ def filled(text: str, tables: dict[str, str]) -> str:
     return text
 
 
-def rounded(value: Any) -> Any:
+def save_fit(file: Path, text: str, indent: int | None = 1) -> None:
+    """Writes the JSON of a fit with rounded numbers."""
+    file.write_text(json.dumps(_rounded(json.loads(text)), indent=indent) + "\n")
+
+
+def _rounded(value: Any) -> Any:
     """Numbers rounded to the digits that all machines reproduce."""
     if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
+        return {k: _rounded(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [rounded(v) for v in value]
+        return [_rounded(v) for v in value]
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
@@ -151,18 +157,19 @@ def figures() -> None:
     published = {"law": main.law.to_json(), "surface": surface.to_json(), "joint": joint.to_json()}
     for name, found in (published | {"arms": json.dumps(fits)}).items():
         indent = None if name == "surface" else 1  # its draws would take a line a number
-        (RECORDS / f"{name}.json").write_text(json.dumps(rounded(json.loads(found)), indent=indent) + "\n")
+        save_fit(RECORDS / f"{name}.json", found, indent)
     for arm in arms:
         if arm.budgets != [0] and arm.name in DRAWN:
-            _draw(plot_curves(arm.located), f"study_curves{arm.suffix}")
+            draw(plot_curves(arm.located), f"study_curves{arm.suffix}")
     if families := [a for a in elsewhere(arms) if a.differs == {"family"}]:
-        _draw(plot_curves(together(families).located), "study_curves_architectures")
-    _draw(plot_law(main.law), "study_law", dpi=130)
-    _draw(plot_joint(joint), "study_joint", dpi=130)
+        draw(plot_curves(together(families).located), "study_curves_architectures")
+    draw(plot_law(main.law), "study_law", dpi=130)
+    draw(plot_joint(joint), "study_joint", dpi=130)
     print(main.law.summary(), surface.summary(), sep="\n\n")
 
 
-def _draw(figure, name: str, dpi: int = 85) -> None:  # type: ignore[no-untyped-def]
+def draw(figure: Figure, name: str, dpi: int = 85) -> None:
+    """Writes docs/NAME.png alone: a vector drawing of so many points is larger."""
     save_figure(figure, ROOT / "docs" / name, dpi=dpi)
     (ROOT / "docs" / f"{name}.svg").unlink()
 

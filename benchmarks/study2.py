@@ -9,23 +9,24 @@ Tables stand in the page between `<!-- NAME -->` and `<!-- /NAME -->`; a test ma
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.figure import Figure
 
-from benchmarks.study import filled, rounded
+from benchmarks.study import draw, filled, save_fit
 from benchmarks.study import load as study_one
+from benchmarks.study2_after import apart, start_differences
 from benchmarks.study2_answers import foretold, optimum, optimum_row, plain, recipe, seen, starts, taught_less_direct
-from benchmarks.study2_corrected import apart, by_student, picks, pooled, seen_by_curve, start_differences
+from benchmarks.study2_corrected import by_student, picks, pooled, seen_by_curve
 from benchmarks.study2_plots import plot_forecast, plot_starts
 from benchmarks.study2_tables import (
     STARTS,
     controls_table,
+    curves_of,
     forecast_table,
     loss_table,
     odds_table,
@@ -43,7 +44,6 @@ from benchmarks.study_tables import markdown
 from capacity_gap import records
 from capacity_gap.fit import JointFit
 from capacity_gap.report.joint_tables import best_table, even_table, plot_joint
-from capacity_gap.report.plots import save_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "results" / "pico2"
@@ -111,7 +111,7 @@ def tell_forecast() -> None:
         raise SystemExit("cells of question 3 have run: a forecast can no longer be made.")
     if not whole("optimum"):
         raise SystemExit("question 1 is not complete: the forecast is made from all of its cells, once.")
-    told = foretold(plain(main_of(arms_of(study_one())).frame), plain(load("optimum")))
+    told = foretold(main_arm(), plain(load("optimum")))
     told.to_csv(FORECAST, index=False, float_format="%.6g")
     print(f"{len(told)} pairs in {FORECAST.relative_to(ROOT)}")
 
@@ -121,18 +121,16 @@ def answers() -> dict[str, str]:
     found = dict.fromkeys(TABLES, "*(not all cells have run: no answer yet)*")
     found["cells"] = rows_table(counts())
     parts = ("optimum", "starts", "forecast", "recipe")
-    one = plain(main_of(arms_of(study_one())).frame)
-    main, behind, pairs, grid = (load(name) if whole(name) else pd.DataFrame() for name in parts)
+    one = main_arm()
+    main, behind, pairs, grid = (plain(load(name)) if whole(name) else pd.DataFrame() for name in parts)
     if len(main):
-        main = plain(main)
-        fit = optimum(main)
+        fit = first_question()
         found["optimum"], found["both_studies"] = row_table(optimum_row(fit)), row_table(optimum_row(pooled(one, main)))
         found["best"], found["even"] = markdown(*best_table(fit)), markdown(*even_table(fit, PAIR))
         found["one_loss"] = loss_table(main)
     if whole("rates"):
         found["rates"] = rates_table(load("rates"))
     if len(behind):
-        behind = plain(behind)
         slopes = starts(behind)
         found["starts"] = starts_table(slopes, by_student(behind))
         found["paired"] = slopes_table({k: v for k, v in slopes.items() if "less" in k} | start_differences(behind))
@@ -140,12 +138,11 @@ def answers() -> dict[str, str]:
         if len(main):
             found["seen"] = slopes_table(seen(behind, main) | seen_by_curve(behind, main))
     if len(pairs) and FORECAST.exists():
-        before = pd.concat([one, main], ignore_index=True)
-        found["forecast"] = forecast_table(pd.read_csv(FORECAST), plain(pairs), before)
-        found["odds"] = odds_table(pd.read_csv(FORECAST), plain(pairs), before)
+        told = pd.read_csv(FORECAST)
+        curves = curves_of(told, pairs, pd.concat([one, main], ignore_index=True))
+        found["forecast"], found["odds"] = forecast_table(told, pairs, curves), odds_table(told, pairs, curves)
         found["published"] = ratios_table(published())
     if len(grid):
-        grid = plain(grid)
         usual = grid[(grid["kd_weight"] == 0.5) & (grid["learning_rate"].eq(usual_rate(grid)))]
         contrasts = recipe(grid, usual, one)
         found["picks"] = rows_table(picks(grid))
@@ -154,10 +151,21 @@ def answers() -> dict[str, str]:
     return found
 
 
+def main_arm() -> pd.DataFrame:
+    """Study one's cells that ask what question 1 asks."""
+    return plain(main_of(arms_of(study_one())).frame)
+
+
+@cache
+def first_question() -> JointFit:
+    """The fit of question 1."""
+    return optimum(plain(load("optimum")))
+
+
+@cache
 def published() -> JointFit:
     """What `recommend` reads by default: one model of all cells of both studies that ask the same, pruned starts."""
-    one = plain(main_of(arms_of(study_one())).frame)
-    return pooled(one, *(plain(load(name)) for name in ("optimum", "forecast")))
+    return pooled(main_arm(), *(plain(load(name)) for name in ("optimum", "forecast")))
 
 
 def counts() -> pd.DataFrame:
@@ -170,19 +178,12 @@ def figures() -> None:
     """Writes the tables of the page, a figure for each of questions 1 to 3, and the published fit."""
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), answers()), encoding="utf-8")
     if whole("optimum"):
-        drawn(plot_joint(optimum(plain(load("optimum")))), "joint")
+        draw(plot_joint(first_question()), "study2_joint", dpi=110)
     if whole("starts"):
-        drawn(plot_starts(plain(load("starts")), STARTS), "starts")
+        draw(plot_starts(plain(load("starts")), STARTS), "study2_starts", dpi=110)
     if whole("forecast"):
-        kept = rounded(json.loads(published().to_json()))
-        (RECORDS / "joint.json").write_text(json.dumps(kept, indent=1) + "\n")
-        drawn(plot_forecast(pd.read_csv(FORECAST), plain(load("forecast"))), "forecast")
-
-
-def drawn(figure: Figure, name: str) -> None:
-    """Writes docs/study2_NAME.png alone: drawings of so many points are larger."""
-    for file in save_figure(figure, ROOT / "docs" / f"study2_{name}", dpi=110)[1:]:
-        file.unlink()
+        save_fit(RECORDS / "joint.json", published().to_json())
+        draw(plot_forecast(pd.read_csv(FORECAST), plain(load("forecast"))), "study2_forecast", dpi=110)
 
 
 def rerun(store: str) -> None:

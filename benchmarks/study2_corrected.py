@@ -12,10 +12,8 @@ from benchmarks.study2_answers import (
     FITTED,
     LEVEL,
     PAIRS,
-    Estimate,
     Slope,
     differences,
-    recipe,
     slope_of,
     starts,
     tuned,
@@ -99,42 +97,6 @@ def by_student(frame: pd.DataFrame) -> dict[str, dict[str, Slope]]:
     """Question 2: slopes and growth for each student alone. An interval over rungs is conditional on its students: what
     tilts a whole curve moves all rungs together and does not show in their scatter."""
     return {str(student): starts(cells) for student, cells in frame.groupby("student")}
-
-
-def start_differences(frame: pd.DataFrame) -> dict[str, Slope]:
-    """Question 2: the slope of trained and of random starts less that of pruned ones, at each budget; paired."""
-    taught, found = frame[frame["kd_weight"] > 0], {}
-    pruned = taught[taught["init"] == "pruned"]
-    for start in ("pretrained", "random"):
-        for tokens, cells in taught[taught["init"] == start].groupby("data_tokens"):
-            alike = pruned[pruned["data_tokens"] == tokens]
-            found[f"{start} less pruned, slope at {tokens:,.0f}"] = slope_of(differences(cells, alike))
-    return found
-
-
-def apart(grid: pd.DataFrame, usual: pd.DataFrame, one: pd.DataFrame) -> dict[str, Estimate]:
-    """Question 5: the contrasts where only the rate or only the KD weight is tuned, the other one as in the recipe."""
-    keys = ["student", "teacher_params", "data_tokens", "seed"]
-    found = {}
-    for name, fixed in (("rate alone", "kd_weight"), ("KD weight alone", "learning_rate")):
-        as_usual = grid.merge(usual[[*keys, fixed]], on=[*keys, fixed])
-        contrasts = recipe(as_usual, usual, one)
-        found |= {key.replace("tuned", f"tuned {name}"): e for key, e in contrasts.items() if key.startswith("tuned,")}
-    return found
-
-
-def own_disagreement(frame: pd.DataFrame, column: str) -> float:
-    """Question 6: the share of pairs of a curve's teachers that two seeds order differently by one measure.
-
-    Half says that a measure has no order that repeats.
-    """
-    shares = []
-    for _, cells in frame.groupby(["student", "data_tokens"]):
-        values = cells.pivot_table(index="teacher_params", columns="seed", values=column).to_numpy()
-        i, j = np.triu_indices(len(values), 1)
-        first, second = (np.sign(values[i, seed] - values[j, seed]) for seed in (0, 1))
-        shares.append(np.mean(first != second))
-    return float(np.mean(shares))
 
 
 def seen_by_curve(disjoint: pd.DataFrame, overlapping: pd.DataFrame) -> dict[str, Slope]:

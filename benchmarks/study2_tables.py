@@ -5,8 +5,9 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
+from benchmarks.study2_after import own_disagreement
 from benchmarks.study2_answers import Estimate, Slope, judged, one_loss, rates, stands
-from benchmarks.study2_corrected import excess, hedged_brier, own_disagreement, set_held
+from benchmarks.study2_corrected import excess, hedged_brier, set_held
 from benchmarks.study_tables import markdown
 from capacity_gap.fit import JointFit
 from capacity_gap.settings.scales import short_scale
@@ -64,16 +65,12 @@ def starts_table(slopes: Mapping[str, Slope], by_student: Mapping[str, Mapping[s
             if start in STARTS:
                 cells.setdefault((start, student), {})[what] = slope
     columns = sorted({w for row in cells.values() for w in row}, key=lambda w: (w.startswith("growth"), len(w), w))
-    head = [w if w.startswith("growth") else "slope at " + short_scale(_tokens(w)) for w in columns]
+    head = [_plainly(w) for w in columns]
     rows = [
         [STARTS[key[0]], key[1], *(established(cells[key][w]) if w in cells[key] else "–" for w in columns)]
         for key in sorted(cells, key=lambda key: (list(STARTS).index(key[0]), key[1] != "both", len(key[1]), key[1]))
     ]
     return markdown(["start", "student", *head], rows)
-
-
-def _tokens(name: str) -> float:
-    return float(name.rsplit(" ", 1)[1].replace(",", ""))
 
 
 def established(slope: Slope) -> str:
@@ -94,11 +91,10 @@ def slopes_table(slopes: Mapping[str, Slope]) -> str:
 
 
 def _plainly(name: str) -> str:
-    """A quantity in the words of the page."""
-    name = name.replace("pretrained", "trained")
-    head, at, tokens = f" {name}".rpartition(" at ")
-    said = f"{head} at {short_scale(float(tokens.replace(',', '')))}".strip() if at else name
-    return said
+    """A quantity in the words of the page, its tokens short: the answers write `slope at 300,000`."""
+    head, _, last = name.replace("pretrained", "trained").rpartition(" ")
+    number = last.replace(",", "")
+    return f"{head} {short_scale(int(number)) if number.isdigit() else last}".strip()
 
 
 def controls_table(gains: pd.DataFrame) -> str:
@@ -119,10 +115,14 @@ def controls_table(gains: pd.DataFrame) -> str:
     )
 
 
-def forecast_table(told: pd.DataFrame, came: pd.DataFrame, before: pd.DataFrame) -> str:
-    """Question 3, a column a curve: Brier scores beside those of the baselines, the likeliest rung and the best one."""
+def curves_of(told: pd.DataFrame, came: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
+    """Question 3, a row a curve: its scores as registered, and those of the baseline with odds."""
     keys = ["student", "data_tokens"]
-    curves = judged(told, came, before).merge(hedged_brier(told, came, before)[[*keys, "hedged"]], on=keys)
+    return judged(told, came, before).merge(hedged_brier(told, came, before)[[*keys, "hedge", "hedged"]], on=keys)
+
+
+def forecast_table(told: pd.DataFrame, came: pd.DataFrame, curves: pd.DataFrame) -> str:
+    """Question 3, a column a curve: Brier scores beside those of the baselines, the likeliest rung and the best one."""
     held = set_held(told, came).set_index("student")
     names = {
         "brier": "Brier score of the odds",
@@ -146,16 +146,15 @@ def forecast_table(told: pd.DataFrame, came: pd.DataFrame, before: pd.DataFrame)
     return markdown(head, [*rows[:4], likeliest, *rows[4:], best, inside])
 
 
-def odds_table(told: pd.DataFrame, came: pd.DataFrame, before: pd.DataFrame) -> str:
+def odds_table(told: pd.DataFrame, came: pd.DataFrame, curves: pd.DataFrame) -> str:
     """Over the pairs of all curves: Brier scores, and how often the likelier teacher won, by the odds it was given."""
-    curves, hedged = judged(told, came, before), hedged_brier(told, came, before)
     rows = [
-        [name, f"{np.average(of[column], weights=of['pairs']):.3f}"]
-        for name, of, column in (
-            ("Brier score of the odds", curves, "brier"),
-            ("of the order in the nearest curve (registered)", curves, "brier, nearest budget"),
-            ("of even odds (registered)", curves, "brier, even odds"),
-            (f"of the nearest curve with odds of {hedged['hedge'].iloc[0]:.0%}", hedged, "hedged"),
+        [name, f"{np.average(curves[column], weights=curves['pairs']):.3f}"]
+        for name, column in (
+            ("Brier score of the odds", "brier"),
+            ("of the order in the nearest curve (registered)", "brier, nearest budget"),
+            ("of even odds (registered)", "brier, even odds"),
+            (f"of the nearest curve with odds of {curves['hedge'].iloc[0]:.0%}", "hedged"),
         )
     ]
     means = came.groupby(["student", "data_tokens", "teacher"])["loss"].mean()
@@ -179,7 +178,7 @@ def recipe_table(contrasts: Mapping[str, Estimate], *, verdict: bool = True) -> 
     budgets = list(dict.fromkeys(name.rsplit(", ", 1)[1] for name in contrasts))
     kinds = list(dict.fromkeys(name.rsplit(", ", 1)[0] for name in contrasts))
     rows = [[kind, *(str(contrasts[f"{kind}, {budget}"]) for budget in budgets)] for kind in kinds]
-    head = [f"at {short_scale(float(budget.replace(',', '')))}" for budget in budgets]
+    head = [_plainly(f"at {budget}") for budget in budgets]
     if verdict:
         rows.append(["the break-even", stands(dict(contrasts)), *[""] * (len(budgets) - 1)])
     return markdown(["900k less 120k, nats", *head], rows)

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import study2
 from benchmarks.study import filled
+from benchmarks.study2_after import own_disagreement, start_differences
 from benchmarks.study2_answers import (
     PAIRS,
     Estimate,
@@ -28,11 +29,9 @@ from benchmarks.study2_corrected import (
     by_student,
     excess,
     hedged_brier,
-    own_disagreement,
     picks,
     pooled,
     set_held,
-    start_differences,
 )
 from benchmarks.study2_power import ALL, EIGHT, cells, expected, of_recipe, scatter
 from capacity_gap.cell import pipeline

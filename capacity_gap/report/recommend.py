@@ -58,7 +58,7 @@ def read_fit(file: Path | None) -> tuple[dict[str, Any] | None, SurfaceFit | Non
         path = next((path / name for name in ("law.json", "joint.json") if (path / name).is_file()), path / "law.json")
     if not path.is_file():
         what = f"--fit={path} does not exist"
-        what = what if file else f"the published fit, {path.name} of results/pico2, is not here"
+        what = what if file else f"the published fit, {path.name} of results/{path.parent.name}, is not here"
         name = path.name if path.name in MADE_BY else "law.json"
         raise UserError(
             f"{what}. Make one: `python -m capacity_gap fit STORE {MADE_BY[name]} --out DIR`, then `recommend … --fit "
