@@ -284,6 +284,21 @@ def test_a_rungs_own_data_decide_where_it_alone_could_be_absorbed():
     assert fit.best_teacher(55e3).probabilities[name] > 0.5
 
 
+FEW = """40,55,150,0,3.2796 40,120,150,0,3.2942 40,400,150,0,3.3850 40,55,300,0,3.2164 40,120,300,0,3.1691
+40,400,300,0,3.2444 40,55,300,1,3.1998 55,80,300,0,3.0843 55,400,300,0,3.1244 110,120,300,0,2.8801
+110,400,300,0,2.8927 110,600,300,0,2.9243"""
+
+
+def test_an_optimum_rests_on_a_rung_without_which_the_model_is_not_determined():
+    rows = [[float(x) for x in row.split(",")] for row in FEW.split()]
+    frame = pd.DataFrame(rows, columns=["student_params", "teacher_params", "data_tokens", "seed", "loss"])
+    sizes = {name: 1e3 * frame[name] for name in ("student_params", "teacher_params", "data_tokens")}
+    names = {of: frame[f"{of}_params"].map("{:.0f}k".format) for of in ("student", "teacher")}
+    fit = fit_joint(frame.assign(**sizes, **names))
+    assert fit.status == "provisional"
+    assert "400k" in fit.rests_on
+
+
 def test_what_is_printed_of_study_one():
     said = list(_joint_lines(fit_joint(study_one())))
     assert said[0] == "one model of all 264 cells: provisional"

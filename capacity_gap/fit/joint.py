@@ -323,8 +323,13 @@ def ends(joint: Joint, keep: np.ndarray | None = None) -> tuple[Contrast, Contra
     return found[0], found[1]
 
 
-def without(joint: Joint, rung: int) -> tuple[Contrast, Contrast]:
-    """The slopes of `ends` with one rung left out, its variance components kept."""
+def without(joint: Joint, rung: int) -> tuple[Contrast, Contrast] | None:
+    """The slopes of `ends` with one rung left out, its variance components kept; None where the rest does not determine
+    them."""
     keep = joint.cells.groups["rung"] != rung
     priors = len(joint.mixed.problem.y) - len(keep)
-    return ends(replace(joint, mixed=joint.mixed.part(np.append(keep, [True] * priors))), keep)
+    try:
+        mixed = joint.mixed.part(np.append(keep, [True] * priors))
+    except np.linalg.LinAlgError:
+        return None
+    return ends(replace(joint, mixed=mixed), keep)

@@ -358,7 +358,8 @@ def _status(fit: JointFit) -> tuple[str, str, tuple[str, ...]]:
     students = len(np.unique(close_names(joint.cells.student)))
     if enough and _passes(pair, ALPHA):
         codes = {name: code for code, name in joint.cells.rungs.items()}
-        rests = [n for n in fit.curve.rungs if not _passes(without(joint, codes[n]), ALPHA_WITHOUT)]
+        left = {name: without(joint, codes[name]) for name in fit.curve.rungs}
+        rests = [name for name, pair in left.items() if pair is None or not _passes(pair, ALPHA_WITHOUT)]
         if not rests and fit.inside >= LEAST_INSIDE:
             return "law", "", ()
         if rests:
