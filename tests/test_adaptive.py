@@ -14,10 +14,11 @@ import pytest
 from capacity_gap import records
 from capacity_gap.cell import pipeline
 from capacity_gap.cell.strategy_config import NextConfig
+from capacity_gap.fit.goal_answer import AFTER_STOPPING, narrow_enough
 from capacity_gap.fit.regression import Estimate
-from capacity_gap.report.rounds import bounds_text, round_line
+from capacity_gap.report.rounds import bounds_text, end_line, round_line
 from capacity_gap.runner import budget
-from capacity_gap.runner.adaptive import Rounds, StopRounds, narrow_enough, pool_rows
+from capacity_gap.runner.adaptive import Rounds, StopRounds, ends_of, pool_rows
 from capacity_gap.runner.plan import make_plan
 from capacity_gap.settings.errors import ConfigError
 from capacity_gap.store.contents import end_of, note_end, note_sweep, rounds_of
@@ -63,7 +64,7 @@ def test_the_first_round_of_an_empty_store_has_the_cells_asked_for_with_reasons_
     assert found.device_hours == pytest.approx(sum(map(pace.speed.seconds, made.values())) / 3600)
 
 
-def test_it_ends_once_the_interval_was_narrow_enough_twice(rounds, monkeypatch):
+def test_it_ends_once_the_interval_was_narrow_enough_twice_and_reports_a_wider_one(rounds, monkeypatch, capsys):
     mine = rounds("until=1000")
     known = measured(mine)
     monkeypatch.setattr(Rounds, "frame", lambda self: known.iloc[:20])
@@ -79,6 +80,35 @@ def test_it_ends_once_the_interval_was_narrow_enough_twice(rounds, monkeypatch):
         mine.next(set())
     answer = mine.answer()
     assert answer.interval[0] < 2.5 < answer.interval[1] < 1000 * answer.interval[0]
+    monkeypatch.setattr(Rounds, "unfinished", lambda self: None)
+    mine.run(None)
+    (value, low, high), noted = ends_of(answer), end_of(mine.store, "grid")
+    assert noted["answer"] == [value, low, high]
+    assert noted["stopped_answer"]["level"] == AFTER_STOPPING > 0.95
+    assert noted["stopped_answer"]["answer"][0] == value
+    _, wide_low, wide_high = noted["stopped_answer"]["answer"]
+    assert wide_low < low < high < wide_high
+    said = f"Report {wide_low:.3g} to {wide_high:.3g}: where rounds stop at a narrow interval, the 99.5 % one holds"
+    assert said in capsys.readouterr().out
+    assert said in end_line(noted)
+
+
+def test_rounds_that_end_for_another_reason_report_the_interval_itself(rounds, monkeypatch, capsys):
+    mine = rounds("budget_hours=1e-9", "until=1000")
+    cell, words = next(iter(mine.cells.values()))
+    note_sweep(
+        mine.store,
+        "grid",
+        {cell.record.key: {"name": "a", "overrides": words, "stages": {}}},
+        about={"round": 1, "what": mine.what, "answer": None},
+    )
+    known = measured(mine)
+    monkeypatch.setattr(Rounds, "frame", lambda self: known.iloc[:20])
+    monkeypatch.setattr(Rounds, "unfinished", lambda self: None)
+    mine.run(None)
+    assert "the budget is used up" in end_of(mine.store, "grid")["ended"]
+    assert end_of(mine.store, "grid")["stopped_answer"] is None
+    assert "Report" not in capsys.readouterr().out
 
 
 def test_it_goes_on_while_the_interval_is_wide(rounds, monkeypatch):

@@ -51,9 +51,10 @@ def add(commands: Any) -> None:
 def run_next(given: argparse.Namespace) -> int:
     """Prints the cells and the commands that run them."""
     from capacity_gap.fit import next_cells
+    from capacity_gap.fit.goal_answer import answer
     from capacity_gap.report.next_pool import check_inside, family_of
     from capacity_gap.report.rounds import answer_text, question_words
-    from capacity_gap.runner.adaptive import answer, ends_of
+    from capacity_gap.runner.adaptive import ends_of
 
     frame = _records(given)
     ladder = family_of(frame, given.family)

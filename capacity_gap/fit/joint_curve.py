@@ -17,7 +17,6 @@ from scipy import stats
 from capacity_gap.estimators.mixed import Coefficients, Contrast
 
 LEVEL = 0.95
-Z = float(stats.norm.ppf((1 + LEVEL) / 2))
 GRID = 400  # points on which a set is looked for
 BEYOND = math.log(4.0)  # how far beyond the grid
 NAMES = {2: "κ", 3: "λ", 4: "μ"}  # coefficients of z², z³, z⁴, over factorials
@@ -93,7 +92,7 @@ class JointCurve:
         """The derivative at the mean student and budget."""
         return self.row(z, 0.0, 0.0, derivative=True) @ self.coefficients.beta
 
-    def optimum(self, n: float, d: float) -> Set:
+    def optimum(self, n: float, d: float, level: float = LEVEL) -> Set:
         """log N_T of the best teacher of a student and a budget (logs off their means)."""
         grid = np.linspace(self.z_span[0] - BEYOND, self.z_span[1] + BEYOND, GRID)
         value, error, df = self.coefficients.contrasts(self.row(grid, n, d, derivative=True))
@@ -101,12 +100,13 @@ class JointCurve:
         if not math.isfinite(at):
             return Set(math.nan, -math.inf, math.inf, False)
         t, shift = value / error, self.centre(n, d)
-        held = np.abs(t) <= stats.t.ppf((1 + LEVEL) / 2, df)
+        held = np.abs(t) <= stats.t.ppf((1 + level) / 2, df)
         first, last = _around(held, int(np.argmin(np.abs(grid - at))))
         # Below the set the loss must fall, above it rise: else there is no minimum between.
         falls, rises = first > 0 and t[first - 1] < 0, last < GRID - 1 and t[last + 1] > 0
         # The map from losses to sizes has an error of its own.
-        below, above = (float(np.hypot(at - grid[i], Z * self.map_sd)) for i in (first, last))
+        of_map = float(stats.norm.ppf((1 + level) / 2)) * self.map_sd
+        below, above = (float(np.hypot(at - grid[i], of_map)) for i in (first, last))
         low, high = at - below if falls else -math.inf, at + above if rises else math.inf
         return Set(at + shift, low + shift, high + shift, bool(falls and rises))
 
@@ -115,15 +115,15 @@ class JointCurve:
         low, high = (np.asarray(x - self.centre(n, d)) for x in (small, large))
         return self.row(high, n, d) - self.row(low, n, d)
 
-    def break_even(self, small: float, large: float, n: float) -> Set:
+    def break_even(self, small: float, large: float, n: float, level: float = LEVEL) -> Set:
         """log D off its mean above which the larger of two teachers (logs) wins.
 
         It is established only where the smaller one wins at the least budget of the grid and the larger one at the
-        most, each by a one-sided test at 2.5 %: then the set lies between the two.
+        most, each by a one-sided test at half of what the level leaves: then the set lies between the two.
         """
         grid = np.linspace(*self.d_span, GRID)
         value, error, df = self.coefficients.contrasts(self.difference(small, large, n, grid))
-        t, limit = value / error, np.asarray(stats.t.ppf((1 + LEVEL) / 2, df))
+        t, limit = value / error, np.asarray(stats.t.ppf((1 + level) / 2, df))
         at = root(grid, -value)
         bounded = bool(t[0] > limit[0] and t[-1] < -limit[-1])
         if not math.isfinite(at):

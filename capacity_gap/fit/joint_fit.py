@@ -25,7 +25,7 @@ from capacity_gap.fit.joint import (
     fit_cells,
     without,
 )
-from capacity_gap.fit.joint_curve import JointCurve
+from capacity_gap.fit.joint_curve import LEVEL, JointCurve
 from capacity_gap.fit.regression import Estimate
 from capacity_gap.fit.sizes import TIGHT
 from capacity_gap.records.columns import AXES, BY, default_metric, require
@@ -72,18 +72,20 @@ class Answers:
 
     curve: JointCurve
 
-    def optimum(self, student_params: float, data_tokens: float | None = None) -> Estimate:
-        """The best teacher's parameters; NaN where the curve has no minimum."""
-        found = self.curve.optimum(*self._at(student_params, data_tokens))
+    def optimum(self, student_params: float, data_tokens: float | None = None, *, level: float = LEVEL) -> Estimate:
+        """The best teacher's parameters; NaN where the curve has no minimum. `level`: of the interval."""
+        found = self.curve.optimum(*self._at(student_params, data_tokens), level)
         return Estimate(math.exp(found.value), (math.exp(found.low), math.exp(found.high)))
 
-    def ratio_at(self, data_tokens: float | None = None) -> Estimate:
+    def ratio_at(self, data_tokens: float | None = None, *, level: float = LEVEL) -> Estimate:
         """The best teacher over its student, at the mean (log) size of the students."""
         size = math.exp(self.curve.means[0])
-        found = self.optimum(size, data_tokens)
+        found = self.optimum(size, data_tokens, level=level)
         return Estimate(found.value / size, (found.interval[0] / size, found.interval[1] / size))
 
-    def break_even(self, student_params: float, small: float | None = None, large: float | None = None) -> BreakEven:
+    def break_even(
+        self, student_params: float, small: float | None = None, large: float | None = None, *, level: float = LEVEL
+    ) -> BreakEven:
         """Of two teachers' sizes, by default the smallest and the largest that all curves have.
 
         Raises:
@@ -95,7 +97,7 @@ class Answers:
         low, high = (math.log(size) if size else self.curve.rungs[name] for size, name in ends)
         if not low < high:
             raise ValueError(f"small={math.exp(low):,.0f} is not below large={math.exp(high):,.0f} parameters.")
-        found = self.curve.break_even(low, high, self._at(student_params, None)[0])
+        found = self.curve.break_even(low, high, self._at(student_params, None)[0], level)
         back, tried = self.curve.means[1], self.curve.rungs.values()
         inside = min(tried) - NEAR <= low and high <= max(tried) + NEAR  # beyond the teachers that were tried: a guess
         interval = math.exp(found.low + back), math.exp(found.high + back)

@@ -26,7 +26,7 @@ END = 1e-9  # in log scale
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval."""
+    """A number with its interval, of 95 % where nothing else is asked for."""
 
     value: float
     interval: tuple[float, float]

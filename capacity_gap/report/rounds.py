@@ -46,7 +46,16 @@ def round_line(note: Mapping[str, Any]) -> str:
 def end_line(note: Mapping[str, Any]) -> str:
     """Why a grid in rounds ended, and the answer then."""
     many = "1 round" if note["rounds"] == 1 else f"{note['rounds']} rounds"
-    return f"ended after {many}: {note['ended']}; {answer_text(note.get('answer'), note.get('what', 'answer'))}"
+    said = answer_text(note.get("answer"), note.get("what", "answer"))
+    return f"ended after {many}: {note['ended']}; {said}{stopped_text(note.get('stopped_answer'))}"
+
+
+def stopped_text(found: Mapping[str, Any] | None) -> str:
+    """The interval to report after rounds that ended because one was narrow; empty where they ended otherwise."""
+    if not found:
+        return ""
+    bounds, level = span(ends(found["answer"][1:]), _short), f"{100 * found['level']:g} %"
+    return f". Report {bounds}: where rounds stop at a narrow interval, the {level} one holds about 95 % of true values"
 
 
 def stop_words(name: str, stopped: Mapping[str, str], states: Mapping[str, str]) -> list[str]:

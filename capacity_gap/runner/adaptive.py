@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from capacity_gap.cell.config import RunConfig
 from capacity_gap.cell.pipeline import Cell
 from capacity_gap.report.next_pool import check_inside
-from capacity_gap.report.rounds import answer_text, question_words, reasons, round_line
+from capacity_gap.report.rounds import answer_text, question_words, reasons, round_line, stopped_text
 from capacity_gap.runner.machines import Worker
 from capacity_gap.runner.plan import noted_cell
 from capacity_gap.runner.plan_lines import format_hours
@@ -109,10 +109,10 @@ class Rounds:
                 if self.config.fail_fast and crew.causes:
                     raise StopRounds("fail_fast=true, and a cell failed")
         except StopRounds as end:
-            answer = ends_of(self.answer())
-            print(f"ended: {end}\n{answer_text(answer, self.what)}", flush=True)
+            so_far, stopped = ends_of(self.answer()), self.stopped_answer() if end.narrow else None
+            print(f"ended: {end}\n{answer_text(so_far, self.what)}{stopped_text(stopped)}", flush=True)
             if self.noted():
-                note_end(self.store, self.name, self.what, str(end), answer)
+                note_end(self.store, self.name, self.what, str(end), so_far, stopped)
         run = {key for part in self.noted() for key in part["cells"]}
         return {digest: given for digest, given in self.cells.items() if given[0].record.key in run}
 
@@ -201,11 +201,13 @@ class Rounds:
             StopRounds: there is a reason to end.
         """
         from capacity_gap.fit import next_cells
+        from capacity_gap.fit.goal_answer import answer, narrow_enough
 
         frame, config, pace = self.frame(), self.config, self.speed()
         so_far = answer(frame, self.goal)
         if narrow_enough(so_far, config.until) and narrow_enough(self._last(), config.until):
-            raise StopRounds(f"the interval is narrow enough, before and after the last round: until={config.until:g}")
+            said = f"the interval is narrow enough, before and after the last round: until={config.until:g}"
+            raise StopRounds(said, narrow=True)
         pool = {d: c for d, c in self.cells.items() if d not in tried and not self.store.finished(c[0].record)}
         pool = {d: c for d, c in pool.items() if c[0].description["teacher_params"] > ABOVE * c[0].student_target}
         if not pool:
@@ -288,7 +290,16 @@ class Rounds:
 
     def answer(self) -> "Estimate | None":
         """The answer so far, with its 95 % interval; None while the cells are too few."""
+        from capacity_gap.fit.goal_answer import answer
+
         return answer(self.frame(), self.goal)
+
+    def stopped_answer(self) -> dict[str, Any] | None:
+        """The answer with the interval that holds after a stop at a narrow one, and the level that takes."""
+        from capacity_gap.fit.goal_answer import AFTER_STOPPING, answer
+
+        found = ends_of(answer(self.frame(), self.goal, level=AFTER_STOPPING))
+        return None if found is None else {"level": AFTER_STOPPING, "answer": found}
 
     def _bill(self, pace: Speed) -> Callable[[Mapping[str, Any]], tuple[float, Mapping[Hashable, float]]]:
         """What cells cost: seconds of their own stages, and of those that others of the grid need too and the store
@@ -337,33 +348,11 @@ class Rounds:
 
 
 class StopRounds(Exception):
-    """Why no further round is run."""
+    """Why no further round is run. `narrow`: an interval was narrow enough, and so it is narrow partly by chance."""
 
-
-def answer(frame: "pd.DataFrame", goal: "Goal") -> "Estimate | None":
-    """The joint model's estimate of a goal: a ratio, parameters or tokens; None where it is not identified."""
-    from capacity_gap.fit import fit_joint
-    from capacity_gap.fit.regression import Estimate
-
-    try:
-        fit = fit_joint(frame)
-        if goal.kind == "law":
-            return fit.ratio_at()
-        assert goal.student_params is not None
-        if goal.kind == "target":
-            return fit.optimum(goal.student_params, goal.data_tokens)
-        tokens, interval = fit.break_even(goal.student_params, goal.small, goal.large)
-    except ValueError:
-        return None
-    return Estimate(tokens, interval)
-
-
-def narrow_enough(found: "Estimate | None", until: float | None) -> bool:
-    """Whether the interval's upper end is at most `until` times its lower one."""
-    if found is None or until is None:
-        return False
-    low, high = found.interval
-    return bool(math.isfinite(found.value) and low > 0 and high / low <= until)
+    def __init__(self, said: str, *, narrow: bool = False) -> None:
+        super().__init__(said)
+        self.narrow = narrow
 
 
 def pool_rows(cells: Cells) -> "pd.DataFrame":

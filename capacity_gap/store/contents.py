@@ -134,10 +134,11 @@ def rounds_of(store: Store, name: str) -> list[dict[str, Any]]:
     return sorted((part for part in _parts(store, name) if "round" in part), key=lambda part: part["round"])
 
 
-def note_end(store: Store, name: str, what: str, why: str, answer: Any) -> None:
-    """Writes down why the rounds of a question ended, after how many of them, with the answer then."""
+def note_end(store: Store, name: str, what: str, why: str, answer: Any, stopped: Any = None) -> None:
+    """Writes down why the rounds of a question ended, after how many of them, with the answer then; `stopped`: with the
+    interval that holds after a stop at a narrow one."""
     rounds = max((part["round"] for part in rounds_of(store, name)), default=0)
-    about = {"what": what, "ended": why, "rounds": rounds, "answer": answer}
+    about = {"what": what, "ended": why, "rounds": rounds, "answer": answer, "stopped_answer": stopped}
     (store.root / "sweeps").mkdir(parents=True, exist_ok=True)
     write_checked(_end_file(store, name, what), {"name": name, "id": sweep_id(store, name), **about, "cells": {}})
 

@@ -1,0 +1,130 @@
+"""Claim: after rounds end at a narrow interval, the one at `AFTER_STOPPING` holds about 95 % of true values.
+
+    python -m benchmarks.next_stops --tune          coverage by level, from which the level was chosen
+    python -m benchmarks.next_stops                 judges in half an hour of two cores; goes on where it was stopped
+
+Rounds as `strategy=adaptive` runs them, on the simulated studies of `benchmarks/next_cells.py`: six cells a round, from
+60 on a tenth; the answer by `capacity_gap.fit.goal_answer`; the end where two answers in a row are at most `until`
+times as high as low. Paths that spend `MOST` of the full grid's FLOPs before that have not stopped. The level is the
+least of `LEVELS` that covers 95 % at until=3 on seeds below 2,000, over surfaces that the joint model fits; seeds from
+20,000 judge it.
+
+`stopped`: the share of paths that stopped. Of these: `share`, the median share of the full grid's FLOPs; `covers_95`
+and `covers_stopped`, how often the 95 % interval and that of `AFTER_STOPPING` hold the true value; `open`, how often
+the latter is open at an end.
+"""
+
+import argparse
+import itertools
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.next_cells import COSTS, FIRST_SEED, MODES, TUNE_SEED, Study, flops, greedy, run, study_of
+from benchmarks.next_surfaces import SURFACES
+from capacity_gap.fit.goal_answer import AFTER_STOPPING, answer, narrow_enough
+from capacity_gap.fit.next_model import Goal
+from capacity_gap.fit.regression import Estimate
+from capacity_gap.records.bills import Bills
+
+LEVELS = (0.95, 0.98, 0.99, 0.995)
+UNTIL = (2.0, 3.0, 5.0)
+STUDIES = 50
+MOST = 0.75
+FITTED = ("joint", "steep")  # surfaces that the joint model can follow
+COLUMNS = ["surface", "seed", "goal", "mode", "until", "share", "cells", "level", "holds", "open"]
+
+
+def one(name: str, seed: int) -> list[dict[str, Any]]:
+    """Where rounds for each goal stop on one study, and whether the intervals then hold the true value."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        study, _ = study_of(name, seed)
+        found = []
+        for mode, goal in itertools.product(MODES, study.goals):
+            about = {"surface": name, "seed": seed, "goal": goal, "mode": mode}
+            found += [about | row for row in _path(study, goal, mode)]
+        return found
+
+
+def _path(study: Study, name: str, mode: str) -> Iterator[dict[str, Any]]:
+    goal, bills = study.goals[name], Bills.of(study.table, COSTS[mode])
+    whole = flops(bills, range(len(study.table)))
+    chosen: list[int] = []
+    left, before = list(UNTIL), None
+    for more in greedy(study, goal, COSTS[mode]):
+        chosen += more
+        share = flops(bills, chosen) / whole
+        if not left or share > MOST:
+            break
+        frame = study.table.iloc[chosen].reset_index(drop=True)
+        now = answer(frame, goal)
+        for until in [u for u in left if narrow_enough(now, u) and narrow_enough(before, u)]:
+            left.remove(until)
+            for level in LEVELS:
+                row = {"until": until, "share": share, "cells": len(chosen), "level": level}
+                yield row | _held(answer(frame, goal, level=level), _true(study, goal, frame))
+        before = now
+    yield from ({"until": until} for until in left)
+
+
+def _held(found: Estimate | None, true: float) -> dict[str, bool]:
+    assert found is not None
+    low, high = found.interval
+    return {"holds": low <= true <= high, "open": not (low > 0 and math.isfinite(high))}
+
+
+def _true(study: Study, goal: Goal, frame: pd.DataFrame) -> float:
+    """The true answer: of a law at the mean (log) student and budget of the cells that were run."""
+    assert study.surface
+    if goal.kind == "law":
+        n, d = (float(np.log(frame[c]).mean()) for c in ("student_params", "data_tokens"))
+        return math.exp(study.surface.best(n, d) - n)
+    return math.exp(study.surface.best(*study.at(goal)))
+
+
+def summary(found: pd.DataFrame) -> pd.DataFrame:
+    """A row for each surface, goal and `until`."""
+    rows = []
+    for (surface, goal, until), part in found.groupby(["surface", "goal", "until"]):
+        paths = part.drop_duplicates(["seed", "mode"])
+        nominal, wide = (part[part["level"].eq(level)] for level in (LEVELS[0], AFTER_STOPPING))
+        row = {"surface": surface, "goal": goal, "until": until, "studies": part["seed"].nunique()}
+        row |= {"stopped": paths["share"].notna().mean(), "share": paths["share"].median()}
+        row |= {"cells": paths["cells"].median(), "covers_95": nominal["holds"].mean()}
+        rows.append(row | {"covers_stopped": wide["holds"].mean(), "open": wide["open"].mean()})
+    return pd.DataFrame(rows)
+
+
+def by_level(found: pd.DataFrame) -> pd.DataFrame:
+    """Coverage of each level at until=3 over the surfaces that the model fits."""
+    mine = found[found["surface"].isin(FITTED) & found["until"].eq(3.0)].dropna(subset="level")
+    return mine.groupby("level")["holds"].agg(stops="size", covers="mean").reset_index()
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tune", action="store_true", help="run the studies that the level is chosen from")
+    parser.add_argument("--studies", type=int, default=STUDIES, help="of each surface (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s)")
+    parser.add_argument("--work", type=Path, default=Path("build/next"), help="finished studies (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="the table")
+    given = parser.parse_args(words)
+    first = TUNE_SEED if given.tune else FIRST_SEED
+    jobs = [(name, first + i) for i in range(given.studies) for name in SURFACES]
+    part = given.work / f"stops_{'tune' if given.tune else 'judge'}.csv"
+    found = run(jobs, part, given.workers, one, COLUMNS)
+    table = by_level(found) if given.tune else summary(found)
+    print(table.to_string(index=False, float_format="{:.3g}".format))
+    if given.out:
+        table.to_csv(given.out, index=False, float_format="%.4g")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,46 @@
+"""What the cells so far say of a goal, and when that is narrow enough to end rounds of cells.
+
+Rounds that end because an interval is narrow pick the fits whose interval came out narrow by chance, so it holds the
+true value less often than it says. After such an end the interval is that of a higher level. The level was chosen on
+simulated rounds (`benchmarks/next_stops.py`) and judged on other seeds; docs/next.md has both.
+"""
+
+import math
+
+import pandas as pd
+
+from capacity_gap.fit.joint_curve import LEVEL
+from capacity_gap.fit.joint_fit import fit_joint
+from capacity_gap.fit.next_model import Goal
+from capacity_gap.fit.regression import Estimate
+
+AFTER_STOPPING = 0.995  # the level at which sets hold about 95 % of true values after a narrow one ended the rounds
+
+
+def answer(frame: pd.DataFrame, goal: Goal, *, level: float = LEVEL) -> Estimate | None:
+    """The joint model's estimate of a goal: a ratio, parameters or tokens; None where it is not identified.
+
+    Args:
+        frame: tidy records.
+        goal: the quantity to estimate.
+        level: of the interval.
+    """
+    try:
+        fit = fit_joint(frame)
+        if goal.kind == "law":
+            return fit.ratio_at(level=level)
+        assert goal.student_params is not None
+        if goal.kind == "target":
+            return fit.optimum(goal.student_params, goal.data_tokens, level=level)
+        tokens, interval = fit.break_even(goal.student_params, goal.small, goal.large, level=level)
+    except ValueError:
+        return None
+    return Estimate(tokens, interval)
+
+
+def narrow_enough(found: Estimate | None, until: float | None) -> bool:
+    """Whether the interval's upper end is at most `until` times its lower one."""
+    if found is None or until is None:
+        return False
+    low, high = found.interval
+    return bool(math.isfinite(found.value) and low > 0 and high / low <= until)
