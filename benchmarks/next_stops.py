@@ -6,8 +6,8 @@
 Rounds as `strategy=adaptive` runs them, on the simulated studies of `benchmarks/next_cells.py`: six cells a round, from
 60 on a tenth; the answer by `capacity_gap.fit.goal_answer`; the end where two answers in a row are at most `until`
 times as high as low. Paths that spend `MOST` of the full grid's FLOPs before that have not stopped. The level is the
-least of `LEVELS` that covers 95 % at until=3 on seeds below 2,000, over surfaces that the joint model fits; seeds from
-20,000 judge it.
+least of `LEVELS` that covers 95 % at until=3 on seeds below 2,000, over laws and targets on the surfaces that the joint
+model fits. Seeds from 20,000 judge it, and break-even budgets, which were added after the level was chosen.
 
 `stopped`: the share of paths that stopped. Of these: `share`, the median share of the full grid's FLOPs; `covers_95`
 and `covers_stopped`, how often the 95 % interval and that of `AFTER_STOPPING` hold the true value; `open`, how often
@@ -46,14 +46,22 @@ def one(name: str, seed: int) -> list[dict[str, Any]]:
         warnings.simplefilter("ignore")
         study, _ = study_of(name, seed)
         found = []
-        for mode, goal in itertools.product(MODES, study.goals):
-            about = {"surface": name, "seed": seed, "goal": goal, "mode": mode}
+        for mode, goal in itertools.product(MODES, [*study.goals.values(), *_break_even(study)]):
+            about = {"surface": name, "seed": seed, "goal": goal.kind, "mode": mode}
             found += [about | row for row in _path(study, goal, mode)]
         return found
 
 
-def _path(study: Study, name: str, mode: str) -> Iterator[dict[str, Any]]:
-    goal, bills = study.goals[name], Bills.of(study.table, COSTS[mode])
+def _break_even(study: Study) -> Iterator[Goal]:
+    """Of the middle student under the third teacher and the largest with which there is such a budget, if any."""
+    assert study.surface
+    size, (small, *larger) = math.exp(study.means[0]), study.surface.teachers[2:].tolist()
+    goals = (Goal("break_even", size, small=small, large=large) for large in reversed(larger))
+    yield from itertools.islice((g for g in goals if math.isfinite(study.surface.break_even(g))), 1)
+
+
+def _path(study: Study, goal: Goal, mode: str) -> Iterator[dict[str, Any]]:
+    bills = Bills.of(study.table, COSTS[mode])
     whole = flops(bills, range(len(study.table)))
     chosen: list[int] = []
     left, before = list(UNTIL), None
@@ -82,6 +90,8 @@ def _held(found: Estimate | None, true: float) -> dict[str, bool]:
 def _true(study: Study, goal: Goal, frame: pd.DataFrame) -> float:
     """The true answer: of a law at the mean (log) student and budget of the cells that were run."""
     assert study.surface
+    if goal.kind == "break_even":
+        return study.surface.break_even(goal)
     if goal.kind == "law":
         n, d = (float(np.log(frame[c]).mean()) for c in ("student_params", "data_tokens"))
         return math.exp(study.surface.best(n, d) - n)
@@ -102,8 +112,9 @@ def summary(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_level(found: pd.DataFrame) -> pd.DataFrame:
-    """Coverage of each level at until=3 over the surfaces that the model fits."""
-    mine = found[found["surface"].isin(FITTED) & found["until"].eq(3.0)].dropna(subset="level")
+    """Coverage of each level at until=3, of laws and targets over the surfaces that the model fits."""
+    chooses = found["surface"].isin(FITTED) & found["until"].eq(3.0) & found["goal"].isin(["law", "target"])
+    mine = found[chooses].dropna(subset="level")
     return mine.groupby("level")["holds"].agg(stops="size", covers="mean").reset_index()
 
 
@@ -118,7 +129,7 @@ def main(words: Sequence[str] | None = None) -> int:
     first = TUNE_SEED if given.tune else FIRST_SEED
     jobs = [(name, first + i) for i in range(given.studies) for name in SURFACES]
     part = given.work / f"stops_{'tune' if given.tune else 'judge'}.csv"
-    found = run(jobs, part, given.workers, one, COLUMNS)
+    found = run(jobs, part, given.workers, one, COLUMNS).astype({"holds": float, "open": float})
     table = by_level(found) if given.tune else summary(found)
     print(table.to_string(index=False, float_format="{:.3g}".format))
     if given.out:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from capacity_gap.fit.joint import SAME, Cells
-from capacity_gap.fit.joint_curve import Centre, JointCurve
+from capacity_gap.fit.joint_curve import Centre, JointCurve, root
 from capacity_gap.fit.next_model import CURVATURE, STUDY, Goal
 from capacity_gap.settings.places import RESULTS
 from capacity_gap.settings.scales import short_scale
@@ -43,6 +43,14 @@ class Surface:
         """log N_T of the best teacher, within four times the ladder."""
         x = np.linspace(np.log(self.teachers[0]) - 1.4, np.log(self.teachers[-1]) + 1.4, 20_001)
         return float(x[np.argmin(self.loss(x, np.full_like(x, student), np.full_like(x, tokens)))])
+
+    def break_even(self, goal: Goal) -> float:
+        """Tokens above which the larger of two teachers has the lower loss, if within the budgets; else NaN."""
+        assert goal.student_params and goal.small and goal.large
+        d = np.linspace(np.log(self.budgets[0]), np.log(self.budgets[-1]), 20_001)
+        n = np.full_like(d, math.log(goal.student_params))
+        small, large = (self.loss(np.full_like(d, math.log(size)), n, d) for size in (goal.small, goal.large))
+        return math.exp(root(d, small - large))
 
     def optimum(self, student: float, tokens: float) -> tuple[Centre, float]:
         """How the best teacher moves with the logs of student and tokens, and the curvature of the loss there."""
