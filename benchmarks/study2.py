@@ -169,8 +169,8 @@ def published() -> JointFit:
 
 
 def counts() -> pd.DataFrame:
-    """How many cells of each part have been run, of how many that were registered."""
-    rows = [{"part": f"study2_{name}", "run": len(load(name)), "registered": of} for name, of in SWEEPS.items()]
+    """How many cells of each part have been run, of how many that its sweep has."""
+    rows = [{"part": f"study2_{name}", "run": len(load(name)), "planned": of} for name, of in SWEEPS.items()]
     return pd.DataFrame(rows)
 
 

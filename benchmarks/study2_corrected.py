@@ -19,6 +19,7 @@ from benchmarks.study2_answers import (
     tuned,
 )
 from capacity_gap.fit import JointFit, fit_joint
+from capacity_gap.fit.joint_fit import CONDITIONS
 from capacity_gap.settings.scales import short_scale
 from capacity_gap.wording.intervals import marks
 
@@ -59,7 +60,8 @@ def _excess(curves: Sequence[Tables], rungs: np.ndarray) -> float:
 
 def pooled(*parts: pd.DataFrame) -> JointFit:
     """One model of cells of both studies: of the first two parts it is question 1's secondary model."""
-    return fit_joint(pd.concat([frame[list(FITTED)] for frame in parts], ignore_index=True), metric="loss")
+    columns = [*FITTED, *(c for c in ("family", *CONDITIONS) if all(c in frame for frame in parts))]
+    return fit_joint(pd.concat([frame[columns] for frame in parts], ignore_index=True), metric="loss")
 
 
 def set_held(told: pd.DataFrame, came: pd.DataFrame) -> pd.DataFrame:

@@ -54,6 +54,52 @@ def test_an_optimum_gives_each_rung_its_probability_and_says_what_it_rests_on(on
     assert recommend(PICO, 55_000, 1_200_000, None, None, one).best == "900k", "the best teacher grows with tokens"
 
 
+@pytest.fixture(scope="module")
+def published():
+    return read_fit(None)[2]
+
+
+def test_the_published_fit_says_on_what_it_was_made_and_another_family_is_warned_of(published):
+    assert (published["families"], published["cells"]) == (["pico"], 562)
+    said = recommend(PICO, 80_000, 600_000, None, None, published).summary()
+    assert (
+        "made on 562 cells: students of 39.9k to 110k parameters, teachers of 55k to 999k, 150k to 2.4m tokens" in said
+    )
+    assert "family pico, prune.init=pruned, distill.kd_weight=0.5." in said
+    assert said.endswith("Take 330k.")
+    other = recommend(family("pico_gpt2"), 80_000, 300_000, None, None, published)
+    assert "no run of the fit is of family pico_gpt2 (it saw pico)" in other.warnings
+    assert other.advice.startswith("180k is the best guess so far (see the warnings)")
+
+
+def test_a_fit_of_unknown_family_warns_and_lends_no_effects_to_rungs_of_equal_names(published):
+    known = recommend(PICO, 80_000, 600_000, None, None, published)
+    found = recommend(PICO, 80_000, 600_000, None, None, published | {"families": []})
+    assert found.warnings == (
+        "the fit does not say of which family its runs are: make it from a table with a column family",
+    )
+    assert found.advice.startswith(f"{found.best} is the best guess so far (see the warnings)")
+    ((one, two),) = {tuple(r.probability for f in (known, found) for r in f.rungs if r.name == "330k")}
+    assert one > 1.5 * two, "the 330k teachers of the fit did better than their size"
+
+
+@pytest.mark.parametrize("tokens", [1_600_000, 2_400_000])
+def test_no_rung_beyond_the_teachers_of_a_fit_is_recommended(published, tokens):
+    found = recommend(PICO, 80_160, tokens, None, None, published)
+    beyond = sum(r.probability for r in found.rungs if r.beyond)
+    assert beyond > 0.2
+    assert found.advice.startswith(
+        f"1m is the best guess so far (the best teacher may be larger than those of the fit: P is {beyond:.0%}"
+    )
+
+
+def test_a_best_teacher_below_the_student_and_a_rung_off_the_best_size_are_explained(published):
+    said = recommend(PICO, 80_160, 150_000, None, None, published).summary()
+    assert "at 73.4k parameters" in said and "That is smaller than the student: the smallest rungs" in said
+    off = recommend(PICO, 80_160, 700_000, None, None, published).summary()
+    assert "530k did better in the fit than its size says, or 460k, which is nearer to that size, did worse." in off
+
+
 @pytest.mark.parametrize(("tokens", "best"), [(200_000, "120k"), (600_000, None), (1_200_000, "900k")])
 def test_a_break_even_budget_alone_decides_by_tokens(two, tokens, best):
     found = recommend(PICO, 80_000, tokens, None, None, two)

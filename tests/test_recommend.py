@@ -159,7 +159,7 @@ def test_far_from_a_surface_the_last_line_says_what_to_run():
     [
         ("joint.json", "fit STORE --joint --out DIR`, then `recommend … --fit DIR/joint.json`"),
         ("law.json", "fit STORE --surface --out DIR`, then `recommend … --fit DIR/law.json`"),
-        ("other.json", "fit STORE --surface --out DIR`, then `recommend … --fit DIR/law.json`"),
+        ("other.json", "fit STORE --joint --out DIR`, then `recommend … --fit DIR/joint.json`"),
     ],
 )
 def test_a_missing_fit_names_the_command_that_makes_that_file(tmp_path, name, said):
@@ -245,12 +245,18 @@ def test_the_published_fit_is_asked_for_by_name_until_it_is_there(tmp_path, monk
 
 def test_fit_writes_a_surface_that_recommend_reads(tmp_path, capsys):
     runs = grid(valley, noise=0.002, seeds=1).query("data_tokens == 3e6")
-    runs.to_csv(tmp_path / "runs.csv", index=False)
-    assert cli.main(["fit", str(tmp_path / "runs.csv"), "--surface", "--out", str(tmp_path / "out")]) == 0
-    assert "Loss surface: additive" in capsys.readouterr().out
     fit = str(tmp_path / "out" / "surface.json")
-    assert cli.main(["recommend", "--student", "100k", "--family", "pico", "--data", "3m", "--fit", fit]) == 0
-    assert "Take 270k." in capsys.readouterr().out
+    said = {}
+    for named in (True, False):
+        table = runs.assign(family="pico") if named else runs
+        table.to_csv(tmp_path / "runs.csv", index=False)
+        assert cli.main(["fit", str(tmp_path / "runs.csv"), "--surface", "--out", str(tmp_path / "out")]) == 0
+        assert "Loss surface: additive" in capsys.readouterr().out
+        assert cli.main(["recommend", "--student", "100k", "--family", "pico", "--data", "3m", "--fit", fit]) == 0
+        said[named] = capsys.readouterr().out
+    assert "Take 270k." in said[True]
+    assert "270k is the best guess so far (see the warnings)" in said[False]
+    assert "does not say of which family its runs are: make it from a table with a column family" in said[False]
 
 
 def test_a_law_from_data_and_its_own_draws_agree_with_its_prediction(tmp_path):

@@ -4,7 +4,7 @@ import json
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +36,7 @@ from capacity_gap.wording.fit_words import joint_words
 LEAST_RUNGS = 5  # slope, curvature, a level, and two to see what the curve does not fit
 NEAR = 0.1  # log: teachers this close to those that were tried are these
 LEAST_INSIDE = 3  # students whose optimum lies between their smallest and largest teacher
+CONDITIONS = ("init", "kd_weight")  # settings on which the best teacher was seen to depend (docs/study2.md)
 CELLS_ASIDE = ("data_tokens", "epochs")  # what parts curves, and may differ here
 
 
@@ -178,6 +179,7 @@ class JointFit(Answers):
     joint: Joint
     families: tuple[str, ...] = ()
     budget: float | None = None  # tokens, where all cells have the same
+    conditions: Mapping[str, Any] = field(default_factory=dict)  # of `CONDITIONS`, those that all cells share
 
     @property
     def sds(self) -> Mapping[str, float]:
@@ -231,6 +233,8 @@ class JointFit(Answers):
             "students_inside": self.inside,
             "axis": self.axis,
             "families": list(self.families),
+            "cells": len(self.joint.cells.y),
+            "conditions": dict(self.conditions),
             "budget": self.budget,
             "exponents": {name: asdict(found) for name, found in self.exponents().items()},
         }
@@ -291,7 +295,10 @@ def fit_joint(
     families = tuple(sorted(frame["family"].dropna().astype(str).unique())) if "family" in frame else ()
     tokens = frame["data_tokens"].dropna().unique().tolist() if "data_tokens" in frame else [0]
     budget = float(tokens[0]) if len(tokens) == 1 and tokens[0] > 0 else None
-    return replace(_said(fit_cells(cells), axis), families=families, budget=budget)
+    alike = {c: frame[c].unique().tolist() for c in CONDITIONS if c in frame and frame[c].notna().all()}
+    conditions = {c: values[0] for c, values in alike.items() if len(values) == 1}
+    found = _said(fit_cells(cells), axis)
+    return replace(found, families=families, budget=budget, conditions=conditions)
 
 
 def check_alike(frame: pd.DataFrame) -> None:

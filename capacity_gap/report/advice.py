@@ -147,8 +147,10 @@ def scored(rungs: Sequence[Rung], excess: Array, *, known: bool) -> tuple[tuple[
 
 
 def other_family(ask: Ask, families: Sequence[str]) -> list[str]:
-    """A warning where no run of the fit is of the ladder that is asked about."""
-    if not families or ask.family.name in families:
+    """A warning where no run of the fit is of the ladder that is asked about, or the fit does not say."""
+    if not families:
+        return ["the fit does not say of which family its runs are: make it from a table with a column family"]
+    if ask.family.name in families:
         return []
     return [f"no run of the fit is of family {ask.family.name} (it saw {', '.join(families)})"]
 

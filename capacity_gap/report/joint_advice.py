@@ -1,10 +1,11 @@
 """What a joint.json says of the rungs of a ladder: an optimum, or a break-even budget alone. Imports no torch."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from capacity_gap.cell.config import RunConfig
 from capacity_gap.fit.joint_curve import JointCurve
 from capacity_gap.fit.joint_fit import Answers, BreakEven
 from capacity_gap.report.advice import (
@@ -19,11 +20,13 @@ from capacity_gap.report.advice import (
     short,
     with_range,
 )
+from capacity_gap.settings.declare import walk
 from capacity_gap.wording.fit_words import ESTABLISHED
 from capacity_gap.wording.intervals import span
 
 LIKE = math.log(1.5)  # rungs this close to two compared teachers stand for them
 FAR = math.log(10.0)  # beyond the sizes and budgets of a fit: what is said there is a guess
+UNLIKELY = 0.2  # probability that a rung beyond the teachers of a fit is the best, up to which one inside is taken
 GUESS = "GUESS: "
 NEARER = "Nothing is recommended so far from the fit."
 
@@ -45,11 +48,29 @@ def by_joint(ask: Ask, held: Mapping[str, Any], told: list[str]) -> Recommendati
     away, warnings = _outside(ask, answers.curve, held.get("budget"))
     warnings += other_family(ask, held["families"])
     guess = GUESS if away > FAR else ""
+    told = [*told, _made_on(held, answers.curve)]
     if held["status"] in ESTABLISHED:
         return _by_optimum(ask, answers, held, told, warnings, guess)
     if held["status"] == "break_even":
         return _by_break_even(ask, answers, told, warnings, guess)
     return None
+
+
+def _made_on(held: Mapping[str, Any], curve: JointCurve) -> str:
+    """On what the fit was made, with the settings on which its answers depend."""
+
+    def ends(span: tuple[float, float], mean: float) -> str:
+        return between(*(math.exp(end + mean) for end in span))
+
+    said = [f"students of {ends(curve.n_span, curve.means[0])} parameters"]
+    said.append(f"teachers of {ends((min(curve.rungs.values()), max(curve.rungs.values())), 0.0)}")
+    tokens = ends(curve.d_span, curve.means[1]) if "d" in curve.terms else short(held.get("budget") or 0)
+    said += [f"{tokens} tokens"] if tokens != "0" else []
+    said += [f"family {', '.join(held['families'])}"] if held["families"] else []
+    settings = {d.setting.column: d.key for d in walk(RunConfig) if d.setting.column and not d.section}
+    said += [f"{settings.get(name, name)}={value}" for name, value in held.get("conditions", {}).items()]
+    cells = f"{held['cells']} cells: " if "cells" in held else ""
+    return f"The fit was made on {cells}{', '.join(said)}."
 
 
 def _outside(ask: Ask, curve: JointCurve, budget: float | None) -> tuple[float, list[str]]:
@@ -93,7 +114,7 @@ def _by_optimum(
             warnings,
         )
     # A rung that was tried has its own effect, and its size as the fit counts it; names of other families say nothing.
-    tried = answers.curve.rungs if ask.family.name in held["families"] or not held["families"] else {}
+    tried = answers.curve.rungs if ask.family.name in held["families"] else {}
     same = {r.name for r in able if r.name in tried and (held["axis"] == "teacher_loss" or _as_tried(ask, r, tried))}
     sizes = {r.name if r.name in same else f"{r.name} (new)": r.ratio * ask.student_count for r in able}
     sizes |= {name: math.exp(tried[name]) for name in same}
@@ -106,9 +127,32 @@ def _by_optimum(
     if not any(best.interval[0] <= size <= best.interval[1] for size in sizes.values()):
         findings.append("No rung lies in that range: probabilities and regret compare the rungs of this ladder alone.")
     known, regret = ({k.removesuffix(" (new)"): v for k, v in x.items()} for x in (best.probabilities, best.regret))
-    first = min(regret, key=lambda name: regret[name])
+    inside = [r.name for r in able if r.name in regret and not r.beyond] or list(regret)
+    first = min(inside, key=lambda name: regret[name])
+    findings += _off_size(ask, first, best.params, {name: math.log(sizes[name]) for name in same})
+    doubts = [_doubt(held), _past(best.params, known, inside, (low, high))]
     rungs = [replace(r, probability=known[r.name], regret=regret[r.name]) if r.name in known else r for r in ask.rungs]
-    return answer(ask, "joint", first, rungs, findings, warnings, doubt=_doubt(held))
+    return answer(ask, "joint", first, rungs, findings, warnings, doubt="; ".join(filter(None, doubts)))
+
+
+def _off_size(ask: Ask, first: str, params: float, tried: Mapping[str, float]) -> list[str]:
+    """Why a rung is taken though another is nearer to the best size, or that this is below the student."""
+    if not math.isfinite(params):
+        return []
+    if params < ask.student_count:
+        return ["That is smaller than the student: the smallest rungs that can hold it are nearest."]
+    nearest = min(tried, key=lambda name: abs(tried[name] - math.log(params)), default=first)
+    if nearest == first or first not in tried:
+        return []
+    return [f"{first} did better in the fit than its size says, or {nearest}, which is nearer to that size, did worse."]
+
+
+def _past(params: float, chances: Mapping[str, float], inside: Sequence[str], span: tuple[float, float]) -> str:
+    """Whether the best teacher may well be larger than all that were tried; empty where that is unlikely."""
+    beyond = sum(chance for name, chance in chances.items() if name not in inside)
+    if beyond < UNLIKELY and not (math.isfinite(params) and math.log(params) > span[1] + NEAR):
+        return ""
+    return f"the best teacher may be larger than those of the fit: P is {beyond:.0%} for such rungs of this ladder"
 
 
 def _doubt(held: Mapping[str, Any]) -> str:

@@ -64,28 +64,31 @@ def plot_joint(fit: JointFit) -> Figure:
     panels = figure.subplots(rows, width, squeeze=False, sharex=True, sharey=True).flatten()
     ticks = [size for _, size in sizes] if alone else [float(x or 0) for x in budgets]
     at = np.geomspace(ticks[0], ticks[-1], POINTS)
+    ends = [PAPER / 2, 2 * PAPER]
     for axes, (name, size) in zip(panels, shown, strict=False):
         found = [(x, fit.optimum(x)) if alone else (size, fit.optimum(size, x)) for x in at]
-        _panel(axes, at, found, ticks, sure=fit.status in ("law", "provisional"))
+        ends += _panel(axes, at, found, ticks, sure=fit.status in ("law", "provisional"))
         axes.set_title(name if alone else f"student {name}", fontsize=9)
     for unused in panels[len(shown) :]:
         unused.set_visible(False)
-    panels[0].annotate("2.5× (the paper)", (ticks[0], PAPER), fontsize=7, color="#666666", va="bottom")
+    panels[0].set_ylim(max(LOWEST, min(ends) / 1.2), min(HIGHEST, max(ends) * 1.2))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=7, frameon=False)
     figure.supxlabel("student parameters" if alone else "tokens of distillation", fontsize=9)
     figure.supylabel("best teacher / student", fontsize=9)
     figure.suptitle(f"one model of all {len(fit.joint.cells.y)} cells: {fit.status}", fontsize=9)
     return figure
 
 
-def _panel(axes, at, found, ticks: Sequence[float], *, sure: bool) -> None:  # type: ignore[no-untyped-def]
+def _panel(axes, at, found, ticks: Sequence[float], *, sure: bool) -> list[float]:  # type: ignore[no-untyped-def]
+    """Draws one panel; returns how far it reaches down and up."""
     axes.set_xscale("log")
     axes.set_yscale("log", base=2)
     values = np.array([best.value / size for size, best in found])
     low, high = (np.array([best.interval[i] / size for size, best in found]) for i in (0, 1))
-    axes.plot(at, values, color=POINT, lw=1.5, ls="-" if sure else ":")
-    axes.fill_between(at, np.maximum(low, LOWEST / 9), np.minimum(high, 9 * HIGHEST), color=POINT, alpha=0.15, lw=0)
-    axes.axhline(PAPER, color="#999999", lw=0.8, ls="--")
-    axes.set_ylim(LOWEST, HIGHEST)
+    low, high = np.maximum(low, LOWEST / 9), np.minimum(high, 9 * HIGHEST)
+    axes.plot(at, values, color=POINT, lw=1.5, ls="-" if sure else ":", label="estimate")
+    axes.fill_between(at, low, high, color=POINT, alpha=0.15, lw=0, label="95 % set")
+    axes.axhline(PAPER, color="#999999", lw=0.8, ls="--", label="the paper's 2.5×")
     axes.set_xticks(ticks)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: short_scale(count)))
     axes.yaxis.set_major_locator(LogLocator(base=2))
@@ -93,3 +96,4 @@ def _panel(axes, at, found, ticks: Sequence[float], *, sure: bool) -> None:  # t
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.25, lw=0.5)
+    return [float(np.nanmin(low)), float(np.nanmax(high))]

@@ -59,7 +59,7 @@ def read_fit(file: Path | None) -> tuple[dict[str, Any] | None, SurfaceFit | Non
     if not path.is_file():
         what = f"--fit={path} does not exist"
         what = what if file else f"the published fit, {path.name} of results/{path.parent.name}, is not here"
-        name = path.name if path.name in MADE_BY else "law.json"
+        name = path.name if path.name in MADE_BY else "joint.json"
         raise UserError(
             f"{what}. Make one: `python -m capacity_gap fit STORE {MADE_BY[name]} --out DIR`, then `recommend … --fit "
             f"DIR/{name}`."
