@@ -72,7 +72,7 @@ def plot_joint(fit: JointFit) -> Figure:
     for unused in panels[len(shown) :]:
         unused.set_visible(False)
     panels[0].set_ylim(max(LOWEST, min(ends) / 1.2), min(HIGHEST, max(ends) * 1.2))
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=7, frameon=False)
+    panels[0].legend(loc="best", fontsize=6, frameon=False)
     figure.supxlabel("student parameters" if alone else "tokens of distillation", fontsize=9)
     figure.supylabel("best teacher / student", fontsize=9)
     figure.suptitle(f"one model of all {len(fit.joint.cells.y)} cells: {fit.status}", fontsize=9)
