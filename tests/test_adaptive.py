@@ -16,7 +16,7 @@ from capacity_gap.cell import pipeline
 from capacity_gap.cell.strategy_config import NextConfig
 from capacity_gap.fit.goal_answer import AFTER_STOPPING, narrow_enough
 from capacity_gap.fit.regression import Estimate
-from capacity_gap.report.rounds import bounds_text, end_line, round_line
+from capacity_gap.report.rounds import bounds_text, end_line, round_line, stopped_text
 from capacity_gap.runner import budget
 from capacity_gap.runner.adaptive import Rounds, StopRounds, ends_of, pool_rows
 from capacity_gap.runner.plan import make_plan
@@ -388,3 +388,22 @@ def test_an_adaptive_grid_runs_rounds_stops_goes_on_and_tells_why(tiny, tmp_path
         [sys.executable, "-m", "capacity_gap", "report", str(tmp_path), "--out", str(page)], cwd=ROOT, check=True
     )
     assert "mine was run in rounds" in page.read_text()
+
+
+def test_a_reported_interval_that_is_open_decides_nothing():
+    said = stopped_text({"level": 0.995, "answer": [2.5, 1.6, None]})
+    assert said.startswith(". Report at least 1.6: where rounds stop") and "nothing is decided" in said
+    assert "decided" not in stopped_text({"level": 0.995, "answer": [2.5, 1.6, 4.1]})
+    assert stopped_text(None) == ""
+
+
+@pytest.mark.parametrize(
+    ("seeds", "said"), [("0", "teachers trained with other seeds"), ("0,1", "add teachers of other")]
+)
+def test_a_grid_that_has_not_decided_says_what_it_lacks(rounds, seeds, said):
+    mine = rounds()
+    some = {d: c for d, c in mine.cells.items() if str(c[0].description["teacher_seed"]) in seeds.split(",")}
+    lacking = replace(mine, cells=some)._lacking(None)
+    assert said in lacking
+    assert f"next {mine.config.store} --goal law names cells beyond it" in lacking
+    assert mine._lacking(Estimate(2.5, (2.0, 3.0))) == ""

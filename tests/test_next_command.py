@@ -21,7 +21,7 @@ from capacity_gap.settings.errors import ConfigError
 from capacity_gap.store.contents import note_sweep
 from capacity_gap.store.files import write_checked
 from capacity_gap.store.stage import Store
-from tests.conftest import compose
+from tests.conftest import ROOT, compose
 from tests.small_models import small_model
 from tests.test_next import cells, place, run
 
@@ -349,3 +349,30 @@ def test_without_a_fit_gains_and_reasons_are_said_to_be_assumed(tmp_path, capsys
     assert cli.main(["next", str(tmp_path / "runs.csv"), "--student", "80k", "--data", "1.2m", "--k", "9"]) == 0
     text = capsys.readouterr().out
     assert said not in text and "the estimated best teacher" in text and "assumed" not in text
+
+
+def test_a_source_that_is_not_there_is_refused_or_called_a_start_from_nothing(tmp_path, capsys):
+    assert cli.main(["next", str(tmp_path / "runs.csv")]) == 2
+    assert "runs.csv does not exist. Name a table, a store, or a new folder" in capsys.readouterr().err
+    assert cli.main(["next", str(tmp_path / "new"), "--student", "60k", "--data", "40k"]) == 0
+    assert "new is empty or not there: this starts from nothing" in capsys.readouterr().out
+
+
+def test_teachers_in_the_wrong_order_are_refused(tmp_path, capsys):
+    file = tmp_path / "runs.csv"
+    run(cells()).to_csv(file, index=False)
+    words = ["--goal", "break_even", "--student", "80k", "--small", "270k", "--large", "120k"]
+    assert cli.main(["next", str(file), *words]) == 2
+    assert "--small 270k is not below --large 120k" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("data", "said", "known"),
+    [("1.2m", "", True), ("5m", "5m tokens lie 4.17 times beyond the 300k to 1.2m", True), ("50m", "a guess", False)],
+)
+def test_a_budget_beyond_those_that_were_run_is_marked_and_a_far_one_not_answered(capsys, data, said, known):
+    words = ["next", str(ROOT / "results" / "pico" / "study_law.csv"), "--where", "teacher_data=1m"]
+    assert cli.main([*words, "--student", "80k", "--data", data, "--k", "2"]) == 0
+    text = capsys.readouterr().out
+    assert said in text and ("times beyond" in text) == bool(said)
+    assert ("not known yet" not in text) == known

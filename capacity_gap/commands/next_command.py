@@ -13,6 +13,8 @@ from capacity_gap.commands.options import COLUMNS, WHERE, columns, where, whole
 from capacity_gap.settings.errors import ConfigError, UserError
 
 FAMILY = "the ladder of teachers, or models: FOLDER,ORG/NAME,... (default: that of the records, else pico)"
+FAR = 10.0  # factor beyond the budgets that were run: nothing is said of such ones
+TABLES = (".csv", ".parquet", ".json")  # endings of a source that is no folder
 NUMBER = re.compile(r"[-+0-9.e]+")
 SCALE = re.compile(r"[0-9][A-Za-z0-9.]*")  # such as 80k: Hydra reads it as it stands
 
@@ -68,17 +70,20 @@ def run_next(given: argparse.Namespace) -> int:
         found = next_cells(frame, pool, goal=goal, k=given.k, cost=cost)
     except ValueError as error:
         raise error if isinstance(error, UserError) else ConfigError(str(error)) from error
-    lines, so_far = commands_for(found, settings), ends_of(answer(frame, goal))
+    lines, (times, beyond) = commands_for(found, settings), _beyond(goal, frame)
+    so_far = ends_of(answer(frame, goal)) if times < FAR else None
     asked = {name: getattr(given, name) or "" for name in ("student", "data", "small", "large")}
     what = question_words(goal.kind, **asked)
     if given.json:
         rows = [{"cell": c.cell, "gain": c.gain, "cost_flops": c.cost, "reason": c.reason} for c in found]
         told = {"what": what, "answer": so_far, "cells": rows, "commands": lines, "missing": missing}
-        told |= {"assumed": assumed(found), "notes": left_out}
+        told |= {"assumed": assumed(found), "notes": [*beyond, *left_out]}
         print(json.dumps(told, indent=1, default=str))
         return 0
+    if _nothing_yet(given):
+        print(f"{given.source} is empty or not there: this starts from nothing")
     print(f"the answer so far: {answer_text(so_far, what)}. {_standing(frame)}")
-    print("\n".join([*assumed(found), *_table(found, len(pool))]))
+    print("\n".join([*beyond, *assumed(found), *_table(found, len(pool))]))
     print("\n" + "\n".join(lines))
     print("\n".join(filter(None, [missing, *left_out])), end="\n" if missing or left_out else "")
     return 0
@@ -90,6 +95,23 @@ def assumed(found: Sequence["Candidate"]) -> list[str]:
 
     said = f"no fit yet: gains assume study one's variances and a best teacher of {RATIO:g} times the student"
     return [said] * (not all(c.fitted for c in found))
+
+
+def _beyond(goal: "Goal", frame: "pd.DataFrame") -> tuple[float, list[str]]:
+    """By what factor the budget asked about lies beyond those that were run, and what is to be said of it."""
+    from capacity_gap.report.advice import between
+    from capacity_gap.report.next_pool import ALIKE
+    from capacity_gap.settings.scales import format_scale
+
+    run = frame["data_tokens"][frame["data_tokens"] > 0] if "data_tokens" in frame else frame.iloc[:, 0][:0]
+    if not goal.data_tokens or run.empty:
+        return 1.0, []
+    times = max(goal.data_tokens / float(run.max()), float(run.min()) / goal.data_tokens, 1.0)
+    said = (
+        f"{format_scale(int(goal.data_tokens))} tokens lie {times:.3g} times beyond the {between(run.min(), run.max())}"
+    )
+    what = "an answer would be a guess" if times >= FAR else "the answer is extrapolated"
+    return times, [f"{said} tokens that were run: {what}."] * (times > ALIKE)
 
 
 def _standing(frame: "pd.DataFrame") -> str:
@@ -112,11 +134,21 @@ def _records(given: argparse.Namespace) -> "pd.DataFrame":
     from capacity_gap.settings.places import user_path
     from capacity_gap.store.contents import open_store
 
-    path, named = user_path(given.source), given.sweep or str(given.source).startswith("wandb:")
-    if not named and not path.is_file() and not (path.is_dir() and any(path.iterdir())):
+    path = user_path(given.source)
+    if not path.exists() and path.suffix in TABLES:
+        raise UserError(f"{given.source} does not exist. Name a table, a store, or a new folder to start from nothing.")
+    if _nothing_yet(given):
         return records.to_frame([])  # a store that nothing was run in yet
     frame = sweep_frame(open_store(given.source), given.sweep) if given.sweep else records.load(given.source)
     return rows_where(without_outdated(renamed(frame, given.columns), given.source)[0], dict(given.where))
+
+
+def _nothing_yet(given: argparse.Namespace) -> bool:
+    """Whether the source is a folder that is empty or not there."""
+    from capacity_gap.settings.places import user_path
+
+    path, named = user_path(given.source), given.sweep or str(given.source).startswith("wandb:")
+    return not named and not path.is_file() and not (path.is_dir() and any(path.iterdir()))
 
 
 def _goal(given: argparse.Namespace, ladder: "Family") -> "Goal":
@@ -141,6 +173,8 @@ def _goal(given: argparse.Namespace, ladder: "Family") -> "Goal":
     if kind == "target":
         return Goal("target", student, parse_tokens(given.data, params=student, key="--data"))
     small, large = (ladder.size(getattr(given, name), key=f"--{name}") for name in ("small", "large"))
+    if not small < large:
+        raise ConfigError(f"--small {given.small} is not below --large {given.large}. Exchange them.")
     return Goal("break_even", student, small=small, large=large)
 
 

@@ -54,8 +54,10 @@ def stopped_text(found: Mapping[str, Any] | None) -> str:
     """The interval to report after rounds that ended because one was narrow; empty where they ended otherwise."""
     if not found:
         return ""
-    bounds, level = span(ends(found["answer"][1:]), _short), f"{100 * found['level']:g} %"
-    return f". Report {bounds}: where rounds stop at a narrow interval, the {level} one holds about 95 % of true values"
+    low, high = ends(found["answer"][1:])
+    bounds, level = span((low, high), _short), f"{100 * found['level']:g} %"
+    said = f". Report {bounds}: where rounds stop at a narrow interval, the {level} one holds about 95 % of true values"
+    return said + ("" if low and high else ". It is open at an end, so nothing is decided: run teachers of other sizes")
 
 
 def stop_words(name: str, stopped: Mapping[str, str], states: Mapping[str, str]) -> list[str]:

@@ -5,6 +5,7 @@ first finishes a round that was cut short, and goes on from there. Imports no to
 """
 
 import math
+import shlex
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from capacity_gap.runner.plan_lines import format_hours
 from capacity_gap.runner.speed import Speed, speed
 from capacity_gap.runner.waves import Crew
 from capacity_gap.settings.errors import ConfigError, Damaged, UserError
+from capacity_gap.settings.places import TOOL_WORDS
 from capacity_gap.settings.scales import counted
 from capacity_gap.store.contents import forget_end, note_end, rounds_of
 from capacity_gap.store.files import META, NUMBER, read_json
@@ -211,28 +213,38 @@ class Rounds:
         pool = {d: c for d, c in self.cells.items() if d not in tried and not self.store.finished(c[0].record)}
         pool = {d: c for d, c in pool.items() if c[0].description["teacher_params"] > ABOVE * c[0].student_target}
         if not pool:
-            raise StopRounds("no cell is left to run")
+            raise StopRounds(f"no cell is left to run{self._lacking(so_far)}")
         try:
             found = next_cells(frame, pool_rows(pool), goal=self.goal, k=config.next.k, cost=self._bill(pace))
         except ValueError as error:
             raise error if isinstance(error, UserError) else ConfigError(str(error)) from error
         gain = sum(c.gain for c in found)
         if gain < LEAST_GAIN and so_far is not None:
-            cells = counted(len(found), "cell")
-            low, high = so_far.interval
-            wide = (
-                ""
-                if low > 0 and high < math.inf
-                else "; the interval is open, so this grid is not enough: add teachers"
+            said = (
+                f"no remaining cell would help: the best {counted(len(found), 'cell')} would remove {gain:.1%} of the"
             )
-            raise StopRounds(
-                f"no remaining cell would help: the best {cells} would remove {gain:.1%} of the variance{wide}"
-            )
+            raise StopRounds(f"{said} variance{self._lacking(so_far)}")
         found = self._affordable(found, pace)
         chosen = self._named(found)
         reasons = {digest: c.reason for digest, c in zip(chosen, found, strict=True)}
         number = max((part["round"] for part in rounds_of(self.store, self.name)), default=0) + 1
         return Round(number, chosen, reasons, so_far, sum(c.gain for c in found), self.hours(chosen, pace))
+
+    def _lacking(self, so_far: "Estimate | None") -> str:
+        """What a grid lacks that has not decided; empty where it has."""
+        if so_far is not None and so_far.interval[0] > 0 and so_far.interval[1] < math.inf:
+            return ""
+        pairs = {(c.description["teacher"], c.description["teacher_seed"]) for c, _ in self.cells.values()}
+        once = len(pairs) == len({teacher for teacher, _ in pairs})
+        more = "teachers trained with other seeds (teacher_seed=${seed}), and teachers" if once else "teachers"
+        return f"; the interval is open, so this grid is not enough: add {more} of other sizes. {self._outside()}"
+
+    def _outside(self) -> str:
+        """The command that names cells beyond this grid."""
+        asked = self.config.next
+        given = {name: getattr(asked, name) for name in ("student", "data", "small", "large")}
+        words = [f"--goal {asked.goal}", *(f"--{name} {value}" for name, value in given.items() if value)]
+        return f"{' '.join(TOOL_WORDS)} next {shlex.quote(self.config.store)} {' '.join(words)} names cells beyond it"
 
     def _last(self) -> "Estimate | None":
         """The answer before the last round. One fit of few cells may take its variances for far too small, so a single
