@@ -1,17 +1,18 @@
-"""Claim: after rounds end at a narrow interval, the one at `AFTER_STOPPING` holds about 95 % of true values.
+"""Claim: after rounds end at a narrow interval, the `AFTER_STOPPING` one holds 95 % of true values if the model fits.
 
     python -m benchmarks.next_stops --tune          coverage by level, from which the level was chosen
     python -m benchmarks.next_stops                 judges in half an hour of two cores; goes on where it was stopped
 
-Rounds as `strategy=adaptive` runs them, on the simulated studies of `benchmarks/next_cells.py`: six cells a round, from
-60 on a tenth; the answer by `capacity_gap.fit.goal_answer`; the end where two answers in a row are at most `until`
-times as high as low. Paths that spend `MOST` of the full grid's FLOPs before that have not stopped. The level is the
-least of `LEVELS` that covers 95 % at until=3 on seeds below 2,000, over laws and targets on the surfaces that the joint
-model fits. Seeds from 20,000 judge it, and break-even budgets, which were added after the level was chosen.
+Rounds like those of `strategy=adaptive`, on the simulated studies of `benchmarks/next_cells.py`: six cells a round,
+from 60 on a tenth, and no end by a small gain. The answer is that of `capacity_gap.fit.goal_answer`. They end where two
+answers in a row are at most `until` times as high as low; paths that spend `MOST` of the full grid's FLOPs before that
+have not stopped. The level is the least of `LEVELS` that covers 95 % at until=3 on seeds below 2,000, over laws and
+targets on the surfaces that the joint model fits. Seeds from 20,000 judge it, and break-even budgets, which were added
+after the level was chosen.
 
-`stopped`: the share of paths that stopped. Of these: `share`, the median share of the full grid's FLOPs; `covers_95`
-and `covers_stopped`, how often the 95 % interval and that of `AFTER_STOPPING` hold the true value; `open`, how often
-the latter is open at an end.
+`stopped`: the share of paths that stopped, `stops` of them. Of these: `share`, the median share of the full grid's
+FLOPs; `covers_95` and `covers_stopped`, how often the 95 % interval and that of `AFTER_STOPPING` hold the true value;
+`open`, how often the latter is open at an end; `closed`, how many are not, and how many of those hold.
 """
 
 import argparse
@@ -107,7 +108,9 @@ def summary(found: pd.DataFrame) -> pd.DataFrame:
         row = {"surface": surface, "goal": goal, "until": until, "studies": part["seed"].nunique()}
         row |= {"stopped": paths["share"].notna().mean(), "share": paths["share"].median()}
         row |= {"cells": paths["cells"].median(), "covers_95": nominal["holds"].mean()}
-        rows.append(row | {"covers_stopped": wide["holds"].mean(), "open": wide["open"].mean()})
+        closed = wide[wide["open"].eq(0)]
+        row |= {"covers_stopped": wide["holds"].mean(), "open": wide["open"].mean()}
+        rows.append(row | {"stops": len(wide), "closed": len(closed), "closed_hold": int(closed["holds"].sum())})
     return pd.DataFrame(rows)
 
 

@@ -88,9 +88,15 @@ def test_it_ends_once_the_interval_was_narrow_enough_twice_and_reports_a_wider_o
     assert noted["stopped_answer"]["answer"][0] == value
     _, wide_low, wide_high = noted["stopped_answer"]["answer"]
     assert wide_low < low < high < wide_high
-    said = f"Report {wide_low:.3g} to {wide_high:.3g}: where rounds stop at a narrow interval, the 99.5 % one holds"
+    said = f"Report {wide_low:.3g} to {wide_high:.3g} (99.5 %): rounds stopped at a narrow 95 % interval"
     assert said in capsys.readouterr().out
     assert said in end_line(noted)
+    again = rounds("until=1000", "budget_hours=1e-9", "next.k=1")
+    monkeypatch.setattr(Rounds, "next", lambda self, tried: (_ for _ in ()).throw(StopRounds("the budget is used up")))
+    again.run(None)
+    noted = end_of(mine.store, "grid")
+    assert (noted["ended"], noted["stopped_answer"]["level"]) == ("the budget is used up", AFTER_STOPPING)
+    assert said in capsys.readouterr().out, "another end does not undo the stop at a narrow interval"
 
 
 def test_rounds_that_end_for_another_reason_report_the_interval_itself(rounds, monkeypatch, capsys):
@@ -392,7 +398,7 @@ def test_an_adaptive_grid_runs_rounds_stops_goes_on_and_tells_why(tiny, tmp_path
 
 def test_a_reported_interval_that_is_open_decides_nothing():
     said = stopped_text({"level": 0.995, "answer": [2.5, 1.6, None]})
-    assert said.startswith(". Report at least 1.6: where rounds stop") and "nothing is decided" in said
+    assert said.startswith(". Report at least 1.6 (99.5 %): rounds stopped") and "lower until= to go on" in said
     assert "decided" not in stopped_text({"level": 0.995, "answer": [2.5, 1.6, 4.1]})
     assert stopped_text(None) == ""
 

@@ -65,6 +65,7 @@ def test_a_summary_counts_paths_that_did_not_stop():
     (row,) = next_stops.summary(pd.DataFrame([*rows, never])).to_dict("records")
     assert (row["studies"], row["stopped"], row["share"]) == (1, 0.5, 0.2)
     assert (row["covers_95"], row["covers_stopped"], row["open"]) == (0, 1, 1)
+    assert (row["stops"], row["closed"], row["closed_hold"]) == (1, 0, 0)
 
 
 def test_a_higher_level_has_a_wider_interval_of_the_same_estimate():

@@ -1,7 +1,7 @@
 """What the cells so far say of a goal, and when that is narrow enough to end rounds of cells.
 
-Rounds that end because an interval is narrow pick the fits whose interval came out narrow by chance, so it holds the
-true value less often than it says. After such an end the interval is that of a higher level. The level was chosen on
+Some intervals are narrow by chance, and rounds that end at a narrow one end at these too. It then holds the true value
+less often than it says, so the interval of a higher level is reported. The level was chosen on
 simulated rounds (`benchmarks/next_stops.py`) and judged on other seeds; docs/next.md has both.
 """
 
@@ -14,7 +14,7 @@ from capacity_gap.fit.joint_fit import fit_joint
 from capacity_gap.fit.next_model import Goal
 from capacity_gap.fit.regression import Estimate
 
-AFTER_STOPPING = 0.995  # the level at which sets hold about 95 % of true values after a narrow one ended the rounds
+AFTER_STOPPING = 0.995  # the level reported after a narrow interval ended the rounds
 
 
 def answer(frame: pd.DataFrame, goal: Goal, *, level: float = LEVEL) -> Estimate | None:

@@ -56,8 +56,9 @@ def stopped_text(found: Mapping[str, Any] | None) -> str:
         return ""
     low, high = ends(found["answer"][1:])
     bounds, level = span((low, high), _short), f"{100 * found['level']:g} %"
-    said = f". Report {bounds}: where rounds stop at a narrow interval, the {level} one holds about 95 % of true values"
-    return said + ("" if low and high else ". It is open at an end, so nothing is decided: run teachers of other sizes")
+    said = f". Report {bounds} ({level}): rounds stopped at a narrow 95 % interval, which is too narrow by that"
+    more = "add teachers of other sizes, or lower until= to go on"
+    return said + ("" if low and high else f". It is open at an end, so nothing is decided: {more}")
 
 
 def stop_words(name: str, stopped: Mapping[str, str], states: Mapping[str, str]) -> list[str]:

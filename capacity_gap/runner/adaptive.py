@@ -23,7 +23,7 @@ from capacity_gap.runner.waves import Crew
 from capacity_gap.settings.errors import ConfigError, Damaged, UserError
 from capacity_gap.settings.places import TOOL_WORDS
 from capacity_gap.settings.scales import counted
-from capacity_gap.store.contents import forget_end, note_end, rounds_of
+from capacity_gap.store.contents import end_of, forget_end, note_end, rounds_of
 from capacity_gap.store.files import META, NUMBER, read_json
 from capacity_gap.store.stage import Stage, Store, closure
 
@@ -100,23 +100,31 @@ class Rounds:
 
     def run(self, crew: Crew) -> dict[str, tuple[Cell, list[str]]]:
         """Runs round after round; returns the cells of all of them."""
+        stopped_before = self._stopped_before()
         forget_end(self.store, self.name, self.what)
         try:
             for found in self:
                 noted = self._noted(found)
                 if not found.noted:
-                    crew.note(noted, found.note(self.what))
+                    crew.note(noted, {**found.note(self.what), "after_stop": stopped_before})
                 print("\n".join(found.lines(self.what)), flush=True)
                 crew.run(found.cells, noted)
                 if self.config.fail_fast and crew.causes:
                     raise StopRounds("fail_fast=true, and a cell failed")
         except StopRounds as end:
-            so_far, stopped = ends_of(self.answer()), self.stopped_answer() if end.narrow else None
+            narrow = end.narrow or stopped_before
+            so_far, stopped = ends_of(self.answer()), self.stopped_answer() if narrow else None
             print(f"ended: {end}\n{answer_text(so_far, self.what)}{stopped_text(stopped)}", flush=True)
             if self.noted():
                 note_end(self.store, self.name, self.what, str(end), so_far, stopped)
         run = {key for part in self.noted() for key in part["cells"]}
         return {digest: given for digest, given in self.cells.items() if given[0].record.key in run}
+
+    def _stopped_before(self) -> bool:
+        """Whether rounds of this question once stopped at a narrow interval: another `until` does not undo that."""
+        end = end_of(self.store, self.name)
+        stopped = end is not None and end.get("what") == self.what and end.get("stopped_answer") is not None
+        return stopped or any(part.get("after_stop") for part in self.noted())
 
     def planned(self) -> list[str]:
         """The next round as text; nothing is started."""
