@@ -348,19 +348,28 @@ def run(
     return found[[pair in set(jobs) for pair in zip(found["surface"], found["seed"], strict=True)]]
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(description: str | None, studies: int) -> argparse.ArgumentParser:
+    """The command line of simulated studies that either calibrate or judge."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true", help="run the studies that calibrate")
-    parser.add_argument("--records", action="store_true", help="replay study one")
-    parser.add_argument("--studies", type=int, default=STUDIES, help="of each surface (default: %(default)s)")
+    parser.add_argument("--studies", type=int, default=studies, help="of each surface (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("build/next"), help="finished studies (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="the table; judged studies and replays are kept beside each other")
-    given = parser.parse_args(words)
+    parser.add_argument("--out", type=Path, help="the table")
+    return parser
+
+
+def jobs_of(given: argparse.Namespace) -> list[tuple[str, int]]:
+    """Surfaces and seeds."""
     first = TUNE_SEED if given.tune else FIRST_SEED
-    jobs = [(name, first + i) for i in range(given.studies) for name in SURFACES]
-    if given.records:
-        jobs = [("records", start) for start in range(STARTS)]
+    return [(name, first + i) for i in range(given.studies) for name in SURFACES]
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = options(__doc__, STUDIES)
+    parser.add_argument("--records", action="store_true", help="replay study one")
+    given = parser.parse_args(words)
+    jobs = [("records", start) for start in range(STARTS)] if given.records else jobs_of(given)
     kind = "tune" if given.tune else "records" if given.records else "judge"
     each = replayed if given.records else one
     found, tuned = run(jobs, given.work / f"{kind}.csv", given.workers, each), given.work / "tune.csv"

@@ -15,20 +15,17 @@ FLOPs; `covers_95` and `covers_stopped`, how often the 95 % interval and that of
 `open`, how often the latter is open at an end; `closed`, how many are not, and how many of those hold.
 """
 
-import argparse
 import itertools
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from benchmarks.next_cells import COSTS, FIRST_SEED, MODES, TUNE_SEED, Study, flops, greedy, run, study_of
-from benchmarks.next_surfaces import SURFACES
-from capacity_gap.fit.goal_answer import AFTER_STOPPING, answer, narrow_enough
+from benchmarks.next_cells import COSTS, MODES, Study, flops, greedy, jobs_of, options, run, study_of
+from capacity_gap.fit.goal_answer import AFTER_STOPPING, answer, answers, narrow_enough
 from capacity_gap.fit.next_model import Goal
 from capacity_gap.fit.regression import Estimate
 from capacity_gap.records.bills import Bills
@@ -75,15 +72,14 @@ def _path(study: Study, goal: Goal, mode: str) -> Iterator[dict[str, Any]]:
         now = answer(frame, goal)
         for until in [u for u in left if narrow_enough(now, u) and narrow_enough(before, u)]:
             left.remove(until)
-            for level in LEVELS:
+            for level, found in answers(frame, goal, LEVELS).items():
                 row = {"until": until, "share": share, "cells": len(chosen), "level": level}
-                yield row | _held(answer(frame, goal, level=level), _true(study, goal, frame))
+                yield row | _held(found, _true(study, goal, frame))
         before = now
     yield from ({"until": until} for until in left)
 
 
-def _held(found: Estimate | None, true: float) -> dict[str, bool]:
-    assert found is not None
+def _held(found: Estimate, true: float) -> dict[str, bool]:
     low, high = found.interval
     return {"holds": low <= true <= high, "open": not (low > 0 and math.isfinite(high))}
 
@@ -122,17 +118,9 @@ def by_level(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tune", action="store_true", help="run the studies that the level is chosen from")
-    parser.add_argument("--studies", type=int, default=STUDIES, help="of each surface (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s)")
-    parser.add_argument("--work", type=Path, default=Path("build/next"), help="finished studies (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="the table")
-    given = parser.parse_args(words)
-    first = TUNE_SEED if given.tune else FIRST_SEED
-    jobs = [(name, first + i) for i in range(given.studies) for name in SURFACES]
+    given = options(__doc__, STUDIES).parse_args(words)
     part = given.work / f"stops_{'tune' if given.tune else 'judge'}.csv"
-    found = run(jobs, part, given.workers, one, COLUMNS).astype({"holds": float, "open": float})
+    found = run(jobs_of(given), part, given.workers, one, COLUMNS).astype({"holds": float, "open": float})
     table = by_level(found) if given.tune else summary(found)
     print(table.to_string(index=False, float_format="{:.3g}".format))
     if given.out:

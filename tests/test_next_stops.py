@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import next_stops
 from benchmarks.next_cells import study_of
+from benchmarks.next_surfaces import SURFACES
 from capacity_gap.fit.goal_answer import AFTER_STOPPING, answer
 from capacity_gap.fit.next_model import Goal
 from tests.conftest import ROOT
@@ -31,7 +32,7 @@ def test_true_answers_are_those_of_the_surface_at_what_was_run():
     study, _ = study_of("steep", 1)
     some = study.table.iloc[:40]
     n, d = np.log(some["student_params"]).mean(), np.log(some["data_tokens"]).mean()
-    middle = np.log(next_stops.SURFACES["steep"]().budgets).mean()
+    middle = np.log(SURFACES["steep"]().budgets).mean()
     assert next_stops._true(study, Goal(), some) == pytest.approx(2.5 * math.exp(0.5 * (d - middle)), rel=1e-3)
     target = study.goals["target"]
     at = 2.5 * target.student_params * math.exp(0.5 * (math.log(target.data_tokens) - middle))
@@ -39,7 +40,7 @@ def test_true_answers_are_those_of_the_surface_at_what_was_run():
     (even,) = next_stops._break_even(study)
     tokens = next_stops._true(study, even, some)
     losses = [
-        next_stops.SURFACES["steep"]().loss(np.log([x]), np.log([even.student_params]), np.log([tokens]))[0]
+        SURFACES["steep"]().loss(np.log([x]), np.log([even.student_params]), np.log([tokens]))[0]
         for x in (even.small, even.large)
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)

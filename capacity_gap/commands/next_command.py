@@ -13,7 +13,6 @@ from capacity_gap.commands.options import COLUMNS, WHERE, columns, where, whole
 from capacity_gap.settings.errors import ConfigError, UserError
 
 FAMILY = "the ladder of teachers, or models: FOLDER,ORG/NAME,... (default: that of the records, else pico)"
-FAR = 10.0  # factor beyond the budgets that were run: nothing is said of such ones
 TABLES = (".csv", ".parquet", ".json")  # endings of a source that is no folder
 NUMBER = re.compile(r"[-+0-9.e]+")
 SCALE = re.compile(r"[0-9][A-Za-z0-9.]*")  # such as 80k: Hydra reads it as it stands
@@ -70,8 +69,8 @@ def run_next(given: argparse.Namespace) -> int:
         found = next_cells(frame, pool, goal=goal, k=given.k, cost=cost)
     except ValueError as error:
         raise error if isinstance(error, UserError) else ConfigError(str(error)) from error
-    lines, (times, beyond) = commands_for(found, settings), _beyond(goal, frame)
-    so_far = ends_of(answer(frame, goal)) if times < FAR else None
+    lines, (far, beyond) = commands_for(found, settings), _beyond(goal, frame)
+    so_far = None if far else ends_of(answer(frame, goal))
     asked = {name: getattr(given, name) or "" for name in ("student", "data", "small", "large")}
     what = question_words(goal.kind, **asked)
     if given.json:
@@ -97,21 +96,23 @@ def assumed(found: Sequence["Candidate"]) -> list[str]:
     return [said] * (not all(c.fitted for c in found))
 
 
-def _beyond(goal: "Goal", frame: "pd.DataFrame") -> tuple[float, list[str]]:
-    """By what factor the budget asked about lies beyond those that were run, and what is to be said of it."""
+def _beyond(goal: "Goal", frame: "pd.DataFrame") -> tuple[bool, list[str]]:
+    """Whether the budget asked about is too far from those that were run to be answered, and what is said of it."""
     from capacity_gap.report.advice import between
+    from capacity_gap.report.joint_advice import FAR
     from capacity_gap.report.next_pool import ALIKE
     from capacity_gap.settings.scales import format_scale
 
     run = frame["data_tokens"][frame["data_tokens"] > 0] if "data_tokens" in frame else frame.iloc[:, 0][:0]
     if not goal.data_tokens or run.empty:
-        return 1.0, []
+        return False, []
     times = max(goal.data_tokens / float(run.max()), float(run.min()) / goal.data_tokens, 1.0)
     said = (
         f"{format_scale(int(goal.data_tokens))} tokens lie {times:.3g} times beyond the {between(run.min(), run.max())}"
     )
-    what = "an answer would be a guess" if times >= FAR else "the answer is extrapolated"
-    return times, [f"{said} tokens that were run: {what}."] * (times > ALIKE)
+    far = math.log(times) >= FAR
+    what = "an answer would be a guess" if far else "the answer is extrapolated"
+    return far, [f"{said} tokens that were run: {what}."] * (times > ALIKE)
 
 
 def _standing(frame: "pd.DataFrame") -> str:

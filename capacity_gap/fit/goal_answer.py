@@ -1,16 +1,17 @@
 """What the cells so far say of a goal, and when that is narrow enough to end rounds of cells.
 
 Some intervals are narrow by chance, and rounds that end at a narrow one end at these too. It then holds the true value
-less often than it says, so the interval of a higher level is reported. The level was chosen on
-simulated rounds (`benchmarks/next_stops.py`) and judged on other seeds; docs/next.md has both.
+less often than it says, so the interval of a higher level is reported. The level was chosen on simulated rounds
+(`benchmarks/next_stops.py`) and judged on other seeds; docs/next.md has both.
 """
 
 import math
+from collections.abc import Sequence
 
 import pandas as pd
 
 from capacity_gap.fit.joint_curve import LEVEL
-from capacity_gap.fit.joint_fit import fit_joint
+from capacity_gap.fit.joint_fit import JointFit, fit_joint
 from capacity_gap.fit.next_model import Goal
 from capacity_gap.fit.regression import Estimate
 
@@ -25,16 +26,25 @@ def answer(frame: pd.DataFrame, goal: Goal, *, level: float = LEVEL) -> Estimate
         goal: the quantity to estimate.
         level: of the interval.
     """
+    return answers(frame, goal, (level,)).get(level)
+
+
+def answers(frame: pd.DataFrame, goal: Goal, levels: Sequence[float]) -> dict[float, Estimate]:
+    """`answer` at several levels of one fit, by level; empty where it is not identified."""
     try:
         fit = fit_joint(frame)
-        if goal.kind == "law":
-            return fit.ratio_at(level=level)
-        assert goal.student_params is not None
-        if goal.kind == "target":
-            return fit.optimum(goal.student_params, goal.data_tokens, level=level)
-        tokens, interval = fit.break_even(goal.student_params, goal.small, goal.large, level=level)
+        return {level: _by(fit, goal, level) for level in levels}
     except ValueError:
-        return None
+        return {}
+
+
+def _by(fit: JointFit, goal: Goal, level: float) -> Estimate:
+    if goal.kind == "law":
+        return fit.ratio_at(level=level)
+    assert goal.student_params is not None
+    if goal.kind == "target":
+        return fit.optimum(goal.student_params, goal.data_tokens, level=level)
+    tokens, interval = fit.break_even(goal.student_params, goal.small, goal.large, level=level)
     return Estimate(tokens, interval)
 
 

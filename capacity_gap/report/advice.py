@@ -155,6 +155,13 @@ def other_family(ask: Ask, families: Sequence[str]) -> list[str]:
     return [f"no run of the fit is of family {ask.family.name} (it saw {', '.join(families)})"]
 
 
+def made_on(said: Sequence[str], tokens: Sequence[float], families: Sequence[str], more: Sequence[str] = ()) -> str:
+    """On what a fit was made: parts of a sentence, the least and the largest budget if there are any, and families."""
+    budgets = [f"{between(min(tokens), max(tokens))} tokens"] if tokens else []
+    named = [f"family {', '.join(families)}"] if families else []
+    return f"The fit was made on {', '.join([*said, *budgets, *named, *more])}."
+
+
 def with_range(ask: Ask, smallest: float, largest: float) -> Ask:
     """The question with the rungs marked that lie beyond the teachers of a fit, in log sizes."""
     outside = (ask.x < smallest - NEAR) | (ask.x > largest + NEAR)

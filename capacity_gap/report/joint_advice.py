@@ -16,6 +16,7 @@ from capacity_gap.report.advice import (
     Rung,
     answer,
     between,
+    made_on,
     other_family,
     short,
     with_range,
@@ -59,18 +60,15 @@ def by_joint(ask: Ask, held: Mapping[str, Any], told: list[str]) -> Recommendati
 def _made_on(held: Mapping[str, Any], curve: JointCurve) -> str:
     """On what the fit was made, with the settings on which its answers depend."""
 
-    def ends(span: tuple[float, float], mean: float) -> str:
-        return between(*(math.exp(end + mean) for end in span))
-
-    said = [f"students of {ends(curve.n_span, curve.means[0])} parameters"]
-    said.append(f"teachers of {ends((min(curve.rungs.values()), max(curve.rungs.values())), 0.0)}")
-    tokens = ends(curve.d_span, curve.means[1]) if "d" in curve.terms else short(held.get("budget") or 0)
-    said += [f"{tokens} tokens"] if tokens != "0" else []
-    said += [f"family {', '.join(held['families'])}"] if held["families"] else []
+    students = between(*(math.exp(end + curve.means[0]) for end in curve.n_span))
+    teachers = between(*(math.exp(pick(curve.rungs.values())) for pick in (min, max)))
+    tokens = [held["budget"]] if held.get("budget") else []
+    tokens = [math.exp(end + curve.means[1]) for end in curve.d_span] if "d" in curve.terms else tokens
     settings = {d.setting.column: d.key for d in walk(RunConfig) if d.setting.column and not d.section}
-    said += [f"{settings.get(name, name)}={value}" for name, value in held.get("conditions", {}).items()]
+    more = [f"{settings.get(name, name)}={value}" for name, value in held.get("conditions", {}).items()]
     cells = f"{held['cells']} cells: " if "cells" in held else ""
-    return f"The fit was made on {cells}{', '.join(said)}."
+    said = [f"{cells}students of {students} parameters", f"teachers of {teachers}"]
+    return made_on(said, tokens, held["families"], more)
 
 
 def _outside(ask: Ask, curve: JointCurve, budget: float | None) -> tuple[float, list[str]]:

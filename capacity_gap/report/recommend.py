@@ -25,6 +25,7 @@ from capacity_gap.report.advice import (
     Rung,
     answer,
     between,
+    made_on,
     other_family,
     scored,
     short,
@@ -323,11 +324,8 @@ def _made_on(optima: Sequence[Mapping[str, Any]]) -> str:
     """At what scale the fit was made."""
     students = [o["student_params"] for o in optima]
     said = [f"students of {between(min(students), max(students))} parameters"] if students else ["nothing"]
-    if tokens := [o["data_tokens"] for o in optima if o.get("data_tokens")]:
-        said.append(f"{between(min(tokens), max(tokens))} tokens")
-    if families := sorted({o["family"] for o in optima if o.get("family")}):
-        said.append(f"family {', '.join(families)}")
-    return f"The fit was made on {', '.join(said)}."
+    tokens = [o["data_tokens"] for o in optima if o.get("data_tokens")]
+    return made_on(said, tokens, sorted({o["family"] for o in optima if o.get("family")}))
 
 
 def _extrapolation(ask: Ask, optima: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -112,8 +112,7 @@ class Rounds:
                 if self.config.fail_fast and crew.causes:
                     raise StopRounds("fail_fast=true, and a cell failed")
         except StopRounds as end:
-            narrow = end.narrow or stopped_before
-            so_far, stopped = ends_of(self.answer()), self.stopped_answer() if narrow else None
+            so_far, stopped = self._last_answers(end.narrow or stopped_before)
             print(f"ended: {end}\n{answer_text(so_far, self.what)}{stopped_text(stopped)}", flush=True)
             if self.noted():
                 note_end(self.store, self.name, self.what, str(end), so_far, stopped)
@@ -228,10 +227,8 @@ class Rounds:
             raise error if isinstance(error, UserError) else ConfigError(str(error)) from error
         gain = sum(c.gain for c in found)
         if gain < LEAST_GAIN and so_far is not None:
-            said = (
-                f"no remaining cell would help: the best {counted(len(found), 'cell')} would remove {gain:.1%} of the"
-            )
-            raise StopRounds(f"{said} variance{self._lacking(so_far)}")
+            best = f"the best {counted(len(found), 'cell')} would remove {gain:.1%} of the variance"
+            raise StopRounds(f"no remaining cell would help: {best}{self._lacking(so_far)}")
         found = self._affordable(found, pace)
         chosen = self._named(found)
         reasons = {digest: c.reason for digest, c in zip(chosen, found, strict=True)}
@@ -314,12 +311,14 @@ class Rounds:
 
         return answer(self.frame(), self.goal)
 
-    def stopped_answer(self) -> dict[str, Any] | None:
-        """The answer with the interval that holds after a stop at a narrow one, and the level that takes."""
-        from capacity_gap.fit.goal_answer import AFTER_STOPPING, answer
+    def _last_answers(self, narrow: bool) -> tuple[list[float | None] | None, dict[str, Any] | None]:
+        """The answer at the end and, after a stop at a `narrow` interval, the one to report with its level."""
+        from capacity_gap.fit.goal_answer import AFTER_STOPPING, answers
+        from capacity_gap.fit.joint_curve import LEVEL
 
-        found = ends_of(answer(self.frame(), self.goal, level=AFTER_STOPPING))
-        return None if found is None else {"level": AFTER_STOPPING, "answer": found}
+        found = answers(self.frame(), self.goal, (LEVEL, AFTER_STOPPING))
+        wide = ends_of(found.get(AFTER_STOPPING)) if narrow else None
+        return ends_of(found.get(LEVEL)), None if wide is None else {"level": AFTER_STOPPING, "answer": wide}
 
     def _bill(self, pace: Speed) -> Callable[[Mapping[str, Any]], tuple[float, Mapping[Hashable, float]]]:
         """What cells cost: seconds of their own stages, and of those that others of the grid need too and the store
