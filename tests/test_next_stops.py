@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from benchmarks import next_stops
-from benchmarks.next_cells import study_of
+from benchmarks.next_cells import FIRST_SEED, study_of
 from benchmarks.next_surfaces import SURFACES
 from capacity_gap.fit.goal_answer import AFTER_STOPPING, answer
 from capacity_gap.fit.next_model import Goal
@@ -80,7 +80,7 @@ def test_a_higher_level_has_a_wider_interval_of_the_same_estimate():
 
 @pytest.mark.slow
 def test_a_sample_of_the_rounds_stops_where_its_answers_say():
-    rows = pd.DataFrame(next_stops.one("steep", next_stops.FIRST_SEED))
+    rows = pd.DataFrame(next_stops.one("steep", FIRST_SEED))
     stops = rows.dropna(subset="level")
     assert len(stops)
     assert set(stops["level"]) == set(next_stops.LEVELS)
