@@ -23,15 +23,15 @@ def plot_forecast(told: pd.DataFrame, came: pd.DataFrame) -> Figure:
         mine = came[(came["student"] == student) & (came["data_tokens"] == tokens)]
         sizes, low, high = mine["teacher_params"], odds["best_low"].fillna(0).iloc[0], odds["best_high"].iloc[0]
         edges = sizes.min() / 1.1, sizes.max() * 1.6
-        axes.axvspan(
-            max(low, edges[0]), min(high, edges[1]) if high == high else edges[1], color=BAND, alpha=0.25, lw=0
-        )
-        axes.plot(sizes, mine["loss"] - mine["loss"].mean(), ".", color=POINT, alpha=0.45, ms=5)
+        ends = max(low, edges[0]), min(high, edges[1]) if high == high else edges[1]
+        axes.axvspan(*ends, color=BAND, alpha=0.25, lw=0, label="forecast, 95 %")
+        axes.plot(sizes, mine["loss"] - mine["loss"].mean(), ".", color=POINT, alpha=0.45, ms=5, label="a seed")
         means = mine.groupby("teacher_params")["loss"].mean() - mine["loss"].mean()
-        axes.plot(means.index, means, color=POINT, lw=1.2)
-        axes.plot(means.idxmin(), means.min(), "*", color=BEST, ms=11)
+        axes.plot(means.index, means, color=POINT, lw=1.2, label="mean of seeds")
+        axes.plot(means.idxmin(), means.min(), "*", color=BEST, ms=11, ls="none", label="best teacher")
         axes.set_xlim(*edges)
         axes.set_title(f"student {student}, {short_scale(tokens)} tokens", fontsize=9)
+    panels[-1].legend(fontsize=7, loc="upper right")
     figure.supxlabel("teacher parameters", fontsize=9)
     panels[0].set_ylabel("loss less the mean of the curve, nats", fontsize=9)
     return figure
@@ -54,9 +54,11 @@ def plot_starts(frame: pd.DataFrame, names: dict[str, str]) -> Figure:
             sizes = means.index.to_numpy(float)
             axes.plot(sizes, means, "o", color=colour, ms=3.5)
             line = slope.value * (np.log(sizes) - np.log(sizes).mean())
-            axes.plot(sizes, line, color=colour, lw=1.3, label=f"{short_scale(tokens)} tokens: {slope.value:+.3f}")
+            half = (slope.interval[1] - slope.interval[0]) / 2
+            label = f"{short_scale(tokens)} tokens: {slope.value:+.3f} ± {half:.3f}"
+            axes.plot(sizes, line, color=colour, lw=1.3, label=label)
         axes.set_title(f"{names[start]} start", fontsize=9)
-        axes.legend(fontsize=7, title="slope, nats per unit", title_fontsize=7)
+        axes.legend(fontsize=7, title="slope and 95 % half width, nats per unit", title_fontsize=7)
     figure.supxlabel("teacher parameters", fontsize=9)
     panels[0].set_ylabel("loss less the mean over rungs, nats", fontsize=9)
     return figure
