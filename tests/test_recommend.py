@@ -9,6 +9,7 @@ import pytest
 from capacity_gap.commands import cli
 from capacity_gap.fit import fit_law
 from capacity_gap.models.ladders import family
+from capacity_gap.report.advice import Recommendation, Rung
 from capacity_gap.report.recommend import bends, law_draws, read_fit, recommend
 from capacity_gap.settings.errors import UserError
 from capacity_gap.surfaces.surface import SurfaceFit, from_parameters
@@ -63,6 +64,16 @@ def test_a_law_far_from_its_fit_says_so_and_is_less_sure():
     assert "The fit was made on students of 50k to 200k parameters, 1m tokens, family pico." in text
     assert "no run of the fit is of family qwen2_5 (it saw pico)" in text
     assert "[]" not in text and "nan" not in text
+
+
+def test_rungs_nearly_as_good_are_named_after_the_one_to_take():
+    rungs = [Rung(n, 1, 1.0, 1.0, 0.2, r) for n, r in (("a", 0.4), ("b", 0.29), ("c", 0.2), ("d", 0.25), ("e", None))]
+    rungs.append(Rung("f", 1, 1.0, 1.0, 0.2, 0.2, beyond=True))
+    found = Recommendation(1, "x", 1, "total", "joint", "c", tuple(rungs), (), ())
+    assert found.advice == "Take c. Nearly as good, at most 0.09 nats worse in expectation: b, d."
+    assert replace(found, rungs=tuple(replace(r, regret=None) for r in rungs)).advice == "Take c."
+    doubtful = replace(found, doubt="provisional").advice
+    assert doubtful.startswith("c is the best guess so far (provisional)") and doubtful.endswith(": b, d.")
 
 
 def test_tokens_per_parameter_outside_the_fit_are_a_warning():

@@ -15,6 +15,7 @@ NEAR_OWN = (
     "Two teachers at two budgets near your own scale say more: `fit` then says at how many tokens the larger one "
     "begins to win."
 )
+NEARLY = 0.5  # of the best rung's regret, by which another may lose more and still be named with it
 NEAR = 0.1  # log: sizes this close are one
 
 Array = np.ndarray
@@ -96,12 +97,22 @@ class Recommendation:
             *(["see the warnings"] if self.warnings else []),
         ]
         if not doubts:
-            return f"Take {self.best}."
+            return f"Take {self.best}.{self._ties(best)}"
         guess = f"{self.best} is the best guess so far ({'; '.join(doubts)})."
         if best.probability is None or best.beyond:
             return guess
         least = "It has the least regret; its" if best.regret is not None else "Its"
-        return f"{guess} {least} P(best) is {best.probability:.0%}."
+        return f"{guess} {least} P(best) is {best.probability:.0%}.{self._ties(best)}"
+
+    def _ties(self, best: Rung) -> str:
+        """The rungs, the smallest first, whose regret is above the best one's by less than `NEARLY` of it."""
+        if best.regret is None:
+            return ""
+        more = {r.name: r.regret - best.regret for r in self.rungs if r.regret is not None and not r.beyond}
+        near = {name: extra for name, extra in more.items() if name != best.name and extra < NEARLY * best.regret}
+        if not near:
+            return ""
+        return f" Nearly as good, at most {max(near.values()):.2g} nats worse in expectation: {', '.join(near)}."
 
 
 def _legend(bounds: bool) -> list[str]:
