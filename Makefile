@@ -66,7 +66,7 @@ evidence: $(VENV)/.installed  ## the long runs whose tables are in results/
 	$(BIN)/python -m benchmarks.next_cells --tune --studies 40 --workers 2
 	$(BIN)/python -m benchmarks.next_cells --workers 2 --out results/next.csv
 	$(BIN)/python -m benchmarks.next_cells --records --out results/next.csv
-	$(BIN)/python -m benchmarks.next_stops --tune --studies 40 --workers 2 --out results/next_stops_levels.csv
+	$(BIN)/python -m benchmarks.next_stops --tune --workers 2 --out results/next_stops_levels.csv
 	$(BIN)/python -m benchmarks.next_stops --workers 2 --out results/next_stops.csv
 	$(BIN)/python run.py -m +sweeps=signals
 	$(BIN)/python run.py -m +sweeps=signals distill.signal=sampled distill.signal_size=32

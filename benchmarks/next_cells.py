@@ -359,9 +359,9 @@ def options(description: str | None, studies: int) -> argparse.ArgumentParser:
     return parser
 
 
-def jobs_of(given: argparse.Namespace) -> list[tuple[str, int]]:
-    """Surfaces and seeds."""
-    first = TUNE_SEED if given.tune else FIRST_SEED
+def jobs_of(given: argparse.Namespace, first: int = FIRST_SEED) -> list[tuple[str, int]]:
+    """Surfaces and seeds; `first` of those that judge."""
+    first = TUNE_SEED if given.tune else first
     return [(name, first + i) for i in range(given.studies) for name in SURFACES]
 
 

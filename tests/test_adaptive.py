@@ -9,12 +9,13 @@ from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from capacity_gap import records
 from capacity_gap.cell import pipeline
 from capacity_gap.cell.strategy_config import NextConfig
-from capacity_gap.fit.goal_answer import AFTER_STOPPING, narrow_enough
+from capacity_gap.fit.goal_answer import AFTER_STOPPING, LEAST_CELLS, narrow_enough
 from capacity_gap.fit.regression import Estimate
 from capacity_gap.report.rounds import bounds_text, end_line, round_line, stopped_text
 from capacity_gap.runner import budget
@@ -48,9 +49,9 @@ def rounds(tiny, tmp_path):
     return make
 
 
-def measured(rounds, *, noise=0.002, best=2.5, curvature=0.05):
+def measured(rounds, *, noise=0.002, best=2.5, curvature=0.05, seed=0):
     """Losses of all cells with a best teacher at `best` times the student."""
-    frame, rng = pool_rows(rounds.cells), np.random.default_rng(0)
+    frame, rng = pool_rows(rounds.cells), np.random.default_rng(seed)
     z = np.log(frame["teacher_params"] / (best * frame["student_params"]))
     return frame.assign(loss=3 + curvature / 2 * z**2 + noise * rng.standard_normal(len(frame)), status="done")
 
@@ -66,8 +67,10 @@ def test_the_first_round_of_an_empty_store_has_the_cells_asked_for_with_reasons_
 
 def test_it_ends_once_the_interval_was_narrow_enough_twice_and_reports_a_wider_one(rounds, monkeypatch, capsys):
     mine = rounds("until=1000")
-    known = measured(mine)
-    monkeypatch.setattr(Rounds, "frame", lambda self: known.iloc[:20])
+    more = measured(mine, seed=1)
+    known = pd.concat([measured(mine).iloc[:20], more.assign(seed=more["seed"] + 2, teacher_seed=more["seed"] + 2)])
+    monkeypatch.setattr(Rounds, "frame", lambda self: known.reset_index(drop=True))
+    assert len(known) >= LEAST_CELLS
     assert mine.next(set()).cells, "a single narrow interval ends nothing"
     cell, words = next(iter(mine.cells.values()))
     noted = {cell.record.key: {"name": "a", "overrides": words, "stages": {}}}
@@ -76,6 +79,10 @@ def test_it_ends_once_the_interval_was_narrow_enough_twice_and_reports_a_wider_o
     cell, words = list(mine.cells.values())[1]
     noted = {cell.record.key: {"name": "b", "overrides": words, "stages": {}}}
     note_sweep(mine.store, "grid", noted, about={"round": 2, "what": mine.what, "answer": [2.5, 2.0, 3.0]})
+    with monkeypatch.context() as few:
+        few.setattr(Rounds, "frame", lambda self: known.iloc[: LEAST_CELLS - 1].reset_index(drop=True))
+        assert mine.answer().interval[1] < 1000 * mine.answer().interval[0]
+        assert mine.next(set()).cells, "a narrow interval of few cells ends nothing"
     with pytest.raises(StopRounds, match="narrow enough, before and after the last round: until=1000"):
         mine.next(set())
     answer = mine.answer()
@@ -88,7 +95,8 @@ def test_it_ends_once_the_interval_was_narrow_enough_twice_and_reports_a_wider_o
     assert noted["stopped_answer"]["answer"][0] == value
     _, wide_low, wide_high = noted["stopped_answer"]["answer"]
     assert wide_low < low < high < wide_high
-    said = f"Report {wide_low:.3g} to {wide_high:.3g} (99.5 %): rounds stopped at a narrow 95 % interval"
+    said = f"Report {wide_low:.3g} to {wide_high:.3g} ({100 * AFTER_STOPPING:g} %)"
+    said += ": rounds stopped at a narrow 95 % interval"
     assert said in capsys.readouterr().out
     assert said in end_line(noted)
     again = rounds("until=1000", "budget_hours=1e-9", "next.k=1")

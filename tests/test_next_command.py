@@ -13,12 +13,13 @@ from omegaconf import OmegaConf
 from capacity_gap.commands import cli
 from capacity_gap.commands.possible_cells import possible
 from capacity_gap.commands.stage_costs import StageCost
+from capacity_gap.fit.goal_answer import AFTER_STOPPING
 from capacity_gap.models.axes import count_params
 from capacity_gap.models.folders import named_family
 from capacity_gap.records.load import load
 from capacity_gap.report.next_pool import deciding, make_pool
 from capacity_gap.settings.errors import ConfigError
-from capacity_gap.store.contents import note_sweep
+from capacity_gap.store.contents import note_end, note_sweep
 from capacity_gap.store.files import write_checked
 from capacity_gap.store.stage import Store
 from tests.conftest import ROOT, compose
@@ -106,6 +107,17 @@ def test_command_on_a_store_keeps_the_settings_of_its_cells_and_the_teachers_tha
         tuple(c["cell"][k] for k in ("student", "teacher", "seed")) for c in told["cells"]
     }
     assert {str(c.store_path) for c in made} == {str(store.root)}
+
+    assert told["answer"] and told["stopped_answer"] is None
+    note_end(store, "mine", "tokens from which 270k beats 120k for 55k", "narrow", [1.0] * 3, {"level": 0.9})
+    assert cli.main(words) == 0
+    assert json.loads(capsys.readouterr().out)["stopped_answer"] is None, "that was another question"
+    note_end(store, "mine", told["what"], "narrow", [2.5, 2.0, 3.0], {"level": 0.9, "answer": [2.5, 1.0, 4.0]})
+    assert cli.main(words) == 0
+    stopped = json.loads(capsys.readouterr().out)["stopped_answer"]
+    assert stopped["level"] == AFTER_STOPPING and stopped["answer"][0] == told["answer"][0]
+    assert cli.main(words[:-1]) == 0
+    assert f"({100 * AFTER_STOPPING:g} %): rounds stopped at a narrow 95 % interval" in capsys.readouterr().out
 
 
 def test_a_store_of_ones_own_loss_names_the_variable_that_loads_it(monkeypatch):

@@ -70,8 +70,8 @@ class RunConfig:
     )
     until: float | None = setting(
         None,
-        "strategy=adaptive: stop once the upper end of the 95 % interval is at most this multiple of its lower end. "
-        "A 99.5 % interval is then reported (docs/next.md).",
+        "strategy=adaptive: end once the upper end of the 95 % interval is at most this multiple of its lower end, "
+        "twice in a row and after 24 cells or more. A 99 % interval is then reported (docs/next.md).",
         above=1,
         most=1e6,
         decides=False,

@@ -52,10 +52,8 @@ def add(commands: Any) -> None:
 def run_next(given: argparse.Namespace) -> int:
     """Prints the cells and the commands that run them."""
     from capacity_gap.fit import next_cells
-    from capacity_gap.fit.goal_answer import answer
     from capacity_gap.report.next_pool import check_inside, family_of
-    from capacity_gap.report.rounds import answer_text, question_words
-    from capacity_gap.runner.adaptive import ends_of
+    from capacity_gap.report.rounds import answer_text, question_words, stopped_text
 
     frame = _records(given)
     ladder = family_of(frame, given.family)
@@ -70,22 +68,42 @@ def run_next(given: argparse.Namespace) -> int:
     except ValueError as error:
         raise error if isinstance(error, UserError) else ConfigError(str(error)) from error
     lines, (far, beyond) = commands_for(found, settings), _beyond(goal, frame)
-    so_far = None if far else ends_of(answer(frame, goal))
     asked = {name: getattr(given, name) or "" for name in ("student", "data", "small", "large")}
     what = question_words(goal.kind, **asked)
+    so_far, stopped = (None, None) if far else _answers(given, frame, goal, what)
     if given.json:
         rows = [{"cell": c.cell, "gain": c.gain, "cost_flops": c.cost, "reason": c.reason} for c in found]
-        told = {"what": what, "answer": so_far, "cells": rows, "commands": lines, "missing": missing}
+        told = {
+            "what": what,
+            "answer": so_far,
+            "stopped_answer": stopped,
+            "cells": rows,
+            "commands": lines,
+            "missing": missing,
+        }
         told |= {"assumed": assumed(found), "notes": [*beyond, *left_out]}
         print(json.dumps(told, indent=1, default=str))
         return 0
     if _nothing_yet(given):
         print(f"{given.source} is empty or not there: this starts from nothing")
-    print(f"the answer so far: {answer_text(so_far, what)}. {_standing(frame)}")
+    print(f"the answer so far: {answer_text(so_far, what)}{stopped_text(stopped)}. {_standing(frame)}")
     print("\n".join([*beyond, *assumed(found), *_table(found, len(pool))]))
     print("\n" + "\n".join(lines))
     print("\n".join(filter(None, [missing, *left_out])), end="\n" if missing or left_out else "")
     return 0
+
+
+def _answers(
+    given: argparse.Namespace, frame: "pd.DataFrame", goal: "Goal", what: str
+) -> tuple[list[float | None] | None, dict[str, Any] | None]:
+    """The answer so far and, where rounds of a store once ended at a narrow interval, the one to report."""
+    from capacity_gap.runner.adaptive import both_answers
+    from capacity_gap.settings.places import user_path
+    from capacity_gap.store.contents import open_store, stopped_narrow
+    from capacity_gap.store.files import is_store
+
+    store = is_store(user_path(given.source))
+    return both_answers(frame, goal, narrow=store and stopped_narrow(open_store(given.source), what))
 
 
 def assumed(found: Sequence["Candidate"]) -> list[str]:

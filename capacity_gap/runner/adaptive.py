@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from capacity_gap.fit.regression import Estimate
 
 Cells = Mapping[str, tuple[Cell, list[str]]]  # by digest: a cell and the overrides that make it
-LEAST_GAIN = 0.02  # share of the answer's variance: a round that is expected to remove less is not run
 ABOVE = 1.02  # teachers larger than their student by less are no evidence
 NO_ROUNDS = "a grid run in rounds, or cut to a budget, may vary only student, teacher, budget and seeds"
 SECOND = 1e-3  # the least a cell costs: one whose stages are all there costs next to nothing
@@ -112,7 +111,7 @@ class Rounds:
                 if self.config.fail_fast and crew.causes:
                     raise StopRounds("fail_fast=true, and a cell failed")
         except StopRounds as end:
-            so_far, stopped = self._last_answers(end.narrow or stopped_before)
+            so_far, stopped = both_answers(self.frame(), self.goal, narrow=end.narrow or stopped_before)
             print(f"ended: {end}\n{answer_text(so_far, self.what)}{stopped_text(stopped)}", flush=True)
             if self.noted():
                 note_end(self.store, self.name, self.what, str(end), so_far, stopped)
@@ -210,11 +209,11 @@ class Rounds:
             StopRounds: there is a reason to end.
         """
         from capacity_gap.fit import next_cells
-        from capacity_gap.fit.goal_answer import answer, narrow_enough
+        from capacity_gap.fit.goal_answer import answer, narrow_twice, too_little
 
         frame, config, pace = self.frame(), self.config, self.speed()
         so_far = answer(frame, self.goal)
-        if narrow_enough(so_far, config.until) and narrow_enough(self._last(), config.until):
+        if narrow_twice(self._last(), so_far, len(frame), config.until):
             said = f"the interval is narrow enough, before and after the last round: until={config.until:g}"
             raise StopRounds(said, narrow=True)
         pool = {d: c for d, c in self.cells.items() if d not in tried and not self.store.finished(c[0].record)}
@@ -226,7 +225,7 @@ class Rounds:
         except ValueError as error:
             raise error if isinstance(error, UserError) else ConfigError(str(error)) from error
         gain = sum(c.gain for c in found)
-        if gain < LEAST_GAIN and so_far is not None:
+        if too_little(gain, so_far):
             best = f"the best {counted(len(found), 'cell')} would remove {gain:.1%} of the variance"
             raise StopRounds(f"no remaining cell would help: {best}{self._lacking(so_far)}")
         found = self._affordable(found, pace)
@@ -252,8 +251,7 @@ class Rounds:
         return f"{' '.join(TOOL_WORDS)} next {shlex.quote(self.config.store)} {' '.join(words)} names cells beyond it"
 
     def _last(self) -> "Estimate | None":
-        """The answer before the last round. One fit of few cells may take its variances for far too small, so a single
-        narrow interval ends nothing (docs/next.md)."""
+        """The answer before the last round."""
         from capacity_gap.fit.regression import Estimate
 
         noted = self.noted()
@@ -310,15 +308,6 @@ class Rounds:
         from capacity_gap.fit.goal_answer import answer
 
         return answer(self.frame(), self.goal)
-
-    def _last_answers(self, narrow: bool) -> tuple[list[float | None] | None, dict[str, Any] | None]:
-        """The answer at the end and, after a stop at a `narrow` interval, the one to report with its level."""
-        from capacity_gap.fit.goal_answer import AFTER_STOPPING, answers
-        from capacity_gap.fit.joint_curve import LEVEL
-
-        found = answers(self.frame(), self.goal, (LEVEL, AFTER_STOPPING))
-        wide = ends_of(found.get(AFTER_STOPPING)) if narrow else None
-        return ends_of(found.get(LEVEL)), None if wide is None else {"level": AFTER_STOPPING, "answer": wide}
 
     def _bill(self, pace: Speed) -> Callable[[Mapping[str, Any]], tuple[float, Mapping[Hashable, float]]]:
         """What cells cost: seconds of their own stages, and of those that others of the grid need too and the store
@@ -390,6 +379,18 @@ def _common(cells: Cells) -> set[str]:
         shared |= seen & keys
         seen |= keys
     return shared
+
+
+def both_answers(
+    frame: "pd.DataFrame", goal: "Goal", *, narrow: bool
+) -> tuple[list[float | None] | None, dict[str, Any] | None]:
+    """The answer and, after rounds that ended at a `narrow` interval, the one to report with its level."""
+    from capacity_gap.fit.goal_answer import AFTER_STOPPING, answers
+    from capacity_gap.fit.joint_curve import LEVEL
+
+    found = answers(frame, goal, (LEVEL, AFTER_STOPPING))
+    wide = ends_of(found.get(AFTER_STOPPING)) if narrow else None
+    return ends_of(found.get(LEVEL)), None if wide is None else {"level": AFTER_STOPPING, "answer": wide}
 
 
 def ends_of(found: "Estimate | None") -> list[float | None] | None:

@@ -155,6 +155,12 @@ def end_of(store: Store, name: str) -> dict[str, Any] | None:
     return ends[-1] if ends else None
 
 
+def stopped_narrow(store: Store, what: str) -> bool:
+    """Whether rounds of any grid for a question once ended at a narrow interval."""
+    parts = (part for part in _parts(store) if part.get("what") == what)
+    return any(part.get("after_stop") or part.get("stopped_answer") is not None for part in parts)
+
+
 def note_stop(store: Store, name: str, cells: Iterable[str], why: str) -> None:
     """Writes down why the process that ran these cells ended before them; what is left waits for another start."""
     left = [key for key in sorted(cells) if not _has_ended(store, key)]
