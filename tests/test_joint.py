@@ -15,11 +15,11 @@ from capacity_gap.commands import cli
 from capacity_gap.commands.fit_commands import _joint_lines
 from capacity_gap.estimators import mixed
 from capacity_gap.estimators.mixed import SCALE, SHAPE, _Problem, fit_mixed
+from capacity_gap.estimators.size_map import size_map
 from capacity_gap.fit import fit_joint
 from capacity_gap.fit.frame import curves as curves_of
 from capacity_gap.fit.joint_curve import JointCurve
 from capacity_gap.fit.joint_fit import Answers
-from capacity_gap.fit.size_map import size_map
 from tests.conftest import ROOT
 
 NAMED = {design.name: design for design in (*DESIGNS, *NULLS)}

@@ -269,6 +269,21 @@ def test_reasons_are_true():
 
 
 @pytest.mark.parametrize(
+    "goal", [Goal("target", SIZES["80k"], 1.2e6), Goal("break_even", SIZES["80k"], small=120e3, large=400e3), Goal()]
+)
+def test_reasons_say_how_cells_of_other_curves_serve_the_question(goal):
+    said = set()
+    for c in next_cells(EMPTY, cells(seeds=(0,)), goal=goal, k=20):
+        students = goal.kind != "law" and c.cell["student"] != "80k"
+        budgets = goal.kind == "target" and c.cell["data_tokens"] != 1.2e6
+        other = " and ".join(["students"] * students + ["budgets"] * budgets)
+        words = [part for part in re.split(r"[:;] |\.$", c.reason) if part.startswith("linked")]
+        assert words == [f"linked to the question by the model's trend over {other}"] * bool(other)
+        said.add(other)
+    assert len(said) >= {"target": 3, "break_even": 2, "law": 1}[goal.kind], said
+
+
+@pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"goal": "laws"}, "goal='laws' is not known. Allowed: law, target, break_even"),

@@ -21,8 +21,8 @@ import pandas as pd
 from threadpoolctl import threadpool_limits
 
 from capacity_gap.estimators.mixed import Contrast, Mixed, fit_mixed
+from capacity_gap.estimators.size_map import size_map
 from capacity_gap.fit.joint_curve import GRID, NAMES, Centre, JointCurve, root
-from capacity_gap.fit.size_map import size_map
 from capacity_gap.records.columns import AXES
 from capacity_gap.settings.scales import short_scale
 

@@ -113,7 +113,7 @@ def _chosen(
         for i in more[: most - len(search.chosen)]:
             search.add(i)
     chosen = search.chosen[:most]
-    told = reasons(belief, frame, pool, bills, began, chosen)
+    told = reasons(belief, goal, frame, pool, bills, began, chosen)
     cells = pool.to_dict("records")
     return [
         Candidate({str(key): value for key, value in cells[i].items()}, gain, flops, reason, belief.fitted)

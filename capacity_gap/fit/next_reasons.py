@@ -7,20 +7,28 @@ import numpy as np
 import pandas as pd
 
 from capacity_gap.fit.joint import SAME
-from capacity_gap.fit.next_model import Belief
+from capacity_gap.fit.next_model import Belief, Goal
 from capacity_gap.records.bills import Bills
 from capacity_gap.settings.scales import short_scale
 
+ALIKE = math.log(1.05)  # students and budgets this close are those asked about
 NEAR = math.log(1.4)  # within this of the seeming optimum a teacher is at it
 
 
 def reasons(
-    belief: Belief, frame: pd.DataFrame, pool: pd.DataFrame, bills: Bills, began: np.ndarray, chosen: Sequence[int]
+    belief: Belief,
+    goal: Goal,
+    frame: pd.DataFrame,
+    pool: pd.DataFrame,
+    bills: Bills,
+    began: np.ndarray,
+    chosen: Sequence[int],
 ) -> list[str]:
     """A sentence for each of the `chosen` cells of the pool, in their order.
 
     Args:
         belief: what was known before.
+        goal: what the cells are for.
         frame: the cells so far.
         pool: the candidates.
         bills: their costs.
@@ -36,6 +44,7 @@ def reasons(
         said = [
             _name(table, at),
             _place(belief, i, before),
+            _elsewhere(belief, goal, at),
             _new(belief, table, at, before),
             _teacher(bills, i, began, paid),
         ]
@@ -72,6 +81,20 @@ def _place(belief: Belief, i: int, before: Sequence[int]) -> str:
         end = "largest" if off > 0 else "smallest"
         return f"{side} the {best}, and the {end} of this student and budget so far: slope and curvature"
     return f"{side} the {best}"
+
+
+def _elsewhere(belief: Belief, goal: Goal, at: int) -> str:
+    """How a cell of another student or budget than the goal's serves it."""
+    asked = {
+        "student": (belief.cells.student[at], goal.student_params),
+        "budget": (belief.cells.data[at], goal.data_tokens),
+    }
+    other = [name for name, (own, size) in asked.items() if size and abs(own - math.log(size)) > ALIKE]
+    return (
+        f"linked to the question by the model's trend over {' and '.join(f'{name}s' for name in other)}"
+        if other
+        else ""
+    )
 
 
 def _new(belief: Belief, table: pd.DataFrame, at: int, before: Sequence[int]) -> str:
