@@ -31,7 +31,7 @@ def plot_forecast(told: pd.DataFrame, came: pd.DataFrame) -> Figure:
         axes.plot(means.idxmin(), means.min(), "*", color=BEST, ms=11, ls="none", label="best teacher")
         axes.set_xlim(*edges)
         axes.set_title(f"student {student}, {short_scale(tokens)} tokens", fontsize=9)
-    panels[-1].legend(fontsize=7, loc="upper right")
+    panels[0].legend(fontsize=7, loc="upper right")
     figure.supxlabel("teacher parameters", fontsize=9)
     panels[0].set_ylabel("loss less the mean of the curve, nats", fontsize=9)
     return figure

@@ -1,6 +1,7 @@
 """Grids in rounds: what is chosen, why it ends, what the store is told, and that a stopped one goes on."""
 
 import itertools
+import json
 import math
 import signal
 import subprocess
@@ -12,17 +13,20 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from benchmarks.next_stops import Look, end
 from capacity_gap import records
 from capacity_gap.cell import pipeline
 from capacity_gap.cell.strategy_config import NextConfig
-from capacity_gap.fit.goal_answer import AFTER_STOPPING, LEAST_CELLS, narrow_enough
+from capacity_gap.fit.goal_answer import AFTER_STOPPING, LEAST_CELLS, narrow_enough, too_little
 from capacity_gap.fit.regression import Estimate
+from capacity_gap.records.candidate import Candidate
 from capacity_gap.report.rounds import bounds_text, end_line, round_line, stopped_text
 from capacity_gap.runner import budget
 from capacity_gap.runner.adaptive import Rounds, StopRounds, ends_of, pool_rows
+from capacity_gap.runner.noted_answers import both_answers
 from capacity_gap.runner.plan import make_plan
 from capacity_gap.settings.errors import ConfigError
-from capacity_gap.store.contents import end_of, note_end, note_sweep, rounds_of
+from capacity_gap.store.contents import end_of, forget_end, narrow_level, note_end, note_sweep, rounds_of
 from capacity_gap.store.stage import Store, closure
 from tests.conftest import ROOT, compose, run_here, run_py
 
@@ -96,7 +100,7 @@ def test_it_ends_once_the_interval_was_narrow_enough_twice_and_reports_a_wider_o
     _, wide_low, wide_high = noted["stopped_answer"]["answer"]
     assert wide_low < low < high < wide_high
     said = f"Report {wide_low:.3g} to {wide_high:.3g} ({100 * AFTER_STOPPING:g} %)"
-    said += ": rounds stopped at a narrow 95 % interval"
+    said += ", because rounds ended at a narrow 95 % interval"
     assert said in capsys.readouterr().out
     assert said in end_line(noted)
     again = rounds("until=1000", "budget_hours=1e-9", "next.k=1")
@@ -105,6 +109,119 @@ def test_it_ends_once_the_interval_was_narrow_enough_twice_and_reports_a_wider_o
     noted = end_of(mine.store, "grid")
     assert (noted["ended"], noted["stopped_answer"]["level"]) == ("the budget is used up", AFTER_STOPPING)
     assert said in capsys.readouterr().out, "another end does not undo the stop at a narrow interval"
+
+
+def stops(monkeypatch, mine, why, *, narrow=False):
+    """Runs the grid, whose next round is refused for a reason."""
+    monkeypatch.setattr(Rounds, "next", lambda self, tried: (_ for _ in ()).throw(StopRounds(why, narrow=narrow)))
+    mine.run(None)
+
+
+def one_round(mine, number):
+    """Notes a round of one cell as a run of the grid would."""
+    cell, words = list(mine.cells.values())[number]
+    noted = {cell.record.key: {"name": str(number), "overrides": words, "stages": {}}}
+    note_sweep(mine.store, mine.name, noted, about={"round": number, "what": mine.what, "answer": None})
+
+
+def test_a_narrow_end_is_remembered_through_other_questions_and_kills(rounds, monkeypatch, capsys):
+    mine, other = rounds(), rounds("next.goal=target", "next.student=40k", "next.data=6k")
+    known = measured(mine)
+    monkeypatch.setattr(Rounds, "frame", lambda self: known)
+    monkeypatch.setattr(Rounds, "unfinished", lambda self: None)
+    assert narrow_level(mine.store, mine.what, "grid") is None
+    one_round(mine, 1)
+    stops(monkeypatch, mine, "narrow", narrow=True)
+    assert f"({100 * AFTER_STOPPING:g} %), because rounds ended at a narrow" in capsys.readouterr().out
+    one_round(other, 2)
+    stops(monkeypatch, other, "the budget is used up")
+    assert end_of(mine.store, "grid")["stopped_answer"] is None, "that question has had no narrow end"
+    monkeypatch.setattr(Rounds, "next", lambda self, tried: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        mine.run(None)
+    assert narrow_level(mine.store, mine.what, "grid") == AFTER_STOPPING
+    assert end_of(mine.store, "grid")["what"] == other.what, "the first question goes on"
+    monkeypatch.setattr(Rounds, "frame", lambda self: known.iloc[:0])
+    stops(monkeypatch, mine, "nothing identified")
+    monkeypatch.setattr(Rounds, "frame", lambda self: known)
+    stops(monkeypatch, mine, "the budget is used up")
+    noted = next(part for part in ends(mine.store) if part["what"] == mine.what)
+    assert noted["stopped_answer"]["level"] == AFTER_STOPPING and noted["stopped_answer"]["answer"]
+    assert noted["own_rounds"] == 1 < noted["rounds"]
+    assert narrow_level(mine.store, mine.what, "elsewhere") is None
+
+
+def ends(store):
+    """The notes of ended questions."""
+    notes = [json.loads(file.read_text()) for file in (store.root / "sweeps").glob("*.json")]
+    return [note for note in notes if note.get("ended")]
+
+
+def test_a_level_and_rounds_of_an_older_version_stay_noted(rounds):
+    mine = rounds()
+    note_sweep(mine.store, "grid", {}, about={"round": 1, "what": mine.what, "answer": None, "after_stop": True})
+    assert narrow_level(mine.store, mine.what) == 0
+    note_end(mine.store, "grid", mine.what, "narrow", None, {"level": 0.995, "answer": [2.5, 1.0, 4.0]})
+    forget_end(mine.store, "grid", mine.what)
+    assert narrow_level(mine.store, mine.what) == 0.995
+    known = measured(mine)
+    assert both_answers(known, mine.goal, 0.995)[1]["level"] == 0.995
+    assert both_answers(known, mine.goal, 0.0)[1]["level"] == AFTER_STOPPING
+    assert both_answers(known, mine.goal, None)[1] is None
+
+
+def test_a_question_has_one_name_however_it_is_written(rounds):
+    names = {rounds("next.goal=target", f"next.student={s}", f"next.data={d}").what for s, d in (
+        ("40k", "6k"), ("40_000", "6000"), ("0.04m", "0.006m"))}  # fmt: skip
+    assert names == {"best teacher of 40k at 6k tokens"}
+
+
+def test_a_round_that_would_gain_too_little_is_not_run(rounds, monkeypatch):
+    mine = rounds()
+    known = measured(mine)
+    monkeypatch.setattr(Rounds, "frame", lambda self: known.iloc[:20])
+    one = Candidate({"cell": next(iter(mine.cells))}, 0.019, 1.0, "why", True)
+    monkeypatch.setattr("capacity_gap.fit.next_cells", lambda *args, **more: [one])
+    with pytest.raises(StopRounds, match="no remaining cell would help: the best 1 cell would remove 1.9%"):
+        mine.next(set())
+    monkeypatch.setattr("capacity_gap.fit.next_cells", lambda *args, **more: [replace(one, gain=0.021)])
+    assert mine.next(set()).gain == 0.021
+
+
+def test_simulated_rounds_end_where_these_do(rounds, monkeypatch):
+    """`benchmarks.next_stops.end` beside `Rounds.next`, given the same answers and gains."""
+    mine, rng, kinds = rounds("until=3"), np.random.default_rng(0), set()
+    one = Candidate({"cell": next(iter(mine.cells))}, 0.0, 1.0, "why", True)
+    for _ in range(60):
+        found = [({}, *({0.95: (low, 4.0)} for low in (2.0, 1.0, 0.0)))[i] for i in rng.integers(0, 4, 6)]
+        gains = rng.choice([0.5, 0.001], 6, p=[0.8, 0.2])
+        first = int(rng.integers(0, 3))
+        path = [Look(i, 0.1, 6 * (first + i), float(gains[i]), 2.5, found[i]) for i in range(6)]
+        path = path[: next((i for i, p in enumerate(path) if too_little(p.gain, p.answer)), 5) + 1]
+        for before, now in itertools.pairwise([None, *path]):
+            monkeypatch.setattr(Rounds, "frame", lambda self, n=now.cells: pd.DataFrame(index=range(n)))
+            monkeypatch.setattr("capacity_gap.fit.goal_answer.answer", lambda frame, goal, now=now: now.answer)
+            monkeypatch.setattr(Rounds, "_last", lambda self, before=before: before and before.answer)
+            monkeypatch.setattr("capacity_gap.fit.next_cells", lambda *a, now=now, **k: [replace(one, gain=now.gain)])
+            try:
+                mine.next(set())
+            except StopRounds as why:
+                kind = "narrow" if why.narrow else "gain"
+                break
+        else:
+            kind = "budget"
+        simulated, look = end(path, 3.0)
+        assert (simulated, look.number) == (kind, now.number)
+        kinds.add(kind)
+    assert kinds == {"narrow", "gain", "budget"}
+
+
+def test_until_needs_a_grid_that_it_could_end(rounds):
+    mine = rounds("until=3")
+    few = Rounds(dict(list(mine.cells.items())[: LEAST_CELLS - 1]), mine.store, "grid", mine.worker, mine.planned_speed)
+    with pytest.raises(ConfigError, match=f"only after {LEAST_CELLS} cells, and it has {LEAST_CELLS - 1}. Leave out"):
+        few.check()
+    mine.check()
 
 
 def test_rounds_that_end_for_another_reason_report_the_interval_itself(rounds, monkeypatch, capsys):
@@ -319,7 +436,7 @@ def test_answers_in_words():
     assert bounds_text([2.5, None, None]) == "2.5 (no bound)"
     assert bounds_text([120e3, None, 300e3]) == "120k (at most 300k)"
     note = {"round": 2, "cells": {"a": {}}, "device_hours": 0.5, "answer": [2.5, 2.0, None], "what": "ratio"}
-    assert round_line(note) == "round 2: 1 cell, 0.5 device-hours; before it, ratio: 2.5 (at least 2)"
+    assert round_line(note) == "round 2: 1 cell, 0.5 device-hours; before it, ratio: 2.5 (95 %: at least 2)"
 
 
 @pytest.mark.parametrize(
@@ -405,10 +522,18 @@ def test_an_adaptive_grid_runs_rounds_stops_goes_on_and_tells_why(tiny, tmp_path
 
 
 def test_a_reported_interval_that_is_open_decides_nothing():
-    said = stopped_text({"level": 0.995, "answer": [2.5, 1.6, None]})
-    assert said.startswith(". Report at least 1.6 (99.5 %): rounds stopped") and "lower until= to go on" in said
-    assert "decided" not in stopped_text({"level": 0.995, "answer": [2.5, 1.6, 4.1]})
-    assert stopped_text(None) == ""
+    said = stopped_text({"level": 0.995, "answer": [2.5, 1.6, None], "factor": 2.0})
+    assert said.startswith(". Report only at least 1.6 (99.5 %), because rounds ended at a narrow 95 % interval")
+    assert said.endswith(
+        "nothing is decided: add seeds, or teachers of other sizes; until= below 2 goes on with this grid"
+    )
+    assert stopped_text({"level": 0.99, "answer": [2.5, 1.6, None]}).endswith("teachers of other sizes")
+    assert stopped_text({"level": 0.99, "answer": [2.5, None, None]}).startswith(
+        ". Report no interval, since that of 99 % is open, because"
+    )
+    closed = stopped_text({"level": 0.99, "answer": [2.5, 1.6, 4.1], "factor": 2.0})
+    assert closed.startswith(". Report 1.6 to 4.1 (99 %), because") and "decided" not in closed
+    assert stopped_text(None) == stopped_text({"level": 0.99, "answer": None}) == ""
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,9 @@ def test_the_published_fit_says_on_what_it_was_made_and_another_family_is_warned
         "made on 562 cells: students of 39.9k to 110k parameters, teachers of 55k to 999k, 150k to 2.4m tokens" in said
     )
     assert "family pico, prune.init=pruned, distill.kd_weight=0.5." in said
-    assert said.endswith("Take 330k. Nearly as good, at most 0.0014 nats worse in expectation: 460k.")
+    assert said.endswith(
+        "Take 330k. Nearly as good, at most 0.0014 nats worse on average: 460k; 330k costs fewest FLOPs."
+    )
     other = recommend(family("pico_gpt2"), 80_000, 300_000, None, None, published)
     assert "no run of the fit is of family pico_gpt2 (it saw pico)" in other.warnings
     assert other.advice.startswith("180k is the best guess so far (see the warnings)")

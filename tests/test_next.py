@@ -246,7 +246,9 @@ def test_reasons_are_true():
     for c in found:
         cell, reason = c.cell, c.reason
         student, teacher, tokens, seed = (str(cell[k]) for k in ("student", "teacher", "data_tokens", "teacher_seed"))
-        assert reason.startswith(f"{teacher} for {student} at {'300k' if tokens == '300000.0' else '1.2m'} tokens: ")
+        assert reason.startswith(
+            f"{teacher} for {student} at {'300k' if tokens == '300000.0' else '1.2m'} tokens, seed {seed}: "
+        )
         there, trained = ((teacher, seed) in {(t, s) for _, t, _, s in part} for part in (seen[: len(known)], seen))
         assert ("is already trained" in reason) == there and ("must be trained" in reason) != trained
         assert ("is trained for a cell above" in reason) == (trained and not there)

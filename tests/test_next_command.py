@@ -117,7 +117,15 @@ def test_command_on_a_store_keeps_the_settings_of_its_cells_and_the_teachers_tha
     stopped = json.loads(capsys.readouterr().out)["stopped_answer"]
     assert stopped["level"] == AFTER_STOPPING and stopped["answer"][0] == told["answer"][0]
     assert cli.main(words[:-1]) == 0
-    assert f"({100 * AFTER_STOPPING:g} %): rounds stopped at a narrow 95 % interval" in capsys.readouterr().out
+    assert f"({100 * AFTER_STOPPING:g} %), because rounds ended at a narrow 95 % interval" in capsys.readouterr().out
+    assert cli.main([*words, "--sweep", "mine"]) == 0
+    assert json.loads(capsys.readouterr().out)["stopped_answer"]
+    note_sweep(store, "other", noted)
+    assert cli.main([*words, "--sweep", "other"]) == 0
+    assert json.loads(capsys.readouterr().out)["stopped_answer"] is None, "rounds of another sweep ended so"
+    note_end(store, "other", told["what"], "narrow", [2.5, 2.0, 3.0], {"level": 0.995, "answer": [2.5, 1.0, 4.0]})
+    assert cli.main(words) == 0
+    assert json.loads(capsys.readouterr().out)["stopped_answer"]["level"] == 0.995, "an older version's"
 
 
 def test_a_store_of_ones_own_loss_names_the_variable_that_loads_it(monkeypatch):

@@ -38,20 +38,24 @@ def test_intervals_after_a_narrow_end_hold_where_the_model_fits():
     narrow = JUDGED[JUDGED["end"].eq("narrow") & JUDGED["until"].eq(3) & JUDGED["surface"].isin(next_stops.FITTED)]
     mine = narrow[narrow["goal"].isin(["law", "target"])].sum(numeric_only=True)
     assert mine["ends"] > 100
-    assert mine["holds"] >= 0.93 * mine["ends"]
-    assert mine["closed_holds"] >= 0.85 * mine["closed"]
+    assert mine["holds"] >= 0.95 * mine["ends"]
+    assert mine["closed_holds"] >= 0.89 * mine["closed"]
     assert mine["holds_95"] < 0.93 * mine["ends"], "else no other interval would be needed"
 
 
 def test_intervals_after_a_small_gain_hold_where_the_model_fits():
     gain = JUDGED[JUDGED["end"].eq("gain") & JUDGED["until"].eq(3) & JUDGED["surface"].isin(next_stops.FITTED)]
-    assert gain["holds_95"].sum() >= 0.93 * gain["ends"].sum() > 100
+    assert gain["holds_95"].sum() >= 0.95 * gain["known"].sum() > 100
 
 
 def test_every_path_ends_once_under_each_instruction():
     told = JUDGED.fillna({"until": 0, "budget": 0}).groupby(["surface", "goal", "until", "budget"])
     assert (told["ends"].sum() == told["paths"].first()).all()
-    assert (JUDGED["holds_95"] <= JUDGED["ends"]).all() and (JUDGED["closed_holds"] <= JUDGED["closed"]).all()
+    assert (
+        (JUDGED["holds_95"] <= JUDGED["known"]).all()
+        and (JUDGED["known"] <= JUDGED["ends"]).all()
+        and (JUDGED["closed_holds"] <= JUDGED["closed"]).all()
+    )
     assert JUDGED.loc[~JUDGED["goal"].str.contains("break"), "paths"].eq(2 * next_stops.STUDIES).all()
 
 
@@ -79,7 +83,7 @@ def look(number, ratio, cells, *, share=0.1, gain=0.5, true=2.5, level=0.95):
         ([look(0, 9, 80, share=0.05), look(1, 9, 86, share=0.15), look(2, 2, 92)], {"budget": 0.1}, "budget", 0),
     ],
 )
-def test_rounds_end_where_the_product_ends_them(path, told, why, at):
+def test_where_simulated_rounds_end(path, told, why, at):
     found, where = end(path, **{"until": 3.0, "least": 0, **told})
     assert (found, where.number) == (why, at)
 
@@ -153,7 +157,7 @@ def test_a_sample_of_the_rounds_is_what_the_product_would_run():
         more = next_cells(table[there], pool, goal=study.goals["law"], k=6, cost=COSTS["paid"])
         assert seen.gain == pytest.approx(sum(c.gain for c in more))
         run += [int(c.cell["index"]) for c in more]
-    assert end(path, None)[0] in ("gain", "budget")
+    assert end(path, None)[0] == "gain" and path[-1].share < next_stops.MOST
     widths = rows.dropna(subset="level").pivot_table(
         index=[*next_stops.PATH, "round"], columns="level", values="high", aggfunc="first"
     )

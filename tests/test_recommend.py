@@ -67,13 +67,18 @@ def test_a_law_far_from_its_fit_says_so_and_is_less_sure():
 
 
 def test_rungs_nearly_as_good_are_named_after_the_one_to_take():
-    rungs = [Rung(n, 1, 1.0, 1.0, 0.2, r) for n, r in (("a", 0.4), ("b", 0.29), ("c", 0.2), ("d", 0.25), ("e", None))]
+    sizes = {"a": 0.4, "d": 0.25, "b": 0.29, "c": 0.2, "e": None, "g": 0.31}
+    rungs = [Rung(n, 1, float(ord(n)), ord(n), 0.2, r) for n, r in sizes.items()]
     rungs.append(Rung("f", 1, 1.0, 1.0, 0.2, 0.2, beyond=True))
     found = Recommendation(1, "x", 1, "total", "joint", "c", tuple(rungs), (), ())
-    assert found.advice == "Take c. Nearly as good, at most 0.09 nats worse in expectation: b, d."
+    assert found.advice == "Take c. Nearly as good, at most 0.09 nats worse on average: b, d; b costs fewest FLOPs."
     assert replace(found, rungs=tuple(replace(r, regret=None) for r in rungs)).advice == "Take c."
     doubtful = replace(found, doubt="provisional").advice
-    assert doubtful.startswith("c is the best guess so far (provisional)") and doubtful.endswith(": b, d.")
+    assert doubtful.startswith("c is the best guess so far (provisional)") and doubtful.endswith(
+        ": b, d; b costs fewest FLOPs."
+    )
+    past = tuple(replace(r, probability=0.9 if r.beyond else 0.02) for r in rungs)
+    assert replace(found, rungs=past).advice == "Take c.", "larger teachers than those of the fit are more likely best"
 
 
 def test_tokens_per_parameter_outside_the_fit_are_a_warning():

@@ -138,7 +138,7 @@ def test_status_says_that_a_grid_in_rounds_has_ended_and_why(mine, capsys):
     mine.end(6)
     assert "ended" not in mine.status(capsys)[1]
     note_end(mine.store, "mine", "ratio", "narrow enough: until=3", [2.5, 2.0, None])
-    assert "  ended after 1 round: narrow enough: until=3; ratio: 2.5 (at least 2)" in mine.status(capsys)[1]
+    assert "  ended after 1 round: narrow enough: until=3; ratio: 2.5 (95 %: at least 2)" in mine.status(capsys)[1]
     assert set(sweeps(mine.store)["mine"]) == set(mine.keys) and len(rounds_of(mine.store, "mine")) == 1
     assert cli.main(["store", "verify", str(mine.store.root)]) in (0, 1)
     assert "sweeps/" not in capsys.readouterr().out, "the note is as sound as others"

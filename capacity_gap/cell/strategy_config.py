@@ -41,7 +41,7 @@ class NextConfig:
 
         sizes = self.sizes
         if self.goal == "break_even" and not sizes["small"] < sizes["large"]:
-            raise ConfigError(f"next.small={self.small} is not below next.large={self.large}.")
+            raise ConfigError(f"next.small={self.small} is not below next.large={self.large}. Exchange or change them.")
 
     @property
     def sizes(self) -> dict[str, float]:

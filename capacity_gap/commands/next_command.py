@@ -60,7 +60,11 @@ def run_next(given: argparse.Namespace) -> int:
     frame = frame[frame["family"] == ladder.name] if given.family and "family" in frame else frame
     goal = _goal(given, ladder)
     settings, missing = _settings(given, frame, ladder)
-    pool, settings, left_out = _possible(given, frame, _pool(given, frame, ladder), settings, missing, ladder, goal)
+    try:
+        pool = _pool(given, frame, ladder)
+    except ConfigError as error:
+        raise ConfigError(f"{_from_nothing(given)}. {error}") if _nothing_yet(given) else error from error
+    pool, settings, left_out = _possible(given, frame, pool, settings, missing, ladder, goal)
     check_inside(goal, frame, pool, key="--")
     cost = _cost(given, settings, ladder)
     try:
@@ -68,8 +72,7 @@ def run_next(given: argparse.Namespace) -> int:
     except ValueError as error:
         raise error if isinstance(error, UserError) else ConfigError(str(error)) from error
     lines, (far, beyond) = commands_for(found, settings), _beyond(goal, frame)
-    asked = {name: getattr(given, name) or "" for name in ("student", "data", "small", "large")}
-    what = question_words(goal.kind, **asked)
+    what = question_words(goal)
     so_far, stopped = (None, None) if far else _answers(given, frame, goal, what)
     if given.json:
         rows = [{"cell": c.cell, "gain": c.gain, "cost_flops": c.cost, "reason": c.reason} for c in found]
@@ -85,7 +88,7 @@ def run_next(given: argparse.Namespace) -> int:
         print(json.dumps(told, indent=1, default=str))
         return 0
     if _nothing_yet(given):
-        print(f"{given.source} is empty or not there: this starts from nothing")
+        print(_from_nothing(given))
     print(f"the answer so far: {answer_text(so_far, what)}{stopped_text(stopped)}. {_standing(frame)}")
     print("\n".join([*beyond, *assumed(found), *_table(found, len(pool))]))
     print("\n" + "\n".join(lines))
@@ -97,13 +100,19 @@ def _answers(
     given: argparse.Namespace, frame: "pd.DataFrame", goal: "Goal", what: str
 ) -> tuple[list[float | None] | None, dict[str, Any] | None]:
     """The answer so far and, where rounds of a store once ended at a narrow interval, the one to report."""
-    from capacity_gap.runner.adaptive import both_answers
+    from capacity_gap.runner.noted_answers import both_answers
+    from capacity_gap.store.contents import narrow_level, open_store
+
+    noted = narrow_level(open_store(given.source), what, given.sweep) if _is_store(given) else None
+    return both_answers(frame, goal, noted)
+
+
+def _is_store(given: argparse.Namespace) -> bool:
+    """Whether the source is a store, and no table."""
     from capacity_gap.settings.places import user_path
-    from capacity_gap.store.contents import open_store, stopped_narrow
     from capacity_gap.store.files import is_store
 
-    store = is_store(user_path(given.source))
-    return both_answers(frame, goal, narrow=store and stopped_narrow(open_store(given.source), what))
+    return is_store(user_path(given.source))
 
 
 def assumed(found: Sequence["Candidate"]) -> list[str]:
@@ -139,7 +148,7 @@ def _standing(frame: "pd.DataFrame") -> str:
     from capacity_gap.wording.fit_words import JOINTS
 
     try:
-        return f"One model of all cells shows {JOINTS[fit_joint(frame).status]}."
+        return f"Established by one model of all cells: {JOINTS[fit_joint(frame).status]}."
     except ValueError:
         return "There are too few cells for a fit of all of them."
 
@@ -162,6 +171,10 @@ def _records(given: argparse.Namespace) -> "pd.DataFrame":
     return rows_where(without_outdated(renamed(frame, given.columns), given.source)[0], dict(given.where))
 
 
+def _from_nothing(given: argparse.Namespace) -> str:
+    return f"{given.source} is empty or not there: this starts from nothing"
+
+
 def _nothing_yet(given: argparse.Namespace) -> bool:
     """Whether the source is a folder that is empty or not there."""
     from capacity_gap.settings.places import user_path
@@ -179,7 +192,7 @@ def _goal(given: argparse.Namespace, ladder: "Family") -> "Goal":
     from capacity_gap.fit import Goal
     from capacity_gap.settings.scales import parse_scale, parse_tokens
 
-    kind = given.goal or ("target" if given.student else "law")
+    kind = given.goal or ("target" if given.student or given.data else "law")
     needs = GOALS[kind]
     for name in ("student", "data", "small", "large"):
         if (getattr(given, name) is None) == (name in needs):
@@ -193,7 +206,7 @@ def _goal(given: argparse.Namespace, ladder: "Family") -> "Goal":
         return Goal("target", student, parse_tokens(given.data, params=student, key="--data"))
     small, large = (ladder.size(getattr(given, name), key=f"--{name}") for name in ("small", "large"))
     if not small < large:
-        raise ConfigError(f"--small {given.small} is not below --large {given.large}. Exchange them.")
+        raise ConfigError(f"--small {given.small} is not below --large {given.large}. Exchange or change them.")
     return Goal("break_even", student, small=small, large=large)
 
 
@@ -265,10 +278,8 @@ def _cost(given: argparse.Namespace, settings: Sequence[str], ladder: "Family") 
     """FLOPs of the stages that a store lacks; of a table arithmetic by sizes. A published teacher is there already."""
     from capacity_gap.commands.stage_costs import StageCost
     from capacity_gap.records.bills import Arithmetic
-    from capacity_gap.settings.places import user_path
-    from capacity_gap.store.files import is_store
 
-    if is_store(user_path(given.source)):
+    if _is_store(given):
         return StageCost.of(settings)
     return Arithmetic(teacher_tokens=None if ladder.published else math.nan)
 
@@ -276,11 +287,13 @@ def _cost(given: argparse.Namespace, settings: Sequence[str], ladder: "Family") 
 def _settings(given: argparse.Namespace, frame: "pd.DataFrame", ladder: "Family") -> tuple[list[str], str]:
     """The overrides that all cells share, and what is to be said of those that are not known."""
     from capacity_gap.commands.stage_costs import shared_overrides
+    from capacity_gap.runner.rerun import quoted
     from capacity_gap.settings.places import user_path
-    from capacity_gap.store.files import is_store
 
     named = _family_words(ladder)
-    if not is_store(user_path(given.source)):
+    if _nothing_yet(given):
+        return [*named, f"store={quoted(str(user_path(given.source)))}"], BARE if named else ""
+    if not _is_store(given):
         return _settings_of_table(frame, named)
 
     overrides, known = shared_overrides(given.source, frame, named, replaces=bool(ladder.checkpoints))
@@ -319,10 +332,9 @@ def _table(found: Sequence["Candidate"], tried: int) -> list[str]:
     lines = [f"the next {len(found)} of {tried} cells, by the share of the answer's variance they remove per FLOP:"]
     lines += ["   gain   FLOPs  why"]
     for c in found:
-        seeds = f" seed {c.cell['seed']}" if "seed" in c.cell else ""
-        lines.append(f"  {c.gain:5.1%} {c.cost:7.1e} {seeds.strip():>7}  {c.reason}")
+        lines.append(f"  {c.gain:5.1%} {c.cost:7.1e}  {c.reason}")
     total, spent = sum(c.gain for c in found), sum(c.cost for c in found)
-    lines.append(f"  {total:5.1%} {spent:7.1e}          together")
+    lines.append(f"  {total:5.1%} {spent:7.1e}  together")
     return lines
 
 

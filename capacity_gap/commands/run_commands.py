@@ -136,9 +136,15 @@ def _show(store: "Store", name: str, cells: Mapping[str, Any], *, failures: bool
 
 
 def _say_curves(store: "Store", name: str, now: "Snapshot", room: int) -> int:
-    """Prints what the curves of a grid that has ended say; returns how many cells were fitted for it."""
-    from capacity_gap.report.standing import standing
+    """Prints what the curves of a grid that has ended say; returns how many cells were fitted for it.
 
+    Of a grid in rounds nothing: its answer is of one model of all cells, and its curves have few cells each.
+    """
+    from capacity_gap.report.standing import standing
+    from capacity_gap.store.contents import rounds_of
+
+    if rounds_of(store, name):
+        return 0
     done = [key for key, state in now.cells.items() if state == "done"]
     if not done or now.counts["running"] or now.counts["waiting"]:
         return 0

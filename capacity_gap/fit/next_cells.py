@@ -26,11 +26,14 @@ SIZES = ("student_params", "teacher_params")
 
 
 class BudgetTooSmall(ValueError):
-    """A budget is too small for a goal. `needed`: the smallest sufficient budget, in its unit."""
+    """A budget is too small for a goal. `needed`: the smallest sufficient budget, in its unit, and `for_what` it is."""
 
-    def __init__(self, said: str, needed: float) -> None:
+    def __init__(self, said: str, needed: float, for_what: str) -> None:
         super().__init__(said)
-        self.needed = needed
+        self.needed, self.for_what = needed, for_what
+
+
+CORE = f"{LEAST_STUDENTS} students under {LEAST_TEACHERS} teachers"
 
 
 NAMES = ("student", "teacher", "seed", "teacher_seed")
@@ -87,10 +90,17 @@ def within_budget(
     """
     if not budget > 0:
         raise ValueError(f"budget={budget} must be above zero FLOPs.")
-    found = _chosen(frame, pool, goal, len(pool), budget, cost or Arithmetic())
+    cost = cost or Arithmetic()
+    found = _chosen(frame, pool, goal, len(pool), budget, cost)
     if not found:
-        raise ValueError(
-            f"budget={budget:.3g} FLOPs is too small for any cell of this pool. Raise it, or add smaller cells."
+        frame, pool = _tidy(frame, pool)
+        bills = Bills.of(pool, cost)
+        least = min(bills.total([i], bills.paid(frame, cost)) for i in range(len(pool)))
+        raise BudgetTooSmall(
+            f"budget={budget:.3g} FLOPs is too small for any cell of this pool: the cheapest takes {least:.3g}. Raise "
+            "it, or add smaller cells.",
+            least,
+            "the cheapest cell",
         )
     return found
 
@@ -133,9 +143,10 @@ def _first_core(search: Search, pairs: Pairs, budget: float) -> None:
     if not cells and math.isfinite(budget) and (dear := core(search, pairs)):
         needed = search.bills.total(dear, search.paid)
         raise BudgetTooSmall(
-            f"budget={budget:.3g} FLOPs is too small for {LEAST_STUDENTS} students under {LEAST_TEACHERS} teachers, "
+            f"budget={budget:.3g} FLOPs is too small for {CORE}, "
             f"which a law needs. Set {needed:.3g} or more, or choose a target (student_params, data_tokens).",
             needed,
+            CORE,
         )
     for i in cells:
         search.add(i)

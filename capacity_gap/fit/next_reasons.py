@@ -55,13 +55,14 @@ def reasons(
 
 
 def _name(table: pd.DataFrame, at: int) -> str:
-    """The teacher, the student and the budget."""
+    """The teacher, the student, the budget and the seed."""
     row = table.iloc[at]
     student, teacher = (
         str(row[of]) if of in table else short_scale(row[f"{of}_params"]) for of in ("student", "teacher")
     )
     tokens = f" at {short_scale(row['data_tokens'])} tokens" if "data_tokens" in table else ""
-    return f"{teacher} for {student}{tokens}"
+    seed = f", seed {row['seed']}" if "seed" in table and pd.notna(row["seed"]) else ""
+    return f"{teacher} for {student}{tokens}{seed}"
 
 
 def _place(belief: Belief, i: int, before: Sequence[int]) -> str:

@@ -15,6 +15,7 @@ NEAR_OWN = (
     "Two teachers at two budgets near your own scale say more: `fit` then says at how many tokens the larger one "
     "begins to win."
 )
+HALF = 0.5  # probability of the fit's teachers together, below which larger ones are more likely to be best
 NEARLY = 0.5  # of the best rung's regret, by which another may lose more and still be named with it
 NEAR = 0.1  # log: sizes this close are one
 
@@ -106,13 +107,18 @@ class Recommendation:
 
     def _ties(self, best: Rung) -> str:
         """The rungs, the smallest first, whose regret is above the best one's by less than `NEARLY` of it."""
-        if best.regret is None:
+        inside = sum(r.probability or 0 for r in self.rungs if not r.beyond)
+        if best.regret is None or inside < HALF:
             return ""
-        more = {r.name: r.regret - best.regret for r in self.rungs if r.regret is not None and not r.beyond}
-        near = {name: extra for name, extra in more.items() if name != best.name and extra < NEARLY * best.regret}
+        rungs = sorted((r for r in self.rungs if not r.beyond and r is not best), key=lambda r: r.ratio)
+        extra = {r.name: r.regret - best.regret for r in rungs if r.regret is not None}
+        near = {name: more for name, more in extra.items() if more < NEARLY * best.regret}
         if not near:
             return ""
-        return f" Nearly as good, at most {max(near.values()):.2g} nats worse in expectation: {', '.join(near)}."
+        flops = {r.name: r.flops for r in self.rungs}
+        cheapest = min([best.name, *near], key=lambda name: flops[name])
+        said = f"Nearly as good, at most {max(near.values()):.2g} nats worse on average: {', '.join(near)}"
+        return f" {said}; {cheapest} costs fewest FLOPs."
 
 
 def _legend(bounds: bool) -> list[str]:

@@ -74,7 +74,8 @@ def read_fit(file: Path | None) -> tuple[dict[str, Any] | None, SurfaceFit | Non
         law = {key: given[key] for key in ("status", "axis", "optima")} | given
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"--fit={path} is no law.json, joint.json or surface.json of `python -m capacity_gap fit` ({error!r})."
+            f"--fit={path} is no law.json, joint.json or surface.json, so nothing can be read from it "
+            f"({type(error).__name__}). Name one that `python -m capacity_gap fit` wrote, or its folder."
         ) from error
     surface, joint = (path.with_name(name) for name in ("surface.json", "joint.json"))
     return (

@@ -3,36 +3,42 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from capacity_gap.settings.scales import counted, short_scale
 from capacity_gap.wording.intervals import ends, span
 
+if TYPE_CHECKING:
+    from capacity_gap.fit import Goal
+
 Answer = Sequence[float | None]  # value, lower end, upper end; None where there is no end, or no value
 
 
-def question_words(goal: str, *, student: str = "", data: str = "", small: str = "", large: str = "") -> str:
-    """What is to be known, named."""
+def question_words(goal: "Goal") -> str:
+    """What is to be known, named; sizes that differ by less than 0.5 % have one name, however they were written."""
+    student, data, small, large = (
+        short_scale(size or 0) for size in (goal.student_params, goal.data_tokens, goal.small, goal.large)
+    )
     return {
         "law": "best teacher over student",
         "target": f"best teacher of {student} at {data} tokens",
         "break_even": f"tokens from which {large} beats {small} for {student}",
-    }[goal]
+    }[goal.kind]
 
 
 def answer_text(found: Answer | None, what: str) -> str:
     """The answer so far, named."""
-    return f"{what}: {bounds_text(found)}"
+    return f"{what}: {bounds_text(found, level='95 %: ')}"
 
 
-def bounds_text(found: Answer | None) -> str:
-    """A value with its interval, and by what factor that is wide."""
+def bounds_text(found: Answer | None, *, level: str = "") -> str:
+    """A value with its interval, and by what factor that is wide; `level`: what is said before the interval."""
     if found is None or not _known(found[0]):
         return "not known yet"
     value, low, high = found
     low, high = ends((low, high))
     ratio = f", a factor of {high / low:.3g}" if low and high else ""
-    return f"{_short(value)} ({span((low, high), _short)}{ratio})"
+    return f"{_short(value)} ({level}{span((low, high), _short)}{ratio})"
 
 
 def round_line(note: Mapping[str, Any]) -> str:
@@ -45,20 +51,25 @@ def round_line(note: Mapping[str, Any]) -> str:
 
 def end_line(note: Mapping[str, Any]) -> str:
     """Why a grid in rounds ended, and the answer then."""
-    many = "1 round" if note["rounds"] == 1 else f"{note['rounds']} rounds"
+    many = counted(note.get("own_rounds", note["rounds"]), "round")
     said = answer_text(note.get("answer"), note.get("what", "answer"))
     return f"ended after {many}: {note['ended']}; {said}{stopped_text(note.get('stopped_answer'))}"
 
 
 def stopped_text(found: Mapping[str, Any] | None) -> str:
     """The interval to report after rounds that ended because one was narrow; empty where they ended otherwise."""
-    if not found:
+    if not found or not found["answer"]:
         return ""
     low, high = ends(found["answer"][1:])
-    bounds, level = span((low, high), _short), f"{100 * found['level']:g} %"
-    said = f". Report {bounds} ({level}): rounds stopped at a narrow 95 % interval, which is too narrow by that"
-    more = "add teachers of other sizes, or lower until= to go on"
-    return said + ("" if low and high else f". It is open at an end, so nothing is decided: {more}")
+    level = f"{100 * found['level']:g} %"
+    why = "because rounds ended at a narrow 95 % interval, which is narrow partly by chance"
+    if low and high:
+        return f". Report {span((low, high), _short)} ({level}), {why}"
+    part = (
+        f"only {span((low, high), _short)} ({level})" if low or high else f"no interval, since that of {level} is open"
+    )
+    more = f"; until= below {found['factor']:.3g} goes on with this grid" if found.get("factor") else ""
+    return f". Report {part}, {why}. So nothing is decided: add seeds, or teachers of other sizes{more}"
 
 
 def stop_words(name: str, stopped: Mapping[str, str], states: Mapping[str, str]) -> list[str]:

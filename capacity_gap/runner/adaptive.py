@@ -16,6 +16,7 @@ from capacity_gap.cell.pipeline import Cell
 from capacity_gap.report.next_pool import check_inside
 from capacity_gap.report.rounds import answer_text, question_words, reasons, round_line, stopped_text
 from capacity_gap.runner.machines import Worker
+from capacity_gap.runner.noted_answers import both_answers, ends_of
 from capacity_gap.runner.plan import noted_cell
 from capacity_gap.runner.plan_lines import format_hours
 from capacity_gap.runner.speed import Speed, speed
@@ -23,7 +24,7 @@ from capacity_gap.runner.waves import Crew
 from capacity_gap.settings.errors import ConfigError, Damaged, UserError
 from capacity_gap.settings.places import TOOL_WORDS
 from capacity_gap.settings.scales import counted
-from capacity_gap.store.contents import end_of, forget_end, note_end, rounds_of
+from capacity_gap.store.contents import forget_end, narrow_level, note_end, rounds_of
 from capacity_gap.store.files import META, NUMBER, read_json
 from capacity_gap.store.stage import Stage, Store, closure
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 Cells = Mapping[str, tuple[Cell, list[str]]]  # by digest: a cell and the overrides that make it
 ABOVE = 1.02  # teachers larger than their student by less are no evidence
 NO_ROUNDS = "a grid run in rounds, or cut to a budget, may vary only student, teacher, budget and seeds"
+NARROW = "  narrow enough, but rounds end only if the next answer is so too, and not by few cells (docs/next.md)"
 SECOND = 1e-3  # the least a cell costs: one whose stages are all there costs next to nothing
 
 
@@ -50,6 +52,7 @@ class Round:
     gain: float
     device_hours: float
     noted: bool = False  # in the store, by a command that was cut short
+    narrow: bool = False  # the answer is as narrow as was asked for, once or by few cells
 
     def note(self, what: str) -> dict[str, Any]:
         """For the store, besides the cells; an open end of an interval is null."""
@@ -64,7 +67,7 @@ class Round:
     def lines(self, what: str) -> list[str]:
         """The round as text."""
         shown = {**self.note(what), "cells": {d: {"reason": r} for d, r in self.reasons.items()}}
-        return [round_line(shown), *(f"  {reason}" for reason in reasons(shown))]
+        return [round_line(shown), *([NARROW] * self.narrow), *(f"  {reason}" for reason in reasons(shown))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +84,14 @@ class Rounds:
         """Raises `ConfigError` where the goal cannot be estimated because cells differ in other settings."""
         import pandas as pd
 
+        from capacity_gap.fit.goal_answer import LEAST_CELLS
         from capacity_gap.fit.joint_fit import check_alike
 
+        if self.config.until and len(self.cells) < LEAST_CELLS:
+            raise ConfigError(
+                f"until={self.config.until:g} cannot end rounds of this grid: they end at a narrow interval only after "
+                f"{LEAST_CELLS} cells, and it has {len(self.cells)}. Leave out until=, or add seeds or sizes."
+            )
         told = pd.DataFrame([cell.description for cell, _ in self.cells.values()])
         try:
             check_alike(told)
@@ -99,30 +108,25 @@ class Rounds:
 
     def run(self, crew: Crew) -> dict[str, tuple[Cell, list[str]]]:
         """Runs round after round; returns the cells of all of them."""
-        stopped_before = self._stopped_before()
+        noted_level = narrow_level(self.store, self.what, self.name)
         forget_end(self.store, self.name, self.what)
         try:
             for found in self:
                 noted = self._noted(found)
                 if not found.noted:
-                    crew.note(noted, {**found.note(self.what), "after_stop": stopped_before})
+                    crew.note(noted, found.note(self.what))
                 print("\n".join(found.lines(self.what)), flush=True)
                 crew.run(found.cells, noted)
                 if self.config.fail_fast and crew.causes:
                     raise StopRounds("fail_fast=true, and a cell failed")
         except StopRounds as end:
-            so_far, stopped = both_answers(self.frame(), self.goal, narrow=end.narrow or stopped_before)
+            noted_level = 0.0 if end.narrow and noted_level is None else noted_level
+            so_far, stopped = both_answers(self.frame(), self.goal, noted_level, ended=end.narrow)
             print(f"ended: {end}\n{answer_text(so_far, self.what)}{stopped_text(stopped)}", flush=True)
             if self.noted():
                 note_end(self.store, self.name, self.what, str(end), so_far, stopped)
         run = {key for part in self.noted() for key in part["cells"]}
         return {digest: given for digest, given in self.cells.items() if given[0].record.key in run}
-
-    def _stopped_before(self) -> bool:
-        """Whether rounds of this question once stopped at a narrow interval: another `until` does not undo that."""
-        end = end_of(self.store, self.name)
-        stopped = end is not None and end.get("what") == self.what and end.get("stopped_answer") is not None
-        return stopped or any(part.get("after_stop") for part in self.noted())
 
     def planned(self) -> list[str]:
         """The next round as text; nothing is started."""
@@ -157,6 +161,8 @@ class Rounds:
 
         asked, sizes = self.config.next, self.config.next.sizes
         ladder = next(iter(self.cells.values()))[0].family
+        if asked.student:
+            sizes["student_params"] = ladder.student_params(int(sizes["student_params"]))
         for name in ("small", "large"):
             if given := getattr(asked, name):
                 sizes[name] = ladder.size(given, key=f"next.{name}")
@@ -165,9 +171,7 @@ class Rounds:
     @property
     def what(self) -> str:
         """The answer's name."""
-        asked = self.config.next
-        sizes = {name: getattr(asked, name) or "" for name in ("student", "data", "small", "large")}
-        return question_words(asked.goal, **sizes)
+        return question_words(self.goal)
 
     def __iter__(self) -> Iterator[Round]:
         """Raises `StopRounds` with the reason at the end."""
@@ -209,7 +213,7 @@ class Rounds:
             StopRounds: there is a reason to end.
         """
         from capacity_gap.fit import next_cells
-        from capacity_gap.fit.goal_answer import answer, narrow_twice, too_little
+        from capacity_gap.fit.goal_answer import answer, narrow_enough, narrow_twice, too_little
 
         frame, config, pace = self.frame(), self.config, self.speed()
         so_far = answer(frame, self.goal)
@@ -232,7 +236,8 @@ class Rounds:
         chosen = self._named(found)
         reasons = {digest: c.reason for digest, c in zip(chosen, found, strict=True)}
         number = max((part["round"] for part in rounds_of(self.store, self.name)), default=0) + 1
-        return Round(number, chosen, reasons, so_far, sum(c.gain for c in found), self.hours(chosen, pace))
+        gain, hours = sum(c.gain for c in found), self.hours(chosen, pace)
+        return Round(number, chosen, reasons, so_far, gain, hours, narrow=narrow_enough(so_far, config.until))
 
     def _lacking(self, so_far: "Estimate | None") -> str:
         """What a grid lacks that has not decided; empty where it has."""
@@ -379,22 +384,3 @@ def _common(cells: Cells) -> set[str]:
         shared |= seen & keys
         seen |= keys
     return shared
-
-
-def both_answers(
-    frame: "pd.DataFrame", goal: "Goal", *, narrow: bool
-) -> tuple[list[float | None] | None, dict[str, Any] | None]:
-    """The answer and, after rounds that ended at a `narrow` interval, the one to report with its level."""
-    from capacity_gap.fit.goal_answer import AFTER_STOPPING, answers
-    from capacity_gap.fit.joint_curve import LEVEL
-
-    found = answers(frame, goal, (LEVEL, AFTER_STOPPING))
-    wide = ends_of(found.get(AFTER_STOPPING)) if narrow else None
-    return ends_of(found.get(LEVEL)), None if wide is None else {"level": AFTER_STOPPING, "answer": wide}
-
-
-def ends_of(found: "Estimate | None") -> list[float | None] | None:
-    """Value and ends of an interval, None where one is not finite."""
-    if found is None:
-        return None
-    return [float(x) if math.isfinite(x) else None for x in (found.value, *found.interval)]

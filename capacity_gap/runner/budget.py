@@ -16,17 +16,15 @@ SHOWN = 6  # commands
 def proposed(rounds: Rounds, hours: float) -> str:
     """The best part of a grid that costs no more device-hours, as text: what it holds and the commands that run it."""
     # Here, since every grid imports this file, and pandas takes long.
-    from capacity_gap.fit.next_cells import BudgetTooSmall
+    from capacity_gap.fit.next_cells import CORE, BudgetTooSmall
 
     try:
         rounds.check()
         part = rounds.within(hours)
     except BudgetTooSmall as error:
         needed = format_hours(error.needed * rounds.worker.devices / 3600)
-        return (
-            f"A law needs three students under four teachers, which cost {needed} device-hours in this grid. Raise "
-            "the budget, or estimate less: next.goal=target next.student=… next.data=…"
-        )
+        less = ", or estimate less: next.goal=target next.student=… next.data=…" if error.for_what == CORE else "."
+        return f"{error.for_what.capitalize()} would cost {needed} device-hours in this grid. Raise the budget{less}"
     except ValueError as error:
         return f"No part of the grid was found for next.goal={rounds.config.next.goal}: {error}"
     students, teachers = (len({c.description[of] for c, _ in part.values()}) for of in ("student", "teacher"))

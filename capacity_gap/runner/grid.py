@@ -177,7 +177,7 @@ def _print_outcome(outcome: Outcome, store: Store) -> None:
     """The closing table: counts, and the cause of each missing cell."""
     counts = outcome.counts
     summary = ", ".join(f"{counts[s]} {s}" for s in ("done", "reused", "failed", "skipped") if counts[s])
-    print(f"grid: {summary}. Records: {store.root / 'record'}", flush=True)
+    print(f"grid: {summary or 'nothing was run'}. Records: {store.root / 'record'}", flush=True)
     for line in _skipped(outcome):
         print(line)
     for name, status, cause in outcome.cells:

@@ -9,7 +9,19 @@ from capacity_gap.settings.places import RUN_WORDS
 
 PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_/.-]*")  # what Hydra's grammar reads as it stands
 # How it was run, and what it joins only if asked.
-DROPPED = ("hydra", "store=", "only=", "plan=", "sweep=", "strategy=", "until=", "next.")
+DROPPED = (
+    "hydra",
+    "store=",
+    "only=",
+    "plan=",
+    "sweep=",
+    "strategy=",
+    "until=",
+    "next.",
+    "budget_hours=",
+    "fail_fast=",
+    "retries=",
+)
 WORDS = ("null", "true", "false", "inf", "nan")  # what it would read as something else
 
 

@@ -137,15 +137,21 @@ def rounds_of(store: Store, name: str) -> list[dict[str, Any]]:
 def note_end(store: Store, name: str, what: str, why: str, answer: Any, stopped: Any = None) -> None:
     """Writes down why the rounds of a question ended, after how many of them, with the answer then; `stopped`: with the
     interval that holds after a stop at a narrow one."""
-    rounds = max((part["round"] for part in rounds_of(store, name)), default=0)
-    about = {"what": what, "ended": why, "rounds": rounds, "answer": answer, "stopped_answer": stopped}
+    parts = rounds_of(store, name)
+    about = {"what": what, "ended": why, "rounds": max((part["round"] for part in parts), default=0)}
+    about |= {"own_rounds": sum(part.get("what") == what for part in parts)}  # those of this question
+    about |= {"answer": answer, "stopped_answer": stopped}
     (store.root / "sweeps").mkdir(parents=True, exist_ok=True)
     write_checked(_end_file(store, name, what), {"name": name, "id": sweep_id(store, name), **about, "cells": {}})
 
 
 def forget_end(store: Store, name: str, what: str) -> None:
-    """A grid in rounds goes on: it has not ended."""
-    _end_file(store, name, what).unlink(missing_ok=True)
+    """A grid in rounds goes on: it has not ended. That it once ended at a narrow interval stays noted."""
+    if (level := narrow_level(store, what, name)) is None:
+        _end_file(store, name, what).unlink(missing_ok=True)
+        return
+    about = {"what": what, "stopped_answer": {"level": level, "answer": None}}
+    write_checked(_end_file(store, name, what), {"name": name, "id": sweep_id(store, name), **about, "cells": {}})
 
 
 def end_of(store: Store, name: str) -> dict[str, Any] | None:
@@ -155,10 +161,12 @@ def end_of(store: Store, name: str) -> dict[str, Any] | None:
     return ends[-1] if ends else None
 
 
-def stopped_narrow(store: Store, what: str) -> bool:
-    """Whether rounds of any grid for a question once ended at a narrow interval."""
-    parts = (part for part in _parts(store) if part.get("what") == what)
-    return any(part.get("after_stop") or part.get("stopped_answer") is not None for part in parts)
+def narrow_level(store: Store, what: str, name: str | None = None) -> float | None:
+    """The highest level noted when rounds for a question ended at a narrow interval, of one grid or any; None if none
+    did. An older version noted such an end without a level too: that counts as 0."""
+    parts = [part for part in _parts(store, name) if part.get("what") == what]
+    levels = [float(part["stopped_answer"]["level"]) for part in parts if part.get("stopped_answer")]
+    return max([*levels, *(0.0 for part in parts if part.get("after_stop"))], default=None)
 
 
 def note_stop(store: Store, name: str, cells: Iterable[str], why: str) -> None:
