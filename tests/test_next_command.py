@@ -119,7 +119,8 @@ def test_command_on_a_store_keeps_the_settings_of_its_cells_and_the_teachers_tha
     assert cli.main(words[:-1]) == 0
     assert f"({100 * AFTER_STOPPING:g} %), because rounds ended at a narrow 95 % interval" in capsys.readouterr().out
     assert cli.main([*words, "--sweep", "mine"]) == 0
-    assert json.loads(capsys.readouterr().out)["stopped_answer"]
+    one = json.loads(capsys.readouterr().out)
+    assert one["stopped_answer"] and all(" sweep=mine " in line for line in one["commands"])
     note_sweep(store, "other", noted)
     assert cli.main([*words, "--sweep", "other"]) == 0
     assert json.loads(capsys.readouterr().out)["stopped_answer"] is None, "rounds of another sweep ended so"
@@ -387,12 +388,18 @@ def test_teachers_in_the_wrong_order_are_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("data", "said", "known"),
-    [("1.2m", "", True), ("5m", "5m tokens lie 4.17 times beyond the 300k to 1.2m", True), ("50m", "a guess", False)],
+    ("student", "data", "said", "known"),
+    [
+        ("80k", "1.2m", "", True),
+        ("80k", "5m", "5m tokens lie 4.17 times beyond the 300k to 1.2m that were run: the answer is", True),
+        ("80k", "50m", "an answer would be a guess", False),
+        ("20k", "1.2m", "20k parameters of a student lie 2 times beyond the 39.9k to 110k that were run: the", True),
+        ("3k", "1.2m", "an answer would be a guess", False),
+    ],
 )
-def test_a_budget_beyond_those_that_were_run_is_marked_and_a_far_one_not_answered(capsys, data, said, known):
+def test_a_question_beyond_what_was_run_is_marked_and_a_far_one_not_answered(capsys, student, data, said, known):
     words = ["next", str(ROOT / "results" / "pico" / "study_law.csv"), "--where", "teacher_data=1m"]
-    assert cli.main([*words, "--student", "80k", "--data", data, "--k", "2"]) == 0
+    assert cli.main([*words, "--student", student, "--data", data, "--k", "2"]) == 0
     text = capsys.readouterr().out
     assert said in text and ("times beyond" in text) == bool(said)
     assert ("not known yet" not in text) == known

@@ -33,7 +33,9 @@ def test_four_questions_are_answered_in_sentences(full):
     assert [q for q, _ in answer.questions] == ["Which teacher?", "How sure?", "What next?", "What did it cost?"]
     assert all(told for _, told in answer.questions)
     assert all(
-        re.search(r"[.)]$", said) or said.startswith("Their commands: ") for _, t in answer.questions for said in t
+        re.search(r"[.)]$", said) or said.startswith("Their commands, where ")
+        for _, t in answer.questions
+        for said in t
     )
     assert answer.which[0].startswith("The best teacher has ")
     students = [said.partition(" ")[0] for said in answer.which[1:]]

@@ -124,22 +124,29 @@ def assumed(found: Sequence["Candidate"]) -> list[str]:
 
 
 def _beyond(goal: "Goal", frame: "pd.DataFrame") -> tuple[bool, list[str]]:
-    """Whether the budget asked about is too far from those that were run to be answered, and what is said of it."""
+    """Whether the budget or the student asked about is too far from those that were run to be answered, and what is
+    said of it."""
     from capacity_gap.report.advice import between
     from capacity_gap.report.joint_advice import FAR
     from capacity_gap.report.next_pool import ALIKE
-    from capacity_gap.settings.scales import format_scale
+    from capacity_gap.settings.scales import short_scale
 
-    run = frame["data_tokens"][frame["data_tokens"] > 0] if "data_tokens" in frame else frame.iloc[:, 0][:0]
-    if not goal.data_tokens or run.empty:
-        return False, []
-    times = max(goal.data_tokens / float(run.max()), float(run.min()) / goal.data_tokens, 1.0)
-    said = (
-        f"{format_scale(int(goal.data_tokens))} tokens lie {times:.3g} times beyond the {between(run.min(), run.max())}"
+    asked = (
+        ("data_tokens", goal.data_tokens, "tokens"),
+        ("student_params", goal.student_params, "parameters of a student"),
     )
-    far = math.log(times) >= FAR
-    what = "an answer would be a guess" if far else "the answer is extrapolated"
-    return far, [f"{said} tokens that were run: {what}."] * (times > ALIKE)
+    farthest, said = 0.0, []
+    for column, value, unit in asked:
+        run = frame[column][frame[column] > 0] if column in frame else frame.iloc[:, 0][:0]
+        if not value or run.empty:
+            continue
+        times = max(value / float(run.max()), float(run.min()) / value, 1.0)
+        farthest = max(farthest, math.log(times))
+        if times > ALIKE:
+            what = "an answer would be a guess" if math.log(times) >= FAR else "the answer is extrapolated"
+            apart = f"{short_scale(value)} {unit} lie {times:.3g} times beyond"
+            said.append(f"{apart} the {between(run.min(), run.max())} that were run: {what}.")
+    return farthest >= FAR, said
 
 
 def _standing(frame: "pd.DataFrame") -> str:
@@ -297,6 +304,7 @@ def _settings(given: argparse.Namespace, frame: "pd.DataFrame", ladder: "Family"
         return _settings_of_table(frame, named)
 
     overrides, known = shared_overrides(given.source, frame, named, replaces=bool(ladder.checkpoints))
+    overrides = [*overrides, f"sweep={quoted(given.sweep)}"] if given.sweep else overrides
     unnamed = not ladder.name and not any("family" in o.partition("=")[0] for o in overrides)
     return overrides, UNNAMED if unnamed else "" if known else NOT_NOTED
 

@@ -151,7 +151,8 @@ def _next(content: Content) -> list[str]:
     said = said[:MOST]
     if content.axis == "total" and content.metric in LOSSES and (cells := deciding(content.frame)):
         said.append(f"Cells that would narrow the ratio most for their cost: {'; '.join(cells)}.")
-        said.append(f"Their commands: {shlex.join([*TOOL_WORDS, 'next', content.source, '--goal', 'law'])}")
+        command = shlex.join([*TOOL_WORDS, "next", content.source, "--goal", "law"])
+        said.append(f"Their commands, where {content.source} is: {command}")
     return said or ["Nothing: every curve has its answer."]
 
 

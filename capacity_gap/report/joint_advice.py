@@ -28,6 +28,7 @@ from capacity_gap.wording.intervals import span
 LIKE = math.log(1.5)  # rungs this close to two compared teachers stand for them
 FAR = math.log(10.0)  # beyond the sizes and budgets of a fit: what is said there is a guess
 UNLIKELY = 0.2  # probability that a rung beyond the teachers of a fit is the best, up to which one inside is taken
+SMALL = "no larger than the student"
 GUESS = "GUESS: "
 NEARER = "Nothing is recommended so far from the fit."
 
@@ -130,6 +131,7 @@ def _by_optimum(
     findings += _off_size(ask, first, best.params, {name: math.log(sizes[name]) for name in same})
     doubts = [_doubt(held), _past(best.params, known, inside, (low, high))]
     rungs = [replace(r, probability=known[r.name], regret=regret[r.name]) if r.name in known else r for r in ask.rungs]
+    rungs = [replace(r, note=SMALL) if r in able and r.name not in known else r for r in rungs]
     return answer(ask, "joint", first, rungs, findings, warnings, doubt="; ".join(filter(None, doubts)))
 
 
