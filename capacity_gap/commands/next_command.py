@@ -63,7 +63,9 @@ def run_next(given: argparse.Namespace) -> int:
     try:
         pool = _pool(given, frame, ladder)
     except ConfigError as error:
-        raise ConfigError(f"{_from_nothing(given)}, and {error}") if _nothing_yet(given) else error from error
+        if not _nothing_yet(given):
+            raise
+        raise ConfigError(f"{_from_nothing(given)}, and {error}") from error
     pool, settings, left_out = _possible(given, frame, pool, settings, missing, ladder, goal)
     check_inside(goal, frame, pool, key="--")
     cost = _cost(given, settings, ladder)
