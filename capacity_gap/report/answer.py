@@ -140,19 +140,21 @@ def _sure(content: Content) -> list[str]:
 
 
 def _next(content: Content) -> list[str]:
-    """What the curves of the largest budgets ask for, and the cells that would narrow the ratio most."""
+    """The cells that would narrow the ratio most, then what single curves of the largest budgets ask for."""
     asked: dict[tuple[str, str], list[str]] = {}
     for panel in _largest(content):
         words = words_of(panel, content)
         if words.more and not words.more.startswith("nothing"):
             place = words.curve.removeprefix(panel.student)  # what students share: their budget and settings
             asked.setdefault((words.more, place), []).append(panel.student)
-    said = [f"{more[0].upper()}{more[1:]}: for {_some(students)}{place}." for (more, place), students in asked.items()]
-    said = said[:MOST]
+    said = []
     if content.axis == "total" and content.metric in LOSSES and (cells := deciding(content.frame)):
         said.append(f"Cells that would narrow the ratio most for their cost: {'; '.join(cells)}.")
         command = shlex.join([*TOOL_WORDS, "next", content.source, "--goal", "law"])
         said.append(f"Their commands, where {content.source} is: {command}")
+    curves = [f"{_some(students)}{place}: {more}" for (more, place), students in asked.items()][:MOST]
+    if curves:
+        said.append(f"For one curve alone: {'; '.join(curves)}.")
     return said or ["Nothing: every curve has its answer."]
 
 
