@@ -186,7 +186,7 @@ def _cost(content: Content) -> list[str]:
 
 def _hours(seconds: float) -> str:
     if seconds < 5400:
-        return f"{max(1, round(seconds / 60))} minutes"
+        return counted(max(1, round(seconds / 60)), "minute")
     return f"{seconds / 3600:,.1f} hours"
 
 
