@@ -6,7 +6,7 @@ import os
 import pytest
 
 from capacity_gap.commands import cli
-from capacity_gap.runner.progress import View, failure_file
+from capacity_gap.runner.progress import Snapshot, View, Watch, failure_file
 from capacity_gap.runtime.process import Runtime
 from capacity_gap.store.lease import Lease
 from capacity_gap.store.logs import log_file, logging_to, tail
@@ -124,3 +124,19 @@ def test_a_single_cell_that_fails_before_its_work_has_failed(tmp_path, capsys):
     assert f"cause: {text}, line 1: not UTF-8 text" in capsys.readouterr().out
     assert cli.main(["store", "forget", str(store), "--failed"]) == 0
     assert cli.main(["status", str(store)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("done", "elapsed", "said"),
+    [(0.0, 50.0, "…"), (1.0, 50.0, "…"), (1.0, 400.0, "about 11.0 h left"), (2.0, 50.0, "about 41 min left")],
+)
+def test_the_time_left_is_told_once_it_can_be(done, elapsed, said, monkeypatch):
+    """A thousandth of a grid, done in its first seconds, told hours of a run of one minute."""
+
+    class Grid:
+        def snapshot(self):
+            return Snapshot({}, {}, [], 0.0, 100.0)
+
+    watch = Watch(Grid())
+    monkeypatch.setattr("capacity_gap.runner.progress.time.monotonic", lambda: watch.started + elapsed)
+    assert watch._left(Snapshot({}, {}, [], done, 100.0)) == said

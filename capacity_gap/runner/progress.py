@@ -18,6 +18,7 @@ from capacity_gap.store.stage import Store
 
 EVERY_S = 1.0
 PLAIN_EVERY_S = 10.0
+SOON, SOON_S = 0.02, 300.0  # the share done, or the seconds, from which the time left can be told
 AT = 4  # running stages that a plain line names
 STATES = ("done", "running", "waiting", "failed")
 
@@ -178,10 +179,10 @@ class Watch:
         return table(now, self.view.cells, title=title, reused=self.reused)
 
     def _left(self, now: Snapshot) -> str:
-        done = now.effort_done - self.first
-        if done <= 0:
+        done, elapsed = now.effort_done - self.first, time.monotonic() - self.started
+        if done <= 0 or (done < SOON * (now.effort - self.first) and elapsed < SOON_S):
             return "…"
-        seconds = (time.monotonic() - self.started) * (now.effort - now.effort_done) / done
+        seconds = elapsed * (now.effort - now.effort_done) / done
         return f"about {format_seconds(max(0.0, seconds))} left"
 
 
