@@ -22,7 +22,8 @@ from capacity_gap.fit.regression import Estimate
 from capacity_gap.records.candidate import Candidate
 from capacity_gap.report.rounds import bounds_text, end_line, round_line, stopped_text
 from capacity_gap.runner import budget
-from capacity_gap.runner.adaptive import Rounds, StopRounds, ends_of, pool_rows
+from capacity_gap.runner.adaptive import NARROW, Rounds, StopRounds, ends_of, pool_rows
+from capacity_gap.runner.grid import Job, _name
 from capacity_gap.runner.noted_answers import both_answers
 from capacity_gap.runner.plan import make_plan
 from capacity_gap.settings.errors import ConfigError
@@ -75,7 +76,8 @@ def test_it_ends_once_the_interval_was_narrow_enough_twice_and_reports_a_wider_o
     known = pd.concat([measured(mine).iloc[:20], more.assign(seed=more["seed"] + 2, teacher_seed=more["seed"] + 2)])
     monkeypatch.setattr(Rounds, "frame", lambda self: known.reset_index(drop=True))
     assert len(known) >= LEAST_CELLS
-    assert mine.next(set()).cells, "a single narrow interval ends nothing"
+    assert NARROW in mine.next(set()).lines("ratio"), "a single narrow interval ends nothing"
+    assert NARROW not in rounds("until=1.001").next(set()).lines("ratio")
     cell, words = next(iter(mine.cells.values()))
     noted = {cell.record.key: {"name": "a", "overrides": words, "stages": {}}}
     note_sweep(mine.store, "grid", noted, about={"round": 1, "what": mine.what, "answer": [2.5, 2.0, None]})
@@ -100,7 +102,7 @@ def test_it_ends_once_the_interval_was_narrow_enough_twice_and_reports_a_wider_o
     _, wide_low, wide_high = noted["stopped_answer"]["answer"]
     assert wide_low < low < high < wide_high
     said = f"Report {wide_low:.3g} to {wide_high:.3g} ({100 * AFTER_STOPPING:g} %)"
-    said += ", because rounds ended at a narrow 95 % interval"
+    said += ". Rounds ended at a narrow 95 % interval"
     assert said in capsys.readouterr().out
     assert said in end_line(noted)
     again = rounds("until=1000", "budget_hours=1e-9", "next.k=1")
@@ -132,7 +134,9 @@ def test_a_narrow_end_is_remembered_through_other_questions_and_kills(rounds, mo
     assert narrow_level(mine.store, mine.what, "grid") is None
     one_round(mine, 1)
     stops(monkeypatch, mine, "narrow", narrow=True)
-    assert f"({100 * AFTER_STOPPING:g} %), because rounds ended at a narrow" in capsys.readouterr().out
+    assert f"({100 * AFTER_STOPPING:g} %). Rounds ended at a narrow" in capsys.readouterr().out
+    _, low, high = ends_of(mine.answer())
+    assert end_of(mine.store, "grid")["stopped_answer"]["factor"] == pytest.approx(high / low)
     one_round(other, 2)
     stops(monkeypatch, other, "the budget is used up")
     assert end_of(mine.store, "grid")["stopped_answer"] is None, "that question has had no narrow end"
@@ -149,6 +153,13 @@ def test_a_narrow_end_is_remembered_through_other_questions_and_kills(rounds, mo
     assert noted["stopped_answer"]["level"] == AFTER_STOPPING and noted["stopped_answer"]["answer"]
     assert noted["own_rounds"] == 1 < noted["rounds"]
     assert narrow_level(mine.store, mine.what, "elsewhere") is None
+    assert noted["stopped_answer"]["factor"] is None, "no smaller until= goes on after another end"
+    same, unlike = replace(mine, name="again"), replace(mine, cells=dict(list(mine.cells.items())[5:]), name="unlike")
+    for grid, level in ((same, AFTER_STOPPING), (unlike, None)):
+        one_round(grid, 3)
+        stops(monkeypatch, grid, "the budget is used up")
+        told = end_of(mine.store, grid.name)["stopped_answer"]
+        assert (told and told["level"]) == level, "grids that share cells have one memory"
 
 
 def ends(store):
@@ -174,6 +185,20 @@ def test_a_question_has_one_name_however_it_is_written(rounds):
     names = {rounds("next.goal=target", f"next.student={s}", f"next.data={d}").what for s, d in (
         ("40k", "6k"), ("40_000", "6000"), ("0.04m", "0.006m"))}  # fmt: skip
     assert names == {"best teacher of 40k at 6k tokens"}
+
+
+def test_a_goal_s_student_and_tokens_are_those_of_its_rung(rounds):
+    goal = rounds("next.goal=target", "next.student=80k", "next.data=20x").goal
+    assert (goal.student_params, goal.data_tokens) == (80_160, 20 * 80_160)
+
+
+def test_the_name_of_a_grid_does_not_depend_on_how_it_is_gone_through():
+    cells = ["student=40k", "teacher=120k"]
+    names = {
+        _name([Job([*cells, *more], None)])
+        for more in ([], ["strategy=adaptive", "until=3"], ["next.k=2", "budget_hours=1", "retries=2", "plan=true"])
+    }
+    assert len(names) == 1 and _name([Job([*cells, "seed=1"], None)]) not in names
 
 
 def test_a_round_that_would_gain_too_little_is_not_run(rounds, monkeypatch):
@@ -482,6 +507,11 @@ def test_a_grid_over_its_budget_is_told_the_part_that_fits(tiny, tmp_path):
     line = next(line for line in done.stderr.splitlines() if line.strip().startswith("python run.py -m"))
     assert "student=" in line and "Nothing was started" in done.stderr
     assert not (tmp_path / "store.json").exists()
+    target = ["next.goal=target", "next.student=40k", "next.data=6k"]
+    done = run_here("-m", *given, *target, "budget_hours=1e-9", cwd=tmp_path)
+    assert "The cheapest cell would cost " in done.stderr and "FLOPs" not in done.stderr
+    done = run_here("-m", *given, "budget_hours=1e-9", cwd=tmp_path)
+    assert "3 students under 4 teachers would cost " in done.stderr and "next.goal=target next.student=" in done.stderr
 
 
 def test_a_plan_shows_the_first_round_and_starts_nothing(tiny, tmp_path):
@@ -523,16 +553,16 @@ def test_an_adaptive_grid_runs_rounds_stops_goes_on_and_tells_why(tiny, tmp_path
 
 def test_a_reported_interval_that_is_open_decides_nothing():
     said = stopped_text({"level": 0.995, "answer": [2.5, 1.6, None], "factor": 2.0})
-    assert said.startswith(". Report only at least 1.6 (99.5 %), because rounds ended at a narrow 95 % interval")
+    assert said.startswith(". Report only at least 1.6 (99.5 %). Rounds ended at a narrow 95 % interval")
     assert said.endswith(
         "nothing is decided: add seeds, or teachers of other sizes; until= below 2 goes on with this grid"
     )
     assert stopped_text({"level": 0.99, "answer": [2.5, 1.6, None]}).endswith("teachers of other sizes")
     assert stopped_text({"level": 0.99, "answer": [2.5, None, None]}).startswith(
-        ". Report no interval, since that of 99 % is open, because"
+        ". Report no interval: the 99 % one has no end. Rounds ended"
     )
     closed = stopped_text({"level": 0.99, "answer": [2.5, 1.6, 4.1], "factor": 2.0})
-    assert closed.startswith(". Report 1.6 to 4.1 (99 %), because") and "decided" not in closed
+    assert closed.startswith(". Report 1.6 to 4.1 (99 %). Rounds ended") and "decided" not in closed
     assert stopped_text(None) == stopped_text({"level": 0.99, "answer": None}) == ""
 
 

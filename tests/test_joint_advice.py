@@ -69,6 +69,9 @@ def test_the_published_fit_says_on_what_it_was_made_and_another_family_is_warned
     assert said.endswith(
         "Take 330k. Nearly as good, at most 0.0014 nats worse on average: 460k; 330k costs fewest FLOPs."
     )
+    assert " no larger than the student" in next(
+        line for line in said.splitlines() if line.split()[:2] == ["80k", "1.00"]
+    )
     other = recommend(family("pico_gpt2"), 80_000, 300_000, None, None, published)
     assert "no run of the fit is of family pico_gpt2 (it saw pico)" in other.warnings
     assert other.advice.startswith("180k is the best guess so far (see the warnings)")

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from capacity_gap.fit import Goal, next_cells, within_budget
+from capacity_gap.fit.next_cells import BudgetTooSmall
 from capacity_gap.fit.next_model import CURVATURE, LEVEL_SD, RATIO, STUDY, UNCERTAIN, WIDTHS, believe, lowest, row
 from capacity_gap.fit.next_search import Search
 from capacity_gap.records.bills import Arithmetic, Bills, spent
@@ -211,8 +212,15 @@ def test_a_budget_is_kept_and_filled():
     assert (grid.sum() == 3).sum() >= 4
     more = within_budget(EMPTY, pool, goal="law", budget=0.9 * whole)
     assert sum(c.gain for c in more) > sum(c.gain for c in found)
-    with pytest.raises(ValueError, match="too small for 3 students under 4 teachers.*choose a target"):
+    with pytest.raises(BudgetTooSmall, match="too small for 3 students under 4 teachers.*choose a target") as law:
         within_budget(EMPTY, pool, goal="law", budget=1e-3 * whole)
+    assert law.value.for_what == "3 students under 4 teachers"
+    alone = Bills.of(pool, Arithmetic())
+    cheapest = alone.each(alone.paid(EMPTY, Arithmetic())).min()
+    target = Goal("target", SIZES["80k"], 1.2e6)
+    with pytest.raises(BudgetTooSmall, match="too small for any cell of this pool: the cheapest takes") as one:
+        within_budget(EMPTY, pool, goal=target, budget=0.5 * cheapest)
+    assert (one.value.needed, one.value.for_what) == (pytest.approx(cheapest), "the cheapest cell")
     with pytest.raises(ValueError, match="too small for any cell of this pool"):
         within_budget(EMPTY, pool, goal=Goal("target", 55e3, 3e5), budget=1e3)
 
@@ -283,6 +291,9 @@ def test_reasons_say_how_cells_of_other_curves_serve_the_question(goal):
         assert words == [f"linked to the question by the model's trend over {other}"] * bool(other)
         said.add(other)
     assert len(said) >= {"target": 3, "break_even": 2, "law": 1}[goal.kind], said
+    if goal.kind == "target":
+        found = next_cells(EMPTY, cells(seeds=(0,), budgets=(1.2e6,)), goal=goal, k=20)
+        assert not any("budgets" in c.reason for c in found) and any("over students" in c.reason for c in found)
 
 
 @pytest.mark.parametrize(

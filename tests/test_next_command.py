@@ -117,14 +117,20 @@ def test_command_on_a_store_keeps_the_settings_of_its_cells_and_the_teachers_tha
     stopped = json.loads(capsys.readouterr().out)["stopped_answer"]
     assert stopped["level"] == AFTER_STOPPING and stopped["answer"][0] == told["answer"][0]
     assert cli.main(words[:-1]) == 0
-    assert f"({100 * AFTER_STOPPING:g} %), because rounds ended at a narrow 95 % interval" in capsys.readouterr().out
+    assert f"({100 * AFTER_STOPPING:g} %). Rounds ended at a narrow 95 % interval" in capsys.readouterr().out
     assert cli.main([*words, "--sweep", "mine"]) == 0
     one = json.loads(capsys.readouterr().out)
     assert one["stopped_answer"] and all(" sweep=mine " in line for line in one["commands"])
-    note_sweep(store, "other", noted)
-    assert cli.main([*words, "--sweep", "other"]) == 0
-    assert json.loads(capsys.readouterr().out)["stopped_answer"] is None, "rounds of another sweep ended so"
-    note_end(store, "other", told["what"], "narrow", [2.5, 2.0, 3.0], {"level": 0.995, "answer": [2.5, 1.0, 4.0]})
+    assert cli.main([*words, "--where", "student=55k"]) == 0
+    assert json.loads(capsys.readouterr().out)["stopped_answer"], "some of its cells were chosen so"
+    note_sweep(store, "other", {"record/" + "9" * 20: {"name": "x", "overrides": [], "stages": {}}})
+    note_end(
+        store, "other", "tokens from which 270k beats 120k for 40k", "narrow", None, {"level": 0.99, "answer": None}
+    )
+    asked = ["--goal", "break_even", "--student", "40k", "--small", "120k", "--large", "270k"]
+    assert cli.main([*words, *asked]) == 0
+    assert json.loads(capsys.readouterr().out)["stopped_answer"] is None, "that was of none of these cells"
+    note_end(store, "mine", told["what"], "narrow", [2.5, 2.0, 3.0], {"level": 0.995, "answer": [2.5, 1.0, 4.0]})
     assert cli.main(words) == 0
     assert json.loads(capsys.readouterr().out)["stopped_answer"]["level"] == 0.995, "an older version's"
 
@@ -168,6 +174,16 @@ def test_command_on_an_empty_store_starts_a_design(tmp_path, capsys):
     told = json.loads(capsys.readouterr().out)
     assert len({c["cell"]["student"] for c in told["cells"]}) == 3
     assert all(c["cost_flops"] > 0 for c in told["cells"])
+    assert {str(compose(overrides).store_path) for overrides in grids(told["commands"])} == {str(tmp_path / "store")}
+
+
+def test_a_target_in_tokens_per_parameter_is_of_the_rung_s_own_size(tmp_path, capsys):
+    """`1b` of Llama 3 has 1.24 billion parameters, so 20x is 24.7 billion tokens."""
+    words = ["next", str(tmp_path / "none"), "--family", "llama3", "--student", "1b", "--data", "20x", "--k", "2"]
+    assert cli.main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["what"] == "best teacher of 1.24b at 24.7b tokens"
+    assert {c["cell"]["data_tokens"] for c in told["cells"]} == {20 * 1_235_814_400}
 
 
 @pytest.mark.parametrize(

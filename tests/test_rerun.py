@@ -40,7 +40,9 @@ def test_composing_the_parsed_line_gives_the_same_overrides(path, folders):
     given = [f"corpus.path={rerun.quoted(path)}", f"family.folders=[{','.join(map(rerun.quoted, folders))}]", "seed=3"]
     (((*swept,),),) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(given), None)
     store = Path("/somewhere") / path.replace("/", "_")
-    line = rerun.command([*swept, "hydra.x=1", "store=/elsewhere", "only=distil/abc"], store)
+    line = rerun.command(
+        [*swept, "budget_hours=1", "retries=2", "hydra.x=1", "store=/elsewhere", "only=distil/abc"], store
+    )
     python, script, *words = shlex.split(line)
     assert (python, script) == ("python", "run.py")
     assert parsed(words) == {**parsed(given), "store": str(store)}

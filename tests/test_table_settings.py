@@ -171,7 +171,7 @@ def test_next_says_the_answer_so_far_and_the_settings_of_its_table(study, capsys
     assert cli.main(["next", str(study), "--student", "80k", "--data", "1.2m", "--k", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("the answer so far: best teacher of 80k at 1.2m tokens: ")
-    assert "Established by one model of all cells: " in lines[0]
+    assert "One model of all cells establishes " in lines[0]
     commands = [line for line in lines if line.startswith("python run.py -m")]
     assert commands and all(" distill.signal=sampled " in line for line in commands)
     assert "not noted" not in "".join(lines)

@@ -148,6 +148,8 @@ def test_status_says_that_a_grid_in_rounds_has_ended_and_why(mine, capsys):
     assert end_of(mine.store, "mine")["ended"] == "the budget is spent"
     forget_end(mine.store, "mine", "ratio")
     assert end_of(mine.store, "mine") is None
+    mine.end(18)
+    assert "the best teacher has " not in mine.status(capsys)[1], "rounds answer by one model of all cells"
 
 
 def follower(mine, tmp_path, steps, **more):

@@ -61,7 +61,7 @@ def run_next(given: argparse.Namespace) -> int:
     goal = _goal(given, ladder)
     settings, missing = _settings(given, frame, ladder)
     try:
-        pool = _pool(given, frame, ladder)
+        pool = _pool(given, frame, ladder, goal)
     except ConfigError as error:
         if not _nothing_yet(given):
             raise
@@ -105,8 +105,10 @@ def _answers(
     from capacity_gap.runner.noted_answers import both_answers
     from capacity_gap.store.contents import narrow_level, open_store
 
-    noted = narrow_level(open_store(given.source), what, given.sweep) if _is_store(given) else None
-    return both_answers(frame, goal, noted)
+    if not _is_store(given) or "cell" not in frame:
+        return both_answers(frame, goal, None)
+    cells = set("record/" + frame["cell"].astype(str))
+    return both_answers(frame, goal, narrow_level(open_store(given.source), what, among=cells))
 
 
 def _is_store(given: argparse.Namespace) -> bool:
@@ -157,7 +159,7 @@ def _standing(frame: "pd.DataFrame") -> str:
     from capacity_gap.wording.fit_words import JOINTS
 
     try:
-        return f"Established by one model of all cells: {JOINTS[fit_joint(frame).status]}."
+        return f"One model of all cells establishes {JOINTS[fit_joint(frame).status]}."
     except ValueError:
         return "There are too few cells for a fit of all of them."
 
@@ -219,11 +221,11 @@ def _goal(given: argparse.Namespace, ladder: "Family") -> "Goal":
     return Goal("break_even", student, small=small, large=large)
 
 
-def _pool(given: argparse.Namespace, frame: "pd.DataFrame", ladder: Any) -> "pd.DataFrame":
+def _pool(given: argparse.Namespace, frame: "pd.DataFrame", ladder: Any, goal: "Goal") -> "pd.DataFrame":
     """The candidates: a file's, or the products of what was given and what the records have."""
     from capacity_gap import records
     from capacity_gap.report.next_pool import make_pool
-    from capacity_gap.settings.scales import parse_scale, parse_tokens
+    from capacity_gap.settings.scales import parse_scale
 
     ranges = {name: getattr(given, name) for name in ("students", "teachers", "budgets", "seeds")}
     if given.pool:
@@ -240,14 +242,13 @@ def _pool(given: argparse.Namespace, frame: "pd.DataFrame", ladder: Any) -> "pd.
     lists = {name: [v for v in text.split(",") if v] if text else [] for name, text in ranges.items()}
     if wrong := [seed for seed in lists["seeds"] if not (seed.isascii() and seed.isdigit())]:
         raise ConfigError(f"--seeds {wrong[0]} is no whole number. Write such as 0,1,2.")
-    student = parse_scale(given.student, key="--student") if given.student else None
-    tokens = parse_tokens(given.data, params=student or 1, key="--data") if given.data else None
     return make_pool(
         frame,
         ladder,
         students=lists["students"] or ([given.student] if given.student else []),
         teachers=lists["teachers"],
-        budgets=[parse_scale(b, key="--budgets") for b in lists["budgets"]] or ([tokens] if tokens else []),
+        budgets=[parse_scale(b, key="--budgets") for b in lists["budgets"]]
+        or ([int(goal.data_tokens)] if goal.data_tokens else []),
         seeds=[int(s) for s in lists["seeds"]],
         given=frozenset(name for name in lists if lists[name]),
     )

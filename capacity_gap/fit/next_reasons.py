@@ -11,7 +11,7 @@ from capacity_gap.fit.next_model import Belief, Goal
 from capacity_gap.records.bills import Bills
 from capacity_gap.settings.scales import short_scale
 
-ALIKE = math.log(1.05)  # students and budgets this close are those asked about
+ALIKE = 1.05  # students and budgets this close are those asked about
 NEAR = math.log(1.4)  # within this of the seeming optimum a teacher is at it
 
 
@@ -86,16 +86,14 @@ def _place(belief: Belief, i: int, before: Sequence[int]) -> str:
 
 def _elsewhere(belief: Belief, goal: Goal, at: int) -> str:
     """How a cell of another student or budget than the goal's serves it."""
-    asked = {
-        "student": (belief.cells.student[at], goal.student_params),
-        "budget": (belief.cells.data[at], goal.data_tokens),
-    }
-    other = [name for name, (own, size) in asked.items() if size and abs(own - math.log(size)) > ALIKE]
-    return (
-        f"linked to the question by the model's trend over {' and '.join(f'{name}s' for name in other)}"
-        if other
-        else ""
-    )
+    cells = belief.cells
+    asked = {"students": (cells.student, goal.student_params), "budgets": (cells.data, goal.data_tokens)}
+    other = [
+        name
+        for name, (own, size) in asked.items()
+        if size and np.ptp(own) > SAME and abs(own[at] - math.log(size)) > math.log(ALIKE)
+    ]
+    return f"linked to the question by the model's trend over {' and '.join(other)}" if other else ""
 
 
 def _new(belief: Belief, table: pd.DataFrame, at: int, before: Sequence[int]) -> str:

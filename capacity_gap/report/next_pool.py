@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from capacity_gap.fit.next_reasons import ALIKE
 from capacity_gap.models.folders import named_family
 from capacity_gap.models.ladders import FAMILIES, Family, family
 from capacity_gap.settings.errors import ConfigError
@@ -13,7 +14,6 @@ from capacity_gap.settings.scales import format_scale, parse_scale, short_scale
 
 USUAL = "pico"
 MOST = 2000  # cells of a pool that a fit looks at by itself: the search takes the square of their number
-ALIKE = 1.05  # token counts this close are one
 EQUAL = 1.02  # a teacher that is larger by less is no teacher that is pruned
 
 

@@ -15,7 +15,7 @@ Answer = Sequence[float | None]  # value, lower end, upper end; None where there
 
 
 def question_words(goal: "Goal") -> str:
-    """What is to be known, named; sizes that differ by less than 0.5 % have one name, however they were written."""
+    """What is to be known, named by its sizes to three digits at most, however they were written."""
     student, data, small, large = (
         short_scale(size or 0) for size in (goal.student_params, goal.data_tokens, goal.small, goal.large)
     )
@@ -62,14 +62,12 @@ def stopped_text(found: Mapping[str, Any] | None) -> str:
         return ""
     low, high = ends(found["answer"][1:])
     level = f"{100 * found['level']:g} %"
-    why = "because rounds ended at a narrow 95 % interval, which is narrow partly by chance"
+    why = "Rounds ended at a narrow 95 % interval, which is narrow partly by chance"
     if low and high:
-        return f". Report {span((low, high), _short)} ({level}), {why}"
-    part = (
-        f"only {span((low, high), _short)} ({level})" if low or high else f"no interval, since that of {level} is open"
-    )
+        return f". Report {span((low, high), _short)} ({level}). {why}"
+    part = f"only {span((low, high), _short)} ({level})" if low or high else f"no interval: the {level} one has no end"
     more = f"; until= below {found['factor']:.3g} goes on with this grid" if found.get("factor") else ""
-    return f". Report {part}, {why}. So nothing is decided: add seeds, or teachers of other sizes{more}"
+    return f". Report {part}. {why}. So nothing is decided: add seeds, or teachers of other sizes{more}"
 
 
 def stop_words(name: str, stopped: Mapping[str, str], states: Mapping[str, str]) -> list[str]:

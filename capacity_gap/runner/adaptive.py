@@ -23,7 +23,7 @@ from capacity_gap.runner.speed import Speed, speed
 from capacity_gap.runner.waves import Crew
 from capacity_gap.settings.errors import ConfigError, Damaged, UserError
 from capacity_gap.settings.places import TOOL_WORDS
-from capacity_gap.settings.scales import counted
+from capacity_gap.settings.scales import counted, parse_tokens
 from capacity_gap.store.contents import forget_end, narrow_level, note_end, rounds_of
 from capacity_gap.store.files import META, NUMBER, read_json
 from capacity_gap.store.stage import Stage, Store, closure
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 Cells = Mapping[str, tuple[Cell, list[str]]]  # by digest: a cell and the overrides that make it
 ABOVE = 1.02  # teachers larger than their student by less are no evidence
 NO_ROUNDS = "a grid run in rounds, or cut to a budget, may vary only student, teacher, budget and seeds"
-NARROW = "  narrow enough, but rounds end only if the next answer is so too, and not by few cells (docs/next.md)"
+NARROW = "  narrow enough, but rounds end only after 24 cells and two narrow answers in a row (docs/next.md)"
 SECOND = 1e-3  # the least a cell costs: one whose stages are all there costs next to nothing
 
 
@@ -108,7 +108,7 @@ class Rounds:
 
     def run(self, crew: Crew) -> dict[str, tuple[Cell, list[str]]]:
         """Runs round after round; returns the cells of all of them."""
-        noted_level = narrow_level(self.store, self.what, self.name)
+        noted_level = narrow_level(self.store, self.what, among={c.record.key for c, _ in self.cells.values()})
         forget_end(self.store, self.name, self.what)
         try:
             for found in self:
@@ -162,7 +162,9 @@ class Rounds:
         asked, sizes = self.config.next, self.config.next.sizes
         ladder = next(iter(self.cells.values()))[0].family
         if asked.student:
-            sizes["student_params"] = ladder.student_params(int(sizes["student_params"]))
+            sizes["student_params"] = student = ladder.student_params(int(sizes["student_params"]))
+            if asked.data:
+                sizes["data_tokens"] = parse_tokens(asked.data, params=student, key="next.data")
         for name in ("small", "large"):
             if given := getattr(asked, name):
                 sizes[name] = ladder.size(given, key=f"next.{name}")

@@ -20,6 +20,7 @@ from capacity_gap.runner.budget import check_affordable
 from capacity_gap.runner.machines import Machines
 from capacity_gap.runner.plan import make_plan, noted_cell
 from capacity_gap.runner.preflight import check_losses
+from capacity_gap.runner.rerun import cell_overrides
 from capacity_gap.runner.waves import Crew, Launch, noting_stop
 from capacity_gap.runtime.process import check_threads
 from capacity_gap.settings.errors import ConfigError, ImpossibleCell
@@ -155,9 +156,9 @@ def resolved(jobs: Sequence[Job], outcome: Outcome) -> dict[str, tuple[Cell, lis
 
 
 def _name(jobs: Sequence[Job]) -> str:
-    """What the grid is called in the store: its file in `sweeps/`, or a hash of its overrides."""
+    """What the grid is called in the store: its file in `sweeps/`, or a hash of what makes its cells."""
     named = [o.partition("=")[2] for o in jobs[0].overrides if o.startswith("+sweeps=")]
-    return named[0] if named else f"grid-{fingerprint([j.overrides for j in jobs])[:8]}"
+    return named[0] if named else f"grid-{fingerprint([cell_overrides(j.overrides) for j in jobs])[:8]}"
 
 
 def _given(job: Job) -> str:

@@ -8,20 +8,9 @@ from pathlib import Path
 from capacity_gap.settings.places import RUN_WORDS
 
 PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_/.-]*")  # what Hydra's grammar reads as it stands
+ROUNDS = ("strategy=", "until=", "next.", "budget_hours=", "fail_fast=", "retries=")  # how a grid is gone through
 # How it was run, and what it joins only if asked.
-DROPPED = (
-    "hydra",
-    "store=",
-    "only=",
-    "plan=",
-    "sweep=",
-    "strategy=",
-    "until=",
-    "next.",
-    "budget_hours=",
-    "fail_fast=",
-    "retries=",
-)
+DROPPED = ("hydra", "store=", "only=", "plan=", "sweep=", *ROUNDS)
 WORDS = ("null", "true", "false", "inf", "nan")  # what it would read as something else
 
 
@@ -32,6 +21,11 @@ def command(overrides: Iterable[str], store: Path, *more: str) -> str:
     """
     kept = [o for o in overrides if not o.startswith(DROPPED)]
     return shlex.join([*RUN_WORDS, *kept, f"store={quoted(str(store))}", *more])
+
+
+def cell_overrides(overrides: Iterable[str]) -> list[str]:
+    """Overrides without those that say how a grid is gone through: its cells and its place are the same."""
+    return [o for o in overrides if not o.startswith((*ROUNDS, "plan="))]
 
 
 def quoted(text: str) -> str:

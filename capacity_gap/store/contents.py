@@ -3,7 +3,7 @@
 import os
 import re
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,10 +161,23 @@ def end_of(store: Store, name: str) -> dict[str, Any] | None:
     return ends[-1] if ends else None
 
 
-def narrow_level(store: Store, what: str, name: str | None = None) -> float | None:
-    """The highest level noted when rounds for a question ended at a narrow interval, of one grid or any; None if none
-    did. An older version noted such an end without a level too: that counts as 0."""
-    parts = [part for part in _parts(store, name) if part.get("what") == what]
+def narrow_level(
+    store: Store, what: str, name: str | None = None, *, among: Collection[str] | None = None
+) -> float | None:
+    """The highest level noted when rounds for a question ended at a narrow interval; None if none did.
+
+    Args:
+        store: of the rounds.
+        what: the question.
+        name: of the grid; by default any.
+        among: record keys: only of grids that have some of these cells.
+
+    Returns:
+        The level. An older version noted such an end without one too: that counts as 0.
+    """
+    every = _parts(store, name)
+    mine = {part["name"] for part in every if among is None or not part["cells"].keys().isdisjoint(among)}
+    parts = [part for part in every if part.get("what") == what and part["name"] in mine]
     levels = [float(part["stopped_answer"]["level"]) for part in parts if part.get("stopped_answer")]
     return max([*levels, *(0.0 for part in parts if part.get("after_stop"))], default=None)
 
