@@ -103,6 +103,7 @@ BAD = [
     (["data=-1"], "data=-1 cannot be read as a scale"),
     (["family.teacher_data=nope"], "family.teacher_data=nope cannot be read"),
     (["train.batch_size=0"], "train.batch_size=0 is out of range. Allowed: 1 to 1,048,576"),
+    (["until=abc"], "until=abc has the wrong type: it should be a number, more than 1 to 1e+06, or null."),
     (["train.batch_size=x"], "train.batch_size=x has the wrong type: it should be a whole number"),
     (["train.learning_rate=-1"], "train.learning_rate=-1.0 is out of range"),
     (["train.precision=fp8"], "train.precision='fp8' is not known. Allowed: fp32, bf16"),

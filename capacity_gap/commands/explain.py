@@ -8,8 +8,9 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 
-from capacity_gap.cell.config import unknown_key
+from capacity_gap.cell.config import RunConfig, unknown_key
 from capacity_gap.runtime.process import Interrupted, in_pool
+from capacity_gap.settings.declare import allowed_text, walk
 from capacity_gap.settings.errors import Stopped, UserError, nearest, several_values, shown
 from capacity_gap.settings.places import RUN_WORDS
 
@@ -129,8 +130,16 @@ def _plain(error: BaseException) -> str:
         key = re.search(r"full_key: (\S+)", text)
         where = f"{key[1]}={shown(found[1])}" if key else f"the value {shown(found[1])!r}"
         kind = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}.get(found[2], found[2])
-        return f"{where} has the wrong type: it should be {kind}."
+        allowed = _allowed(key[1]) if key else ""
+        return f"{where} has the wrong type: it should be {kind}{allowed}."
     if override:
         why = "it may not be null" if "is not Optional" in cause else shown(cause.partition("\n")[0].rstrip("."))
         return f"{shown(override[1])} has the wrong type: {why}. `{RUN} --help` lists what it takes."
     return shown(" ".join(line.strip() for line in str(error).splitlines() if line.strip()), most=MESSAGE)
+
+
+def _allowed(key: str) -> str:
+    """The range of a setting, behind its type; empty where the type says it all."""
+    here = next((d for d in walk(RunConfig) if d.key == key), None)
+    text = allowed_text(here.setting) if here else ""
+    return f", {text}" + (", or null" if here and here.default is None else "") if text else ""
