@@ -8,7 +8,7 @@ import shlex
 from dataclasses import asdict
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from capacity_gap.cell.config import RunConfig, from_dict
@@ -130,6 +130,7 @@ OPTIONS = [(command, option) for command, options in COMMANDS.items() for option
     which=st.sampled_from(OPTIONS),
     value=SPELT,
 )
+@example(which=("init EMPTY/z", "--name x/"), value="\x1e")
 def test_any_option_of_any_command_is_answered_or_refused(which, value, tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("given")
     (folder / "empty").mkdir()

@@ -12,6 +12,7 @@ from capacity_gap.settings.errors import ConfigError, shown
 from capacity_gap.settings.places import user_path
 
 MOST = 10**9
+MESSAGE = 2000  # characters of an error of argparse's: it may list every command
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,7 +20,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the process with status 2."""
-        self.exit(2, f"error: {message.rstrip('.')}. `{self.prog} --help` lists what it takes.\n")
+        self.exit(2, f"error: {shown(message.rstrip('.'), most=MESSAGE)}. `{self.prog} --help` lists what it takes.\n")
 
 
 def out_file(given: str) -> Path:

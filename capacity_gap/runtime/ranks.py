@@ -119,12 +119,19 @@ class Ranks:
     def part(self) -> None:
         """Ends the groups, all ranks together: one that leaves while their threads run is aborted.
 
-        Ranks that do not come within a minute have failed on their own; then `torchrun` ends everything.
+        Ranks that do not come within a minute have failed on their own; then `torchrun` ends everything. A rank that
+        has failed alone waits for none, and breaks its connections: left open at the end of the process, gloo's threads
+        now and then abort it, and its exit status is lost.
         """
-        if self.size == 1 or self.deserted:
+        if self.size == 1:
             return
         import torch.distributed as dist
 
+        if self.deserted:
+            if dist.is_initialized() and dist.get_backend() == "gloo":  # NCCL's may hang, and aborts nothing
+                dist.destroy_process_group()
+                self.__dict__.pop("_group", None)
+            return
         with contextlib.suppress(RuntimeError):
             dist.monitored_barrier(group=self._group, timeout=PARTING)
         dist.destroy_process_group()
