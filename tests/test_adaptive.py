@@ -76,6 +76,7 @@ def test_it_ends_once_the_interval_was_narrow_enough_twice_and_reports_a_wider_o
     known = pd.concat([measured(mine).iloc[:20], more.assign(seed=more["seed"] + 2, teacher_seed=more["seed"] + 2)])
     monkeypatch.setattr(Rounds, "frame", lambda self: known.reset_index(drop=True))
     assert len(known) >= LEAST_CELLS
+    assert f"after {LEAST_CELLS} cells" in NARROW
     assert NARROW in mine.next(set()).lines("ratio"), "a single narrow interval ends nothing"
     assert NARROW not in rounds("until=1.001").next(set()).lines("ratio")
     cell, words = next(iter(mine.cells.values()))

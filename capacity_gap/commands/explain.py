@@ -141,5 +141,6 @@ def _plain(error: BaseException) -> str:
 def _allowed(key: str) -> str:
     """The range of a setting, behind its type; empty where the type says it all."""
     here = next((d for d in walk(RunConfig) if d.key == key), None)
-    text = allowed_text(here.setting) if here else ""
-    return f", {text}" + (", or null" if here and here.default is None else "") if text else ""
+    if here is None or not (text := allowed_text(here.setting)):
+        return ""
+    return f", {text}{', or null' if here.default is None else ''}"

@@ -1,7 +1,7 @@
 """The commands `init`, `run`, `settings`, `plan` and `status`: starting cells and grids, and watching them."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from capacity_gap.commands.options import out_folder
@@ -94,9 +94,11 @@ def run_status(given: argparse.Namespace) -> int:
         known = {given.sweep: known[given.sweep]}
     failed, room = 0, MOST
     for name, cells in known.items():
-        now = _show(store, name, cells, failures=given.failed)
+        rounds = contents.rounds_of(store, name)
+        now = _show(store, name, cells, rounds, failures=given.failed)
         failed += now.counts["failed"]
-        room -= _say_curves(store, name, now, room)
+        if not rounds:  # their answer is of one model of all cells, and their curves have few cells each
+            room -= _say_curves(store, name, now, room)
     if failed and given.failed:
         print(
             "\nWith other settings a rerun is another cell: `sweep=NAME` adds it to a sweep, and "
@@ -110,22 +112,24 @@ def run_status(given: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _show(store: "Store", name: str, cells: Mapping[str, Any], *, failures: bool) -> "Snapshot":
-    """Prints one grid and, if asked, why its cells failed; returns how far it is."""
+def _show(
+    store: "Store", name: str, cells: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], *, failures: bool
+) -> "Snapshot":
+    """Prints one grid with its `rounds` and, if asked, why its cells failed; returns how far it is."""
     from rich.console import Console
 
     from capacity_gap.report.rounds import end_line, reasons, round_line, stop_words
     from capacity_gap.runner.progress import View, table
-    from capacity_gap.store.contents import end_of, rounds_of, stopped_cells
+    from capacity_gap.store.contents import end_of, stopped_cells
 
     now = View(store, cells).snapshot()
     title = f"{name}: {now.share:.0%} of {len(cells)} cells"
     Console(highlight=False, soft_wrap=True).print(table(now, cells, title=title))
-    for number, note in enumerate(notes := rounds_of(store, name), 1):
+    for number, note in enumerate(rounds, 1):
         print(f"  {round_line(note)}")
-        for reason in reasons(note) if number == len(notes) else ():
+        for reason in reasons(note) if number == len(rounds) else ():
             print(f"    {reason}")
-    if notes and (end := end_of(store, name)):
+    if rounds and (end := end_of(store, name)):
         print(f"  {end_line(end)}")
     for line in stop_words(name, stopped_cells(store, name), now.cells):
         print(f"  {line}")
@@ -136,15 +140,9 @@ def _show(store: "Store", name: str, cells: Mapping[str, Any], *, failures: bool
 
 
 def _say_curves(store: "Store", name: str, now: "Snapshot", room: int) -> int:
-    """Prints what the curves of a grid that has ended say; returns how many cells were fitted for it.
-
-    Of a grid in rounds nothing: its answer is of one model of all cells, and its curves have few cells each.
-    """
+    """Prints what the curves of a grid that has ended say; returns how many cells were fitted for it."""
     from capacity_gap.report.standing import standing
-    from capacity_gap.store.contents import rounds_of
 
-    if rounds_of(store, name):
-        return 0
     done = [key for key, state in now.cells.items() if state == "done"]
     if not done or now.counts["running"] or now.counts["waiting"]:
         return 0

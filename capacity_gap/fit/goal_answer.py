@@ -1,8 +1,8 @@
 """What the cells so far say of a goal, and when that is narrow enough to end rounds of cells.
 
 Some intervals are narrow by chance, and rounds that end at a narrow one end at these too. It then holds the true value
-less often than it says, so no few cells end rounds, and the interval of a higher level is reported. Both numbers were
-chosen on simulated rounds (`benchmarks/next_stops.py`) and judged on other seeds; docs/next.md has the results.
+less often than it says. So few cells never end rounds, and the interval of a higher level is reported. Both numbers
+were chosen on simulated rounds (`benchmarks/next_stops.py`) and judged on other seeds; docs/next.md has the results.
 """
 
 import math

@@ -34,8 +34,6 @@ class BudgetTooSmall(ValueError):
 
 
 CORE = f"{LEAST_STUDENTS} students under {LEAST_TEACHERS} teachers"
-
-
 NAMES = ("student", "teacher", "seed", "teacher_seed")
 PLACE = ("student", "teacher", "data_tokens", "seed", "teacher_seed")  # what tells two cells apart
 
@@ -95,7 +93,7 @@ def within_budget(
     if not found:
         frame, pool = _tidy(frame, pool)
         bills = Bills.of(pool, cost)
-        least = min(bills.total([i], bills.paid(frame, cost)) for i in range(len(pool)))
+        least = float(bills.each(bills.paid(frame, cost)).min())
         raise BudgetTooSmall(
             f"budget={budget:.3g} FLOPs is too small for any cell of this pool: the cheapest takes {least:.3g}. Raise "
             "it, or add smaller cells.",
@@ -143,8 +141,8 @@ def _first_core(search: Search, pairs: Pairs, budget: float) -> None:
     if not cells and math.isfinite(budget) and (dear := core(search, pairs)):
         needed = search.bills.total(dear, search.paid)
         raise BudgetTooSmall(
-            f"budget={budget:.3g} FLOPs is too small for {CORE}, "
-            f"which a law needs. Set {needed:.3g} or more, or choose a target (student_params, data_tokens).",
+            f"budget={budget:.3g} FLOPs is too small for {CORE}, which a law needs. Set {needed:.3g} or more, or "
+            "choose a target (student_params, data_tokens).",
             needed,
             CORE,
         )

@@ -60,7 +60,6 @@ def by_joint(ask: Ask, held: Mapping[str, Any], told: list[str]) -> Recommendati
 
 def _made_on(held: Mapping[str, Any], curve: JointCurve) -> str:
     """On what the fit was made, with the settings on which its answers depend."""
-
     students = between(*(math.exp(end + curve.means[0]) for end in curve.n_span))
     teachers = between(*(math.exp(pick(curve.rungs.values())) for pick in (min, max)))
     tokens = [held["budget"]] if held.get("budget") else []

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from capacity_gap.cell.config import RunConfig
 from capacity_gap.cell.pipeline import Cell
-from capacity_gap.report.next_pool import check_inside
+from capacity_gap.report.next_pool import EQUAL, check_inside
 from capacity_gap.report.rounds import answer_text, question_words, reasons, round_line, stopped_text
 from capacity_gap.runner.machines import Worker
 from capacity_gap.runner.noted_answers import both_answers, ends_of
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from capacity_gap.fit.regression import Estimate
 
 Cells = Mapping[str, tuple[Cell, list[str]]]  # by digest: a cell and the overrides that make it
-ABOVE = 1.02  # teachers larger than their student by less are no evidence
 NO_ROUNDS = "a grid run in rounds, or cut to a budget, may vary only student, teacher, budget and seeds"
 NARROW = "  narrow enough, but rounds end only after 24 cells and two narrow answers in a row (docs/next.md)"
 SECOND = 1e-3  # the least a cell costs: one whose stages are all there costs next to nothing
@@ -108,7 +107,7 @@ class Rounds:
 
     def run(self, crew: Crew) -> dict[str, tuple[Cell, list[str]]]:
         """Runs round after round; returns the cells of all of them."""
-        noted_level = narrow_level(self.store, self.what, among={c.record.key for c, _ in self.cells.values()})
+        noted_level = narrow_level(self.store, self.what, among=self._keys)
         forget_end(self.store, self.name, self.what)
         try:
             for found in self:
@@ -154,7 +153,12 @@ class Rounds:
         """Of any cell: what the rounds are for is the same in all."""
         return next(iter(self.cells.values()))[0].config
 
-    @property
+    @cached_property
+    def _keys(self) -> set[str]:
+        """Of the records of the grid's cells."""
+        return {cell.record.key for cell, _ in self.cells.values()}
+
+    @cached_property
     def goal(self) -> "Goal":
         """The quantity to estimate."""
         from capacity_gap.fit import Goal
@@ -170,7 +174,7 @@ class Rounds:
                 sizes[name] = ladder.size(given, key=f"next.{name}")
         return Goal(asked.goal, **sizes)
 
-    @property
+    @cached_property
     def what(self) -> str:
         """The answer's name."""
         return question_words(self.goal)
@@ -187,9 +191,8 @@ class Rounds:
 
     def noted(self) -> list[dict[str, Any]]:
         """The rounds of this question over these cells, first to last: a name may have others in the store."""
-        mine = {cell.record.key for cell, _ in self.cells.values()}
         rounds = rounds_of(self.store, self.name)
-        return [part for part in rounds if part.get("what") == self.what and mine & part["cells"].keys()]
+        return [part for part in rounds if part.get("what") == self.what and self._keys & part["cells"].keys()]
 
     def unfinished(self) -> Round | None:
         """The cells of noted rounds that are not there yet: of a command that was cut short."""
@@ -223,7 +226,7 @@ class Rounds:
             said = f"the interval is narrow enough, before and after the last round: until={config.until:g}"
             raise StopRounds(said, narrow=True)
         pool = {d: c for d, c in self.cells.items() if d not in tried and not self.store.finished(c[0].record)}
-        pool = {d: c for d, c in pool.items() if c[0].description["teacher_params"] > ABOVE * c[0].student_target}
+        pool = {d: c for d, c in pool.items() if c[0].description["teacher_params"] > EQUAL * c[0].student_target}
         if not pool:
             raise StopRounds(f"no cell is left to run{self._lacking(so_far)}")
         try:

@@ -127,12 +127,10 @@ class Ranks:
             return
         import torch.distributed as dist
 
-        if self.deserted:
-            if dist.is_initialized() and dist.get_backend() == "gloo":  # NCCL's may hang, and aborts nothing
-                dist.destroy_process_group()
-                self.__dict__.pop("_group", None)
-            return
-        with contextlib.suppress(RuntimeError):
-            dist.monitored_barrier(group=self._group, timeout=PARTING)
+        if not self.deserted:
+            with contextlib.suppress(RuntimeError):
+                dist.monitored_barrier(group=self._group, timeout=PARTING)
+        elif not dist.is_initialized() or dist.get_backend() != "gloo":
+            return  # NCCL's may hang, and aborts nothing
         dist.destroy_process_group()
         self.__dict__.pop("_group", None)

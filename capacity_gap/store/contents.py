@@ -138,11 +138,9 @@ def note_end(store: Store, name: str, what: str, why: str, answer: Any, stopped:
     """Writes down why the rounds of a question ended, after how many of them, with the answer then; `stopped`: with the
     interval that holds after a stop at a narrow one."""
     parts = rounds_of(store, name)
-    about = {"what": what, "ended": why, "rounds": max((part["round"] for part in parts), default=0)}
+    about = {"ended": why, "rounds": max((part["round"] for part in parts), default=0)}
     about |= {"own_rounds": sum(part.get("what") == what for part in parts)}  # those of this question
-    about |= {"answer": answer, "stopped_answer": stopped}
-    (store.root / "sweeps").mkdir(parents=True, exist_ok=True)
-    write_checked(_end_file(store, name, what), {"name": name, "id": sweep_id(store, name), **about, "cells": {}})
+    _write_end(store, name, what, {**about, "answer": answer, "stopped_answer": stopped})
 
 
 def forget_end(store: Store, name: str, what: str) -> None:
@@ -150,8 +148,13 @@ def forget_end(store: Store, name: str, what: str) -> None:
     if (level := narrow_level(store, what, name)) is None:
         _end_file(store, name, what).unlink(missing_ok=True)
         return
-    about = {"what": what, "stopped_answer": {"level": level, "answer": None}}
-    write_checked(_end_file(store, name, what), {"name": name, "id": sweep_id(store, name), **about, "cells": {}})
+    _write_end(store, name, what, {"stopped_answer": {"level": level, "answer": None}})
+
+
+def _write_end(store: Store, name: str, what: str, about: Mapping[str, Any]) -> None:
+    (store.root / "sweeps").mkdir(parents=True, exist_ok=True)
+    note = {"name": name, "id": sweep_id(store, name), "what": what, **about, "cells": {}}
+    write_checked(_end_file(store, name, what), note)
 
 
 def end_of(store: Store, name: str) -> dict[str, Any] | None:
